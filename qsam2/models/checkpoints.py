@@ -1,0 +1,154 @@
+"""Checkpoints: Meta's `.pt` files and safetensors, found, downloaded, read safely and checked against the model."""
+
+from __future__ import annotations
+
+import importlib.resources
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qsam2.errors import UserError
+from qsam2.models.sam2 import SAM2, SIZES, VERSIONS, build_sam2
+
+MAX_NAMED = 3
+"""How many keys an error message names before it counts the rest."""
+
+
+def load_sam2(
+    size: str = "nano",
+    *,
+    version: str = "2.1",
+    checkpoint: str | Path | None = "auto",
+    image_size: int | None = None,
+    drop_path_rate: float = 0.0,
+) -> SAM2:
+    """SAM 2 with trained weights, in float32 and eval mode.
+
+    Args:
+        checkpoint: a path; "auto" for the size's official weights (nano's ship in the package); None for random weights.
+
+    Raises:
+        UserError: the checkpoint cannot be found, read or loaded, see `find_checkpoint`, `read_state_dict`.
+    """
+    model = build_sam2(size, version=version, image_size=image_size, drop_path_rate=drop_path_rate)
+    if checkpoint is None:
+        return model
+    path = find_checkpoint(size, version) if checkpoint == "auto" else Path(checkpoint)
+    load_weights(model, read_state_dict(path), source=str(path), size=size)
+    return model
+
+
+def checkpoint_name(size: str, version: str) -> tuple[str, str]:
+    """(Hugging Face repository, file name) of the official checkpoint of a size."""
+    stem = SIZES[size].checkpoint
+    return f"facebook/sam{version}-hiera-{(stem or size).replace('_', '-')}", f"sam{version}_hiera_{stem}.pt"
+
+
+def find_checkpoint(size: str, version: str = "2.1") -> Path:
+    """Path of the size's official checkpoint: the working folder, `checkpoints/`, the Hugging Face cache, then a download.
+
+    Raises:
+        UserError: it is in none of these places and cannot be downloaded.
+    """
+    if size == "nano":
+        return Path(str(importlib.resources.files("qsam2.models") / "nano.safetensors"))
+    repository, name = checkpoint_name(size, version)
+    for folder in (Path("."), Path("checkpoints")):
+        if (folder / name).is_file():
+            return folder / name
+    cached = try_to_load_from_cache(repository, name)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"no checkpoint for size {size}: {name} is not in ./ or ./checkpoints/ and could not be downloaded from "
+            f"{repository} ({type(error).__name__}); put it into ./checkpoints/ or give model.checkpoint=PATH"
+        ) from error
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read `{"model": state_dict}` (Meta's layout), a bare state dict, or safetensors, without running any code in it.
+
+    Raises:
+        UserError: the file is missing, truncated, not a checkpoint, or a pickle that would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist; give the path of a .pt or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower():
+            raise UserError(
+                f"checkpoint {path} was not loaded: it holds more than tensors and could run code; "
+                "use a file from a source that you trust, saved as a plain state dict or safetensors"
+            ) from error
+        raise _unreadable(path) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise _unreadable(path) from error
+    if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
+        state = state["model"]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f'checkpoint {path} holds no state dict: expected {{"model": {{name: tensor}}}} or {{name: tensor}}')
+    return {str(name): tensor for name, tensor in state.items()}
+
+
+def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size: str) -> None:
+    """Load strictly: every key of the model, no other, all shapes equal. Half-precision weights become float32.
+
+    Raises:
+        UserError: names the first keys and shapes that differ, and the size that the checkpoint would fit.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        problems = [("missing", missing), ("unexpected", unexpected), ("other shape", shapes)]
+        found = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
+        raise UserError(f"checkpoint {source} does not fit model.size={size} ({found}){_fitting_size(state)}")
+    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()})
+
+
+def guess_size(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """(size, version) whose keys and shapes are those of a state dict, None if no size fits."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for size in SIZES:
+        for version in VERSIONS if size != "nano" else VERSIONS[-1:]:
+            own = build_sam2(size, version=version).state_dict()
+            if {name: tuple(tensor.shape) for name, tensor in own.items()} == shapes:
+                return size, version
+    return None
+
+
+def _fitting_size(state: Mapping[str, Tensor]) -> str:
+    guess = guess_size(state)
+    if guess is None:
+        return ""
+    return f"; it fits model.size={guess[0]} model.version={guess[1]}"
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _unreadable(path: Path) -> UserError:
+    size_bytes = path.stat().st_size
+    return UserError(f"checkpoint {path} cannot be read ({size_bytes} bytes): truncated or not a checkpoint; fetch it again")

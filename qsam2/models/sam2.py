@@ -1,0 +1,191 @@
+"""SAM 2 in all its sizes, built from `sam2`'s own configurations, and nano: the same architecture for a laptop."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from sam2.modeling.sam.transformer import TwoWayTransformer
+from sam2.modeling.sam2_base import SAM2Base
+from sam2.sam2_video_predictor import SAM2VideoPredictor
+from training.model.sam2 import SAM2Train
+
+from qsam2.errors import UserError
+
+STRIDE_PX = 32
+"""Image sizes are multiples of this: Hiera's coarsest stride, and eight tokens of its finest."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of SAM 2: its configuration in the `sam2` package, its native resolution and published checkpoint."""
+
+    config: str
+    image_size: int = 1024
+    checkpoint: str | None = None
+
+
+SIZES = {
+    "nano": Size("t", image_size=256),
+    "tiny": Size("t", checkpoint="tiny"),
+    "small": Size("s", checkpoint="small"),
+    "base_plus": Size("b+", checkpoint="base_plus"),
+    "large": Size("l", checkpoint="large"),
+}
+VERSIONS = ("2", "2.1")
+
+# nano: sam2.1_hiera_t with fewer channels and blocks. Its windows tile the 64, 32, 16 and 8 tokens a side of a 256 px
+# image without padding (Hiera's own 14 and 7 were chosen for 1024 px).
+NANO = {
+    "image_encoder": {
+        "trunk": {
+            "embed_dim": 32,
+            "stages": [1, 2, 4, 2],
+            "global_att_blocks": [],
+            "window_spec": [8, 8, 16, 8],
+            "window_pos_embed_bkg_spatial_size": [8, 8],
+        },
+        "neck": {
+            "d_model": 128,
+            "backbone_channel_list": [256, 128, 64, 32],
+            "position_encoding": {"num_pos_feats": 128},
+        },
+    },
+    "memory_attention": {
+        "d_model": 128,
+        "num_layers": 2,
+        "layer": {
+            "d_model": 128,
+            "dim_feedforward": 256,
+            "self_attention": {"embedding_dim": 128},
+            "cross_attention": {"embedding_dim": 128, "kv_in_dim": 64},
+        },
+    },
+    "memory_encoder": {
+        "in_dim": 128,
+        "out_dim": 64,
+        "position_encoding": {"num_pos_feats": 64},
+        "mask_downsampler": {"embed_dim": 128},
+        "fuser": {"layer": {"dim": 128}},
+    },
+    "decoder_mlp_dim": 512,
+}
+
+
+class SAM2(SAM2VideoPredictor, SAM2Train):
+    """One model that trains as Meta's `SAM2Train` and tracks as `sam2`'s `SAM2VideoPredictor`, with the same weights.
+
+    State-dict keys are those of the official checkpoints.
+    """
+
+    def __init__(self, decoder_mlp_dim: int = 2048, **kwargs: Any) -> None:
+        self.decoder_mlp_dim = decoder_mlp_dim
+        super().__init__(**kwargs)
+
+    def _build_sam_heads(self) -> None:
+        super()._build_sam_heads()
+        if self.decoder_mlp_dim != 2048:  # hard-coded in sam2, too wide for nano
+            self.sam_mask_decoder.transformer = TwoWayTransformer(
+                depth=2, embedding_dim=self.hidden_dim, mlp_dim=self.decoder_mlp_dim, num_heads=8
+            )
+
+    def track_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """One frame: with ground truth as in training (all click steps are returned), without as in the predictor."""
+        step = SAM2Train.track_step if "gt_masks" in kwargs else SAM2Base.track_step
+        return step(self, *args, **kwargs)
+
+    @torch.inference_mode()
+    def init_state(
+        self,
+        video_path: str | bytes | Sequence[torch.Tensor],
+        offload_video_to_cpu: bool = False,
+        offload_state_to_cpu: bool = False,
+        async_loading_frames: bool = False,
+        *,
+        video_size: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """Start a video: what `sam2` accepts (JPEG folder, mp4), or a sequence of frames read when they are asked for.
+
+        Args:
+            video_path: a path, or a sequence of normalised frames, each float (3, image_size, image_size).
+            video_size: (height, width) of the masks to return; needed with a sequence.
+        """
+        if isinstance(video_path, (str, bytes)):
+            return super().init_state(video_path, offload_video_to_cpu, offload_state_to_cpu, async_loading_frames)
+        if video_size is None:
+            raise ValueError("video_size=(height, width) is needed when the video is given as a sequence of frames")
+        state: dict[str, Any] = {
+            "images": video_path,
+            "num_frames": len(video_path),
+            "offload_video_to_cpu": offload_video_to_cpu,
+            "offload_state_to_cpu": offload_state_to_cpu,
+            "video_height": video_size[0],
+            "video_width": video_size[1],
+            "device": self.device,
+            "storage_device": torch.device("cpu") if offload_state_to_cpu else self.device,
+            "obj_id_to_idx": OrderedDict(),
+            "obj_idx_to_id": OrderedDict(),
+            "obj_ids": [],
+        }
+        for per_object in ("point_inputs", "mask_inputs", "output_dict", "temp_output_dict", "frames_tracked"):
+            state[f"{per_object}_per_obj"] = {}
+        for cache in ("cached_features", "constants"):
+            state[cache] = {}
+        return state
+
+
+def build_sam2(
+    size: str = "nano", *, version: str = "2.1", image_size: int | None = None, drop_path_rate: float = 0.0
+) -> SAM2:
+    """SAM 2 with random weights.
+
+    Args:
+        size: one of `SIZES`.
+        version: "2.1" or "2" (nano exists as 2.1 only).
+        image_size: side of the square input in pixels, a multiple of 32; None for the size's own.
+        drop_path_rate: stochastic depth of the trunk while training.
+
+    Raises:
+        UserError: unknown size or version, impossible image size.
+    """
+    config = model_config(size, version=version, image_size=image_size)
+    config.image_encoder.trunk.drop_path_rate = drop_path_rate
+    return instantiate(config, _recursive_=True).eval()
+
+
+def model_config(size: str, *, version: str = "2.1", image_size: int | None = None) -> DictConfig:
+    """The configuration that `build_sam2` instantiates (`sam2`'s YAML with our class, resolution and nano's shape)."""
+    if size not in SIZES:
+        near = get_close_matches(size, SIZES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"model.size={size!r} is unknown: choose one of {', '.join(SIZES)}{hint}")
+    if version not in VERSIONS or (size == "nano" and version != "2.1"):
+        raise UserError(f"model.version={version!r} is unknown for size {size}: choose one of {', '.join(VERSIONS)}")
+    image_size = image_size or SIZES[size].image_size
+    if image_size < 2 * STRIDE_PX or image_size % STRIDE_PX:
+        raise UserError(f"model.image_size={image_size} is impossible: give a multiple of {STRIDE_PX} from 64 up")
+    name = f"sam{version}"
+    path = importlib.resources.files("sam2") / "configs" / name / f"{name}_hiera_{SIZES[size].config}.yaml"
+    config = OmegaConf.create(path.read_text()).model
+    if size == "nano":
+        config = OmegaConf.merge(config, NANO)
+    config._target_ = f"{SAM2.__module__}.{SAM2.__qualname__}"
+    config.image_size = image_size
+    side = image_size // 16
+    for attention in (config.memory_attention.layer.self_attention, config.memory_attention.layer.cross_attention):
+        attention.feat_sizes = [side, side]
+    # What sam2's own builders set for inference; none of it acts while training.
+    config.sam_mask_decoder_extra_args = {
+        "dynamic_multimask_via_stability": True,
+        "dynamic_multimask_stability_delta": 0.05,
+        "dynamic_multimask_stability_thresh": 0.98,
+    }
+    config.binarize_mask_from_pts_for_mem_enc = True
+    return config
