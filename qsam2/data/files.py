@@ -1,0 +1,111 @@
+"""Checked reading of pictures, index masks and JSON: a damaged file is an error that names it, never other pixels."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qsam2.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def list_pictures(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
+    """The pictures of a folder in frame order (``2`` before ``10``); none where the folder does not exist."""
+    if not folder.is_dir():
+        return []
+    pictures = (path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith("."))
+    return sorted(pictures, key=lambda path: (len(path.stem), path.stem))
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; none where it does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the header alone."""
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except _BROKEN as error:
+        raise _damaged(path, error) from error
+
+
+def read_frame(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture as RGB, uint8 (H, W, 3), decoded by PIL as SAM2 does; it must have `size` (height, width) if given."""
+    try:
+        with Image.open(path) as picture:
+            frame = np.array(picture.convert("RGB"))
+    except _BROKEN as error:
+        raise _damaged(path, error) from error
+    return _of_size(frame, size, path)
+
+
+def read_index_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A PNG of object ids as integers (H, W), 0 where there is none.
+
+    In a palette file 255 is void and becomes 0, as in DAVIS. A grey picture of 0 and 255 alone (or a one-bit picture)
+    shows one object, which becomes id 1; beside other ids 255 is void. Raises UserError for a colour picture.
+    """
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.verify()  # PIL checks the pixel chunks' checksums only here
+        with Image.open(io.BytesIO(data)) as picture:
+            mode, ids = picture.mode, np.array(picture)
+    except _BROKEN as error:
+        raise _damaged(path, error) from error
+    if ids.ndim == 3 and (ids[..., :3] == ids[..., :1]).all():
+        mode, ids = "L", ids[..., 0].copy()  # a few DAVIS-2016 masks are grey pictures saved in colour
+    if ids.ndim != 2:
+        raise UserError(f"{path}: a mask picture holds one object id a pixel (palette or grey), this one is {mode}")
+    if ids.dtype == bool:
+        ids = ids.astype(np.uint8)
+    elif mode == "L" and np.isin(ids, (0, 255)).all():
+        ids = (ids == 255).astype(np.uint8)
+    elif mode in ("L", "P"):
+        ids[ids == 255] = 0
+    return _of_size(ids, size, path)
+
+
+def split_ids(ids: np.ndarray) -> dict[int, np.ndarray]:
+    """Index mask (H, W) -> {object id: bool (H, W)}, without the background 0."""
+    return {int(i): ids == i for i in np.unique(ids) if i != 0}
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; UserError where it is absent or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({_one_line(error)}); fetch or write it again") from error
+
+
+def _of_size(array: np.ndarray, size: tuple[int, int] | None, path: Path) -> np.ndarray:
+    if size is not None and array.shape[:2] != tuple(size):
+        raise UserError(
+            f"{path}: is {array.shape[0]}x{array.shape[1]} (height x width), "
+            f"but the video's first frame is {size[0]}x{size[1]}; all frames and masks of a video have one size"
+        )
+    return array
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    return UserError(f"{path}: cannot be read as a picture ({_one_line(error)}); fetch the file again or remove it")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
