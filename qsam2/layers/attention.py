@@ -100,10 +100,15 @@ class QuantAttention(QuantizedAttention, Attention):
 class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
     """Rotary attention of the memory attention; q and k are quantized after rotary encoding.
 
-    The table of the model's own feature size is a buffer outside the state dict; another square size computes its own on each
-    call.
+    The table of the model's own feature size is a buffer outside the state dict; another square
+    size computes its own on each call.
     """
 
+    dropout_p: float
+    num_heads: int
+    internal_dim: int
+    rope_k_repeat: bool
+    rotary_theta: float
     rotary_cos: Tensor
     rotary_sin: Tensor
 

@@ -1,0 +1,103 @@
+"""What every layer with a quantized weight shares: its two quantizers, and one quantized weight an optimizer step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from qsam2.layers.adopt import adopt
+
+
+class CachedWeight(NamedTuple):
+    """A quantized weight and what it was computed from."""
+
+    tensor: Tensor
+    source: tuple[object, ...]
+    has_graph: bool
+
+
+class QuantizedLayer(nn.Module):
+    """A layer whose weight and input are fake-quantized; a quantizer that is None leaves its tensor as it is (ours).
+
+    SAM2 calls a layer once a frame and once a click, its weight changes once an optimizer step: the quantized weight is
+    computed once and shared, gradients included. It keeps its graph until `backward` has gone through it: forwards that
+    share a weight take one `backward`; activation checkpointing has to be the non-reentrant one. A write through
+    `weight.data` goes unseen, as it does in autograd.
+    """
+
+    channel_dim: ClassVar[int]
+    """The weight's dimension that counts output channels."""
+
+    weight: Tensor
+    weight_quantizer: nn.Module | None
+    input_quantizer: nn.Module | None
+    _cached: CachedWeight | None
+
+    @classmethod
+    def from_float(
+        cls, layer: nn.Module, weight_quantizer: nn.Module | None = None, input_quantizer: nn.Module | None = None
+    ) -> Self:
+        """The quantized twin of `layer`; it shares the parameters and all attributes."""
+        module: Any = adopt(cls, layer)
+        module.weight_quantizer, module.input_quantizer = weight_quantizer, input_quantizer
+        module._cached = None
+        return module
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The fake-quantized input, of the same shape."""
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def quantized_weight(self) -> Tensor:
+        """The fake-quantized weight of this optimizer step, under autocast in its dtype."""
+        weight, quantizer = self.weight, self.weight_quantizer
+        if quantizer is None:
+            return weight
+        if torch.compiler.is_compiling():
+            return quantizer(weight)
+        tensors = [weight, *quantizer.parameters(), *quantizer.buffers()]
+        needs_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+        cached = self._cached
+        if cached is None or cached.source != _source(quantizer, tensors, dtype) or needs_graph > cached.has_graph:
+            # The plain hooks keep the graph out of activation checkpointing, which counts what it will recompute;
+            # an inference tensor could not serve a later training step.
+            plain = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
+            with torch.inference_mode(False), torch.set_grad_enabled(needs_graph), plain:
+                quantized = quantizer(weight).to(dtype)
+            if needs_graph:
+                quantized.register_hook(_forget(self))
+            elif torch.equal(quantized, weight):
+                quantized = weight.detach()  # a finalized weight needs no second copy
+            cached = CachedWeight(quantized, _source(quantizer, tensors, dtype), needs_graph)
+            self._cached = cached
+        return cached.tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._cached = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+
+def _source(quantizer: nn.Module, tensors: list[Tensor], dtype: torch.dtype) -> tuple[object, ...]:
+    state = getattr(quantizer, "state", None)
+    return (dtype, quantizer.training, state, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+
+
+def _forget(layer: QuantizedLayer) -> Callable[[Tensor], None]:
+    owner = weakref.ref(layer)
+
+    def forget(_: Tensor) -> None:
+        # backward frees this graph: the next forward builds its own
+        if (alive := owner()) is not None:
+            alive._cached = None
+
+    return forget

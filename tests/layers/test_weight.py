@@ -1,0 +1,267 @@
+"""Quantized layers: what they compute, and that a weight is quantized once an optimizer step, gradients included."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qsam2.layers.conv import QuantConv2d, QuantConvTranspose2d
+from qsam2.layers.linear import QuantLinear
+
+CLOSE = {"atol": 1e-6, "rtol": 1e-6}
+
+
+class Step(nn.Module):
+    """Stands for a quantizer: rounds to a learned step (straight-through), and counts its calls."""
+
+    def __init__(self, step: float = 0.1) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.tensor(step))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        scaled = x / self.step
+        return (scaled + (scaled.round() - scaled).detach()) * self.step
+
+
+def quantized_linear() -> QuantLinear:
+    return QuantLinear.from_float(nn.Linear(4, 3), Step(), Step(0.2))
+
+
+def reference(layer: QuantLinear, x: Tensor) -> Tensor:
+    """The same without any sharing."""
+    return F.linear(layer.input_quantizer(x), layer.weight_quantizer(layer.weight), layer.bias)
+
+
+def gradients(layer: nn.Module) -> dict[str, Tensor]:
+    grads = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    return grads
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    for name in theirs:
+        torch.testing.assert_close(
+            ours[name], theirs[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+FLOAT_LAYERS = {
+    "linear": (lambda: nn.Linear(6, 5), QuantLinear, (2, 3, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 5, bias=False), QuantLinear, (2, 6)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), QuantConv2d, (2, 4, 8, 8)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 7, padding=3, groups=4), QuantConv2d, (1, 4, 8, 8)),
+    "reflecting": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), QuantConv2d, (1, 2, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 4, 2, stride=2), QuantConvTranspose2d, (1, 6, 4, 4)),
+    "transposed, all options": (
+        lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1, dilation=2, bias=False),
+        QuantConvTranspose2d,
+        (1, 6, 4, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("build, twin, shape", FLOAT_LAYERS.values(), ids=FLOAT_LAYERS.keys())
+def test_a_layer_computes_the_float_layer_of_quantized_tensors(build, twin, shape):
+    layer, x = build(), torch.randn(shape)
+    quantized = twin.from_float(layer, Step(), Step(0.2))
+    output = quantized(x)
+    with torch.no_grad():
+        rounded = copy.deepcopy(layer)
+        rounded.weight.copy_(Step()(layer.weight))
+        torch.testing.assert_close(output, rounded(Step(0.2)(x)), **CLOSE)
+        assert not torch.equal(output, layer(x))
+    assert quantized.weight is layer.weight and quantized.bias is layer.bias
+    assert torch.equal(twin.from_float(layer)(x), layer(x)), "no quantizer, no change"
+    assert twin.from_float(layer).state_dict().keys() == layer.state_dict().keys()
+    assert repr(layer)[:-1] in repr(twin.from_float(layer)), "hyperparameters are kept"
+
+
+@pytest.mark.parametrize("build, twin, shape", FLOAT_LAYERS.values(), ids=FLOAT_LAYERS.keys())
+def test_channel_dim_counts_output_channels(build, twin, shape):
+    layer = build()
+    assert layer.weight.shape[twin.channel_dim] == layer(torch.randn(shape)).shape[-1 if twin is QuantLinear else 1]
+
+
+def test_many_calls_quantize_the_weight_once_and_give_all_gradients():
+    layer, inputs = quantized_linear(), [torch.randn(2, 4) for _ in range(5)]
+    sum(layer(x).square().sum() for x in inputs).backward()
+    assert layer.weight_quantizer.calls == 1
+    ours = gradients(layer)
+    sum(reference(layer, x).square().sum() for x in inputs).backward()
+    assert_same(ours, gradients(layer))
+
+
+def test_gradient_accumulation_builds_a_fresh_graph():
+    layer, inputs = quantized_linear(), [torch.randn(2, 4) for _ in range(3)]
+    for x in inputs:
+        layer(x).square().sum().backward()
+    assert layer.weight_quantizer.calls == len(inputs)
+    ours = gradients(layer)
+    for x in inputs:
+        reference(layer, x).square().sum().backward()
+    assert_same(ours, gradients(layer))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizer_steps_are_seen(fused):
+    layer, x = quantized_linear(), torch.randn(2, 4)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
+    for _ in range(3):
+        optimizer.zero_grad()
+        before = layer.quantized_weight().detach().clone()
+        layer(x).square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(layer.quantized_weight(), before)
+        assert torch.equal(layer(x), reference(layer, x))
+
+
+CHANGES = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "data replaced": lambda layer: setattr(layer.weight, "data", 2 * layer.weight.data),
+    "parameter replaced": lambda layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight)),
+    "state dict": lambda layer: layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}),
+    "state dict assigned": lambda layer: layer.load_state_dict(
+        {k: 2 * v for k, v in layer.state_dict().items()}, assign=True
+    ),
+    "quantizer parameter": lambda layer: layer.weight_quantizer.step.mul_(3),
+    "dtype there and back": lambda layer: layer.bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_changed_weight_is_quantized_anew(change, mode):
+    layer, x = quantized_linear(), torch.randn(2, 4)
+    with mode():
+        layer(x)
+        before = layer.quantized_weight().detach().clone()
+    with torch.no_grad():
+        change(layer)
+    with mode():
+        after = layer.quantized_weight()
+        assert not torch.equal(after, before)
+        assert torch.equal(after, layer.weight_quantizer(layer.weight))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_weight_is_cached_for_good(mode):
+    layer, x = quantized_linear(), torch.randn(2, 4)
+    with mode():
+        for _ in range(3):
+            layer(x)
+    assert layer.weight_quantizer.calls == 1
+
+
+def test_modes_do_not_spoil_each_other():
+    layer, x = quantized_linear(), torch.randn(2, 4)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).square().sum().backward()  # an inference tensor could not be saved for backward
+    ours = gradients(layer)
+    with torch.no_grad():
+        layer(x)
+    loss = layer(x).square().sum()
+    with torch.inference_mode():
+        layer(x)
+    loss.backward()
+    assert_same(gradients(layer), ours)
+
+
+def test_frozen_parameters_still_pass_gradients_to_the_input():
+    layer = quantized_linear().requires_grad_(False)
+    with torch.inference_mode():
+        layer(torch.randn(2, 4))
+    x = torch.randn(2, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.abs().sum() > 0 and layer.weight_quantizer.calls == 1
+
+
+@pytest.mark.parametrize("uncheckpointed_first", [False, True])
+def test_activation_checkpointing(uncheckpointed_first):
+    layer, inputs = quantized_linear(), [torch.randn(2, 4, requires_grad=True) for _ in range(4)]
+
+    def loss(forward: Callable[[Tensor], Tensor], run: Callable[..., Tensor]) -> Tensor:
+        total = forward(inputs[0]).square().sum() if uncheckpointed_first else 0.0
+        return total + sum(run(lambda x: torch.tanh(forward(x)), x).square().sum() for x in inputs)
+
+    for _ in range(2):  # the second time stands for gradient accumulation
+        loss(layer, partial(checkpoint, use_reentrant=False)).backward()
+    ours = gradients(layer)
+    for _ in range(2):
+        loss(partial(reference, layer), lambda function, x: function(x)).backward()
+    assert_same(ours, gradients(layer))
+
+
+def test_checkpointing_shares_the_weight():
+    layer, inputs = quantized_linear(), [torch.randn(2, 4, requires_grad=True) for _ in range(4)]
+    sum(checkpoint(layer, x, use_reentrant=False).square().sum() for x in inputs).backward()
+    assert layer.weight_quantizer.calls == 1
+
+
+def test_autocast_casts_once_and_agrees():
+    layer, x = quantized_linear(), torch.randn(2, 4)
+    full = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.quantized_weight().dtype == torch.bfloat16
+        assert torch.equal(layer(x), reference(layer, x))
+        layer(x).float().square().sum().backward()
+        ours = gradients(layer)
+        reference(layer, x).float().square().sum().backward()
+        assert_same(ours, gradients(layer))
+    assert torch.equal(layer(x), full)
+
+
+def test_switching_between_training_and_evaluation_quantizes_anew():
+    layer, x = quantized_linear(), torch.randn(2, 4)
+    with torch.no_grad():
+        for training in (True, False, True):
+            layer.train(training)(x)
+    assert layer.weight_quantizer.calls == 3
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_start_without_the_cached_weight(duplicate):
+    layer, x = quantized_linear(), torch.randn(2, 4)
+    layer(x)
+    twin = duplicate(layer)
+    assert twin._cached is None and layer._cached is not None
+    with torch.no_grad():
+        twin.weight.mul_(2)
+        assert torch.equal(twin(x), reference(twin, x))
+        assert torch.equal(layer(x), reference(layer, x))
+
+
+def test_a_weight_on_its_grid_needs_no_second_copy():
+    layer = quantized_linear().requires_grad_(False)
+    layer.weight.copy_(layer.weight_quantizer(layer.weight))
+    with torch.no_grad():
+        assert layer.quantized_weight().data_ptr() == layer.weight.data_ptr()
+
+
+def test_layers_are_freed():
+    layer = quantized_linear()
+    layer(torch.randn(2, 4))
+    dead = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert dead() is None
+
+
+def test_compiled_and_exported_layers_agree():
+    layer, x = quantized_linear().eval(), torch.randn(2, 4)
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x), **CLOSE)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), **CLOSE)
