@@ -6,7 +6,7 @@ Ours: no video data ships with the package, so the demo, the tests and the pretr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 
 from qsam2.data.outlines import draw_outline
-from qsam2.data.sprites import Camera, Sprite, brighten, draw_background, draw_sprite
-from qsam2.data.textures import PHOTOGRAPHS, cut
+from qsam2.data.sprites import Bend, Sprite, add_grain, blend, brighten, draw_grain, draw_sprite
+from qsam2.data.textures import PHOTOGRAPHS, cut, cut_smooth
 from qsam2.data.video import Video
-from qsam2.data.warps import Wave, draw_wave
+from qsam2.data.warps import Wave, draw_wave, interpolate, positions, project, similarity
 from qsam2.errors import UserError
 
 FIRST_SEED = {"train": 0, "val": 1_000_000_000, "test": 2_000_000_000}
@@ -99,12 +99,18 @@ def moving_objects(
 
 @dataclass(frozen=True)
 class _Scene:
-    background: np.ndarray
-    camera: Camera
+    background: np.ndarray  # RGB, its middle at the scene's origin
+    camera: tuple[Wave, Wave, Wave, Wave]  # x, y, angle, log2 of the zoom
     sprites: Sequence[Sprite]  # from far to near
     light: Wave
-    noise: np.ndarray | None
+    grain: np.ndarray | None
+    shutter: float  # the part of a frame's time during which things smear
     num_objects: int
+
+    def view(self, time: float, size: tuple[int, int]) -> np.ndarray:
+        """Matrix (3, 3) from the scene to the frame's pixels."""
+        x, y, angle, zoom = (wave(time) for wave in self.camera)
+        return similarity(size[1] / 2 + x, size[0] / 2 + y, angle, 2**zoom)
 
 
 @lru_cache(maxsize=2)
@@ -112,21 +118,27 @@ def _render(seed: int, size: tuple[int, int], max_objects: int, index: int) -> t
     scene = _scene(seed, size, max_objects)
     frame, labels = _compose(scene, size, index)
     frame = brighten(frame, scene.light(index))
-    if scene.noise is not None:
-        height, width = size
-        top, left = np.random.default_rng((seed, index)).integers(0, 64, 2)
-        grain = scene.noise[top : top + height, left : left + width]
-        frame = cv2.subtract(cv2.add(frame, grain[..., :3]), grain[..., 3:])
-    return frame, labels
+    return (frame if scene.grain is None else add_grain(frame, scene.grain, index)), labels
 
 
 def _compose(scene: _Scene, size: tuple[int, int], time: float) -> tuple[np.ndarray, np.ndarray]:
-    view = scene.camera.view(time, size)
-    frame = draw_background(scene.background, view, size)
+    view = scene.view(time, size)
+    middle = similarity(scene.background.shape[1] / 2, scene.background.shape[0] / 2)
+    seen = positions(middle @ np.linalg.inv(view), size)
+    frame = interpolate(scene.background, *seen, cv2.BORDER_REFLECT_101)
     labels = np.zeros(size, np.uint8)
     for sprite in scene.sprites:
-        draw_sprite(frame, labels, sprite, view, time)
+        blur = _way(scene, sprite, size, time) if scene.shutter else None
+        draw_sprite(frame, labels, sprite, view, time, blur)
     return frame, labels
+
+
+def _way(scene: _Scene, sprite: Sprite, size: tuple[int, int], time: float) -> np.ndarray | None:
+    """How far the sprite's middle goes while the shutter is open, in (x, y) pixels; None for less than two."""
+    middle = np.array([[sprite.picture.shape[0] / 2] * 2])
+    ends = (time - scene.shutter / 2, time + scene.shutter / 2)
+    start, end = (project(scene.view(end, size) @ sprite.placement(end), middle)[0] for end in ends)
+    return end - start if np.abs(end - start).max() >= 2 else None
 
 
 @lru_cache(maxsize=8)
@@ -143,65 +155,87 @@ def _scene(seed: int, size: tuple[int, int], max_objects: int) -> _Scene:
 
 def _draw_scene(rng: np.random.Generator, size: tuple[int, int], max_objects: int) -> _Scene:
     height, width = size
-    unit = min(size)
     hard = rng.uniform()  # 0 easy, 1 hard
     photo = int(rng.integers(len(PHOTOGRAPHS)))
-    background = cut(rng, int(1.5 * height), int(1.5 * width), photo)
-    reach = unit * 0.2 * hard * (rng.random() < 0.7)
-    camera = Camera(
-        draw_wave(rng, 0, reach, (24, 60)),
-        draw_wave(rng, 0, reach * 0.7, (24, 60)),
-        draw_wave(rng, 0, 0.25 * hard * (rng.random() < 0.4), (24, 60)),
-        draw_wave(rng, 0, 0.4 * hard * (rng.random() < 0.5), (24, 60)),
-    )
     num_objects = int(rng.integers(1, max_objects + 1))
-    sprites = []
+    objects = []
     for object_id in range(1, num_objects + 1):
         same = photo if rng.random() < 0.35 * hard else None
-        sprites.append(_draw_object(rng, size, hard, object_id, _picture(rng, unit, same, num_objects)))
-    for _ in range(int(rng.binomial(3, 0.15 + 0.5 * hard))):
-        sprites.append(_distractor(rng, size, hard, sprites[int(rng.integers(num_objects))]))
-    sprites = [sprites[index] for index in rng.permutation(len(sprites))]
-    grain = int(rng.integers(0, 4 + round(14 * hard)))
-    noise = rng.integers(0, grain, (height + 64, width + 64, 6), dtype=np.uint8) if grain > 3 else None
+        objects.append(_draw_object(rng, size, hard, object_id, _draw_picture(rng, min(size), same, num_objects)))
+    others = [
+        _draw_distractor(rng, size, hard, objects[int(rng.integers(num_objects))])
+        for _ in range(int(rng.binomial(3, 0.15 + 0.5 * hard)))
+    ]
+    movers = [*objects, *others]
+    sprites = [part for index in rng.permutation(len(movers)) for part in _with_parts(rng, hard, movers[index])]
+    if rng.random() < 0.1 + 0.25 * hard:
+        sprites.append(_draw_screen(rng, size, photo))
+    strength = int(rng.integers(0, 4 + round(14 * hard)))
     return _Scene(
-        background, camera, sprites, draw_wave(rng, rng.uniform(-0.3, 0.2), 0.4 * hard, (16, 50)), noise, num_objects
+        background=cut(rng, int(1.5 * height), int(1.5 * width), photo),
+        camera=_draw_camera(rng, min(size), hard),
+        sprites=sprites,
+        light=draw_wave(rng, rng.uniform(-0.3, 0.2), rng.uniform(0, 0.5) * hard, (16, 50)),
+        grain=draw_grain(rng, size, strength) if strength > 3 else None,
+        shutter=rng.uniform(0.2, 0.7) if rng.random() < 0.4 else 0.0,
+        num_objects=num_objects,
     )
 
 
-def _picture(rng: np.random.Generator, unit: int, photo: int | None, num_objects: int) -> np.ndarray:
-    """A shape filled with the patch of a photograph, RGBA uint8 (S, S, 4)."""
+def _draw_camera(rng: np.random.Generator, unit: int, hard: float) -> tuple[Wave, Wave, Wave, Wave]:
+    """Still, or a slow pan, turn and zoom; at times shaken by the hand that holds it."""
+    pan = unit * 0.2 * hard * (rng.random() < 0.7)
+    shake = unit * 0.004 * rng.uniform(0, 1) * (rng.random() < 0.4)
+    x, y = (draw_wave(rng, 0, reach, (24, 60)) + draw_wave(rng, 0, shake, (4, 10)) for reach in (pan, 0.6 * pan))
+    angle = draw_wave(rng, 0, 0.25 * hard * (rng.random() < 0.4), (24, 60))
+    return x, y, angle, draw_wave(rng, 0, 0.4 * hard * (rng.random() < 0.5), (24, 60))
+
+
+def _draw_picture(rng: np.random.Generator, unit: int, photo: int | None, num_objects: int) -> np.ndarray:
+    """A shape with the texture of one photograph or two, RGBA uint8 (S, S, 4)."""
     largest = 0.75 if num_objects == 1 else 0.6
-    side = int(unit * 2 ** rng.uniform(np.log2(0.2), np.log2(largest))) // 8 * 8
-    colours = cut(rng, side, side, photo)
+    side = max(int(unit * 2 ** rng.uniform(np.log2(0.2), np.log2(largest))) // 8 * 8, 16)
+    colours = cut(rng, side, side, photo) if rng.random() < 0.85 else cut_smooth(rng, side, side)
+    if rng.random() < 0.35:  # a part of another colour
+        part = np.roll(draw_outline(rng, side), rng.integers(0, side, 2), (0, 1))
+        blend(colours, cut(rng, side, side), part)
+    if rng.random() < 0.4:  # lit from one side
+        shade = draw_wave(rng, 0, rng.uniform(0, 0.6), (2, 3))
+        columns = np.array([shade(x / side) for x in range(side)])
+        gain = np.rint(256 * 2**columns).astype(np.int32)[:, None]
+        colours = np.clip(colours * gain >> 8, 0, 255).astype(np.uint8)
     return np.dstack([colours, draw_outline(rng, side)])
 
 
 def _draw_object(
     rng: np.random.Generator, size: tuple[int, int], hard: float, object_id: int, picture: np.ndarray
 ) -> Sprite:
+    """The motion of a ``picture``: it sways about a place within the frame, so that what leaves may come back."""
     height, width = size
-    speed = (0.25 + 0.75 * hard) * rng.uniform(0.3, 1.0)
     leaves = rng.random() < 0.15 + 0.3 * hard
-    reach = speed * (0.9 if leaves else 0.4)
-    period = (20, 56)
-    bends = rng.random() < 0.7
+    reach = (0.25 + 0.75 * hard) * rng.uniform(0.3, 1.0) * (0.9 if leaves else 0.4)
+    period = (24, 64)
+    bend = Bend(
+        rng.uniform(0.01, 0.02 + 0.06 * hard),
+        tuple(draw_wave(rng, p, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.1)) for p in rng.uniform(0, 6.3, 2)),
+        tuple(rng.uniform(0.5, 1.6, 2)),
+    )
     return Sprite(
         picture,
         object_id,
-        draw_wave(rng, rng.uniform(-0.42, 0.42) * width, reach * width, period),
-        draw_wave(rng, rng.uniform(-0.42, 0.42) * height, reach * height, period),
-        draw_wave(rng, rng.uniform(-np.pi, np.pi), rng.uniform(0, 0.8) * hard, period, rng.normal(0, 0.04) * hard),
-        draw_wave(rng, 0, rng.uniform(0, 0.6) * hard, period),
-        draw_wave(rng, rng.uniform(-0.4, 0.4), rng.uniform(0, 0.6) * hard, period),
-        draw_wave(rng, rng.uniform(-0.2, 0.2), rng.uniform(0, 0.5) * hard, period),
-        rng.uniform(0.01, 0.02 + 0.06 * hard) if bends else 0.0,
-        tuple(draw_wave(rng, p, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.15)) for p in rng.uniform(0, 6.3, 2)),
-        tuple(rng.uniform(0.5, 1.6, 2)),
+        x=draw_wave(rng, rng.uniform(-0.42, 0.42) * width, reach * width, period),
+        y=draw_wave(rng, rng.uniform(-0.42, 0.42) * height, reach * height, period),
+        angle=draw_wave(
+            rng, rng.uniform(-np.pi, np.pi), rng.uniform(0, 0.8) * hard, period, rng.normal(0, 0.04) * hard
+        ),
+        size=draw_wave(rng, 0, rng.uniform(0, 0.6) * hard, period),
+        aspect=draw_wave(rng, rng.uniform(-0.4, 0.4), rng.uniform(0, 0.6) * hard, period),
+        light=draw_wave(rng, rng.uniform(-0.2, 0.2), rng.uniform(0, 0.5) * hard, period),
+        bend=bend if rng.random() < 0.7 else None,
     )
 
 
-def _distractor(rng: np.random.Generator, size: tuple[int, int], hard: float, like: Sprite) -> Sprite:
+def _draw_distractor(rng: np.random.Generator, size: tuple[int, int], hard: float, like: Sprite) -> Sprite:
     """A thing that is not annotated and shares the texture, the outline or both with an object."""
     side = like.picture.shape[0]
     picture = like.picture.copy()
@@ -211,3 +245,59 @@ def _distractor(rng: np.random.Generator, size: tuple[int, int], hard: float, li
     elif kind < 0.7:
         picture[..., :3] = cut(rng, side, side)
     return _draw_object(rng, size, hard, 0, picture)
+
+
+def _with_parts(rng: np.random.Generator, hard: float, body: Sprite) -> list[Sprite]:
+    """The body, at times with limbs that swing and with a shadow; from far to near."""
+    side = body.picture.shape[0]
+    parts = [body]
+    for _ in range(int(rng.integers(1, 4)) if rng.random() < 0.3 else 0):
+        direction = rng.uniform(-np.pi, np.pi)
+        joint = side * (0.5 + 0.22 * np.array([np.cos(direction), np.sin(direction)]))
+        limb = replace(
+            body,
+            picture=np.dstack([np.roll(body.picture[..., :3], side // 3, 0), _limb_outline(rng, side)]),
+            x=Wave(joint[0]),
+            y=Wave(joint[1]),
+            angle=draw_wave(rng, direction, rng.uniform(0.1, 0.7), (8, 30)),
+            size=Wave(0.0),
+            aspect=Wave(rng.uniform(-0.6, 0.0)),
+            bend=None,
+            pivot=(0.12, 0.5),
+            parent=body,
+        )
+        parts.insert(int(rng.integers(len(parts) + 1)), limb)
+    if rng.random() < 0.2:
+        opacity = (body.picture[..., 3] * int(rng.integers(60, 115)) / 255).astype(np.uint8)
+        shadow = np.dstack([np.zeros((side, side, 3), np.uint8), opacity])
+        aside = side * rng.uniform(-0.2, 0.2, 2)
+        x, y = replace(body.x, start=body.x.start + aside[0]), replace(body.y, start=body.y.start + aside[1])
+        parts.insert(0, replace(body, picture=shadow, object_id=0, x=x, y=y))
+    return parts
+
+
+def _limb_outline(rng: np.random.Generator, side: int) -> np.ndarray:
+    """An ellipse along x, opacity uint8 (side, side)."""
+    grid = np.arange(side) - side // 2
+    long, short = side // 2 - 3, max(int(side * rng.uniform(0.06, 0.16)), 2)
+    inside = (grid[None] * short) ** 2 + (grid[:, None] * long) ** 2 < (long * short) ** 2
+    return np.where(inside, 255, 0).astype(np.uint8)
+
+
+def _draw_screen(rng: np.random.Generator, size: tuple[int, int], photo: int) -> Sprite:
+    """A long thing that stands in front of all others, not annotated, and hides what passes behind it."""
+    side = int(1.2 * max(size)) // 8 * 8
+    texture = photo if rng.random() < 0.5 else None
+    width = max(int(side * rng.uniform(0.05, 0.14)), 4)
+    opacity = np.zeros((side, side), np.uint8)
+    edge = (rng.integers(-1, 2, side).cumsum() // 3).clip(-width // 2, width // 2)
+    columns = np.arange(side)[None] - side // 2 - edge[:, None]
+    opacity[np.abs(columns) < width // 2] = 255
+    opacity[[0, -1]] = 0
+    return Sprite(
+        np.dstack([cut(rng, side, side, texture), opacity]),
+        0,
+        x=Wave(rng.uniform(-0.4, 0.4) * size[1]),
+        y=Wave(rng.uniform(-0.4, 0.4) * size[0]),
+        angle=Wave(rng.normal(0, 0.3) + np.pi / 2 * rng.integers(2)),
+    )

@@ -10,7 +10,7 @@ _ANGLES = 1024
 
 
 def draw_outline(rng: np.random.Generator, side: int) -> np.ndarray:
-    """The opacity of a random shape that fills its canvas, uint8 (side, side): 0 outside, 255 inside, soft by a pixel."""
+    """The opacity of a random shape that fills its canvas, uint8 (side, side): 0 outside, 255 inside, a soft edge."""
     fine = 2 * side  # two samples a pixel each way, for the soft edge
     reach = fine / 2 - 4
     parts = int(rng.choice(4, p=(0.45, 0.25, 0.2, 0.1)))

@@ -1,4 +1,4 @@
-"""Layers that move over a background: how a frame and its label map are composed."""
+"""Pictures that move over a background: how a frame and its label map are composed."""
 
 from __future__ import annotations
 
@@ -7,22 +7,35 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from qsam2.data.warps import Wave, interpolate, positions, ripple, sample, similarity
+from qsam2.data.warps import Wave, corners, interpolate, positions, project, ripple, similarity
+
+_STILL = Wave(0.0)
+
+
+@dataclass(frozen=True)
+class Bend:
+    """A sway of the outline: ``reach`` in parts of the picture, two phases in radians, two numbers of periods."""
+
+    reach: float
+    phases: tuple[Wave, Wave]
+    waves: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """A picture with opacity and its motion; positions are in frame pixels from the middle of the frame.
+    """A picture with opacity and its motion, in the pixels of the scene, whose origin is the middle of the frame.
 
     Attributes:
-        picture: RGBA, uint8 (S, S, 4).
-        object_id: the object it belongs to, 0 for what is not annotated.
-        x, y: where its middle is.
+        picture: RGBA, uint8 (S, S, 4), without opacity along its edges.
+        object_id: the object it shows, 0 for what is not annotated.
+        x, y: where its pivot is; in the picture of its ``parent``, when it has one.
         angle: turn in radians.
         size: log2 of its scale.
         aspect: log2 of its stretch in x, as when a flat thing turns away.
         light: log2 of its brightness.
-        bend: how far its outline sways, in parts of S; ``bend_phase`` in radians, ``bend_waves`` periods in S.
+        bend: the sway of its outline.
+        pivot: the point of the picture, in parts of S, about which it turns.
+        parent: the sprite that carries it, as a body carries a limb.
     """
 
     picture: np.ndarray
@@ -30,78 +43,80 @@ class Sprite:
     x: Wave
     y: Wave
     angle: Wave
-    size: Wave
-    aspect: Wave
-    light: Wave
-    bend: float
-    bend_phase: tuple[Wave, Wave]
-    bend_waves: tuple[float, float]
+    size: Wave = _STILL
+    aspect: Wave = _STILL
+    light: Wave = _STILL
+    bend: Bend | None = None
+    pivot: tuple[float, float] = (0.5, 0.5)
+    parent: Sprite | None = None
 
     def placement(self, time: float) -> np.ndarray:
         """Matrix (3, 3) from the picture's pixels to the scene's at ``time`` in frames."""
-        half = self.picture.shape[0] / 2
+        side = self.picture.shape[0]
         scale, aspect = 2 ** self.size(time), 2 ** self.aspect(time)
-        return similarity(self.x(time), self.y(time), self.angle(time), scale, aspect) @ similarity(-half, -half)
+        moved = similarity(self.x(time), self.y(time), self.angle(time), scale, aspect)
+        own = moved @ similarity(-self.pivot[0] * side, -self.pivot[1] * side)
+        return self.parent.placement(time) @ own if self.parent else own
 
 
-@dataclass(frozen=True)
-class Camera:
-    """What the camera does: it moves by (x, y) pixels, turns by ``angle`` radians and zooms by 2 ** ``zoom``."""
-
-    x: Wave
-    y: Wave
-    angle: Wave
-    zoom: Wave
-
-    def view(self, time: float, size: tuple[int, int]) -> np.ndarray:
-        """Matrix (3, 3) from the scene, whose origin is the middle, to the pixels of a (height, width) frame."""
-        height, width = size
-        moved = similarity(self.x(time), self.y(time), self.angle(time), 2 ** self.zoom(time))
-        return similarity(width / 2, height / 2) @ moved
-
-
-def draw_background(picture: np.ndarray, view: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """``picture`` (RGB, uint8), its middle at the scene's origin, as the camera's ``view`` sees it; uint8 (height, width, 3)."""
-    centred = similarity(picture.shape[1] / 2, picture.shape[0] / 2)
-    return sample(picture, centred @ np.linalg.inv(view), size, cv2.BORDER_REFLECT_101)
-
-
-def draw_sprite(frame: np.ndarray, labels: np.ndarray, sprite: Sprite, view: np.ndarray, time: float) -> None:
+def draw_sprite(
+    frame: np.ndarray, labels: np.ndarray, sprite: Sprite, view: np.ndarray, time: float, blur: np.ndarray | None = None
+) -> None:
     """Lays ``sprite`` over ``frame`` (uint8 (H, W, 3)) and its object id over ``labels`` (uint8 (H, W)), in place.
 
-    A pixel belongs to the sprite where its opacity is at least one half.
+    A pixel belongs to the sprite where its opacity is at least one half. ``view`` (3, 3) goes from the scene to the
+    frame; ``blur`` is the way in (x, y) pixels that it moves while the shutter is open, which does not widen its label.
     """
     side = sprite.picture.shape[0]
     matrix = view @ sprite.placement(time)
-    sway = sprite.bend * side
-    corners = matrix[:2] @ np.array(
-        [[-sway, side + sway, -sway, side + sway], [-sway, -sway, side + sway, side + sway], [1, 1, 1, 1]]
-    )
-    left, top = np.maximum(np.floor(corners.min(1)).astype(int) - 1, 0)
-    right, bottom = np.minimum(np.ceil(corners.max(1)).astype(int) + 2, (frame.shape[1], frame.shape[0]))
+    sway = sprite.bend.reach * side if sprite.bend else 0.0
+    outline = project(matrix, corners(side, side, sway))
+    spread = np.zeros(2) if blur is None else np.abs(blur) / 2
+    left, top = np.maximum(np.floor(outline.min(0) - spread).astype(int) - 1, 0)
+    right, bottom = np.minimum(np.ceil(outline.max(0) + spread).astype(int) + 2, (frame.shape[1], frame.shape[0]))
     if right <= left or bottom <= top:
         return
-    x, y = positions(np.linalg.inv(matrix), (bottom - top, right - left), (left, top))
+    inverse = np.linalg.inv(matrix)
+    x, y = positions(inverse, (bottom - top, right - left), (left, top))
     if sprite.bend:
-        phase = sprite.bend_phase[0](time), sprite.bend_phase[1](time)
-        ripple(x, y, side, (sway, sway), phase, sprite.bend_waves)
+        phases = sprite.bend.phases[0](time), sprite.bend.phases[1](time)
+        ripple(x, y, (side, side), (sway, sway), phases, sprite.bend.waves)
     layer = interpolate(sprite.picture, x, y)
-    opacity = layer[..., 3]
-    window = frame[top:bottom, left:right]
-    blend(window, brighten(layer[..., :3], sprite.light(time)), opacity)
-    labels[top:bottom, left:right][opacity >= 128] = sprite.object_id
+    inside = layer[..., 3] >= 128
+    if blur is not None:
+        layer = _smear(sprite.picture, x, y, inverse[:2, :2] @ blur)
+    colours = brighten(layer[..., :3], sprite.light(time))
+    blend(frame[top:bottom, left:right], colours, layer[..., 3])
+    labels[top:bottom, left:right][inside] = sprite.object_id
 
 
 def blend(below: np.ndarray, above: np.ndarray, opacity: np.ndarray) -> None:
-    """Lays ``above`` over ``below`` (both uint8 (H, W, 3)) with ``opacity`` uint8 (H, W), in place."""
-    weight = opacity.astype(np.int16)[..., None] + (opacity >> 7)[..., None]  # 0 to 256
-    difference = above.astype(np.int16) - below
-    below += ((difference.astype(np.int32) * weight + 128) >> 8).astype(
-        np.uint8
-    )  # adds modulo 256: exact for negatives
+    """Lays ``above`` over ``below`` (both uint8 (H, W, 3)) with ``opacity`` (uint8 (H, W)), in place."""
+    weight = (opacity.astype(np.int32) + (opacity >> 7))[..., None]  # 0 to 256
+    difference = above.astype(np.int32) - below
+    below += ((difference * weight + 128) >> 8).astype(np.uint8)  # modulo 256, so that it also subtracts
 
 
 def brighten(image: np.ndarray, light: float) -> np.ndarray:
     """``image`` (uint8) times 2 ** ``light``, saturated."""
     gain = int(np.rint(256 * 2**light))
     return cv2.LUT(image, np.minimum(np.arange(256) * gain >> 8, 255).astype(np.uint8))
+
+
+def draw_grain(rng: np.random.Generator, size: tuple[int, int], strength: int) -> np.ndarray:
+    """Noise to add (three channels) and to subtract (three), below ``strength``; uint8, larger than (height, width)."""
+    return rng.integers(0, strength, (size[0] + 64, size[1] + 64, 6), dtype=np.uint8)
+
+
+def add_grain(frame: np.ndarray, grain: np.ndarray, index: int) -> np.ndarray:
+    """``frame`` (uint8 (H, W, 3)) with another piece of ``grain`` at every ``index``."""
+    top, left = index * 29 % 64, index * 47 % 63
+    window = grain[top : top + frame.shape[0], left : left + frame.shape[1]]
+    return cv2.subtract(cv2.add(frame, window[..., :3]), window[..., 3:])
+
+
+def _smear(picture: np.ndarray, x: np.ndarray, y: np.ndarray, way: np.ndarray) -> np.ndarray:
+    """The mean of ``picture`` at five positions along ``way`` (in its pixels)."""
+    steps = np.rint(way[:, None] * (np.arange(-2, 3) / 5 * 65536)).astype(np.int32)  # (2, 5)
+    total = sum(interpolate(picture, x + dx, y + dy).astype(np.uint16) for dx, dy in steps.T)
+    return (total // 5).astype(np.uint8)

@@ -1,7 +1,7 @@
 """Smooth motion and fixed-point image warping: the same pixels on every machine.
 
-Positions are rounded to integers before they touch an image and OpenCV interpolates uint8 images with integer weights,
-so a result depends neither on the processor's vector units nor on the number of threads.
+Matrices and positions are rounded to a fixed grid before they touch an image and OpenCV interpolates uint8 images with
+integer weights, so a result depends neither on the processor's vector units nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-_BITS = 12  # fraction bits of a position while it is computed
+_BITS = 16  # fraction bits of a position while it is computed
 _STEPS = 5  # fraction bits that cv2.remap interpolates with: 1/32 pixel
 
 
 @dataclass(frozen=True)
 class Wave:
-    """A smooth random function of time: ``start`` at frame 0, then a drift and a sum of sines."""
+    """A smooth function of time: ``start`` at frame 0, then a drift and a sum of sines."""
 
     start: float
     drift: float = 0.0
@@ -30,18 +30,27 @@ class Wave:
         waves = zip(self.amplitudes, self.frequencies, self.phases, strict=True)
         return self.start + self.drift * time + sum(a * (np.sin(f * time + p) - np.sin(p)) for a, f, p in waves)
 
+    def __add__(self, other: Wave) -> Wave:
+        return Wave(
+            self.start + other.start,
+            self.drift + other.drift,
+            self.amplitudes + other.amplitudes,
+            self.frequencies + other.frequencies,
+            self.phases + other.phases,
+        )
+
 
 def draw_wave(
     rng: np.random.Generator, start: float, reach: float, period: tuple[float, float], drift: float = 0.0
 ) -> Wave:
-    """A random ``Wave`` of two sines that sways about ``reach`` to each side; ``period`` in frames (shortest, longest)."""
+    """A random ``Wave`` of two sines that sways by about ``reach``; ``period`` is (shortest, longest) in frames."""
     share = rng.uniform(0.55, 0.9)
-    periods = rng.uniform(period[0], period[1]), rng.uniform(period[0], period[1]) / 2
+    long, short = rng.uniform(*period), rng.uniform(*period) / 2
     return Wave(
         start,
         drift,
         (reach * share, reach * (1 - share)),
-        tuple(2 * np.pi / p for p in periods),
+        (2 * np.pi / long, 2 * np.pi / short),
         tuple(rng.uniform(0, 2 * np.pi, 2)),
     )
 
@@ -52,43 +61,63 @@ def similarity(x: float, y: float, angle: float = 0.0, scale: float = 1.0, aspec
     return np.array([[aspect * cos, -sin, x], [aspect * sin, cos, y], [0, 0, 1]])
 
 
+def project(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The points (n, 2) as (x, y) taken through a ``matrix`` (3, 3)."""
+    homogeneous = np.column_stack([points, np.ones(len(points))]) @ matrix.T
+    return homogeneous[:, :2] / homogeneous[:, 2:]
+
+
+def corners(height: float, width: float, margin: float = 0.0) -> np.ndarray:
+    """The four corners (4, 2) as (x, y) of a (height, width) window that is wider by ``margin`` on each side."""
+    low, right, bottom = -margin, width + margin, height + margin
+    return np.array([[low, low], [right, low], [right, bottom], [low, bottom]])
+
+
 def positions(
     matrix: np.ndarray, size: tuple[int, int], origin: tuple[int, int] = (0, 0)
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where ``matrix`` (3, 3) takes the pixels of a window: x and y as int32 (height, width) in 1/4096 pixel.
+    """Where ``matrix`` (3, 3) takes the pixels of a window: x and y as int32 (height, width) in 1/65536 pixel.
 
-    ``size`` is the window's (height, width) and ``origin`` the (x, y) of its first pixel.
+    ``size`` is the window's (height, width) and ``origin`` the (x, y) of its first pixel. The last element of
+    ``matrix`` must not be 0.
     """
-    fixed = np.rint(matrix[:2] * (1 << _BITS)).astype(np.int64)
+    matrix = matrix / matrix[2, 2]
+    fixed = np.rint(matrix[:2] * (1 << _BITS))
     us = np.arange(origin[0], origin[0] + size[1])
     vs = np.arange(origin[1], origin[1] + size[0])[:, None]
-    x = (fixed[0, 0] * us + fixed[0, 2]).astype(np.int32) + (fixed[0, 1] * vs).astype(np.int32)
-    y = (fixed[1, 0] * us + fixed[1, 2]).astype(np.int32) + (fixed[1, 1] * vs).astype(np.int32)
+    tilt = np.rint(matrix[2, :2] * 2.0**40) / 2.0**40
+    if tilt.any():
+        depth = tilt[0] * us + tilt[1] * vs + 1
+        x, y = ((row[0] * us + row[1] * vs + row[2]) / depth for row in fixed)
+        return np.rint(x).astype(np.int32), np.rint(y).astype(np.int32)
+    x, y = ((row[0] * us + row[2]).astype(np.int32) + (row[1] * vs).astype(np.int32) for row in fixed)
     return x, y
 
 
 def ripple(
     x: np.ndarray,
     y: np.ndarray,
-    size: int,
+    size: tuple[int, int],
     reach: tuple[float, float],
     phase: tuple[float, float],
     waves: tuple[float, float],
 ) -> None:
-    """Bends positions in place: x sways as a sine of y and y as a sine of x.
+    """Bends positions in place: x sways by a sine of y, y by a sine of x.
 
-    ``size`` is the side of the square they lie in, ``reach`` the sway in pixels, ``waves`` the number of periods in ``size``.
+    ``size`` is the (height, width) of the picture they lie in, ``reach`` the sway in x and y in pixels, ``phase`` is in
+    radians and ``waves`` the number of periods along the picture.
     """
-    along = np.arange(size) * (2 * np.pi / size)
-    sway_x = np.rint(reach[0] * (1 << _BITS) * np.sin(waves[0] * along + phase[0])).astype(np.int32)
-    sway_y = np.rint(reach[1] * (1 << _BITS) * np.sin(waves[1] * along + phase[1])).astype(np.int32)
-    columns = np.clip(x >> _BITS, 0, size - 1)
-    x += sway_x[np.clip(y >> _BITS, 0, size - 1)]
-    y += sway_y[columns]
+    sway_x, sway_y = (
+        np.rint(reach[axis] * (1 << _BITS) * np.sin(np.arange(side) * (2 * np.pi * waves[axis] / side) + phase[axis]))
+        for axis, side in enumerate(size)
+    )
+    columns = np.clip(x >> _BITS, 0, size[1] - 1)
+    x += sway_x.astype(np.int32)[np.clip(y >> _BITS, 0, size[0] - 1)]
+    y += sway_y.astype(np.int32)[columns]
 
 
-def interpolate(image: np.ndarray, x: np.ndarray, y: np.ndarray, border: int = cv2.BORDER_CONSTANT) -> np.ndarray:
-    """``image`` (uint8) at positions in 1/4096 pixel, bilinear to 1/32 pixel with integer weights."""
+def interpolate(image: np.ndarray, x: np.ndarray, y: np.ndarray, border: int = cv2.BORDER_REPLICATE) -> np.ndarray:
+    """``image`` (uint8) at positions in 1/65536 pixel, bilinear to 1/32 pixel with integer weights."""
     x, y = x >> (_BITS - _STEPS), y >> (_BITS - _STEPS)
     whole = np.stack([x >> _STEPS, y >> _STEPS], axis=-1).astype(np.int16)
     low = (1 << _STEPS) - 1
@@ -96,8 +125,15 @@ def interpolate(image: np.ndarray, x: np.ndarray, y: np.ndarray, border: int = c
     return cv2.remap(image, whole, part, cv2.INTER_LINEAR, borderMode=border)
 
 
-def sample(
-    image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], border: int = cv2.BORDER_CONSTANT
-) -> np.ndarray:
-    """``image`` (uint8) at the positions where ``matrix`` (3, 3) takes the pixels of a ``size`` window."""
-    return interpolate(image, *positions(matrix, size), border)
+def nearest(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """``image`` (height, width) at the pixels nearest to positions in 1/65536 pixel, its edge repeated outside."""
+    half = 1 << (_BITS - 1)
+    columns = np.clip((x + half) >> _BITS, 0, image.shape[1] - 1)
+    return image[np.clip((y + half) >> _BITS, 0, image.shape[0] - 1), columns]
+
+
+def halve(image: np.ndarray) -> np.ndarray:
+    """``image`` (uint8 (H, W, C)) at half its size, each pixel the rounded mean of four; odd last lines are dropped."""
+    fine = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2].astype(np.uint16)
+    total = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
+    return ((total + 2) >> 2).astype(np.uint8)
