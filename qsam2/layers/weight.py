@@ -65,17 +65,21 @@ class QuantizedLayer(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
         cached = self._cached
-        if cached is None or cached.source != _source(quantizer, tensors, dtype) or needs_graph > cached.has_graph:
-            # The plain hooks keep the graph out of activation checkpointing, which counts what it will recompute;
+        if (
+            cached is None
+            or cached.source != _source(tensors, dtype, quantizer.training)
+            or needs_graph > cached.has_graph
+        ):
+            # Own hooks keep the graph out of activation checkpointing, which counts what it will recompute;
             # an inference tensor could not serve a later training step.
-            plain = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
-            with torch.inference_mode(False), torch.set_grad_enabled(needs_graph), plain:
+            own = torch.autograd.graph.saved_tensors_hooks(_save, _saved)
+            with torch.inference_mode(False), torch.set_grad_enabled(needs_graph), own:
                 quantized = quantizer(weight).to(dtype)
             if needs_graph:
                 quantized.register_hook(_forget(self))
             elif torch.equal(quantized, weight):
                 quantized = weight.detach()  # a finalized weight needs no second copy
-            cached = CachedWeight(quantized, _source(quantizer, tensors, dtype), needs_graph)
+            cached = CachedWeight(quantized, _source(tensors, dtype, quantizer.training), needs_graph)
             self._cached = cached
         return cached.tensor
 
@@ -87,9 +91,19 @@ class QuantizedLayer(nn.Module):
         return {**self.__dict__, "_cached": None}
 
 
-def _source(quantizer: nn.Module, tensors: list[Tensor], dtype: torch.dtype) -> tuple[object, ...]:
-    state = getattr(quantizer, "state", None)
-    return (dtype, quantizer.training, state, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+def _source(tensors: list[Tensor], dtype: torch.dtype, training: bool) -> tuple[object, ...]:
+    return dtype, training, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
+def _save(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor.detach(), tensor._version
+
+
+def _saved(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:  # hooks switch off autograd's own check
+        raise RuntimeError("a weight or its quantizer was changed between forward and backward")
+    return tensor
 
 
 def _forget(layer: QuantizedLayer) -> Callable[[Tensor], None]:

@@ -179,6 +179,15 @@ def test_modes_do_not_spoil_each_other():
     assert_same(gradients(layer), ours)
 
 
+def test_a_weight_changed_before_backward_is_refused():
+    layer = quantized_linear()
+    loss = layer(torch.randn(2, 4)).sum()
+    with torch.no_grad():
+        layer.weight_quantizer.step.mul_(2)
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        loss.backward()
+
+
 def test_frozen_parameters_still_pass_gradients_to_the_input():
     layer = quantized_linear().requires_grad_(False)
     with torch.inference_mode():
