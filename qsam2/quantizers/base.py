@@ -1,0 +1,262 @@
+"""The base of all quantizers, for weights and activations: one state, one grid, one fake-quantization."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsam2.errors import UserError
+from qsam2.quantizers.distribution import Distribution
+from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize, to_levels
+from qsam2.quantizers.grid import Grid
+from qsam2.quantizers.observers import Observer
+from qsam2.recipe.quantizers import QuantizerSpec, Role
+
+
+class QuantizerState(Enum):
+    FLOAT = 0
+    OBSERVE = 1
+    QUANTIZE = 2
+    FROZEN = 3
+
+
+class Quantizer(nn.Module):
+    """Quantizes a weight or an activation; starts in FLOAT.
+
+    FLOAT: forward returns x. OBSERVE: records x and returns it. QUANTIZE: fake-quantizes with the current parameters
+    (in training mode running statistics follow). FROZEN: fake-quantizes with the stored scale and zero point only.
+    All tensors have their final shapes from the start: `scale`, `zero_point` are (num_channels,), (1,) for a tensor.
+
+    A method implements `_initialize`, `_scale_and_zero_point`, and where it needs them `_update_statistics`,
+    `learned_parameters`. Raises UserError, naming `name`, on what calibration got wrong.
+    """
+
+    frozen_scale: Tensor
+    frozen_zero_point: Tensor
+    state_code: Tensor
+    is_calibrated: Tensor
+
+    def __init__(
+        self, spec: QuantizerSpec, role: Role, *, num_channels: int = 1, channel_dim: int = 0, name: str = ""
+    ) -> None:
+        super().__init__()
+        self.grid = Grid.of(spec)
+        self.role: Role = role
+        self.channel_dim = channel_dim
+        self.num_channels = num_channels if spec.granularity == "channel" else 1
+        self.per_channel = spec.granularity == "channel"
+        self.name = name
+        self.spec = spec
+        self._state = QuantizerState.FLOAT
+        self._calibrated = False
+        self._observer: Observer | None = None
+        self.register_buffer("state_code", torch.tensor(self._state.value, dtype=torch.uint8))
+        self.register_buffer("is_calibrated", torch.tensor(0, dtype=torch.uint8))
+        self.register_buffer("frozen_scale", torch.ones(self.num_channels))
+        self.register_buffer("frozen_zero_point", torch.zeros(self.num_channels))
+
+    # What a method implements
+
+    def _initialize(self, seen: Distribution) -> None:
+        """Sets parameters and statistics from what was observed; runs without gradients."""
+        raise NotImplementedError
+
+    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point (C,), with the graph to the learned parameters."""
+        raise NotImplementedError
+
+    def _update_statistics(self, x: Tensor) -> None:
+        """Follows x: called for weights on each forward, for activations on each forward in training mode."""
+
+    def learned_parameters(self) -> list[nn.Parameter]:
+        """Learned steps and clips, for an optimizer group of their own."""
+        return []
+
+    # Grid
+
+    @property
+    def bits(self) -> int:
+        return self.grid.bits
+
+    @property
+    def qmin(self) -> int:
+        return self.grid.qmin
+
+    @property
+    def qmax(self) -> int:
+        return self.grid.qmax
+
+    @property
+    def scale(self) -> Tensor:
+        """Step (C,) > 0, detached."""
+        return self._current()[0].detach()
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Zero point (C,), float and integer-valued, or -0.5 on a mid-rise grid; detached."""
+        return self._current()[1].detach()
+
+    def _current(self) -> tuple[Tensor, Tensor]:
+        if self._state is QuantizerState.FROZEN:
+            return self.frozen_scale, self.frozen_zero_point
+        return self._scale_and_zero_point()
+
+    # State
+
+    @property
+    def state(self) -> QuantizerState:
+        return self._state
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a range was ever set, by `finish_observing`, `initialize_from` or a checkpoint."""
+        return self._calibrated
+
+    @state.setter
+    def state(self, state: QuantizerState) -> None:
+        """OBSERVE starts anew; QUANTIZE and FROZEN need a range; OBSERVE ends with `finish_observing` (or FLOAT)."""
+        if state in (QuantizerState.QUANTIZE, QuantizerState.FROZEN):
+            if self._state is QuantizerState.OBSERVE:
+                raise UserError(f"quantizer {self._label}: is observing, call finish_observing() before {state.name}")
+            if not self._calibrated:
+                raise UserError(
+                    f"quantizer {self._label}: has no range yet and cannot be {state.name}, calibrate it first"
+                )
+        if state is QuantizerState.FROZEN and self._state is not QuantizerState.FROZEN:
+            with torch.no_grad():
+                scale, zero_point = self._scale_and_zero_point()
+                self.frozen_scale.copy_(scale)
+                self.frozen_zero_point.copy_(zero_point)
+        self._observer = None
+        if state is QuantizerState.OBSERVE:
+            self._observer = Observer(self.num_channels, self._observed_dim)
+        self._state = state
+        self.state_code.fill_(state.value)
+
+    def finish_observing(self) -> None:
+        """OBSERVE -> QUANTIZE: sets the range from what all ranks observed. UserError if that is nothing."""
+        if self._observer is None:
+            raise UserError(f"quantizer {self._label}: is {self._state.name}, set it to OBSERVE and run data first")
+        seen = self._observer.distribution(self.frozen_scale.device)
+        if seen is None:
+            raise UserError(
+                f"quantizer {self._label}: observed no data, let calibration batches reach this layer or keep it float"
+            )
+        self._start_quantizing(seen)
+
+    def initialize_from(self, weight: Tensor) -> None:
+        """Sets the range from a weight and goes to QUANTIZE. UserError if it holds NaN or infinity."""
+        self._check_channels(weight)
+        weight = weight.detach()
+        if weight.numel() == 0 or not torch.isfinite(weight).all():
+            raise UserError(f"weight of {self._label} is empty or contains NaN or infinity: check the checkpoint")
+        self._start_quantizing(Distribution.of(weight, self._observed_dim))
+
+    @torch.no_grad()
+    def _start_quantizing(self, seen: Distribution) -> None:
+        self._initialize(seen)
+        self._calibrated = True
+        self.is_calibrated.fill_(1)
+        self._observer = None
+        self._state = QuantizerState.FLOAT
+        self.state = QuantizerState.QUANTIZE
+
+    def freeze(self, weight: Tensor | None = None) -> None:
+        """QUANTIZE -> FROZEN: stores scale and zero point for good.
+
+        A weight quantizer follows `weight` a last time; without it the statistics of its last forward are stored.
+        """
+        if weight is not None and self._state is QuantizerState.QUANTIZE:
+            self._update_statistics(weight.detach())
+        self.state = QuantizerState.FROZEN
+
+    # Quantization
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x's shape and float dtype. Per channel, x has num_channels entries in dimension channel_dim."""
+        state = self._state
+        if state is QuantizerState.FLOAT:
+            return x
+        self._check_channels(x)
+        if state is QuantizerState.OBSERVE:
+            assert self._observer is not None
+            if not self._observer.update(x.detach()):
+                raise UserError(f"calibration batch contains NaN or infinity at {self._label}: check the inputs")
+            return x
+        if state is QuantizerState.QUANTIZE and (self.role == "weight" or (self.training and not _in_backward())):
+            self._update_statistics(x.detach())
+        scale, zero_point = self._current()
+        return fake_quantize(
+            x,
+            scale,
+            zero_point,
+            self.qmin,
+            self.qmax,
+            channel_dim=self.channel_dim,
+            mid_rise=self.grid.mid_rise,
+            identity_gradient=self.spec.clipped_gradient == "identity",
+            exact_gradient=self.role == "weight",
+        )
+
+    @torch.no_grad()
+    def to_int(self, x: Tensor) -> Tensor:
+        """Codes qmin..qmax of x by the current scale, int32. `dequantize(to_int(x), x.dtype)` equals forward(x)."""
+        self._need_range("to_int")
+        self._check_channels(x)
+        scale, zero_point = self._broadcast(x.ndim)
+        levels = to_levels(x, scale, self.qmin - zero_point, self.qmax - zero_point, self.grid.mid_rise)
+        return levels.add_(zero_point).to(torch.int32)
+
+    @torch.no_grad()
+    def dequantize(self, codes: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Values scale * (codes - zero_point), in `dtype` (default: that of the scale)."""
+        self._need_range("dequantize")
+        scale, zero_point = self._broadcast(codes.ndim)
+        compute = torch.promote_types(dtype or scale.dtype, scale.dtype)
+        return (codes.to(compute) - zero_point).mul_(scale).to(dtype or scale.dtype)
+
+    def _broadcast(self, ndim: int) -> tuple[Tensor, Tensor]:
+        shape = broadcast_shape(self.num_channels, ndim, self.channel_dim)
+        scale, zero_point = self._current()
+        return scale.view(shape), zero_point.view(shape)
+
+    # Helpers
+
+    @property
+    def _label(self) -> str:
+        return self.name or "<unnamed>"
+
+    @property
+    def _observed_dim(self) -> int | None:
+        return self.channel_dim if self.per_channel else None
+
+    def _need_range(self, what: str) -> None:
+        if not self._calibrated:
+            raise UserError(f"quantizer {self._label}: {what} needs a range, calibrate it first")
+
+    def _check_channels(self, x: Tensor) -> None:
+        if self.per_channel and x.shape[self.channel_dim] != self.num_channels:
+            raise UserError(
+                f"quantizer {self._label}: expected {self.num_channels} channels in dimension {self.channel_dim}, "
+                f"got a tensor of shape {tuple(x.shape)}"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # The buffers are what is saved; reading them on each forward would wait for the GPU.
+        self._state = QuantizerState(int(self.state_code))
+        self._calibrated = bool(self.is_calibrated)
+        observing = self._state is QuantizerState.OBSERVE
+        self._observer = Observer(self.num_channels, self._observed_dim) if observing else None
+
+    def extra_repr(self) -> str:
+        kind = "mid-rise" if self.grid.mid_rise else "symmetric" if self.grid.symmetric else "affine"
+        return f"{self.role}, {self.bits} bits, {kind}, per {self.spec.granularity}, {self._state.name}"
+
+
+def _in_backward() -> bool:
+    """Whether activation checkpointing is running a forward again, whose statistics have been counted."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,153 @@
+"""The one fake-quantization operation of all methods: quantize and dequantize, with gradients to input, step and clip.
+
+Notation: t = x / scale; a level is a grid value in steps, low = qmin - zero_point, high = qmax - zero_point;
+out = scale * level(t), level(t) = clip([t]; low, high), or clip([t - 1/2] + 1/2; low, high) on a mid-rise grid.
+
+Gradients (LSQ, arXiv 1902.08153, eq. 3; PACT, arXiv 1805.06085), [.] straight through:
+  inside    d out/dx = 1,       d out/dscale = level - t,  d out/dzero_point = 0
+  clipped   d out/dx = 0 or 1,  d out/dscale = low | high, d out/dzero_point = -scale
+"Inside" is low <= t <= high, half a step wider on a mid-rise grid, whose outer cells reach that far (ParetoQ's rule).
+Bounds l, u get PACT's gradients by the chain rule through scale = (u - l)/n and zero_point = -l/scale.
+
+Memory (ours). A weight is a parameter, alive anyhow: it is saved by reference and t is computed again, exactly. An
+activation is kept by nobody else (its consumer saves the quantized copy), so one byte an element is saved in its place:
+below | above | level - t in steps of 1/252, whose error (at most 1/504 a value, random in sign) touches the scale's
+gradient alone. Without a gradient for scale or zero point the byte is only the mask, and with the identity gradient
+nothing is saved.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+RESIDUAL_STEPS = 252  # level - t in [-1/2, 1/2] becomes -126..126
+BELOW, ABOVE = -127, 127
+
+
+def to_levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
+    """Grid values in steps, in the dtype that x and scale promote to; `scale`, `low`, `high` broadcast to x."""
+    return _round_and_clip(x / scale, low, high, mid_rise)
+
+
+def _round_and_clip(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
+    """Works in place on t."""
+    t = t.sub_(0.5).round_().add_(0.5) if mid_rise else t.round_()
+    return t.clamp_(low, high)
+
+
+def _regions(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> tuple[Tensor, Tensor]:
+    """Where t is clipped: (below, above), bool."""
+    edge = 0.5 if mid_rise else 0.0
+    return t < low - edge, t > high + edge
+
+
+def _residual_byte(t: Tensor, levels: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
+    below, above = _regions(t, low, high, mid_rise)
+    byte = (levels - t).mul_(RESIDUAL_STEPS).round_().clamp_(BELOW + 1, ABOVE - 1).to(torch.int8)
+    return byte.masked_fill_(below, BELOW).masked_fill_(above, ABOVE)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        mid_rise: bool,
+        identity: bool,
+        exact: bool,
+    ) -> Tensor:
+        low, high = qmin - zero_point, qmax - zero_point
+        learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.mid_rise, ctx.identity, ctx.exact, ctx.learned = mid_rise, identity, exact, learned
+        ctx.largest_level = qmax + 0.5 if mid_rise else float(qmax)
+        t = x / scale
+        saved = None
+        if exact:
+            saved = x
+            levels = _round_and_clip(t, low, high, mid_rise)
+        elif learned:
+            levels = _round_and_clip(t.clone(), low, high, mid_rise)
+            saved = _residual_byte(t, levels, low, high, mid_rise)
+        else:
+            if not identity:
+                below, above = _regions(t, low, high, mid_rise)
+                saved = below.logical_or_(above)
+            levels = _round_and_clip(t, low, high, mid_rise)
+        ctx.save_for_backward(saved, scale, low, high)
+        return levels.mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, scale, low, high = ctx.saved_tensors
+        if not ctx.learned and not ctx.exact:
+            return (grad if ctx.identity else grad.masked_fill(saved, 0.0), *[None] * 7)
+        if ctx.exact:
+            t = saved / scale
+            below, above = _regions(t, low, high, ctx.mid_rise)
+        else:
+            below, above = saved == BELOW, saved == ABOVE
+        grad_x = grad_scale = grad_zero_point = None
+        clipped = below | above
+        if ctx.needs_input_grad[0]:
+            grad_x = grad if ctx.identity else grad.masked_fill(clipped, 0.0)
+        if ctx.learned:
+            if ctx.exact:
+                slope = _round_and_clip(t.clone(), low, high, ctx.mid_rise).sub_(t)
+            else:
+                slope = saved.to(scale.dtype).div_(RESIDUAL_STEPS)
+            slope = torch.where(below, low, torch.where(above, high, slope))
+            # LSQ's 1/sqrt(N Qp), N the elements that share the step: balances its update with that of the weights.
+            shared = grad.numel() // scale.numel()
+            factor = 1.0 / math.sqrt(max(shared, 1) * ctx.largest_level)
+            if ctx.needs_input_grad[1]:
+                grad_scale = _sum_to(slope.mul_(grad), scale).mul_(factor)
+            if ctx.needs_input_grad[2]:
+                outside = _sum_to(grad.to(scale.dtype).masked_fill(~clipped, 0.0), scale)
+                grad_zero_point = outside.mul_(scale).mul_(-factor)
+        return (grad_x, grad_scale, grad_zero_point, *[None] * 5)
+
+
+def _sum_to(x: Tensor, scale: Tensor) -> Tensor:
+    return x.sum_to_size(scale.shape).to(scale.dtype)
+
+
+def broadcast_shape(channels: int, ndim: int, channel_dim: int) -> list[int]:
+    """Shape that lines a (C,) tensor up with dimension `channel_dim` of an `ndim`-dimensional one."""
+    shape = [1] * ndim
+    if channels > 1:
+        shape[channel_dim] = channels
+    return shape
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    *,
+    channel_dim: int = 0,
+    mid_rise: bool = False,
+    identity_gradient: bool = False,
+    exact_gradient: bool = True,
+) -> Tensor:
+    """Fake-quantizes x of any shape and float dtype; `scale`, `zero_point` are (C,) along `channel_dim`, or (1,).
+
+    Returns x's shape and dtype. Arithmetic is in float32 (float64 for float64). `exact_gradient=False` saves one byte
+    an element for the backward pass in place of x.
+    """
+    shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
+    scale, zero_point = scale.view(shape), zero_point.view(shape)
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
+        return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, mid_rise, identity_gradient, exact_gradient)
+    return to_levels(x, scale, qmin - zero_point, qmax - zero_point, mid_rise).mul_(scale).to(x.dtype)

@@ -1,0 +1,75 @@
+"""Uniform grids: which integers a quantizer may use, and the step and zero point that cover a range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsam2.recipe.quantizers import QuantizerSpec
+
+SMALLEST_SCALE = 1e-12  # float32 values divided by it stay finite up to 3e26
+LARGEST_SCALE = 1e12
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Rounds half to even; its gradient is 1 (straight-through estimator). The result is exactly an integer."""
+    return x.detach().round() + (x - x.detach())
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Codes qmin..qmax (int); a code q stands for the value scale * (q - zero_point).
+
+    Symmetric mid-tread: -2^(b-1)..2^(b-1)-1, zero point 0. Symmetric mid-rise: the same codes, zero point -0.5, so that
+    values are odd multiples of scale/2. Affine: 0..2^b-1, integer zero point among the codes.
+    """
+
+    bits: int
+    symmetric: bool
+    mid_rise: bool
+
+    @classmethod
+    def of(cls, spec: QuantizerSpec) -> Grid:
+        """The grid of a spec that `for_role` has resolved."""
+        if spec.symmetric is None or spec.grid == "auto":
+            raise ValueError(f"spec is not resolved, call for_role first: {spec}")
+        return cls(spec.bits, spec.symmetric, spec.grid == "mid_rise")
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        return self.qmin + 2**self.bits - 1
+
+    @property
+    def largest_level(self) -> float:
+        """Qp of LSQ, in steps: qmax, or qmax + 1/2 on a mid-rise grid."""
+        return self.qmax + 0.5 if self.mid_rise else float(self.qmax)
+
+    def from_bounds(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, float (C,), that cover [lower, upper] (C,); differentiable in both.
+
+        Symmetric: the larger of |lower|, |upper| falls on qmax (mid-rise: on the outer edge of the last cell).
+        Affine: the range is widened to hold zero, as integer runtimes need, and the zero point is rounded (STE).
+        """
+        if self.symmetric:
+            scale = self.clamp_scale(torch.maximum(-lower, upper) / (self.qmax + 1 if self.mid_rise else self.qmax))
+        else:
+            lower, upper = lower.clamp(max=0.0), upper.clamp(min=0.0)
+            scale = self.clamp_scale((upper - lower) / self.qmax)
+        return scale, self.zero_point(lower, scale)
+
+    def zero_point(self, lower: Tensor, scale: Tensor) -> Tensor:
+        """Zero point (C,); affine: the code that stands for zero when `lower` falls on qmin, rounded (STE)."""
+        if self.symmetric:
+            return torch.full_like(scale, -0.5 if self.mid_rise else 0.0, requires_grad=False)
+        return round_through(-lower / scale).clamp(self.qmin, self.qmax)
+
+    @staticmethod
+    def clamp_scale(scale: Tensor) -> Tensor:
+        """Keeps a scale positive and finite (an all-zero channel has the smallest one)."""
+        return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE)

@@ -1,0 +1,56 @@
+"""Quantization by min and max of the tensor.
+
+Weights: min w, max w anew at each forward. Activations: exponential moving averages of the batches' min and max,
+m <- momentum * m + (1 - momentum) * batch (common practice in quantization-aware training).
+Ours: with `range` percentile or mse, the bounds are the fraction of min and max that was best at calibration.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsam2.quantizers.base import Quantizer
+from qsam2.quantizers.distribution import Distribution
+from qsam2.quantizers.ranges import initial_bounds
+from qsam2.quantizers.registry import register
+from qsam2.quantizers.statistics import extremes, follow
+from qsam2.recipe.quantizers import MinMaxSpec, Role
+
+
+@register(MinMaxSpec)
+class MinMaxQuantizer(Quantizer):
+    """Min and max (C,), followed, and the fraction of each that the range keeps."""
+
+    spec: MinMaxSpec
+    minimum: Tensor
+    maximum: Tensor
+    kept_minimum: Tensor
+    kept_maximum: Tensor
+
+    def __init__(self, spec: MinMaxSpec, role: Role, **kwargs: Any) -> None:
+        super().__init__(spec, role, **kwargs)
+        self.register_buffer("minimum", -torch.ones(self.num_channels))
+        self.register_buffer("maximum", torch.ones(self.num_channels))
+        self.register_buffer("kept_minimum", torch.ones(self.num_channels))
+        self.register_buffer("kept_maximum", torch.ones(self.num_channels))
+
+    def _initialize(self, seen: Distribution) -> None:
+        lower, upper = initial_bounds(seen, self.spec, self.grid)
+        self.minimum.copy_(seen.minimum)
+        self.maximum.copy_(seen.maximum)
+        # Percentiles of magnitudes may exceed one end: more than the whole of it is not kept.
+        self.kept_minimum.copy_((lower / seen.minimum).clamp(0.0, 1.0).nan_to_num(1.0))
+        self.kept_maximum.copy_((upper / seen.maximum).clamp(0.0, 1.0).nan_to_num(1.0))
+
+    def _update_statistics(self, x: Tensor) -> None:
+        weight = self.role == "weight"
+        minimum, maximum = extremes(x, self._observed_dim, over_ranks=not weight)
+        momentum = 0.0 if weight else self.spec.momentum
+        follow(self.minimum, minimum, momentum)
+        follow(self.maximum, maximum, momentum)
+
+    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        return self.grid.from_bounds(self.minimum * self.kept_minimum, self.maximum * self.kept_maximum)

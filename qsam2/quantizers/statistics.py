@@ -1,0 +1,45 @@
+"""Statistics of a batch, one value a channel; over ranks they equal those of the joint batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qsam2.quantizers.distributed import all_reduce_max, all_reduce_sum
+from qsam2.quantizers.distribution import to_rows
+
+
+def extremes(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[Tensor, Tensor]:
+    """Min and max (C,) float32 of a batch; infinite where no rank had data."""
+    rows = to_rows(x, channel_dim)
+    if rows.numel() > 0:
+        minimum, maximum = (bound.float() for bound in rows.aminmax(dim=1))
+    else:
+        maximum = torch.full((rows.shape[0],), -math.inf, device=x.device)
+        minimum = -maximum
+    if over_ranks:
+        negated, maximum = all_reduce_max(torch.stack([-minimum, maximum]))
+        minimum = -negated
+    return minimum, maximum
+
+
+def moments(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) float32 of a batch, by counts and sums; NaN where no rank had data."""
+    rows = to_rows(x, channel_dim)
+    total = rows.sum(dim=1, dtype=torch.float32)
+    square = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+    sums = torch.stack([torch.full_like(total, rows.shape[1]), total, square])
+    if over_ranks:
+        sums = all_reduce_sum(sums)
+    mean, mean_square = sums[1:] / sums[0]
+    return mean, (mean_square - mean.square()).clamp(min=0.0).sqrt()
+
+
+def follow(running: Tensor, batch: Tensor, momentum: float) -> None:
+    """running <- momentum * running + (1 - momentum) * batch, in place.
+
+    A batch that is empty or overflowed (as under a gradient scaler's search) leaves it as it is.
+    """
+    running.copy_(torch.where(batch.isfinite(), torch.lerp(batch, running, momentum), running))
