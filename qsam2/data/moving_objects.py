@@ -177,7 +177,7 @@ def _draw_scene(rng: np.random.Generator, size: tuple[int, int], max_objects: in
         sprites=sprites,
         light=draw_wave(rng, rng.uniform(-0.3, 0.2), rng.uniform(0, 0.5) * hard, (16, 50)),
         grain=draw_grain(rng, size, strength) if strength > 3 else None,
-        shutter=rng.uniform(0.2, 0.7) if rng.random() < 0.4 else 0.0,
+        shutter=rng.uniform(0.2, 0.7) if rng.random() < 0.3 else 0.0,
         num_objects=num_objects,
     )
 
@@ -193,8 +193,8 @@ def _draw_camera(rng: np.random.Generator, unit: int, hard: float) -> tuple[Wave
 
 def _draw_picture(rng: np.random.Generator, unit: int, photo: int | None, num_objects: int) -> np.ndarray:
     """A shape with the texture of one photograph or two, RGBA uint8 (S, S, 4)."""
-    largest = 0.75 if num_objects == 1 else 0.6
-    side = max(int(unit * 2 ** rng.uniform(np.log2(0.2), np.log2(largest))) // 8 * 8, 16)
+    largest = 0.85 if num_objects == 1 else 0.65
+    side = max(int(unit * 2 ** rng.uniform(np.log2(0.24), np.log2(largest))) // 8 * 8, 16)
     colours = cut(rng, side, side, photo) if rng.random() < 0.85 else cut_smooth(rng, side, side)
     if rng.random() < 0.35:  # a part of another colour
         part = np.roll(draw_outline(rng, side), rng.integers(0, side, 2), (0, 1))
@@ -213,8 +213,8 @@ def _draw_object(
     """The motion of a ``picture``: it sways about a place within the frame, so that what leaves may come back."""
     height, width = size
     leaves = rng.random() < 0.15 + 0.3 * hard
-    reach = (0.25 + 0.75 * hard) * rng.uniform(0.3, 1.0) * (0.9 if leaves else 0.4)
-    period = (24, 64)
+    reach = (0.25 + 0.75 * hard) * rng.uniform(0.3, 1.0) * (0.75 if leaves else 0.25)
+    period = (24, 72)
     bend = Bend(
         rng.uniform(0.01, 0.02 + 0.06 * hard),
         tuple(draw_wave(rng, p, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.1)) for p in rng.uniform(0, 6.3, 2)),

@@ -51,7 +51,7 @@ def cut(rng: np.random.Generator, height: int, width: int, photo: int | None = N
 
 
 def cut_smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A patch without texture, RGB uint8 (height, width, 3): a few colours of a photograph, one running into another."""
+    """A patch without texture, RGB uint8 (height, width, 3): colours of a photograph that run together."""
     coarse = cut(rng, 5, 5)
     return interpolate(coarse, *positions(np.diag([4 / width, 4 / height, 1]), (height, width)))
 

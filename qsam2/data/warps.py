@@ -44,7 +44,7 @@ def draw_wave(
     rng: np.random.Generator, start: float, reach: float, period: tuple[float, float], drift: float = 0.0
 ) -> Wave:
     """A random ``Wave`` of two sines that sways by about ``reach``; ``period`` is (shortest, longest) in frames."""
-    share = rng.uniform(0.55, 0.9)
+    share = rng.uniform(0.7, 0.95)
     long, short = rng.uniform(*period), rng.uniform(*period) / 2
     return Wave(
         start,
