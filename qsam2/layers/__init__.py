@@ -1,0 +1,1 @@
+"""Quantized layers: conversion by rules, finalization, the audit."""

@@ -58,8 +58,8 @@ DEFAULT_RULES = (
 )
 """First and last layers at 8 bits: about 0.1 million of Tiny's 38.9 million parameters.
 
-What is no Linear, Conv2d, ConvTranspose2d or attention is float by nature: LayerNorm, softmax, the random-Fourier position
-encoding, embeddings.
+What is no Linear, Conv2d, ConvTranspose2d or attention is float by nature: LayerNorm, softmax, the random-Fourier
+position encoding, embeddings.
 """
 
 

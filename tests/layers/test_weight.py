@@ -53,7 +53,7 @@ def gradients(layer: nn.Module) -> dict[str, Tensor]:
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     for name in theirs:
         torch.testing.assert_close(
-            ours[name], theirs[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name], theirs[name], atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

@@ -1,0 +1,61 @@
+"""Range calibration: weights from themselves, activations from what passes through a few batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from qsam2.errors import UserError
+from qsam2.layers.convert import quantized_layers, quantizers
+from qsam2.quantizers import QuantizerState
+
+Batch = TypeVar("Batch")
+MAX_NAMED = 5
+"""How many quantizers an error message names before it counts the rest."""
+
+
+@torch.no_grad()
+def calibrate_ranges(model: nn.Module, run: Callable[[Batch], object], batches: Iterable[Batch]) -> int:
+    """Find the range of every quantizer and switch all of them from any state to QUANTIZE.
+
+    `run` passes one batch through the model, which is in eval mode meanwhile; weights and activations are in float then.
+    All activation ranges are set at the end, so that none of them is found on quantized inputs. Returns the number of
+    batches. In a distributed run all ranks call it.
+
+    Raises:
+        UserError: a batch or a weight holds NaN or infinity, there is no batch, or no batch reached some quantizer.
+    """
+    activations = [quantizer for _, quantizer in quantizers(model) if quantizer.role == "activation"]
+    for _, layer in quantized_layers(model):
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.state = QuantizerState.FLOAT
+    for quantizer in activations:
+        quantizer.state = QuantizerState.OBSERVE
+    training = model.training
+    model.eval()
+    count = 0
+    for batch in batches:
+        run(batch)
+        count += 1
+    model.train(training)
+
+    unreached = []
+    for quantizer in activations:
+        try:
+            quantizer.finish_observing()
+        except UserError:  # every rank has to ask every quantizer before one of them gives up
+            unreached.append(quantizer.name)
+    if unreached:
+        named = ", ".join(unreached[:MAX_NAMED])
+        named += f" and {len(unreached) - MAX_NAMED} more" if len(unreached) > MAX_NAMED else ""
+        raise UserError(
+            f"{count} calibration batches never reached {named}: calibrate on clips with mask and point prompts, "
+            "or keep these layers in float by a rule"
+        )
+    for _, layer in quantized_layers(model):
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.initialize_from(layer.weight)
+    return count

@@ -1,0 +1,193 @@
+"""The invariant that is checked before every evaluation and export: what is called quantized is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from sam2.modeling.sam2_utils import LayerNorm2d
+from torch import Tensor, nn
+
+from qsam2.layers.attention import QuantizedAttention
+from qsam2.layers.convert import ATTENTION_TWINS, WEIGHT_TWINS, ConvertedLayer, quantizers
+from qsam2.layers.weight import QuantizedLayer
+from qsam2.quantizers import Quantizer, QuantizerState
+from qsam2.recipe.quantize import QuantizeRecipe
+
+FLOAT_MODULES = {
+    nn.LayerNorm: "normalisation",
+    LayerNorm2d: "normalisation",
+    nn.Embedding: "small embedding table",
+}
+FLOAT_PARAMETERS = {
+    "image_encoder.trunk.pos_embed": "position embedding",
+    "image_encoder.trunk.pos_embed_window": "position embedding",
+    "maskmem_tpos_enc": "position embedding",
+    "no_mem_pos_enc": "position embedding",
+    "no_mem_embed": "one embedded token",
+    "no_obj_ptr": "one embedded token",
+    "no_obj_embed_spatial": "one embedded token",
+    "memory_encoder.fuser.layers.*.gamma": "one scale a channel",
+}
+"""What is float by nature, by module type and by the name of a parameter that its module holds itself."""
+
+
+class AuditError(RuntimeError):
+    """The model is not what the conversion table says: a fault of the program, not of the user. Names all violations."""
+
+
+@dataclass(frozen=True)
+class FloatPart:
+    """A parameter that stays in float, its number of values, and why."""
+
+    name: str
+    values: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What a passed audit found."""
+
+    quantized_weights: int
+    """Number of weight values on integer grids."""
+    quantizers: int
+    float_parts: tuple[FloatPart, ...]
+
+    def __str__(self) -> str:
+        kept = sum(part.values for part in self.float_parts)
+        lines = [
+            f"audit passed: {self.quantizers} quantizers frozen, {self.quantized_weights:,} weights on their grids, "
+            f"{kept:,} values in float:"
+        ]
+        lines += [f"  {part.name} ({part.values:,}): {part.reason}" for part in self.float_parts]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def audit(
+    model: nn.Module,
+    rows: Sequence[ConvertedLayer],
+    quantize: QuantizeRecipe | None = None,
+    forward: Callable[[], object] | None = None,
+) -> AuditReport:
+    """Check a finalized model against its conversion table.
+
+    All quantizers are frozen and calibrated; every weight equals its own dequantized integers exactly, with at most
+    2^bits levels a channel, and it is the weight that the layer computes with; bits are those of the table; nothing else
+    is in float but what rules and nature keep; every rule of `quantize` decided on some layer; two calls of `forward`,
+    which may return nested tensors, agree bit for bit.
+
+    Raises:
+        AuditError: any of this is not so.
+    """
+    modules = dict(model.named_modules())
+    problems = [*_rows(modules, rows), *_quantizers(model)]
+    if not problems:  # weights can be told from their integers only if the quantizers are sound
+        problems += _weights(modules)
+    float_parts, unexplained = _float_parts(modules, rows)
+    problems += unexplained
+    if quantize is not None:
+        deciding = {id(quantize.rule_for(row.name)) for row in rows}
+        problems += [f"rule {rule.match!r} decides on no layer" for rule in quantize.rules if id(rule) not in deciding]
+    if forward is not None and not problems:
+        problems += _repeats(forward)
+    if problems:
+        raise AuditError("\n  ".join([f"audit found {len(problems)} violations:", *problems]))
+    values = sum(m.weight.numel() for m in modules.values() if isinstance(m, QuantizedLayer) and m.weight_quantizer)
+    return AuditReport(values, sum(1 for _ in quantizers(model)), tuple(float_parts))
+
+
+def _rows(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> Iterator[str]:
+    """Each row's layer has the row's bits."""
+    for row in rows:
+        found = _bits(modules[row.name]) if row.name in modules else None
+        if found != (row.weight_bits, row.activation_bits):
+            yield f"{row.name}: the table says bits {(row.weight_bits, row.activation_bits)}, the model has {found}"
+
+
+def _bits(layer: nn.Module) -> tuple[int | None, int | None]:
+    """Bits of weights and activations; -1 where the quantizers of one attention differ."""
+    weights, activations = [None], [None]
+    if isinstance(layer, QuantizedLayer):
+        weights, activations = [layer.weight_quantizer], [layer.input_quantizer]
+    elif isinstance(layer, QuantizedAttention):
+        activations = [layer.q_quantizer, layer.k_quantizer, layer.v_quantizer]
+    bits = [{None if q is None else q.bits for q in quantizers} for quantizers in (weights, activations)]
+    return tuple(found.pop() if len(found) == 1 else -1 for found in bits)
+
+
+def _quantizers(model: nn.Module) -> Iterator[str]:
+    for name, quantizer in quantizers(model):
+        if quantizer.state is not QuantizerState.FROZEN:
+            yield f"{name}: is {quantizer.state.name}, not FROZEN"
+        elif not quantizer.calibrated:
+            yield f"{name}: was never calibrated"
+        elif not (quantizer.scale.isfinite().all() and (quantizer.scale > 0).all()):
+            yield f"{name}: has a scale that is not positive and finite"
+
+
+def _weights(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    for name, layer in modules.items():
+        if not isinstance(layer, QuantizedLayer) or layer.weight_quantizer is None:
+            continue
+        weight, quantizer = layer.weight, layer.weight_quantizer
+        if not torch.equal(weight, quantizer.dequantize(quantizer.to_int(weight), weight.dtype)):
+            yield f"{name}.weight: is not its own dequantized integers"
+        if (levels := _most_levels(weight, layer.channel_dim)) > 2**quantizer.bits:
+            yield f"{name}.weight: has {levels} levels in a channel, {quantizer.bits} bits allow {2**quantizer.bits}"
+        if not torch.equal(layer.quantized_weight().to(weight.dtype), weight):
+            yield f"{name}: computes with another weight than its own"
+
+
+def _most_levels(weight: Tensor, channel_dim: int) -> int:
+    """The largest number of distinct values in a channel."""
+    ordered = weight.transpose(0, channel_dim).flatten(1).sort(dim=1).values
+    return int((ordered.diff(dim=1) != 0).sum(dim=1).max()) + 1
+
+
+def _float_parts(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> tuple[list[FloatPart], list[str]]:
+    """Parameters in float (biases of quantized layers apart) with their reasons, and those that have none."""
+    kept = {row.name: row.reason for row in rows if row.weight_bits is None}
+    known = {row.name for row in rows}
+    parts, problems = [], []
+    for name, module in modules.items():
+        if isinstance(module, Quantizer):
+            continue
+        if isinstance(module, (*WEIGHT_TWINS, *ATTENTION_TWINS)) and name not in known:
+            problems.append(f"{name}: {type(module).__name__} is not in the conversion table")
+        for key, parameter in module.named_parameters(recurse=False):
+            path = f"{name}.{key}".lstrip(".")
+            if name in known and name not in kept or name in known and key == "bias":
+                continue
+            reason = kept.get(name) or FLOAT_MODULES.get(type(module)) or _parameter_reason(path)
+            if reason is None:
+                problems.append(f"{path}: is in float and no rule keeps it")
+            else:
+                parts.append(FloatPart(path, parameter.numel(), reason))
+    return parts, problems
+
+
+def _parameter_reason(path: str) -> str | None:
+    return next((reason for pattern, reason in FLOAT_PARAMETERS.items() if fnmatchcase(path, pattern)), None)
+
+
+def _repeats(forward: Callable[[], object]) -> Iterator[str]:
+    first, second = (list(_tensors(forward())) for _ in range(2))
+    if len(first) != len(second) or not first:
+        yield f"forward gave {len(first)}, then {len(second)} tensors"
+    elif not all(torch.equal(one, other) for one, other in zip(first, second, strict=True)):
+        yield "two forwards differ (or hold NaN)"
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)

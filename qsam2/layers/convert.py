@@ -1,0 +1,134 @@
+"""Conversion: float layers are replaced, in place and by rules, by their quantized twins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from sam2.modeling.backbones.hieradet import MultiScaleAttention
+from sam2.modeling.sam.transformer import Attention, RoPEAttention
+from torch import nn
+
+from qsam2.errors import UserError
+from qsam2.layers.attention import QuantAttention, QuantizedAttention, QuantMultiScaleAttention, QuantRoPEAttention
+from qsam2.layers.conv import QuantConv2d, QuantConvTranspose2d
+from qsam2.layers.linear import QuantLinear
+from qsam2.layers.weight import QuantizedLayer
+from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
+from qsam2.recipe.quantize import LayerPlan, QuantizeRecipe
+
+WEIGHT_TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv2d: QuantConv2d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+}
+ATTENTION_TWINS: dict[type[nn.Module], type[QuantizedAttention]] = {
+    MultiScaleAttention: QuantMultiScaleAttention,
+    Attention: QuantAttention,
+    RoPEAttention: QuantRoPEAttention,
+}
+NO_ACTIVATIONS = "the recipe leaves activations in float"
+NEAREST = 3
+"""How many layer names the message on a rule without a match gives."""
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """A row of the conversion table; bits are None for what stays in float (an attention has no weights of its own)."""
+
+    name: str
+    kind: str
+    weight_bits: int | None
+    activation_bits: int | None
+    reason: str
+
+
+def convert(model: nn.Module, quantize: QuantizeRecipe) -> list[ConvertedLayer]:
+    """Replace the layers of a float model in place, sharing their parameters; quantizers start in FLOAT.
+
+    What a rule keeps in float is left alone: same class, same object. Returns a row a layer, in the model's order.
+
+    Raises:
+        UserError: a rule of the recipe matches no layer or is overruled everywhere, a quantizer does not fit its layer.
+        ValueError: the model has been converted before.
+    """
+    if any(isinstance(module, (QuantizedLayer, QuantizedAttention)) for module in model.modules()):
+        raise ValueError("the model has been converted before: convert a float model")
+    layers = {
+        name: module for name, module in model.named_modules() if type(module) in {**WEIGHT_TWINS, **ATTENTION_TWINS}
+    }
+    _check_rules(quantize, list(layers))
+    rows = []
+    for name, layer in layers.items():
+        plan = quantize.plan(name)
+        kind = type(layer).__name__
+        is_attention = type(layer) in ATTENTION_TWINS
+        weights = None if is_attention else plan.weights
+        if weights is not None or plan.activations is not None:
+            twin = _quantized_attention(name, layer, plan) if is_attention else _quantized_layer(name, layer, plan)
+            model.set_submodule(name, twin)
+        weight_bits, activation_bits = (spec.bits if spec else None for spec in (weights, plan.activations))
+        reason = NO_ACTIVATIONS if is_attention and quantize.activations is None else plan.reason
+        rows.append(ConvertedLayer(name, kind, weight_bits, activation_bits, reason))
+    return rows
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """All quantizers of a model with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """All layers of a model that can have a quantized weight, with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer))
+
+
+def set_state(model: nn.Module, state: QuantizerState) -> None:
+    """Put all quantizers of a model into a state."""
+    for _, quantizer in quantizers(model):
+        quantizer.state = state
+
+
+def conversion_table(rows: Sequence[ConvertedLayer]) -> str:
+    """The rows as text: layer, kind, bits of weights and activations (- is float), reason."""
+    cells = [("layer", "kind", "weights", "activations", "reason")]
+    cells += [tuple("-" if value is None else str(value) for value in astuple(row)) for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _quantized_layer(name: str, layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
+    twin = WEIGHT_TWINS[type(layer)]
+    weight_quantizer = input_quantizer = None
+    if plan.weights is not None:
+        weight_quantizer = build_quantizer(
+            plan.weights,
+            "weight",
+            num_channels=layer.weight.shape[twin.channel_dim],
+            channel_dim=twin.channel_dim,
+            name=f"{name}.weight_quantizer",
+        )
+    if plan.activations is not None:
+        input_quantizer = build_quantizer(plan.activations, "activation", name=f"{name}.input_quantizer")
+    return twin.from_float(layer, weight_quantizer, input_quantizer)
+
+
+def _quantized_attention(name: str, attention: nn.Module, plan: LayerPlan) -> QuantizedAttention:
+    built = (build_quantizer(plan.activations, "activation", name=f"{name}.{part}_quantizer") for part in "qkv")
+    return ATTENTION_TWINS[type(attention)].from_float(attention, *built)
+
+
+def _check_rules(quantize: QuantizeRecipe, names: list[str]) -> None:
+    """Every rule that the user gave has to decide on some layer."""
+    deciding = {id(quantize.rule_for(name)) for name in names}
+    for index, rule in enumerate(quantize.rules):
+        if id(rule) in deciding:
+            continue
+        where = f"quantize.rules.{index}: match={rule.match!r}"
+        if any(fnmatchcase(name, rule.match) for name in names):
+            raise UserError(f"{where} decides on no layer, earlier rules match them all: put it first or remove it")
+        nearest = get_close_matches(rule.match.strip("*."), names, n=NEAREST, cutoff=0.0)
+        raise UserError(f"{where} matches no layer; nearest names: {', '.join(nearest)} (* stands for anything)")
