@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -60,13 +61,13 @@ class ClipDataset(Dataset[Clip]):
         max_stride: int = 1,
         reverse: bool = False,
     ) -> None:
-        sources = list(videos) if len(videos) and isinstance(videos[0], Source) else [Source(videos)]
+        sources = _as_sources(videos)
         if not all(len(source.videos) for source in sources):
             raise UserError("data.train: a source holds no videos; give one that does, or leave it out")
         if min(source.weight for source in sources) <= 0:
             raise UserError("data.train: a source's weight must be positive; leave out a source that is not wanted")
         self._sources = sources
-        weights = np.array([source.weight for source in sources], dtype=float)
+        weights = np.array([source.weight for source in sources])
         self._shares = weights / weights.sum()
         self.num_frames = num_frames
         self.max_objects = max_objects
@@ -97,7 +98,7 @@ class ClipDataset(Dataset[Clip]):
     def _draw(self, rng: np.random.Generator, index: int) -> Clip | None:
         """One attempt: None where no object is visible in its first frame at the model's resolution."""
         videos = self._sources[rng.choice(len(self._sources), p=self._shares)].videos
-        video = videos[rng.integers(len(videos))]
+        video = videos[int(rng.integers(len(videos)))]
         if len(video) == 1 and self.num_frames > 1:
             from qsam2.data.warped_stills import WarpedStill
 
@@ -110,9 +111,12 @@ class ClipDataset(Dataset[Clip]):
             return None
         count = min(len(visible), self.max_objects)
         ids = sorted(int(i) for i in rng.choice(visible, size=count, replace=False))
-        annotations = {i: _annotation(video, i) if i != frames[0] else first for i in set(frames)}
-        pictures = np.stack([video.frame(i) for i in frames])  # (T, H, W, 3)
-        masks = np.stack([_stack(annotations[i], ids, video.size) for i in frames])  # (T, O, H, W)
+        read: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # frame by frame: generated videos render both at once
+        for i in sorted(set(frames)):
+            annotation = first if i == frames[0] else _annotation(video, i)
+            read[i] = video.frame(i), _stack(annotation, ids, video.size)
+        pictures = np.stack([read[i][0] for i in frames])  # (T, H, W, 3)
+        masks = np.stack([read[i][1] for i in frames])  # (T, O, H, W)
         if self._augmentation is None:
             images = torch.stack([to_model_input(picture, self.image_size) for picture in pictures])
             resized = torch.stack([resize_masks(frame_masks, self.image_size) for frame_masks in masks])
@@ -134,6 +138,12 @@ class ClipDataset(Dataset[Clip]):
         walk = [(start + step * stride) % turn for step in range(self.num_frames)]
         frames = [annotated[min(position, turn - position)] if count > 1 else annotated[0] for position in walk]
         return frames[::-1] if self.reverse and rng.random() < 0.5 else frames
+
+
+def _as_sources(videos: Sequence[Video] | Sequence[Source]) -> list[Source]:
+    if len(videos) and isinstance(videos[0], Source):
+        return cast("list[Source]", list(videos))
+    return [Source(cast("Sequence[Video]", videos))]
 
 
 def annotated_frames(video: Video) -> Sequence[int]:

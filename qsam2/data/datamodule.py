@@ -15,7 +15,7 @@ from qsam2.errors import UserError
 
 
 class StreamSampler(Sampler[list[int]]):
-    """The sample indices of this rank's batches: step s of rank r takes B of the global order from s * B * W + r * B on.
+    """The sample indices of this rank's batches: at step s rank r takes B of the global order, from s * B * W + r * B.
 
     The order is that of the indices, so W ranks with batches of B see together what one process with W * B sees. Only
     whole steps are given. `start` is the step at which the next pass begins; the one after begins at 0 again.
@@ -66,7 +66,8 @@ class StreamLoader(DataLoader):
 class ClipDataModule(L.LightningDataModule):
     """Trains on `total_samples` clips (over all ranks) an epoch, `batch_size` a rank and step.
 
-    The stream depends on the seed alone, not on workers or ranks, and goes on exactly where a checkpoint was made. The Trainer needs `use_distributed_sampler=False`. See `ClipDataset` for the other arguments.
+    The stream depends on the seed alone, not on workers or ranks, and goes on exactly where a checkpoint was made.
+    The Trainer needs `use_distributed_sampler=False`. See `ClipDataset` for the other arguments.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class ClipDataModule(L.LightningDataModule):
         sampler = StreamSampler(len(self.dataset), self.batch_size, rank, world_size)
         if len(sampler) == 0:
             raise UserError(
-                f"{len(self.dataset)} training samples do not fill one step of {self.batch_size} x {world_size} devices; "
+                f"{len(self.dataset)} samples do not fill one step of {self.batch_size} x {world_size} devices; "
                 "lower data.batch_size or train for longer"
             )
         return StreamLoader(
@@ -119,4 +120,5 @@ class ClipDataModule(L.LightningDataModule):
 
     def _batches_done(self) -> int:
         # not `completed`: Lightning raises it only after the hook in which checkpoints are saved
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        assert self.trainer is not None  # checkpoints are made by a Trainer
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]

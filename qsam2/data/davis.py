@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qsam2.data.files import list_pictures, picture_size, read_frame, read_index_mask, split_ids, subfolders
+from qsam2.data.files import list_pictures, read_index_mask, split_ids, subfolders
+from qsam2.data.footage import FrameFolder
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 
@@ -23,21 +24,19 @@ class DavisVideo(Video):
 
     def __init__(self, name: str, frames: Path, masks: Path) -> None:
         self.name = name
-        self._frames = list_pictures(frames)
-        if not self._frames:
-            raise UserError(f"{frames}: holds no frames (.jpg or .png); each sequence needs a folder of them")
+        self._frames = FrameFolder(frames)
         self._masks = {path.stem: path for path in list_pictures(masks, (".png",))}
         if not self._masks:
             raise UserError(f"{masks}: holds no masks (.png), but its frames are in {frames}")
-        self.frame_names = [path.stem for path in self._frames]
+        self.frame_names = self._frames.frame_names
         stray = sorted(self._masks.keys() - set(self.frame_names))
         if stray:
             raise UserError(f"{self._masks[stray[0]]}: is a mask without its frame in {frames}; add the frame")
         self.annotated_frames = [i for i, stem in enumerate(self.frame_names) if stem in self._masks]
-        self.size = picture_size(self._frames[0])
+        self.size = self._frames.size
 
     def frame(self, index: int) -> np.ndarray:
-        return read_frame(self._frames[index], self.size)
+        return self._frames.frame(index)
 
     def masks(self, index: int) -> dict[int, np.ndarray] | None:
         path = self._masks.get(self.frame_names[index])

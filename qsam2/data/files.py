@@ -1,4 +1,4 @@
-"""Checked reading of pictures, index masks and JSON: a damaged file is an error that names it, never other pixels."""
+"""Checked reading of pictures, masks and JSON: a damaged file is an error that names it, never other pixels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from qsam2.errors import UserError
 
@@ -94,11 +95,25 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: is not valid JSON ({_one_line(error)}); fetch or write it again") from error
 
 
+def decode_rle(region: Any, size: tuple[int, int], path: Path) -> np.ndarray:
+    """A COCO run-length code -> bool (H, W). Raises UserError naming `path` for a malformed one or another size."""
+    try:
+        given = tuple(int(side) for side in region["size"])
+        if isinstance(region["counts"], list):
+            region = coco_mask.frPyObjects(region, *given)
+        mask = coco_mask.decode(region).astype(bool)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: holds a malformed run-length code ({error}); fetch the file again") from error
+    if given != tuple(size):
+        raise UserError(f"{path}: has a mask of {given} (height, width), but its picture is {tuple(size)}")
+    return mask
+
+
 def _of_size(array: np.ndarray, size: tuple[int, int] | None, path: Path) -> np.ndarray:
     if size is not None and array.shape[:2] != tuple(size):
         raise UserError(
             f"{path}: is {array.shape[0]}x{array.shape[1]} (height x width), "
-            f"but the video's first frame is {size[0]}x{size[1]}; all frames and masks of a video have one size"
+            f"expected {size[0]}x{size[1]}; all frames and masks of a video or still have one size"
         )
     return array
 

@@ -147,5 +147,5 @@ def test_another_global_batch_is_refused():
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(UserError, match="1 training samples do not fill one step of 2 x 1 devices"):
+    with pytest.raises(UserError, match="1 samples do not fill one step of 2 x 1 devices"):
         data(total_samples=1).train_dataloader()

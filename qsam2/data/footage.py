@@ -1,0 +1,120 @@
+"""Videos without masks: a folder of frames, or a video file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from qsam2.data.files import list_pictures, picture_size, read_frame
+from qsam2.data.video import Video
+from qsam2.errors import UserError
+
+_READ_ON = 48  # frames; for a target further on, seeking beats decoding what lies between
+
+
+class FrameFolder(Video):
+    """The pictures of a folder, in the order of their numbers.
+
+    Raises:
+        UserError: there are none; on reading, one is damaged or of another size than the first.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._paths = list_pictures(Path(folder))
+        if not self._paths:
+            raise UserError(f"{folder}: holds no frames (.jpg or .png); each video needs a folder of them")
+        self.name = Path(folder).name
+        self.frame_names = [path.stem for path in self._paths]
+
+    @cached_property
+    def size(self) -> tuple[int, int]:  # type: ignore[override]
+        return picture_size(self._paths[0])
+
+    def frame(self, index: int) -> np.ndarray:
+        return read_frame(self._paths[index], self.size)
+
+    def masks(self, index: int) -> None:
+        return None
+
+
+class VideoFile(Video):
+    """The first video stream of a file that PyAV can decode, without masks; any frame can be asked for.
+
+    Raises:
+        UserError: the file cannot be opened or decoded, ends early, or holds no video.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = self.path.stem
+        self._decoder: Iterator[av.VideoFrame] | None = None
+        self._process = 0  # whose decoder it is: a forked worker must not share the file position
+        self._next = 0
+
+    @cached_property
+    def _index(self) -> tuple[list[int], tuple[int, int]]:
+        """Time stamps of the frames in order, and (height, width); reads the packets without decoding them."""
+        try:
+            with av.open(str(self.path)) as container:
+                if not container.streams.video:
+                    raise UserError(f"{self.path}: holds no video stream; give a video file such as an mp4")
+                stream = container.streams.video[0]
+                declared, size = stream.frames, (stream.height, stream.width)
+                packets = [packet for packet in container.demux(stream) if packet.size]
+        except (av.FFmpegError, OSError) as error:
+            raise self._damaged(error) from error
+        if len(packets) < max(declared, 1):
+            raise UserError(f"{self.path}: holds {len(packets)} of {declared} frames, it was cut short; fetch it again")
+        return sorted(packet.pts for packet in packets if packet.pts is not None and not packet.is_discard), size
+
+    @cached_property
+    def frame_names(self) -> list[str]:  # type: ignore[override]
+        return [f"{i:05d}" for i in range(len(self._index[0]))]
+
+    @cached_property
+    def size(self) -> tuple[int, int]:  # type: ignore[override]
+        return self._index[1]
+
+    def frame(self, index: int) -> np.ndarray:
+        target = self._index[0][index]
+        try:
+            if self._process != os.getpid() or not self._next <= index <= self._next + _READ_ON:
+                self._decoder = self._decode_from(target)
+            self._process = os.getpid()
+            for frame in self._decoder:  # type: ignore[union-attr]
+                if frame.pts == target:
+                    self._next = index + 1
+                    return self._checked(frame, index)
+        except (av.FFmpegError, OSError) as error:
+            raise self._damaged(error) from error
+        raise UserError(f"{self.path}: frame {index} cannot be decoded; fetch the file again or re-encode it")
+
+    def masks(self, index: int) -> None:
+        return None
+
+    def _decode_from(self, pts: int) -> Iterator[av.VideoFrame]:
+        with av.open(str(self.path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # a decoder's threads do not survive the fork of a loader worker
+            container.seek(pts, stream=stream)  # to the key frame before
+            yield from container.decode(stream)
+
+    def _checked(self, frame: av.VideoFrame, index: int) -> np.ndarray:
+        if frame.is_corrupt:
+            raise UserError(f"{self.path}: frame {index} is damaged; fetch the file again")
+        picture = frame.to_ndarray(format="rgb24")
+        if picture.shape[:2] != self.size:
+            raise UserError(f"{self.path}: frame {index} is {picture.shape[:2]}, but the video is {self.size}")
+        return picture
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(f"{self.path}: cannot be read as a video ({error}); fetch it again or re-encode it as mp4")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_decoder": None, "_process": 0}
