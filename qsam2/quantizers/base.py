@@ -107,13 +107,13 @@ class Quantizer(nn.Module):
     # State
 
     @property
-    def state(self) -> QuantizerState:
-        return self._state
-
-    @property
     def calibrated(self) -> bool:
         """Whether a range was ever set, by `finish_observing`, `initialize_from` or a checkpoint."""
         return self._calibrated
+
+    @property
+    def state(self) -> QuantizerState:
+        return self._state
 
     @state.setter
     def state(self, state: QuantizerState) -> None:
