@@ -98,5 +98,5 @@ def _jitter(brightness: float, other: float) -> A.ColorJitter:
 
 
 def _seed(transforms: A.Compose, seed: int) -> None:
-    # set_random_seed would start every transform from the same draw, so that grey (5 %) would come only with a flip
+    # one stream for all its transforms: set_random_seed would start each of them from the same draw
     transforms.set_random_state(np.random.default_rng(seed), random.Random(seed))
