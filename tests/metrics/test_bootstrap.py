@@ -51,7 +51,7 @@ def test_swapping_the_models_mirrors_the_interval(pairs: list[tuple[float, float
 
 
 def test_key_seed_and_order_of_objects() -> None:
-    ours, theirs = block([10, 40, 20, 70, 5]), block([12, 30, 25, 60, 9])
+    ours, theirs = block([10, 40, 20, 70, 5]), block([12.3, 30, 25.1, 60.9, 37])
     found = paired_bootstrap(ours, theirs, samples=500)
     turned = {name: dict(reversed(objects.items())) for name, objects in reversed(ours.items())}
     assert paired_bootstrap(turned, theirs, samples=500) == found
