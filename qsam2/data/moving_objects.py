@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from qsam2.data.outlines import draw_outline
-from qsam2.data.sprites import Bend, Sprite, add_grain, blend, brighten, draw_grain, draw_sprite
+from qsam2.data.sprites import Sprite, add_grain, blend, brighten, draw_bend, draw_grain, draw_sprite
 from qsam2.data.textures import PHOTOGRAPHS, cut, cut_smooth
 from qsam2.data.video import Video
 from qsam2.data.warps import Wave, draw_wave, interpolate, positions, project, similarity
@@ -215,11 +215,7 @@ def _draw_object(
     leaves = rng.random() < 0.15 + 0.3 * hard
     reach = (0.25 + 0.75 * hard) * rng.uniform(0.3, 1.0) * (0.75 if leaves else 0.25)
     period = (24, 72)
-    bend = Bend(
-        rng.uniform(0.01, 0.02 + 0.06 * hard),
-        tuple(draw_wave(rng, p, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.1)) for p in rng.uniform(0, 6.3, 2)),
-        tuple(rng.uniform(0.5, 1.6, 2)),
-    )
+    bend = draw_bend(rng, rng.uniform(0.01, 0.02 + 0.06 * hard))
     return Sprite(
         picture,
         object_id,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from qsam2.data.warps import Wave, corners, interpolate, positions, project, ripple, similarity
+from qsam2.data.warps import Wave, corners, draw_wave, interpolate, positions, project, ripple, similarity
 
 _STILL = Wave(0.0)
 
@@ -19,6 +19,16 @@ class Bend:
     reach: float
     phases: tuple[Wave, Wave]
     waves: tuple[float, float]
+
+
+def draw_bend(rng: np.random.Generator, reach: float) -> Bend:
+    """A random sway that runs along the outline."""
+    starts = rng.uniform(0, 2 * np.pi, 2)
+    return Bend(
+        reach,
+        tuple(draw_wave(rng, start, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.1)) for start in starts),
+        tuple(rng.uniform(0.5, 1.6, 2)),
+    )
 
 
 @dataclass(frozen=True)
