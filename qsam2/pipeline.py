@@ -1,0 +1,208 @@
+"""One run, from recipe to run folder: the stages in their order, one call each."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.data.clips import ClipDataset, Source, collate_clips
+from qsam2.data.datamodule import ClipDataModule
+from qsam2.data.sources import open_videos
+from qsam2.data.video import Video
+from qsam2.export.card import write_card
+from qsam2.export.packed import packed_bytes, save_packed
+from qsam2.export.weights import save_weights
+from qsam2.layers.audit import audit
+from qsam2.layers.convert import ConvertedLayer, conversion_table, convert, quantizers
+from qsam2.layers.finalize import finalize
+from qsam2.models import SAM2, load_sam2
+from qsam2.recipe import Recipe
+from qsam2.report.page import write_report
+from qsam2.run_folder import RunFolder
+from qsam2.tasks.prompts import prompted_forward
+from qsam2.tasks.scoring import compare, score_videos
+from qsam2.tasks.segmentation import Predictions, VideoSegmentation
+from qsam2.tasks.trainer import LAST, build_logger, build_trainer, training_options
+
+log = logging.getLogger("qsam2")
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Carry out a recipe and return what its `metrics.json` holds. A run that was killed goes on where it was.
+
+    Raises:
+        UserError: the recipe, its data or its checkpoint cannot be used; the run folder holds another run.
+    """
+    folder = RunFolder(recipe)
+    if folder.finished:
+        log.info("%s is complete: its results are in metrics.json and report.html", folder.path)
+        return folder.metrics
+    L.seed_everything(recipe.seed, verbose=False)
+    videos = open_val(recipe)
+    model = load_float(recipe)
+
+    if recipe.quantize is None:
+        train(model, recipe, folder)
+        score(model, "float", videos, recipe, folder)
+        save_weights(folder.model, model, recipe.model_dump(mode="json"))
+    else:
+        teacher = copy.deepcopy(model)
+        reference = score(model, "float", videos, recipe, folder)
+        layers = convert_layers(model, recipe, folder)
+        calibrate(model, recipe, folder)
+        score_ptq(model, layers, videos, recipe, folder, reference)
+        train(model, recipe, folder, teacher)
+        finalize(model)
+        score(model, "quantized", videos, recipe, folder, reference, layers)
+        save_packed(folder.model, model, recipe.model_dump(mode="json"))
+        write_card(folder, recipe, layers)
+    folder.record("bytes", packed_bytes(model))
+    write_report(folder, recipe)
+    return folder.metrics
+
+
+def open_val(recipe: Recipe) -> list[Video]:
+    """The videos that the recipe scores on."""
+    source = recipe.data.val or recipe.data.train[0].split(":")[0]
+    return open_videos(source, root=recipe.data.root, split="val")[: recipe.evaluate.videos]
+
+
+def open_train(recipe: Recipe) -> list[Source]:
+    """The recipe's train sources with their weights."""
+    data = recipe.data
+    weights = data.weights or (1.0,) * len(data.train)
+    return [
+        Source(open_videos(source, root=data.root, split="train"), weight)
+        for source, weight in zip(data.train, weights, strict=True)
+    ]
+
+
+def load_float(recipe: Recipe) -> SAM2:
+    """The float model that the recipe starts from."""
+    return load_sam2(
+        recipe.model.size,
+        version=recipe.model.version,
+        checkpoint=recipe.model.checkpoint,
+        image_size=recipe.model.image_size,
+        drop_path_rate=recipe.train.drop_path if recipe.train else 0.0,
+    )
+
+
+def convert_layers(model: SAM2, recipe: Recipe, folder: RunFolder) -> list[ConvertedLayer]:
+    """Replace the model's layers by quantized ones, by the recipe's rules."""
+    assert recipe.quantize is not None
+    with folder.stage("convert"):
+        layers = convert(model, recipe.quantize)
+        log.info("\n%s", conversion_table(layers))
+    return layers
+
+
+def calibrate(model: SAM2, recipe: Recipe, folder: RunFolder) -> None:
+    """Find the ranges of all quantizers on clips of the train sources, with mask and with point prompts."""
+    amount = recipe.calibrate
+    clips = ClipDataset(
+        open_train(recipe),
+        num_frames=amount.num_frames,
+        max_objects=recipe.data.max_objects,
+        image_size=model.image_size,
+        augment=False,
+        length=amount.clips,
+        seed=recipe.seed,
+        max_stride=recipe.data.max_stride,
+    )
+    what = f"{amount.clips} clips of {amount.num_frames} frames"
+    with folder.stage("calibrate", what), torch.no_grad():
+        device = build_trainer(recipe.trainer, folder=folder.path).strategy.root_device
+        model.to(device).eval()
+        passes = ((clip, points) for clip in progress(clips, "calibrate") for points in (False, True))
+        calibrate_ranges(
+            model, lambda each: prompted_forward(model, collate_clips([each[0]]).to(device), points=each[1]), passes
+        )
+
+
+def train(model: SAM2, recipe: Recipe, folder: RunFolder, teacher: SAM2 | None = None) -> None:
+    """Train on clips of the train sources, from the last checkpoint if there is one."""
+    if recipe.train is None:
+        return
+    learned = dict(quantizers(model))
+    trainer_recipe, data = recipe.trainer, recipe.data
+    module = VideoSegmentation(
+        model,
+        recipe.train,
+        recipe.evaluate,
+        seed=recipe.seed,
+        max_steps=trainer_recipe.max_steps,
+        teacher=teacher if recipe.train.distill.needs_teacher else None,
+        quantizer_parameters=[f"{name}.{key}" for name, q in learned.items() for key, _ in q.named_parameters()],
+    )
+    last = folder.checkpoints / LAST
+    with folder.stage("train", f"{trainer_recipe.max_steps} steps"):
+        logger = build_logger(
+            recipe.log, folder=folder.path, name=recipe.name, config=recipe.model_dump(mode="json")
+        )
+        trainer = build_trainer(
+            trainer_recipe, folder=folder.path, logger=logger, **training_options(recipe, learned)
+        )
+        batches = trainer_recipe.max_steps * trainer_recipe.accumulate
+        clips = ClipDataModule(
+            open_train(recipe),
+            num_frames=data.num_frames,
+            max_objects=data.max_objects,
+            image_size=model.image_size,
+            batch_size=data.batch_size,
+            total_samples=batches * data.batch_size * trainer.world_size,
+            augment=data.augment,
+            seed=recipe.seed,
+            max_stride=data.max_stride,
+            num_workers=data.num_workers,
+        )
+        trainer.fit(module, clips, ckpt_path=str(last) if last.is_file() else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    model.eval()
+
+
+def score(
+    model: SAM2,
+    name: str,
+    videos: list[Video],
+    recipe: Recipe,
+    folder: RunFolder,
+    reference: Predictions | None = None,
+    layers: list[ConvertedLayer] | None = None,
+) -> Predictions:
+    """Score a model into `metrics.json`; a quantized one (`layers`) is audited first and compared with the float one."""
+    if layers is not None:
+        image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.device)
+        log.info("%s", audit(model, layers, recipe.quantize, lambda: model.forward_image(image)))
+    with folder.stage(f"score {name}", f"{len(videos)} videos"):
+        block, predictions = score_videos(
+            model, videos, recipe.evaluate, recipe.trainer, folder=folder.path, reference=reference
+        )
+    if reference is not None:
+        block["versus_float"] = compare(block, folder.metrics["float"])
+    folder.record(name, block)
+    log.info("%s: J&F %.1f (J %.1f, F %.1f)", name, block["J&F"], block["J"], block["F"])
+    return predictions
+
+
+def score_ptq(
+    model: SAM2,
+    layers: list[ConvertedLayer],
+    videos: list[Video],
+    recipe: Recipe,
+    folder: RunFolder,
+    reference: Predictions,
+) -> None:
+    """Score what calibration alone gives, on a finalized copy: the baseline of QAT."""
+    if recipe.train is None or "ptq" in folder.metrics:
+        return
+    ptq = copy.deepcopy(model)
+    finalize(ptq)
+    score(ptq, "ptq", videos, recipe, folder, reference, layers)

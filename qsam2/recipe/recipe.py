@@ -1,0 +1,186 @@
+"""Everything a user can set, with its default and its check. `quantize.py` and `quantizers.py` hold what quantization adds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+
+from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.section import Section
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class ModelRecipe(Section):
+    """Which SAM2."""
+
+    size: str = "nano"
+    version: Literal["2", "2.1"] = "2.1"
+    checkpoint: str | None = "auto"
+    """A path; auto: the size's official weights; null: random weights, to train from scratch."""
+    image_size: int | None = None
+    """Side of the square input in pixels, a multiple of 32; null: the size's own (1024, nano 256)."""
+
+
+class DataRecipe(Section):
+    """What to train, calibrate and validate on. A source is `KIND[:ROOT[:SPLIT]]`, see data/README.md."""
+
+    train: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = ("moving_objects",)
+    weights: tuple[PositiveFloat, ...] | None = None
+    """How often each train source is drawn, relative; null: all the same."""
+    val: str | None = None
+    """What is scored; null: the first train source's val split."""
+    root: Path | None = None
+    """Folder of the sources that name none."""
+    num_frames: PositiveInt = 8
+    max_stride: PositiveInt = 1
+    """Frames are drawn with a random stride up to this."""
+    max_objects: PositiveInt = 3
+    batch_size: PositiveInt = 1
+    """Clips a step and device."""
+    augment: bool = True
+    num_workers: Annotated[int, Field(ge=0)] = 2
+
+    @model_validator(mode="after")
+    def _one_weight_a_source(self) -> DataRecipe:
+        if self.weights is not None and len(self.weights) != len(self.train):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.train)} train sources; give one each")
+        return self
+
+
+class CalibrateRecipe(Section):
+    """Clips of the train sources on which activation ranges are found, without augmentation."""
+
+    clips: PositiveInt = 8
+    num_frames: PositiveInt = 8
+
+
+class PromptRecipe(Section):
+    """Prompts while training; what is left to 1 is mask prompts. Defaults: Meta's fine-tuning recipe."""
+
+    point: Share = 0.25
+    box: Share = 0.25
+    conditioning_frames: PositiveInt = 2
+    """The first frame and up to this many in all are prompted."""
+    correction_frames: PositiveInt = 2
+    correction_clicks: PositiveInt = 7
+    """On each such frame; sam2 needs at least one."""
+    clicks_from_ground_truth: Share = 0.1
+
+    @model_validator(mode="after")
+    def _possible(self) -> PromptRecipe:
+        if self.point + self.box > 1:
+            raise ValueError(f"point={self.point} and box={self.box} are shares of the clips and sum to more than 1")
+        if self.correction_frames < self.conditioning_frames:
+            raise ValueError("correction_frames must be at least conditioning_frames: every prompted frame is corrected")
+        return self
+
+
+class LossRecipe(Section):
+    """Weights of Meta's losses, summed over frames and clicks."""
+
+    focal: NonNegative = 20.0
+    dice: NonNegative = 1.0
+    iou: NonNegative = 1.0
+    object_score: NonNegative = 1.0
+
+
+class DistillRecipe(Section):
+    """Weights of the losses towards the float model; all zero: no teacher is run."""
+
+    mask_logits: NonNegative = 0.0
+    image_embeddings: NonNegative = 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any weight is above zero."""
+        return self.mask_logits > 0 or self.image_embeddings > 0
+
+
+class TrainRecipe(Section):
+    """Optimization. Defaults: Meta's fine-tuning recipe (sam2.1_hiera_b+_MOSE_finetune.yaml); quantizers: ours."""
+
+    lr: PositiveFloat = 5e-6
+    image_encoder_lr: PositiveFloat = 3e-6
+    quantizer_lr: PositiveFloat = 1e-3
+    """Learned steps and clips: logarithms, hence a rate of their own."""
+    lr_end: Share = 0.1
+    """The cosine ends at this share of the rates."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0.1
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    dropout: Share = 0.0
+    drop_path: Share = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, which is what is kept; null: the last weights."""
+    freeze_statistics_at: Share = 0.8
+    """Running statistics of the quantizers stand still from this share of the steps on."""
+    prompts: PromptRecipe = PromptRecipe()
+    losses: LossRecipe = LossRecipe()
+    distill: DistillRecipe = DistillRecipe()
+
+
+class TrainerRecipe(Section):
+    """What goes to Lightning's Trainer."""
+
+    max_steps: PositiveInt = 2000
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: PositiveInt = 1
+    strategy: str = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    gradient_clip: NonNegative = 0.1
+    accumulate: PositiveInt = 1
+    checkpoint_every: PositiveInt = 200
+    """Steps between checkpoints that a killed run resumes from."""
+    log_every: PositiveInt = 10
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
+
+
+class EvaluateRecipe(Section):
+    """How models are scored on `data.val`."""
+
+    protocol: Literal["davis", "sav"] = "davis"
+    videos: PositiveInt | None = None
+    """Score the first so many videos only."""
+    frames: PositiveInt | None = None
+    """Score the first so many frames of each video only."""
+
+
+class LogRecipe(Section):
+    """Weights & Biases."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online where an API key is configured, offline otherwise."""
+    project: str = "qsam2"
+    group: str | None = None
+
+
+class Recipe(Section):
+    """One run, from checkpoint to report."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] = "run"
+    output: Path | None = None
+    """Run folder; null: runs/NAME."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    debug: Literal["fast", "overfit", "profile"] | None = None
+    model: ModelRecipe = ModelRecipe()
+    data: DataRecipe = DataRecipe()
+    calibrate: CalibrateRecipe = CalibrateRecipe()
+    quantize: QuantizeRecipe | None = None
+    train: TrainRecipe | None = None
+    trainer: TrainerRecipe = TrainerRecipe()
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+    log: LogRecipe = LogRecipe()
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run's files go."""
+        return self.output or Path("runs") / self.name

@@ -1,0 +1,107 @@
+"""A run's folder: what is in it, what was done so far, and how figures and times get there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+
+from qsam2.errors import UserError
+from qsam2.recipe import Recipe, save_recipe
+
+log = logging.getLogger("qsam2")
+
+
+class RunFolder:
+    """`recipe.yaml`, `metrics.json`, `checkpoints/`, `model.safetensors`, `card.md`, `card.json`, `report.html`.
+
+    Every figure is written when it is known, so that a killed run keeps it. Only rank 0 writes.
+
+    Raises:
+        UserError: the folder holds the run of another recipe.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.path = recipe.run_folder
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model.safetensors"
+        self._metrics_file = self.path / "metrics.json"
+        self._begin(recipe)
+        self.metrics: dict[str, Any] = {"seconds": {}}
+        if self._metrics_file.is_file():
+            self.metrics = json.loads(self._metrics_file.read_text())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end: the report is what it writes last."""
+        return self.report.is_file()
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.path / "report.html"
+
+    @contextlib.contextmanager
+    def stage(self, name: str, what: str = "") -> Iterator[None]:
+        """Say that a stage begins and how long it took; its seconds go into the metrics."""
+        log.info("%s%s ...", name, f" ({what})" if what else "")
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        log.info("%s: %.1f s", name, seconds)
+        self.metrics["seconds"][name] = round(self.metrics["seconds"].get(name, 0.0) + seconds, 3)
+        self._save()
+
+    def record(self, key: str, value: Any) -> None:
+        """Write a figure into `metrics.json`."""
+        self.metrics[key] = value
+        self._save()
+
+    def _begin(self, recipe: Recipe) -> None:
+        text = save_recipe(recipe)
+        file = self.path / "recipe.yaml"
+        if file.is_file():
+            old, new = yaml.safe_load(file.read_text()), yaml.safe_load(text)
+            changed = sorted(key for key in _flat(old).keys() | _flat(new).keys() if _flat(old).get(key) != _flat(new).get(key))
+            if changed:
+                raise UserError(
+                    f"{self.path} holds a run of another recipe (it differs in {', '.join(changed[:4])}); "
+                    "give another folder with output=PATH, or the same values to resume it"
+                )
+        self._write(file, text)
+
+    def _save(self) -> None:
+        self._write(self._metrics_file, json.dumps(self.metrics, indent=1))
+
+    @rank_zero_only
+    def _write(self, file: Path, text: str) -> None:
+        write_text(file, text)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole or not at all: to a temporary name, then renamed; folders are made.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"{file} could not be written: {error.strerror}; make room or give another path") from error
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {k: v for key, value in values.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}

@@ -1,0 +1,71 @@
+"""Parameter groups and schedule of Meta's fine-tuning recipe, and a group of their own for learned quantizer parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from qsam2.models import SAM2
+from qsam2.recipe.recipe import TrainRecipe
+
+ENCODER, TRUNK = "image_encoder.", "image_encoder.trunk"
+
+
+def parameter_groups(model: SAM2, recipe: TrainRecipe, quantizer_parameters: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Groups for AdamW, one for each pair of rate and decay, each with `params`, `names`, `lr`, `weight_decay`, `role`.
+
+    Rates: `image_encoder_lr` in the image encoder, in its trunk times layer_decay^(depth from the top), position
+    embeddings without that decay; `lr` elsewhere. No weight decay on names that contain "bias" and on LayerNorm.
+    Source: sam2.1_hiera_b+_MOSE_finetune.yaml. Learned quantizer parameters (ours): `quantizer_lr`, no weight decay.
+
+    Args:
+        quantizer_parameters: names of the learned steps and clips.
+    """
+    undecayed = {
+        f"{name}.{parameter}" if name else parameter
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
+    groups: dict[tuple[float, float, str], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in quantizer_parameters:
+            lr, decay, role = recipe.quantizer_lr, 0.0, "quantizers"
+        else:
+            lr = _float_lr(name, model, recipe)
+            decay = 0.0 if "bias" in name or name in undecayed else recipe.weight_decay
+            role = "weights"
+        group = groups.setdefault(
+            (lr, decay, role), {"params": [], "names": [], "lr": lr, "weight_decay": decay, "role": role}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _float_lr(name: str, model: SAM2, recipe: TrainRecipe) -> float:
+    if not name.startswith(ENCODER):
+        return recipe.lr
+    if not name.startswith(TRUNK) or "pos_embed" in name:
+        return recipe.image_encoder_lr
+    trunk = model.image_encoder.trunk
+    depth = trunk.get_num_layers() + 1 - trunk.get_layer_id(name)
+    return recipe.image_encoder_lr * recipe.layer_decay**depth
+
+
+def cosine_share(step: int, *, max_steps: int, end: float, warmup_steps: int = 0) -> float:
+    """Share of a group's rate at a step: linear warm-up, then a cosine from 1 to `end` over `max_steps`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return end + (1 - end) * (1 + math.cos(math.pi * min(step / max_steps, 1.0))) / 2
+
+
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`."""
+    return torch.optim.AdamW(groups)  # not fused: Lightning cannot clip gradients of that in mixed precision

@@ -1,0 +1,71 @@
+"""Scores of a model on videos and stills, with the comparisons that make them worth trusting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from qsam2.data.video import Video
+from qsam2.metrics.bootstrap import paired_bootstrap
+from qsam2.models import SAM2
+from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
+from qsam2.tasks.segmentation import Predictions, VideoSegmentation
+from qsam2.tasks.trainer import build_trainer
+
+
+class _Videos(Dataset[Video]):
+    def __init__(self, videos: Sequence[Video]) -> None:
+        self.videos = videos
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> Video:
+        return self.videos[index]
+
+
+class _RankSampler(Sampler[int]):
+    """Every rank scores its share of the videos, none twice: rank r of W takes r, r + W, ..."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+        return iter(range(rank, self.length, world))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def score_videos(
+    model: SAM2,
+    videos: Sequence[Video],
+    evaluation: EvaluateRecipe,
+    trainer: TrainerRecipe,
+    *,
+    folder: Path,
+    reference: Predictions | None = None,
+) -> tuple[dict[str, Any], Predictions]:
+    """J&F of semi-supervised tracking by the recipe's protocol, and the masks that were tracked.
+
+    Args:
+        reference: the float model's masks on the same videos; with them the block holds `fidelity`.
+
+    Returns:
+        (score block as design.md has it, in percent; this rank's predictions)
+    """
+    module = VideoSegmentation(model, None, evaluation, reference=reference)
+    loader = DataLoader(_Videos(videos), batch_size=None, sampler=_RankSampler(len(videos)))
+    build_trainer(trainer, folder=folder).validate(module, loader, verbose=False)
+    return module.block, module.predictions
+
+
+def compare(block: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """Difference in J&F between two score blocks on the same objects, with its 95 % interval (paired bootstrap)."""
+    return paired_bootstrap(block["per_object"], reference["per_object"])

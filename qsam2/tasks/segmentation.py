@@ -1,0 +1,171 @@
+"""The one Lightning module: trains SAM2 on clips (pretraining and QAT alike) and scores it on videos."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Collection
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from training.utils.data_utils import BatchedVideoDatapoint
+
+from qsam2.data.video import Video
+from qsam2.metrics.iou import Fidelity
+from qsam2.metrics.vos import VOSScore
+from qsam2.models import SAM2
+from qsam2.recipe.recipe import EvaluateRecipe, TrainRecipe
+from qsam2.tasks.losses import embedding_distillation, mask_distillation, segmentation_loss
+from qsam2.tasks.optimizer import adamw, cosine_share, parameter_groups
+from qsam2.tasks.prompts import set_dropout, set_prompts
+from qsam2.tasks.tracking import first_masks, track, true_masks
+
+Predictions = dict[tuple[str, int], np.ndarray]
+"""Tracked masks by (video, object id), packed eight pixels a byte: a few MB for a video instead of a hundred."""
+
+
+class VideoSegmentation(L.LightningModule):
+    """SAM2 as a trainable and scorable task.
+
+    Args:
+        model: the network; converted or not.
+        recipe: how to train; None to score only.
+        evaluation: how to score.
+        seed, max_steps: of the run; all randomness of a step follows from (seed, step), so that a resumed run repeats it.
+        teacher: float model that the training distils from, needed where the recipe's distill weights are above zero.
+        quantizer_parameters: names, in `model`, of the learned steps and clips.
+        reference: predictions of the float model that `fidelity` compares with.
+    """
+
+    def __init__(
+        self,
+        model: SAM2,
+        recipe: TrainRecipe | None,
+        evaluation: EvaluateRecipe,
+        *,
+        seed: int = 0,
+        max_steps: int = 1,
+        teacher: SAM2 | None = None,
+        quantizer_parameters: Collection[str] = (),
+        reference: Predictions | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.evaluation = evaluation
+        self.seed = seed
+        self.max_steps = max_steps
+        self.quantizer_parameters = quantizer_parameters
+        self._teacher = [teacher] if teacher is not None else []  # in a list: no part of the module's state
+        self.reference = reference
+        self.predictions: Predictions = {}
+        self.score = VOSScore(evaluation.protocol)
+        self.fidelity = Fidelity()
+        self.seconds_per_frame: list[float] = []
+        if recipe is not None:
+            self.loss = segmentation_loss(recipe.losses)
+            set_prompts(model, recipe.prompts)
+            set_dropout(model, recipe.dropout)
+            for trained in self._teacher:
+                set_prompts(trained, recipe.prompts)
+                set_dropout(trained, 0.0)
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        for teacher in self._teacher:
+            teacher.to(self.device).train().requires_grad_(False)
+
+    def training_step(self, batch: BatchedVideoDatapoint, batch_index: int) -> Tensor:
+        assert self.recipe is not None
+        self._seed_step(batch_index)
+        backbone = self.model.forward_image(batch.flat_img_batch)
+        embeddings = backbone["backbone_fpn"]
+        backbone = self.model.prepare_prompt_inputs(backbone, batch)
+        frames = self.model.forward_tracking(backbone, batch)
+        losses = self.loss(frames, batch.masks)
+        total = losses.pop("core_loss")
+        distill = self.recipe.distill
+        for teacher in self._teacher:
+            with torch.no_grad():
+                theirs = teacher.forward_image(batch.flat_img_batch)
+                if distill.mask_logits:
+                    teacher.rng = self.model.rng
+                    prompted = {**backbone, **theirs}
+                    their_frames = teacher.forward_tracking(prompted, batch)
+            if distill.mask_logits:
+                losses["distill_masks"] = mask_distillation(frames, their_frames)
+                total = total + distill.mask_logits * losses["distill_masks"]
+            if distill.image_embeddings:
+                losses["distill_embeddings"] = embedding_distillation(embeddings, theirs["backbone_fpn"])
+                total = total + distill.image_embeddings * losses["distill_embeddings"]
+        if not torch.isfinite(total):
+            raise FloatingPointError(f"the loss is {float(total)} at step {self.global_step}; lower train.lr")
+        self.log("loss", total, prog_bar=True)
+        self.log_dict({f"loss/{name.removeprefix('loss_')}": value for name, value in losses.items()})
+        return total
+
+    def _seed_step(self, step: int) -> None:
+        # sam2 draws the kind of prompt from `rng`, the same on all ranks, and points from torch
+        self.model.rng = np.random.default_rng((self.seed, step))
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, step, self.global_rank)).generate_state(1)[0]))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        assert self.recipe is not None
+        recipe = self.recipe
+        optimizer = adamw(parameter_groups(self.model, recipe, self.quantizer_parameters))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: cosine_share(
+                step, max_steps=self.max_steps, end=recipe.lr_end, warmup_steps=recipe.warmup_steps
+            ),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Norms before clipping, by role: the shared clip could starve one of them
+        if self.global_step % self.trainer.log_every_n_steps:
+            return
+        squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    squares[group["role"]] = squares[group["role"]] + parameter.grad.float().square().sum()
+        self.log_dict({f"gradient_norm/{role}": square.sqrt() for role, square in squares.items()})
+        self.log("lr", optimizer.param_groups[-1]["lr"])
+
+    # Scoring
+
+    def on_validation_epoch_start(self) -> None:
+        self.predictions = {}
+        self.seconds_per_frame = []
+
+    def validation_step(self, video: Video, batch_index: int) -> None:
+        length = min(len(video), self.evaluation.frames or len(video))
+        prompts = first_masks(video, length, later_objects=self.evaluation.protocol == "sav")
+        started = time.perf_counter()
+        tracked = track(
+            self.model, video, prompts, length=length, non_overlapping=self.evaluation.protocol == "davis"
+        )
+        self.seconds_per_frame.append((time.perf_counter() - started) / length)
+        for object_id, masks in tracked.items():
+            annotated, truth = true_masks(video, object_id, length)
+            packed = np.packbits(masks)
+            self.predictions[video.name, object_id] = packed
+            self.score.update(video.name, object_id, masks[annotated], truth)
+            if self.reference is not None:
+                theirs = np.unpackbits(self.reference[video.name, object_id], count=masks.size)
+                self.fidelity.update(video.name, object_id, masks, theirs.reshape(masks.shape).astype(bool))
+
+    def on_validation_epoch_end(self) -> None:
+        self.block: dict[str, Any] = self.score.compute()
+        self.block["seconds_per_frame"] = float(np.mean(self.seconds_per_frame)) if self.seconds_per_frame else None
+        if self.reference is not None:
+            self.block["fidelity"] = self.fidelity.compute()
+        self.score.reset()
+        self.fidelity.reset()
+        if self.trainer.training:  # a validation within training is a point of a curve
+            self.log_dict({f"val/{name}": self.block[name] for name in ("J&F", "J", "F")})

@@ -1,0 +1,147 @@
+"""The one factory of Lightning Trainers: progress, logging, checkpoints, precision and devices for every stage."""
+
+from __future__ import annotations
+
+import errno
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import lightning as L
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger, WandbLogger
+from torch import Tensor, nn
+
+from qsam2.errors import UserError
+from qsam2.recipe.recipe import LogRecipe, Recipe, TrainerRecipe
+
+LAST = "last.ckpt"
+"""Name, in a run's `checkpoints/`, of the checkpoint that a killed run resumes from."""
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary name and renames, so that the previous checkpoint survives a full disk; reads tensors only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"checkpoint {path} could not be written ({error}); the previous one is kept: "
+                "make room on the disk and run the same command again to resume"
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class FreezeStatistics(Callback):
+    """Stops the running statistics of all quantizers from a step on, so that the last part trains what is shipped."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_index: int) -> None:
+        if trainer.global_step >= self.at_step:
+            for child in module.modules():
+                if hasattr(child, "track_statistics"):
+                    child.track_statistics = False
+
+
+class LogClips(Callback):
+    """Logs the mean scale of learned quantizers now and then: a step that runs away shows here first."""
+
+    def __init__(self, quantizers: dict[str, nn.Module]) -> None:
+        self.quantizers = quantizers
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            means: dict[str, Tensor] = {f"scale/{n}": q.scale.detach().mean() for n, q in self.quantizers.items()}
+            module.log_dict(means)
+
+
+def build_trainer(recipe: TrainerRecipe, *, folder: Path, logger: Logger | bool = False, **more: Any) -> L.Trainer:
+    """A Trainer with the recipe's devices and precision.
+
+    Args:
+        folder: the run folder; profiles go there.
+        more: what one stage needs beyond that, passed to Lightning.
+    """
+    strategy = recipe.strategy
+    if strategy == "auto" and (recipe.num_nodes > 1 or recipe.devices not in ("auto", 1, "1")):
+        strategy = "ddp_find_unused_parameters_true"  # a clip without clicks leaves parts of the prompt encoder unused
+    return L.Trainer(
+        accelerator=recipe.accelerator,
+        devices=recipe.devices,
+        num_nodes=recipe.num_nodes,
+        strategy=strategy,
+        precision=recipe.precision,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        logger=logger,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        plugins=[SafeCheckpointIO()],
+        **more,
+    )
+
+
+def training_options(recipe: Recipe, quantizers: dict[str, nn.Module]) -> dict[str, Any]:
+    """What the training stage adds to `build_trainer`: steps, clipping, checkpoints, averaging, frozen statistics."""
+    assert recipe.train is not None
+    trainer = recipe.trainer
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            dirpath=recipe.run_folder / "checkpoints",
+            filename=LAST.removesuffix(".ckpt"),
+            every_n_train_steps=trainer.checkpoint_every,
+            save_top_k=1,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        ),
+        TQDMProgressBar(refresh_rate=max(trainer.log_every // 2, 1)),
+    ]
+    if recipe.train.ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=recipe.train.ema))
+    if quantizers:
+        callbacks.append(FreezeStatistics(int(recipe.train.freeze_statistics_at * trainer.max_steps)))
+        callbacks.append(LogClips(quantizers))
+    return {
+        "max_steps": trainer.max_steps,
+        "gradient_clip_val": trainer.gradient_clip or None,
+        "accumulate_grad_batches": trainer.accumulate,
+        "log_every_n_steps": trainer.log_every,
+        "profiler": trainer.profiler,
+        "callbacks": callbacks,
+        "limit_val_batches": 0,
+    }
+
+
+def build_logger(recipe: LogRecipe, *, folder: Path, name: str, config: dict[str, Any]) -> Logger | bool:
+    """Weights & Biases: online where a key is configured, offline otherwise, none on request."""
+    if recipe.wandb == "off":
+        return False
+    offline = recipe.wandb == "offline" or (recipe.wandb == "auto" and not has_wandb_key())
+    return WandbLogger(
+        name=name, project=recipe.project, group=recipe.group, save_dir=folder, offline=offline, config=config
+    )
+
+
+def has_wandb_key() -> bool:
+    """Whether `wandb login` was done or WANDB_API_KEY is set (wandb's own check would ask for a key)."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
