@@ -10,7 +10,7 @@ from torch import Tensor
 from qsam2.recipe.quantizers import QuantizerSpec
 
 SMALLEST_SCALE = 1e-12  # float32 values divided by it stay finite up to 3e26
-LARGEST_SCALE = 1e12
+LARGEST_SCALE = 1e30
 
 
 def round_through(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from qsam2.quantizers.registry import register
 from qsam2.quantizers.statistics import follow, moments
 from qsam2.recipe.quantizers import LSCSpec, Role
 
-SMALLEST_ALPHA = 1e-3
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-3, 1e6
 SMALLEST_STD = 1e-3  # of |mean|: a constant tensor has a range, too
 
 
@@ -66,7 +66,7 @@ class LSCQuantizer(Quantizer):
         follow(self.std, std, self.spec.momentum)
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        return self.grid.from_bounds(*self._bounds(self.log_alpha.exp()))
+        return self.grid.from_bounds(*self._bounds(self.log_alpha.exp().clamp(max=LARGEST_ALPHA)))
 
     def _center_and_std(self) -> tuple[Tensor, Tensor]:
         # New tensors: the graph keeps them, while a later call of the same step changes the buffers in place.

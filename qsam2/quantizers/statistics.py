@@ -26,10 +26,11 @@ def extremes(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[T
 
 
 def moments(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) float32 of a batch, by counts and sums; NaN where no rank had data."""
+    """Mean and standard deviation (C,) of a batch, float32 or better, by counts and sums; NaN where no rank had data."""
     rows = to_rows(x, channel_dim)
-    total = rows.sum(dim=1, dtype=torch.float32)
-    square = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = rows.sum(dim=1, dtype=dtype)
+    square = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square()
     sums = torch.stack([torch.full_like(total, rows.shape[1]), total, square])
     if over_ranks:
         sums = all_reduce_sum(sums)
@@ -42,4 +43,5 @@ def follow(running: Tensor, batch: Tensor, momentum: float) -> None:
 
     A batch that is empty or overflowed (as under a gradient scaler's search) leaves it as it is.
     """
+    batch = batch.to(running.dtype)
     running.copy_(torch.where(batch.isfinite(), torch.lerp(batch, running, momentum), running))

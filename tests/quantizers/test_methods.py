@@ -1,0 +1,302 @@
+"""The methods: what they start from, what they follow, what they learn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
+from qsam2.quantizers.lsc import LSCQuantizer
+from qsam2.quantizers.minmax import MinMaxQuantizer
+from qsam2.recipe.quantizers import LSCSpec, LSQSpec, MinMaxSpec, QuantizerSpec
+
+SPECS: list[type[QuantizerSpec]] = [MinMaxSpec, LSQSpec, LSCSpec]
+
+
+def activation(spec: QuantizerSpec, *batches: Tensor, **kwargs: int) -> Quantizer:
+    quantizer = build_quantizer(spec, "activation", name="a", **kwargs)
+    quantizer.state = QuantizerState.OBSERVE
+    for batch in batches:
+        quantizer(batch)
+    quantizer.finish_observing()
+    return quantizer
+
+
+def weight_quantizer(spec: QuantizerSpec, weight: Tensor, channel_dim: int = 0) -> Quantizer:
+    quantizer = build_quantizer(
+        spec, "weight", num_channels=weight.shape[channel_dim], channel_dim=channel_dim, name="w"
+    )
+    quantizer.initialize_from(weight)
+    return quantizer
+
+
+@st.composite
+def quantized_tensors(draw: st.DrawFn) -> tuple[Quantizer, Tensor]:
+    spec_type = draw(st.sampled_from(SPECS))
+    symmetric = draw(st.sampled_from([None, True, False]))
+    spec = spec_type(
+        bits=draw(st.integers(2, 8)),
+        symmetric=symmetric,
+        granularity=draw(st.sampled_from([None, "tensor", "channel"])),
+        grid=draw(st.sampled_from(["auto", "mid_tread"] + ["mid_rise"] * (symmetric is True))),
+        range=draw(st.sampled_from(["minmax", "percentile", "mse"] + ["mean_abs"] * (spec_type is LSQSpec))),
+    )
+    shape = draw(st.lists(st.integers(1, 6), min_size=2, max_size=4))
+    channel_dim = draw(st.integers(-len(shape), len(shape) - 1))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(["normal", "positive", "heavy", "constant", "zero", "tiny", "large"]))
+    x = torch.randn(shape, generator=generator)
+    x = {
+        "normal": x,
+        "positive": x.abs() + 3.0,
+        "heavy": x**5,
+        "constant": torch.full(shape, -1.7),
+        "zero": torch.zeros(shape),
+        "tiny": x * 1e-20,
+        "large": x * 1e15,
+    }[kind]
+    x = x.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])))
+    role = draw(st.sampled_from(["weight", "activation"]))
+    quantizer = build_quantizer(spec, role, num_channels=shape[channel_dim], channel_dim=channel_dim, name="q")
+    if role == "weight":
+        quantizer.initialize_from(x)
+    else:
+        quantizer.state = QuantizerState.OBSERVE
+        quantizer(x)
+        quantizer.finish_observing()
+    return quantizer.train(draw(st.booleans())), x
+
+
+@settings(max_examples=200, deadline=None)
+@given(quantized_tensors())
+def test_invariants_of_every_method(made: tuple[Quantizer, Tensor]) -> None:
+    quantizer, x = made
+    for state in (QuantizerState.QUANTIZE, QuantizerState.FROZEN):
+        quantizer.state = state
+        out, codes = quantizer(x), quantizer.to_int(x)
+        assert out.dtype == x.dtype and out.isfinite().all()
+        assert torch.equal(out, quantizer.dequantize(codes, x.dtype))
+        assert codes.dtype == torch.int32
+        assert codes.min() >= quantizer.qmin and codes.max() <= quantizer.qmax
+        assert (quantizer.scale > 0).all() and quantizer.scale.isfinite().all()
+        whole = quantizer.zero_point + (0.5 if quantizer.grid.mid_rise else 0.0)
+        assert torch.equal(whole, whole.round())
+        rows = out.movedim(quantizer.channel_dim, 0).flatten(1) if quantizer.per_channel else out.reshape(1, -1)
+        assert all(row.unique().numel() <= 2**quantizer.bits for row in rows)
+        if not quantizer.grid.symmetric:
+            assert quantizer.zero_point.min() >= quantizer.qmin and quantizer.zero_point.max() <= quantizer.qmax
+            assert torch.equal(quantizer(torch.zeros_like(x)), torch.zeros_like(x))
+    # Quantizing what is quantized changes nothing: what finalized weights rest on.
+    assert torch.equal(quantizer(out.detach()), out)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    quantized_tensors(),
+    st.sampled_from(["weight", "float"]),
+    st.floats(-1e30, 1e30),
+    st.sampled_from([1e-3, 1.0, 1e6]),
+)
+def test_no_gradient_can_make_a_scale_zero_or_negative(
+    made: tuple[Quantizer, Tensor], kind: str, gradient: float, lr: float
+) -> None:
+    quantizer, _ = made
+    parameters = quantizer.learned_parameters()
+    if not parameters:
+        return
+    optimizer = torch.optim.SGD(parameters, lr=lr) if kind == "weight" else torch.optim.AdamW(parameters, lr=lr)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+        assert (quantizer.scale > 0).all() and quantizer.scale.isfinite().all()
+        assert quantizer.zero_point.isfinite().all()
+
+
+def test_minmax_weight_range_is_anew_at_each_forward() -> None:
+    weight = torch.randn(3, 10)
+    quantizer = weight_quantizer(MinMaxSpec(bits=4), weight)
+    torch.testing.assert_close(quantizer.scale, weight.abs().amax(1) / 7)
+    for training in (True, False):
+        weight = weight * 3
+        quantizer.train(training)(weight)
+        torch.testing.assert_close(quantizer.scale, weight.abs().amax(1) / 7)
+
+
+def test_minmax_activation_is_an_exponential_moving_average_in_training_only() -> None:
+    first, second = torch.tensor([-1.0, 3.0]), torch.tensor([-2.0, 8.0])
+    quantizer = activation(MinMaxSpec(bits=8, momentum=0.75), first)
+    quantizer.eval()(second)
+    assert quantizer.scale.item() == pytest.approx(4.0 / 255)
+    quantizer.train()(second)
+    assert isinstance(quantizer, MinMaxQuantizer)
+    assert (quantizer.minimum.item(), quantizer.maximum.item()) == pytest.approx((-1.25, 4.25))
+    assert quantizer.scale.item() == pytest.approx(5.5 / 255)
+    for bad in (float("nan"), float("inf")):  # an overflow of half precision in training
+        quantizer(torch.tensor([bad, 0.0]))
+        assert quantizer.scale.isfinite().all()
+    quantizer(torch.zeros(0))
+    assert quantizer.scale.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+def test_minmax_keeps_the_fraction_that_calibration_found(method: str) -> None:
+    x = torch.cat([torch.linspace(-1, 1, 4000), torch.tensor([5.0])])
+    quantizer = activation(MinMaxSpec(bits=4, range=method, percentile=99.0, momentum=0.0), x)
+    kept = quantizer.scale * 15
+    assert kept < 5
+    quantizer.train()(2 * x)
+    torch.testing.assert_close(quantizer.scale * 15, 2 * kept)
+
+
+def test_lsq_starts_from_the_papers_step() -> None:
+    weight = torch.randn(3, 50)
+    quantizer = weight_quantizer(LSQSpec(bits=4, range="mean_abs"), weight)
+    torch.testing.assert_close(quantizer.scale, 2 * weight.abs().mean(1) / math.sqrt(7))
+    x = torch.rand(500)
+    unsigned = activation(LSQSpec(bits=4, range="mean_abs"), x)
+    torch.testing.assert_close(unsigned.scale, (2 * x.mean() / math.sqrt(15))[None])
+    assert unsigned.zero_point.item() == 0
+
+
+def test_lsq_gradient_is_the_papers_times_the_step() -> None:
+    """The parameter is log s: its gradient is s times eq. 3's, with the gradient scale 1/sqrt(N Qp)."""
+    weight = torch.nn.Parameter(torch.tensor([[0.3, -0.9, 5.0, 0.0], [0.4, 0.12, -7.0, -0.35]]))
+    quantizer = weight_quantizer(LSQSpec(bits=3), weight)
+    scale = np.array([0.5, 0.2])
+    (parameter,) = quantizer.learned_parameters()
+    with torch.no_grad():
+        parameter.copy_(torch.tensor(scale).log())
+    grad = torch.tensor([[1.0, 2.0, 3.0, 4.0], [-1.0, 1.0, 2.0, 5.0]])
+    quantizer(weight).backward(grad)
+    # t = [.6, -1.8, 10, 0], [2, .6, -35, -1.75]; Qn = -4, Qp = 3
+    slopes = np.array([[0.4, -0.2, 3.0, 0.0], [0.0, 0.4, -4.0, -0.25]])
+    expected = (slopes * grad.numpy()).sum(1) * scale / math.sqrt(4 * 3)
+    assert parameter.grad is not None
+    np.testing.assert_allclose(parameter.grad.numpy(), expected, rtol=1e-5)
+    assert weight.grad is not None and weight.grad.tolist() == [[1, 2, 0, 4], [-1, 1, 0, 5]]
+
+
+def test_training_lsq_lowers_the_error() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 256)
+    quantizer = weight_quantizer(LSQSpec(bits=2, range="minmax"), weight)
+    optimizer = torch.optim.Adam(quantizer.learned_parameters(), lr=0.02)
+    errors = []
+    for _ in range(80):
+        error = (quantizer(weight) - weight).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert errors[-1] < 0.6 * errors[0]
+    assert errors[-1] < 0.15  # the best four-level uniform grid has 0.1188 on a normal distribution
+
+
+def test_lsc_bounds_and_scale() -> None:
+    x = torch.randn(1000) * 2 + 1
+    quantizer = activation(LSCSpec(bits=4), x)
+    assert isinstance(quantizer, LSCQuantizer)
+    torch.testing.assert_close(quantizer.mean, x.mean()[None])
+    torch.testing.assert_close(quantizer.std, x.std(correction=0)[None])
+    torch.testing.assert_close(quantizer.scale, 2 * quantizer.alpha * quantizer.std / 15)
+    lower = quantizer.mean - quantizer.alpha * quantizer.std
+    assert quantizer.zero_point.item() == torch.round(-lower / quantizer.scale).item()
+    for bits, steps in ((2, 2), (4, 7)):
+        weight = torch.randn(3, 100)
+        quantizer = weight_quantizer(LSCSpec(bits=bits), weight)
+        assert isinstance(quantizer, LSCQuantizer)
+        torch.testing.assert_close(quantizer.scale, quantizer.alpha * weight.std(1, correction=0) / steps)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_lsc_alpha_starts_at_the_least_error(symmetric: bool) -> None:
+    weight = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0))
+    quantizer = weight_quantizer(LSCSpec(bits=3, symmetric=symmetric), weight)
+
+    def error() -> float:
+        return (quantizer(weight) - weight).abs().pow(2.4).mean().item()
+
+    best, start = error(), quantizer.learned_parameters()[0].detach().clone()
+    for factor in (0.7, 0.85, 1.2, 1.5):
+        with torch.no_grad():
+            quantizer.learned_parameters()[0].copy_(start + math.log(factor))
+        assert error() > best
+
+
+def test_lsc_gradient_of_alpha_comes_through_both_bounds() -> None:
+    """d x^/d alpha of a clipped element is +-sigma, up to the rounding of the zero point."""
+    x = torch.cat([torch.randn(1000), torch.tensor([50.0, 60.0, -70.0])]).requires_grad_()
+    quantizer = activation(LSCSpec(bits=8), x).eval()
+    assert isinstance(quantizer, LSCQuantizer)
+    with torch.no_grad():
+        quantizer.log_alpha.fill_(math.log(2.0))
+    grad = torch.zeros(1003)
+    grad[1000:] = torch.tensor([1.0, 2.0, 0.5])
+    quantizer(x).backward(grad)
+    expected = (1 + 2 - 0.5) * quantizer.std * quantizer.alpha / math.sqrt(1003 * 255)
+    assert quantizer.log_alpha.grad is not None
+    torch.testing.assert_close(quantizer.log_alpha.grad, expected, rtol=0.02, atol=0)
+
+
+def test_lsc_follows_by_momentum_in_training_only() -> None:
+    spec = LSCSpec(bits=4, momentum=0.9)
+    x, y = torch.randn(50), torch.randn(50) * 3 + 1
+    quantizer = activation(spec, x)
+    weight = weight_quantizer(spec, x[None])
+    assert isinstance(quantizer, LSCQuantizer) and isinstance(weight, LSCQuantizer)
+    for one, batch in ((quantizer, y), (weight, y[None])):
+        one.eval()(batch)
+        torch.testing.assert_close(one.mean, x.mean()[None])
+        one.train()(batch)
+        torch.testing.assert_close(one.mean, (0.9 * x.mean() + 0.1 * y.mean())[None])
+        torch.testing.assert_close(one.std, (0.9 * x.std(correction=0) + 0.1 * y.std(correction=0))[None])
+
+
+@pytest.mark.parametrize("spec_type", SPECS)
+def test_one_backward_through_several_calls_of_a_step(spec_type: type[QuantizerSpec]) -> None:
+    """SAM2 calls a layer once a frame: statistics move between calls whose graphs are still alive."""
+    x = torch.randn(4, 8)
+    quantizer = activation(spec_type(bits=4), x).train()
+    inputs = [(x * k).requires_grad_() for k in (1, 2, 3)]
+    torch.stack([quantizer(one) for one in inputs]).square().sum().backward()
+    assert all(one.grad is not None and one.grad.isfinite().all() for one in inputs)
+
+
+def test_activation_checkpointing_counts_statistics_once() -> None:
+    x = torch.randn(4, 8)
+    ends = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        quantizer = activation(LSCSpec(bits=4, momentum=0.5), x).train()
+        assert isinstance(quantizer, LSCQuantizer)
+        y = (3 * x).requires_grad_()
+        out = checkpoint(quantizer, y, use_reentrant=False) if recompute else quantizer(y)
+        out.sum().backward()
+        ends.append(quantizer.mean.clone())
+    assert torch.equal(*ends)
+
+
+def test_per_channel_activation() -> None:
+    x = torch.randn(5, 3, 7) * torch.tensor([[1.0], [10.0], [100.0]])
+    quantizer = activation(LSQSpec(bits=4, granularity="channel"), x, num_channels=3, channel_dim=1)
+    assert quantizer.scale.shape == (3,)
+    assert quantizer.scale[2] > 50 * quantizer.scale[0]
+
+
+@pytest.mark.parametrize("gradient", ["zero", "identity"])
+def test_gradient_of_clipped_values_is_an_option(gradient: str) -> None:
+    weight = torch.nn.Parameter(torch.tensor([[0.1, -0.2, 0.3, 100.0]]))
+    quantizer = weight_quantizer(LSCSpec(bits=4, clipped_gradient=gradient), weight)
+    with torch.no_grad():
+        quantizer.learned_parameters()[0].fill_(-3.0)
+    quantizer(weight).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[0, 3] == (1.0 if gradient == "identity" else 0.0)
