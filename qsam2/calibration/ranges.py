@@ -19,14 +19,14 @@ MAX_NAMED = 5
 
 @torch.no_grad()
 def calibrate_ranges(model: nn.Module, run: Callable[[Batch], object], batches: Iterable[Batch]) -> int:
-    """Find the range of every quantizer and switch all of them from any state to QUANTIZE.
+    """Find the range of every quantizer and switch all of them, whatever their state, to QUANTIZE.
 
-    `run` passes one batch through the model, which is in eval mode meanwhile; weights and activations are in float then.
-    All activation ranges are set at the end, so that none of them is found on quantized inputs. Returns the number of
-    batches. In a distributed run all ranks call it.
+    `run` passes one batch through the model, in the mode (train, eval) that the caller has put it into; nothing
+    is quantized meanwhile. All activation ranges are set at the end, so that none is found on quantized inputs. Returns
+    the number of batches. In a distributed run all ranks call it.
 
     Raises:
-        UserError: a batch or a weight holds NaN or infinity, there is no batch, or no batch reached some quantizer.
+        UserError: a batch or a weight holds NaN or infinity, or no batch reached some quantizer.
     """
     activations = [quantizer for _, quantizer in quantizers(model) if quantizer.role == "activation"]
     for _, layer in quantized_layers(model):
@@ -34,13 +34,10 @@ def calibrate_ranges(model: nn.Module, run: Callable[[Batch], object], batches: 
             layer.weight_quantizer.state = QuantizerState.FLOAT
     for quantizer in activations:
         quantizer.state = QuantizerState.OBSERVE
-    training = model.training
-    model.eval()
     count = 0
     for batch in batches:
         run(batch)
         count += 1
-    model.train(training)
 
     unreached = []
     for quantizer in activations:

@@ -35,7 +35,7 @@ FLOAT_PARAMETERS = {
 
 
 class AuditError(RuntimeError):
-    """The model is not what the conversion table says: a fault of the program, not of the user. Names all violations."""
+    """The model is not what the conversion table says: a fault of the program. Names all violations."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def audit(
     """Check a finalized model against its conversion table.
 
     All quantizers are frozen and calibrated; every weight equals its own dequantized integers exactly, with at most
-    2^bits levels a channel, and it is the weight that the layer computes with; bits are those of the table; nothing else
-    is in float but what rules and nature keep; every rule of `quantize` decided on some layer; two calls of `forward`,
-    which may return nested tensors, agree bit for bit.
+    2^bits levels a channel, and it is the weight that the layer computes with; bits are those of the table; nothing
+    else is in float but what rules and nature keep; every rule of `quantize` decided on some layer; two calls of
+    `forward`, which may return nested tensors, agree bit for bit.
 
     Raises:
         AuditError: any of this is not so.
@@ -109,14 +109,19 @@ def _rows(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> I
 
 
 def _bits(layer: nn.Module) -> tuple[int | None, int | None]:
-    """Bits of weights and activations; -1 where the quantizers of one attention differ."""
-    weights, activations = [None], [None]
+    """Bits of weights and activations; -1 where something else sits in a quantizer's place, or q, k and v differ."""
     if isinstance(layer, QuantizedLayer):
-        weights, activations = [layer.weight_quantizer], [layer.input_quantizer]
-    elif isinstance(layer, QuantizedAttention):
-        activations = [layer.q_quantizer, layer.k_quantizer, layer.v_quantizer]
-    bits = [{None if q is None else q.bits for q in quantizers} for quantizers in (weights, activations)]
-    return tuple(found.pop() if len(found) == 1 else -1 for found in bits)
+        return _bits_of(layer.weight_quantizer), _bits_of(layer.input_quantizer)
+    if isinstance(layer, QuantizedAttention):
+        bits = {_bits_of(quantizer) for quantizer in (layer.q_quantizer, layer.k_quantizer, layer.v_quantizer)}
+        return None, bits.pop() if len(bits) == 1 else -1
+    return None, None
+
+
+def _bits_of(quantizer: nn.Module | None) -> int | None:
+    if quantizer is None:
+        return None
+    return quantizer.bits if isinstance(quantizer, Quantizer) else -1
 
 
 def _quantizers(model: nn.Module) -> Iterator[str]:
@@ -149,20 +154,23 @@ def _most_levels(weight: Tensor, channel_dim: int) -> int:
 
 
 def _float_parts(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> tuple[list[FloatPart], list[str]]:
-    """Parameters in float (biases of quantized layers apart) with their reasons, and those that have none."""
-    kept = {row.name: row.reason for row in rows if row.weight_bits is None}
-    known = {row.name for row in rows}
+    """Parameters in float (biases of quantized layers apart) with their reasons, and what has none."""
+    reasons = {
+        row.name: row.reason if row.activation_bits is None else "the recipe leaves weights in float"
+        for row in rows
+        if row.weight_bits is None
+    }
+    quantized = {row.name for row in rows} - reasons.keys()
     parts, problems = [], []
     for name, module in modules.items():
-        if isinstance(module, Quantizer):
+        if isinstance(module, Quantizer) or name in quantized:
             continue
-        if isinstance(module, (*WEIGHT_TWINS, *ATTENTION_TWINS)) and name not in known:
+        if isinstance(module, (*WEIGHT_TWINS, *ATTENTION_TWINS)) and name not in reasons:
             problems.append(f"{name}: {type(module).__name__} is not in the conversion table")
+            continue
         for key, parameter in module.named_parameters(recurse=False):
             path = f"{name}.{key}".lstrip(".")
-            if name in known and name not in kept or name in known and key == "bias":
-                continue
-            reason = kept.get(name) or FLOAT_MODULES.get(type(module)) or _parameter_reason(path)
+            reason = reasons.get(name) or FLOAT_MODULES.get(type(module)) or _parameter_reason(path)
             if reason is None:
                 problems.append(f"{path}: is in float and no rule keeps it")
             else:

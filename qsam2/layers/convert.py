@@ -101,24 +101,28 @@ def conversion_table(rows: Sequence[ConvertedLayer]) -> str:
 
 
 def _quantized_layer(name: str, layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
-    twin = WEIGHT_TWINS[type(layer)]
-    weight_quantizer = input_quantizer = None
+    twin = WEIGHT_TWINS[type(layer)].from_float(layer)
     if plan.weights is not None:
-        weight_quantizer = build_quantizer(
+        twin.weight_quantizer = build_quantizer(
             plan.weights,
             "weight",
-            num_channels=layer.weight.shape[twin.channel_dim],
+            num_channels=twin.weight.shape[twin.channel_dim],
             channel_dim=twin.channel_dim,
             name=f"{name}.weight_quantizer",
-        )
+        ).train(layer.training)
     if plan.activations is not None:
-        input_quantizer = build_quantizer(plan.activations, "activation", name=f"{name}.input_quantizer")
-    return twin.from_float(layer, weight_quantizer, input_quantizer)
+        twin.input_quantizer = _activation_quantizer(f"{name}.input_quantizer", layer, plan)
+    return twin
 
 
 def _quantized_attention(name: str, attention: nn.Module, plan: LayerPlan) -> QuantizedAttention:
-    built = (build_quantizer(plan.activations, "activation", name=f"{name}.{part}_quantizer") for part in "qkv")
+    built = (_activation_quantizer(f"{name}.{part}_quantizer", attention, plan) for part in "qkv")
     return ATTENTION_TWINS[type(attention)].from_float(attention, *built)
+
+
+def _activation_quantizer(name: str, layer: nn.Module, plan: LayerPlan) -> Quantizer:
+    # A new module is in training mode, in which it would follow what it sees.
+    return build_quantizer(plan.activations, "activation", name=name).train(layer.training)
 
 
 def _check_rules(quantize: QuantizeRecipe, names: list[str]) -> None:

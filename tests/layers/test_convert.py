@@ -1,0 +1,243 @@
+"""Conversion: float layers stay SAM2's own, quantized ones follow the rules, every message."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import RUNS, segment_image, track_video, train_forward
+from torch import nn
+
+from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.errors import UserError
+from qsam2.layers.attention import QuantizedAttention
+from qsam2.layers.conv import QuantConv2d, QuantConvTranspose2d
+from qsam2.layers.convert import (
+    conversion_table,
+    convert,
+    quantized_layers,
+    quantizers,
+    set_state,
+)
+from qsam2.layers.linear import QuantLinear
+from qsam2.models import SAM2, build_sam2
+from qsam2.quantizers import QuantizerState
+from qsam2.recipe.quantize import DEFAULT_RULES, QuantizeRecipe
+
+W4A4: dict[str, Any] = {
+    "weights": {"method": "lsq", "bits": 4, "range": "minmax"},
+    "activations": {"method": "minmax", "bits": 4},
+}
+
+
+def recipe(*rules: dict[str, Any], **changes: Any) -> QuantizeRecipe:
+    return QuantizeRecipe.model_validate({**W4A4, "rules": rules, **changes})
+
+
+@pytest.fixture(scope="module")
+def calibrated(pristine: SAM2) -> SAM2:
+    model = copy.deepcopy(pristine)
+    convert(model, recipe())
+    calibrate_ranges(model, lambda _: track_video(model), [0])
+    return model
+
+
+def bits(rows, name: str) -> tuple[int | None, int | None]:
+    return next((row.weight_bits, row.activation_bits) for row in rows if row.name == name)
+
+
+@pytest.mark.parametrize(
+    "run, training", [(segment_image, False), (track_video, False), (train_forward, False), (train_forward, True)]
+)
+def test_a_model_kept_in_float_is_sam2_bit_for_bit(model, pristine, run, training):
+    modules = dict(model.named_modules())
+    rows = convert(model, recipe({"match": "*", "keep_float": True}))
+    assert dict(model.named_modules()) == modules, "same objects"
+    assert all(row.weight_bits is row.activation_bits is None for row in rows)
+    assert not list(quantizers(model))
+    ours, theirs = run(model.train(training)), run(copy.deepcopy(pristine).train(training))
+    assert len(ours) == len(theirs) > 0
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+def test_quantizers_in_float_change_nothing_but_rounding(model, pristine, run):
+    theirs = run(copy.deepcopy(pristine))
+    convert(model, recipe())
+    for one, other in zip(run(model), theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+def test_a_quantized_model_runs_and_differs(calibrated, pristine, run):
+    ours, theirs = run(copy.deepcopy(calibrated)), run(copy.deepcopy(pristine))
+    differ = [not torch.equal(one, other) for one, other in zip(ours, theirs, strict=True)]
+    assert sum(differ) >= len(differ) / 2, "a mask that was given is given back"
+
+
+def test_everything_but_first_and_last_layers_has_the_recipes_bits(model):
+    names = {
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+    }
+    rows = convert(model, recipe())
+    eight = {row.name for row in rows if row.activation_bits == 8}
+    assert eight == {
+        "image_encoder.trunk.patch_embed.proj",
+        "sam_prompt_encoder.mask_downscaling.0",
+        "memory_encoder.mask_downsampler.encoder.0",
+        "mask_downsample",
+        "sam_mask_decoder.output_upscaling.3",
+        *(f"sam_mask_decoder.output_hypernetworks_mlps.{index}.layers.2" for index in range(4)),
+        "sam_mask_decoder.iou_prediction_head.layers.2",
+        "sam_mask_decoder.pred_obj_score_head.layers.2",
+        "obj_ptr_proj.layers.2",
+    }
+    for row in rows:
+        width = 8 if row.name in eight else 4
+        assert (row.weight_bits, row.activation_bits) == (width if row.name in names else None, width), row
+    assert {row.name for row in rows if row.weight_bits} == names
+    assert sum(row.weight_bits is None for row in rows) == 9 + 2 * 2 + 7, (
+        "9 blocks, 2 x 2 in the memory, 7 in the decoder"
+    )
+
+
+def test_layers_are_twins_that_share_parameters(model):
+    parameters = dict(model.named_parameters())
+    convert(model, recipe())
+    kinds = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, nn.ConvTranspose2d: QuantConvTranspose2d}
+    assert not [name for name, module in model.named_modules() if type(module) in kinds]
+    now = dict(model.named_parameters())
+    assert all(now[name] is parameter for name, parameter in parameters.items())
+    assert all(".input_quantizer." in name or ".weight_quantizer." in name for name in now.keys() - parameters.keys())
+
+
+def test_the_float_state_dict_still_loads(model, pristine):
+    convert(model, recipe())
+    changed = {name: tensor + 1 for name, tensor in pristine.state_dict().items()}
+    assert not model.load_state_dict(changed, strict=False).unexpected_keys
+    assert torch.equal(model.obj_ptr_tpos_proj.weight, pristine.obj_ptr_tpos_proj.weight + 1)
+
+
+def test_every_quantizer_knows_its_name_and_starts_in_float(model):
+    convert(model, recipe())
+    found = dict(quantizers(model))
+    assert all(quantizer.name == name and quantizer.state is QuantizerState.FLOAT for name, quantizer in found.items())
+    attentions = sum(isinstance(module, QuantizedAttention) for module in model.modules())
+    assert len(found) == 2 * len(list(quantized_layers(model))) + 3 * attentions
+
+
+def test_channels_of_weight_quantizers_are_output_channels(model):
+    convert(model, recipe())
+    for name, layer in quantized_layers(model):
+        channels = layer.out_features if isinstance(layer, QuantLinear) else layer.out_channels
+        assert layer.weight_quantizer.scale.numel() == channels, name
+
+
+def test_the_first_rule_wins_and_leaves_out_bits_are_the_recipes(model):
+    rows = convert(
+        model,
+        recipe(
+            {"match": "*.blocks.0.*", "weight_bits": 2},
+            {"match": "*.blocks.*.qkv", "bits": 6, "activation_bits": 5},
+            {"match": "image_encoder.neck.*", "keep_float": True, "reason": "a test"},
+            {"match": "mask_downsample", "bits": 3},
+        ),
+    )
+    assert bits(rows, "image_encoder.trunk.blocks.0.attn.qkv") == (2, 4)
+    assert bits(rows, "image_encoder.trunk.blocks.1.attn.qkv") == (6, 5)
+    assert bits(rows, "image_encoder.neck.convs.0.conv") == (None, None)
+    assert bits(rows, "mask_downsample") == (3, 3), "before the default rules"
+    assert type(model.image_encoder.neck.convs[0].conv) is nn.Conv2d
+    assert next(row.reason for row in rows if row.name == "image_encoder.neck.convs.3.conv") == "a test"
+
+
+@pytest.mark.parametrize("part, other", [("weights", "activations"), ("activations", "weights")])
+def test_weights_or_activations_alone(model, part, other):
+    rows = convert(model, recipe(**{other: None}))
+    roles = {quantizer.role for _, quantizer in quantizers(model)}
+    assert roles == {part.removesuffix("s")}
+    assert all(row.weight_bits is None for row in rows) or all(row.activation_bits is None for row in rows)
+    attention = next(row for row in rows if row.kind == "MultiScaleAttention")
+    assert (attention.reason == "the recipe leaves activations in float") == (part == "weights")
+
+
+@pytest.mark.parametrize("version", ["2", "2.1"])
+def test_every_default_rule_but_one_a_version_finds_its_layer(version):
+    rows = convert(build_sam2("tiny", version=version), recipe())
+    reasons = {rule.match: rule.reason for rule in DEFAULT_RULES}
+    quantize = recipe()
+    deciding = {quantize.rule_for(row.name).match for row in rows if quantize.rule_for(row.name)}
+    unused = reasons.keys() - deciding
+    assert unused <= {
+        "obj_ptr_proj",
+        "obj_ptr_proj.layers.2",
+        "sam_mask_decoder.pred_obj_score_head",
+        "sam_mask_decoder.pred_obj_score_head.layers.2",
+    }
+    assert len(unused) == 2
+
+
+def test_the_table_is_aligned_text(model):
+    lines = conversion_table(convert(model, recipe({"match": "obj_ptr_tpos_proj", "keep_float": True}))).splitlines()
+    assert lines[0].split() == ["layer", "kind", "weights", "activations", "reason"]
+    assert lines[1].split()[:4] == ["image_encoder.trunk.patch_embed.proj", "Conv2d", "8", "8"]
+    line = next(line for line in lines if line.startswith("obj_ptr_tpos_proj"))
+    assert line.split(maxsplit=4)[1:] == ["Linear", "-", "-", "the recipe's rule"]
+    assert {line.index(text) for line, text in ((lines[0], "kind"), (lines[1], "Conv2d"), (line, "Linear"))} == {
+        lines[0].index("kind")
+    }
+
+
+def test_a_rule_that_matches_nothing_names_the_nearest_layers(model):
+    with pytest.raises(
+        UserError,
+        match=r"rules.1: match='memory_atention.\*' matches no layer; nearest names: memory_att",
+    ):
+        convert(model, recipe({"match": "mask_downsample", "bits": 8}, {"match": "memory_atention.*", "bits": 8}))
+    assert not list(quantizers(model)), "nothing is half converted"
+
+
+def test_a_rule_that_is_overruled_everywhere_is_refused(model):
+    with pytest.raises(UserError, match="quantize.rules.1: match='mask_downsample' decides on no layer, earlier rules"):
+        convert(model, recipe({"match": "mask_*", "bits": 8}, {"match": "mask_downsample", "bits": 6}))
+
+
+def test_a_quantizer_that_does_not_fit_names_its_layer(model):
+    with pytest.raises(
+        UserError, match="quantizer image_encoder.trunk.patch_embed.proj.input_quantizer: granularity=channel"
+    ):
+        convert(model, recipe(activations={"method": "minmax", "bits": 4, "granularity": "channel"}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_quantizers_take_the_mode_of_their_layer(model, training):
+    convert(model.train(training), recipe())
+    assert all(quantizer.training == training for _, quantizer in quantizers(model))
+
+
+def test_a_model_is_converted_once(model):
+    convert(model, recipe())
+    with pytest.raises(ValueError, match="converted before"):
+        convert(model, recipe())
+
+
+def test_set_state_sets_all(calibrated):
+    model = copy.deepcopy(calibrated)
+    set_state(model, QuantizerState.FROZEN)
+    assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.FROZEN}
+
+
+def test_checkpointed_training_gives_the_same_gradients(model):
+    convert(model, recipe(activations={"method": "lsq", "bits": 4, "range": "minmax"}))
+    calibrate_ranges(model, lambda _: track_video(model), [0])
+    gradients = []
+    for model.use_act_ckpt_iterative_pt_sampling in (False, True):
+        model.zero_grad()
+        sum(masks.square().mean() for masks in train_forward(model.train())).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    plain, checkpointed = gradients
+    assert plain.keys() == checkpointed.keys() and len(plain) > 300
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-6, rtol=1e-3, msg=name)
