@@ -26,7 +26,7 @@ def extremes(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[T
 
 
 def moments(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of a batch, float32 or better, by counts and sums; NaN where no rank had data."""
+    """Mean and standard deviation (C,) of a batch, by counts and sums; NaN where no rank had data."""
     rows = to_rows(x, channel_dim)
     dtype = torch.promote_types(x.dtype, torch.float32)
     total = rows.sum(dim=1, dtype=dtype)

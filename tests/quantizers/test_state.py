@@ -1,0 +1,200 @@
+"""The state machine of a quantizer, its messages, and how it is saved."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qsam2.errors import UserError
+from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
+from qsam2.quantizers.registry import QUANTIZERS
+from qsam2.recipe.quantizers import LSCSpec, LSQSpec, MinMaxSpec, QuantizerSpec
+
+SPECS: list[type[QuantizerSpec]] = [MinMaxSpec, LSQSpec, LSCSpec]
+FLOAT, OBSERVE, QUANTIZE, FROZEN = QuantizerState
+
+
+def make(spec_type: type[QuantizerSpec] = LSQSpec, role: str = "activation", **kwargs: object) -> Quantizer:
+    return build_quantizer(spec_type(bits=4, **kwargs), role, num_channels=3, name="encoder.fc1")  # type: ignore[arg-type]
+
+
+def calibrated(spec_type: type[QuantizerSpec], role: str = "activation") -> Quantizer:
+    quantizer = make(spec_type, role)
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    if role == "weight":
+        quantizer.initialize_from(x)
+    else:
+        quantizer.state = OBSERVE
+        quantizer(x)
+        quantizer.finish_observing()
+    return quantizer
+
+
+def test_every_spec_of_the_recipe_has_its_quantizer() -> None:
+    assert set(QUANTIZERS) == set(SPECS)
+
+
+def test_float_and_observe_return_the_input_itself() -> None:
+    quantizer, x = make(), torch.randn(3, 4)
+    assert quantizer.state is FLOAT and not quantizer.calibrated
+    assert quantizer(x) is x
+    quantizer.state = OBSERVE
+    assert quantizer(x) is x
+    quantizer.finish_observing()
+    assert quantizer.state is QUANTIZE and quantizer.calibrated
+    assert quantizer(x) is not x
+
+
+@pytest.mark.parametrize("spec_type", SPECS)
+@pytest.mark.parametrize("role", ["weight", "activation"])
+def test_frozen_is_reproducible_and_follows_nothing(spec_type: type[QuantizerSpec], role: str) -> None:
+    quantizer, x = calibrated(spec_type, role).train(), torch.randn(3, 8)
+    quantizer.freeze()
+    assert quantizer.state is FROZEN
+    first, state = quantizer(x), copy.deepcopy(quantizer.state_dict())
+    for other in (10 * x, x, torch.zeros_like(x)):
+        quantizer(other)
+    for parameter in quantizer.learned_parameters():
+        parameter.data.add_(1.0)
+    assert torch.equal(quantizer(x), first)
+    for name in ("frozen_scale", "frozen_zero_point", "state_code"):
+        assert torch.equal(quantizer.state_dict()[name], state[name])
+    assert not quantizer(x).requires_grad
+
+
+def test_freezing_with_the_weight_takes_its_statistics_a_last_time() -> None:
+    quantizer, weight = calibrated(MinMaxSpec, "weight"), torch.randn(3, 8)
+    quantizer.freeze(weight)
+    torch.testing.assert_close(quantizer.scale, weight.abs().amax(1) / 7)
+    quantizer.freeze(5 * weight)  # frozen is frozen
+    torch.testing.assert_close(quantizer.scale, weight.abs().amax(1) / 7)
+
+
+def test_observing_again_starts_anew() -> None:
+    quantizer = make(MinMaxSpec)
+    for factor in (100.0, 1.0):
+        quantizer.state = OBSERVE
+        quantizer(torch.linspace(-factor, factor, 10))
+        quantizer.finish_observing()
+    torch.testing.assert_close(quantizer.scale, torch.tensor([2 / 15]))
+
+
+def test_float_bypasses_and_comes_back() -> None:
+    quantizer, x = calibrated(LSQSpec), torch.randn(3, 5)
+    before = quantizer(x)
+    quantizer.state = FLOAT
+    assert quantizer(x) is x
+    quantizer.state = QUANTIZE
+    assert torch.equal(quantizer(x), before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_calibration_batch_is_refused_by_name(bad: float) -> None:
+    quantizer = make()
+    quantizer.state = OBSERVE
+    with pytest.raises(UserError, match="^calibration batch contains NaN or infinity at encoder.fc1: check the i"):
+        quantizer(torch.tensor([1.0, bad]))
+
+
+def test_messages() -> None:
+    quantizer = make()
+    with pytest.raises(UserError, match="^quantizer encoder.fc1: is FLOAT, set it to OBSERVE and run data first$"):
+        quantizer.finish_observing()
+    for state in (QUANTIZE, FROZEN):
+        with pytest.raises(UserError, match=f"^quantizer encoder.fc1: has no range yet and cannot be {state.name}"):
+            quantizer.state = state
+    with pytest.raises(UserError, match="^quantizer encoder.fc1: to_int needs a range, calibrate it first$"):
+        quantizer.to_int(torch.zeros(2))
+    with pytest.raises(UserError, match="^quantizer encoder.fc1: dequantize needs a range, calibrate it first$"):
+        quantizer.dequantize(torch.zeros(2, dtype=torch.int32))
+    quantizer.state = OBSERVE
+    quantizer(torch.zeros(0))
+    with pytest.raises(UserError, match="^quantizer encoder.fc1: observed no data, let calibration batches"):
+        quantizer.finish_observing()
+    with pytest.raises(UserError, match="^quantizer encoder.fc1: is observing, call finish_observing.. before FROZEN$"):
+        quantizer.freeze()
+    weight = make(role="weight")
+    for bad in (torch.zeros(3, 0), torch.full((3, 2), float("nan"))):
+        with pytest.raises(UserError, match="^quantizer encoder.fc1: its weight is empty or contains NaN or infinity"):
+            weight.initialize_from(bad)
+    with pytest.raises(UserError, match="expected 3 channels in dimension 0, got a tensor of shape .4, 2.$"):
+        weight.initialize_from(torch.zeros(4, 2))
+
+
+def test_registry_messages() -> None:
+    with pytest.raises(UserError, match="^quantizer q: granularity=channel is not possible here, use granularity="):
+        build_quantizer(LSQSpec(bits=4, granularity="channel"), "activation", name="q")
+
+    class Unknown(QuantizerSpec):
+        pass
+
+    with pytest.raises(UserError, match="^quantizer q: no method for Unknown, choose one of: lsc, lsq, minmax$"):
+        build_quantizer(Unknown(method="unknown", bits=4), "weight", name="q")
+
+
+@pytest.mark.parametrize("spec_type", SPECS)
+@pytest.mark.parametrize("role", ["weight", "activation"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_saving_and_loading_restores_the_output(
+    spec_type: type[QuantizerSpec], role: str, frozen: bool, tmp_path: Path
+) -> None:
+    quantizer, x = calibrated(spec_type, role).eval(), torch.randn(3, 20)
+    if frozen:
+        quantizer.freeze()
+    expected = quantizer(x)
+    assert set(quantizer.state_dict()) == set(make(spec_type, role).state_dict())
+
+    stream = io.BytesIO()
+    torch.save(quantizer.state_dict(), stream)
+    stream.seek(0)
+    save_file(quantizer.state_dict(), tmp_path / "q.safetensors")
+    for state_dict in (torch.load(stream, weights_only=True), load_file(tmp_path / "q.safetensors")):
+        loaded = make(spec_type, role).eval()
+        shapes = {name: tensor.shape for name, tensor in loaded.state_dict().items()}
+        loaded.load_state_dict(state_dict)
+        assert {name: tensor.shape for name, tensor in loaded.state_dict().items()} == shapes
+        assert loaded.state is quantizer.state and loaded.calibrated
+        assert torch.equal(loaded(x), expected)
+    for twin in (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
+        assert twin.state is quantizer.state and twin.name == quantizer.name
+        assert torch.equal(twin(x), expected)
+
+
+def test_loading_while_observing_observes_on() -> None:
+    quantizer = make()
+    quantizer.state = OBSERVE
+    loaded = make()
+    loaded.load_state_dict(quantizer.state_dict())
+    loaded(torch.ones(4))
+    loaded.finish_observing()
+    assert loaded.state is QUANTIZE
+
+
+@pytest.mark.parametrize("spec_type", SPECS)
+def test_observing_may_mix_inference_mode_and_no_grad(spec_type: type[QuantizerSpec]) -> None:
+    quantizer = make(spec_type)
+    quantizer.state = OBSERVE
+    with torch.inference_mode():
+        quantizer(torch.randn(10))
+    with torch.no_grad():
+        quantizer(torch.randn(10))
+    quantizer.finish_observing()
+    quantizer(torch.randn(10, requires_grad=True)).sum().backward()
+
+
+def test_learned_parameters_are_all_there_is_to_learn() -> None:
+    for spec_type, count in ((MinMaxSpec, 0), (LSQSpec, 1), (LSCSpec, 1)):
+        quantizer = make(spec_type)
+        learned = quantizer.learned_parameters()
+        assert len(learned) == count
+        assert {id(p) for p in learned} == {id(p) for p in quantizer.parameters()}
+
+
+def test_the_printed_quantizer_says_what_it_is() -> None:
+    assert "activation, 4 bits, affine, per tensor, FLOAT" in repr(make())
