@@ -13,6 +13,7 @@ from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaDat
 
 from qsam2.data.transforms import ClipAugmentation, resize_masks, to_model_input
 from qsam2.data.video import Video
+from qsam2.data.warped_stills import WarpedStill
 from qsam2.errors import UserError
 
 MAX_DRAWS = 100
@@ -100,8 +101,8 @@ class ClipDataset(Dataset[Clip]):
         videos = self._sources[rng.choice(len(self._sources), p=self._shares)].videos
         video = videos[int(rng.integers(len(videos)))]
         if len(video) == 1 and self.num_frames > 1:
-            from qsam2.data.warped_stills import WarpedStill
-
+            if not any(mask.any() for mask in _annotation(video, 0).values()):
+                return None
             square = (self.image_size, self.image_size)
             video = WarpedStill(video, num_frames=self.num_frames, seed=int(rng.integers(2**31)), size=square)
         frames = self._draw_frames(video, rng)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ class FrameFolder(Video):
         return None
 
 
+@dataclass(frozen=True)
+class _Index:
+    """Of a video file: time stamps of the frames, (shown, decoded) times of the key frames, (height, width)."""
+
+    stamps: list[int]
+    keys: list[tuple[int, int]]
+    size: tuple[int, int]
+
+
 class VideoFile(Video):
     """The first video stream of a file that PyAV can decode, without masks; any frame can be asked for.
 
@@ -58,8 +68,8 @@ class VideoFile(Video):
         self._next = 0
 
     @cached_property
-    def _index(self) -> tuple[list[int], tuple[int, int]]:
-        """Time stamps of the frames in order, and (height, width); reads the packets without decoding them."""
+    def _index(self) -> _Index:
+        """From the packets, without decoding them."""
         try:
             with av.open(str(self.path)) as container:
                 if not container.streams.video:
@@ -71,18 +81,22 @@ class VideoFile(Video):
             raise self._damaged(error) from error
         if len(packets) < max(declared, 1):
             raise UserError(f"{self.path}: holds {len(packets)} of {declared} frames, it was cut short; fetch it again")
-        return sorted(packet.pts for packet in packets if packet.pts is not None and not packet.is_discard), size
+        times = [(p.pts, p.dts, p) for p in packets if p.pts is not None and p.dts is not None]
+        if len(times) < len(packets):
+            raise UserError(f"{self.path}: has frames without a time stamp; re-encode it as mp4")
+        stamps = sorted(pts for pts, _, packet in times if not packet.is_discard)
+        return _Index(stamps, sorted((pts, dts) for pts, dts, packet in times if packet.is_keyframe), size)
 
     @cached_property
     def frame_names(self) -> list[str]:  # type: ignore[override]
-        return [f"{i:05d}" for i in range(len(self._index[0]))]
+        return [f"{i:05d}" for i in range(len(self._index.stamps))]
 
     @cached_property
     def size(self) -> tuple[int, int]:  # type: ignore[override]
-        return self._index[1]
+        return self._index.size
 
     def frame(self, index: int) -> np.ndarray:
-        target = self._index[0][index]
+        target = self._index.stamps[index]
         try:
             if self._process != os.getpid() or not self._next <= index <= self._next + _READ_ON:
                 self._decoder = self._decode_from(target)
@@ -102,7 +116,8 @@ class VideoFile(Video):
         with av.open(str(self.path)) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # a decoder's threads do not survive the fork of a loader worker
-            container.seek(pts, stream=stream)  # to the key frame before
+            # the key frame shown at or before, by its decoding time: a seek to `pts` may land behind it
+            container.seek(max(key for key in self._index.keys if key[0] <= pts)[1], stream=stream)
             yield from container.decode(stream)
 
     def _checked(self, frame: av.VideoFrame, index: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -132,6 +133,14 @@ def test_ranks_together_see_what_one_process_sees(total, batch_size, world_size,
     assert [i for batch in together for i in batch] == list(
         range(start * batch_size * world_size, len(alone) * batch_size * world_size)
     )
+
+
+def test_a_rank_reads_its_own_samples():
+    module = data(batch_size=1)
+    module.trainer = SimpleNamespace(global_rank=1, world_size=2)
+    assert [b.metadata.unique_objects_identifier[0, :, 0].tolist() for b in module.train_dataloader()] == [
+        [2 * step + 1] for step in range(STEPS)
+    ]
 
 
 def test_a_resumed_loader_starts_the_next_epoch_anew():
