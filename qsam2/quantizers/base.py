@@ -152,7 +152,7 @@ class Quantizer(nn.Module):
         self._check_channels(weight)
         weight = weight.detach()
         if weight.numel() == 0 or not torch.isfinite(weight).all():
-            raise UserError(f"quantizer {self._label}: its weight is empty or contains NaN or infinity, check the checkpoint")
+            raise UserError(f"quantizer {self._label}: weight is empty or contains NaN or infinity, check the file")
         self._start_quantizing(Distribution.of(weight, self._observed_dim))
 
     @torch.no_grad()

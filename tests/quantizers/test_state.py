@@ -121,7 +121,7 @@ def test_messages() -> None:
         quantizer.freeze()
     weight = make(role="weight")
     for bad in (torch.zeros(3, 0), torch.full((3, 2), float("nan"))):
-        with pytest.raises(UserError, match="^quantizer encoder.fc1: its weight is empty or contains NaN or infinity"):
+        with pytest.raises(UserError, match="^quantizer encoder.fc1: weight is empty or contains NaN or infinity"):
             weight.initialize_from(bad)
     with pytest.raises(UserError, match="expected 3 channels in dimension 0, got a tensor of shape .4, 2.$"):
         weight.initialize_from(torch.zeros(4, 2))
