@@ -1,0 +1,36 @@
+# Everything runs in .venv, which is set up once and again when the requirements change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+LINT_READY := $(VENV)/lint-ready
+
+.PHONY: demo test lint setup clean
+
+demo: $(READY)   ## float, PTQ and QAT of nano SAM2 on generated videos
+	$(BIN)/python train.py recipes/demo.yaml
+
+test: $(READY)   ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(LINT_READY)   ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy qsam2
+
+setup: $(READY)   ## PyTorch, sam2 without its CUDA extension, this package
+
+$(READY): pyproject.toml constraints.txt requirements-sam2.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] < (3, 13) else "qsam2 needs Python 3.10 to 3.12: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision setuptools wheel
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --require-hashes -r requirements-sam2.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[test]"
+	touch $@
+
+$(LINT_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[lint]"
+	touch $@
+
+clean:   ## remove the environment
+	rm -rf $(VENV)
