@@ -41,9 +41,8 @@ class MinMaxQuantizer(Quantizer):
         lower, upper = initial_bounds(seen, self.spec, self.grid)
         self.minimum.copy_(seen.minimum)
         self.maximum.copy_(seen.maximum)
-        # Percentiles of magnitudes may exceed one end: more than the whole of it is not kept.
-        self.kept_minimum.copy_((lower / seen.minimum).clamp(0.0, 1.0).nan_to_num(1.0))
-        self.kept_maximum.copy_((upper / seen.maximum).clamp(0.0, 1.0).nan_to_num(1.0))
+        self.kept_minimum.copy_(_kept(lower, seen.minimum.clamp(max=0.0)))
+        self.kept_maximum.copy_(_kept(upper, seen.maximum.clamp(min=0.0)))
 
     def _update_statistics(self, x: Tensor) -> None:
         weight = self.role == "weight"
@@ -54,3 +53,8 @@ class MinMaxQuantizer(Quantizer):
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         return self.grid.from_bounds(self.minimum * self.kept_minimum, self.maximum * self.kept_maximum)
+
+
+def _kept(bound: Tensor, extreme: Tensor) -> Tensor:
+    """The fraction (C,) of an extreme; all of it where that is zero, or where a symmetric bound reaches beyond it."""
+    return (bound / extreme).nan_to_num(1.0).clamp(0.0, 1.0)

@@ -156,6 +156,11 @@ def test_minmax_keeps_the_fraction_that_calibration_found(method: str) -> None:
     torch.testing.assert_close(quantizer.scale * 15, 2 * kept)
 
 
+def test_minmax_of_positive_data_follows_to_the_other_side_of_zero() -> None:
+    quantizer = activation(MinMaxSpec(bits=4, momentum=0.0), torch.tensor([1.0, 3.0])).train()
+    assert quantizer(torch.tensor([-3.0, 3.0])).tolist() == pytest.approx([-3.2, 2.8])
+
+
 def test_lsq_starts_from_the_papers_step() -> None:
     weight = torch.randn(3, 50)
     quantizer = weight_quantizer(LSQSpec(bits=4, range="mean_abs"), weight)
