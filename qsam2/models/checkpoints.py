@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qsam2.errors import UserError
-from qsam2.models.sam2 import SAM2, SIZES, VERSIONS, build_sam2
+from qsam2.models.sam2 import SAM2, SIZES, build_sam2, model_config
+
+HIERA_WIDTH, HIERA_STAGES = 96, (2, 3, 16, 3)
+"""What `sam2` builds where a size's configuration says nothing (base_plus)."""
 
 MAX_NAMED = 3
 """How many keys an error message names before it counts the rest."""
@@ -127,13 +130,16 @@ def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size:
 
 
 def guess_size(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """(size, version) whose keys and shapes are those of a state dict, None if no size fits."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    """(size, version) that a state dict's trunk and heads belong to, None if no size fits."""
+    stem = state.get("image_encoder.trunk.patch_embed.proj.weight")
+    if stem is None:
+        return None
+    blocks = {name.split(".")[3] for name in state if name.startswith("image_encoder.trunk.blocks.")}
+    version = "2.1" if "no_obj_embed_spatial" in state else "2"
     for size in SIZES:
-        for version in VERSIONS if size != "nano" else VERSIONS[-1:]:
-            own = build_sam2(size, version=version).state_dict()
-            if {name: tuple(tensor.shape) for name, tensor in own.items()} == shapes:
-                return size, version
+        trunk = model_config(size).image_encoder.trunk
+        if stem.shape[0] == trunk.get("embed_dim", HIERA_WIDTH) and len(blocks) == sum(trunk.get("stages", HIERA_STAGES)):
+            return size, version
     return None
 
 

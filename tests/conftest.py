@@ -1,0 +1,25 @@
+"""What several tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the real data; tests that want it are skipped where QSAM2_DATA is not set."""
+    root = os.environ.get("QSAM2_DATA")
+    if not root:
+        pytest.skip("QSAM2_DATA is not set: it is the folder with the real data (davis16_240p, golden_jf, ...)")
+    return Path(root)
+
+
+@pytest.fixture
+def frames() -> list[torch.Tensor]:
+    """Six frames of noise at nano's resolution."""
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randn(6, 3, 256, 256, generator=generator))
