@@ -25,10 +25,10 @@ def draw_outline(rng: np.random.Generator, side: int) -> np.ndarray:
         limb = _limb(rng, angle, length, body)
         inside |= _blob(fine, round(distance * np.cos(direction)), round(distance * np.sin(direction)), limb)
     if rng.random() < 0.15:  # a bite or a hole
-        angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.9) * body
-        hole = _radii(rng)
-        hole *= rng.uniform(0.2, 0.4) * body / hole.max()
-        inside &= ~_blob(fine, round(distance * np.cos(angle)), round(distance * np.sin(angle)), hole)
+        turn, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.9) * body
+        bite = _radii(rng)
+        bite *= rng.uniform(0.2, 0.4) * body / bite.max()
+        inside &= ~_blob(fine, round(distance * np.cos(turn)), round(distance * np.sin(turn)), bite)
     quarters = inside[::2, ::2].astype(np.uint16) + inside[1::2, ::2] + inside[::2, 1::2] + inside[1::2, 1::2]
     return np.minimum(quarters * 64, 255).astype(np.uint8)
 

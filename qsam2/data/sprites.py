@@ -23,12 +23,11 @@ class Bend:
 
 def draw_bend(rng: np.random.Generator, reach: float) -> Bend:
     """A random sway that runs along the outline."""
-    starts = rng.uniform(0, 2 * np.pi, 2)
-    return Bend(
-        reach,
-        tuple(draw_wave(rng, start, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.1)) for start in starts),
-        tuple(rng.uniform(0.5, 1.6, 2)),
+    first, second = (
+        draw_wave(rng, start, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.1))
+        for start in rng.uniform(0, 2 * np.pi, 2)
     )
+    return Bend(reach, (first, second), (rng.uniform(0.5, 1.6), rng.uniform(0.5, 1.6)))
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,10 @@ def draw_sprite(
 
 def blend(below: np.ndarray, above: np.ndarray, opacity: np.ndarray) -> None:
     """Lays ``above`` over ``below`` (both uint8 (H, W, 3)) with ``opacity`` (uint8 (H, W)), in place."""
-    opacity = cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB)  # faster than to broadcast over three channels
-    weight = opacity + (opacity >> 7).astype(np.uint16)  # 0 to 256
-    below[:] = (below * (256 - weight) + above * weight + 128) >> 8  # at most 65408: fits uint16
+    weight = cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB).astype(np.uint16)  # faster than to broadcast
+    weight += weight >> 7  # 0 to 256
+    total = below * (256 - weight) + above * weight + 128  # at most 65408: fits uint16
+    below[:] = np.right_shift(total, 8)
 
 
 def brighten(image: np.ndarray, light: float) -> np.ndarray:
@@ -128,5 +128,5 @@ def add_grain(frame: np.ndarray, grain: np.ndarray, index: int) -> np.ndarray:
 def _smear(picture: np.ndarray, x: np.ndarray, y: np.ndarray, way: np.ndarray) -> np.ndarray:
     """The mean of ``picture`` at five positions along ``way`` (in its pixels)."""
     steps = np.rint(way[:, None] * (np.arange(-2, 3) / 5 * 65536)).astype(np.int32)  # (2, 5)
-    total = sum(interpolate(picture, x + dx, y + dy).astype(np.uint16) for dx, dy in steps.T)
-    return (total // 5).astype(np.uint8)
+    taps = np.stack([interpolate(picture, x + dx, y + dy) for dx, dy in steps.T])
+    return (taps.sum(0, dtype=np.uint16) // 5).astype(np.uint8)

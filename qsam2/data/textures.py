@@ -45,7 +45,7 @@ def cut(rng: np.random.Generator, height: int, width: int, photo: int | None = N
     sides = np.array(image.shape[1::-1])
     centre = sides / 2 + rng.uniform(-0.5, 0.5, 2) * np.maximum(sides - zoom * longest, 0)
     mirror = np.diag([rng.choice((-1.0, 1.0)), 1.0, 1.0])
-    matrix = similarity(*centre, _angle(rng), zoom) @ mirror @ similarity(-width / 2, -height / 2)
+    matrix = similarity(centre[0], centre[1], _angle(rng), zoom) @ mirror @ similarity(-width / 2, -height / 2)
     patch = interpolate(image, *positions(matrix, (height, width)), cv2.BORDER_REFLECT_101)
     return _recolour(rng, patch, PHOTOGRAPHS[photo] in _GREY)
 

@@ -168,8 +168,8 @@ def _draw_scene(rng: np.random.Generator, picture: np.ndarray, masks: dict[int, 
 
 def _may_move(mask: np.ndarray) -> bool:
     """Whether the picture shows the object whole and enough of what is around it."""
-    edge = mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()
-    return not edge and 4 * np.count_nonzero(mask) <= mask.size
+    whole = not (mask[[0, -1]].any() or mask[:, [0, -1]].any())
+    return bool(whole and 4 * np.count_nonzero(mask) <= mask.size)
 
 
 def _draw_sprite(

@@ -118,13 +118,13 @@ def test_a_mask_is_where_the_object_is_seen() -> None:
 
 
 def test_objects_are_hidden_leave_return_and_change_size() -> None:
-    size, frames = (64, 64), 32
+    size, frames = (64, 64), range(0, 32, 2)
     objects = hidden = left = returned = resized = 0
     for seed in range(60):
-        video = MovingObjects(seed, num_frames=frames, size=size)
+        video = MovingObjects(seed, num_frames=32, size=size)
         scene = module._scene(seed, size, 3)
-        seen = np.array([[mask.sum() for mask in video.masks(index).values()] for index in range(frames)])
-        alone = np.array([_unhidden(scene, size, index) for index in range(frames)])
+        seen = np.array([[mask.sum() for mask in video.masks(index).values()] for index in frames])
+        alone = np.array([_unhidden(scene, size, index) for index in frames])
         visible = seen > 0
         objects += seen.shape[1]
         hidden += ((seen < 0.7 * alone) & (alone > 20)).any(0).sum()
@@ -147,6 +147,23 @@ def _unhidden(scene: Any, size: tuple[int, int], index: int) -> list[int]:
                 draw_sprite(np.zeros((*size, 3), np.uint8), labels, sprite, view, index)
         areas.append(int((labels > 0).sum()))
     return areas
+
+
+def test_scenes_are_drawn_until_frame_0_obeys_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALLEST_AREA", 0.03)
+    monkeypatch.setattr(module, "LARGEST_AREA", 0.05)
+    _forget()
+    areas = [m.mean() for seed in range(12) for m in MovingObjects(seed, size=(64, 64)).masks(0).values()]
+    _forget()
+    assert min(areas) >= 0.03 and max(areas) <= 0.05
+
+
+def test_any_object_may_be_in_front() -> None:
+    front = set()
+    for seed in range(30):
+        order = [sprite.object_id for sprite in module._scene(seed, (64, 64), 3).sprites if sprite.object_id]
+        front |= {(near, far) for i, near in enumerate(order) for far in order[:i] if near != far}
+    assert {(1, 2), (2, 1)} <= front
 
 
 def test_the_splits_share_no_seed() -> None:

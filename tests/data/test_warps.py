@@ -188,6 +188,14 @@ def test_a_sprite_lands_where_its_placement_says() -> None:
     np.testing.assert_array_equal(frame[..., 0], 200 * expected)
 
 
+def test_a_pixel_belongs_to_a_sprite_from_half_its_opacity_on() -> None:
+    sprite = _square(side=16, x=Wave(8.0), y=Wave(8.0))
+    sprite.picture[..., 3] = np.arange(256).reshape(16, 16)
+    labels = np.zeros((16, 16), np.uint8)
+    draw_sprite(np.zeros((16, 16, 3), np.uint8), labels, sprite, np.eye(3), 0)
+    np.testing.assert_array_equal(labels, sprite.picture[..., 3] >= 128)
+
+
 @pytest.mark.parametrize(("x", "y"), [(-40.0, 20.0), (30.0, 90.0)])
 def test_a_sprite_out_of_view_leaves_the_frame_alone(x: float, y: float) -> None:
     frame, labels = np.zeros((50, 60, 3), np.uint8), np.zeros((50, 60), np.uint8)
