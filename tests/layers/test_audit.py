@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import track_video
+from small_sam2 import track_video
 from torch import Tensor, nn
 
 from qsam2.calibration.ranges import calibrate_ranges
@@ -252,8 +252,9 @@ def test_a_quantizer_that_drops_at_random_is_refused(finalized):
     forward = type(quantizer).forward
     dropping = lambda self, x: torch.where(torch.rand_like(x) < 0.5, x, forward(self, x))  # noqa: E731
     quantizer.__class__ = type("QDrop", (type(quantizer),), {"forward": dropping})
+    x = torch.randn(3, 128)
     with pytest.raises(AuditError, match="two forwards differ"):
-        audit(model, rows, forward=lambda: track_video(model))
+        audit(model, rows, forward=lambda: model.obj_ptr_proj(x))
 
 
 def test_a_rule_without_a_layer_is_refused(finalized):

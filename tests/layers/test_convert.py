@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RUNS, segment_image, track_video, train_forward
+from small_sam2 import RUNS, segment_image, track_video, train_forward
 from torch import nn
 
 from qsam2.calibration.ranges import calibrate_ranges

@@ -1,0 +1,130 @@
+"""Range calibration on a small stack of layers: what is set, from what, and every message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.errors import UserError
+from qsam2.layers.convert import convert, quantizers, set_state
+from qsam2.quantizers import QuantizerState
+from qsam2.recipe.quantize import QuantizeRecipe
+
+
+class Stack(nn.Module):
+    """Two linear layers, and one that is called only when asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.spare = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, spare: bool = True) -> Tensor:
+        x = self.second(self.first(x).relu())
+        return self.spare(x) if spare else x
+
+
+def stack(**changes: Any) -> Stack:
+    torch.manual_seed(0)
+    model = Stack()
+    spec = {"method": "minmax", "bits": 4}
+    convert(model, QuantizeRecipe.model_validate({"weights": spec, "activations": spec, **changes}))
+    return model
+
+
+def batches(count: int = 3) -> list[Tensor]:
+    return list(torch.randn(count, 5, 4, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_ranges_are_those_of_float_data_over_all_batches(mode):
+    model, float_model = stack(), Stack()
+    float_model.load_state_dict(model.state_dict(), strict=False)
+
+    def run(batch: Tensor) -> None:
+        with mode():
+            model(batch)
+
+    assert calibrate_ranges(model, run, iter(batches())) == 3
+    assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
+    x = torch.cat(batches())
+    inputs = {"first": x, "second": float_model.first(x).relu(), "spare": float_model(x, spare=False)}
+    for name, seen in inputs.items():
+        quantizer = model.get_submodule(name).input_quantizer
+        span = seen.max().clamp(min=0) - seen.min().clamp(max=0)
+        torch.testing.assert_close(quantizer.scale, (span / 15).detach().view(1))
+        weight = getattr(float_model, name).weight.detach()
+        expected = weight.abs().amax(dim=1) / 7
+        torch.testing.assert_close(model.get_submodule(name).weight_quantizer.scale, expected)
+
+
+def test_the_model_quantizes_afterwards_and_weights_are_unchanged():
+    model, x = stack(), batches()[0]
+    before, weights = model(x), {name: p.clone() for name, p in model.named_parameters()}
+    calibrate_ranges(model, model, batches())
+    assert not torch.equal(model(x), before)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("state", [QuantizerState.QUANTIZE, QuantizerState.FROZEN])
+def test_a_second_calibration_forgets_the_first(state):
+    model, fresh = stack(), stack()
+    calibrate_ranges(model, lambda batch: model(100 * batch), batches())
+    set_state(model, state)
+    for each in (model, fresh):
+        calibrate_ranges(each, each, batches())
+    for (name, ours), (_, theirs) in zip(quantizers(model), quantizers(fresh), strict=True):
+        assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.zero_point, theirs.zero_point), name
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_of_the_model_is_kept(training):
+    model = stack().train(training)
+    calibrate_ranges(model, model, batches())
+    assert all(module.training == training for module in model.modules())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_names_the_layer(bad):
+    data = batches()
+    data[1][2, 3] = bad
+    model = stack()
+    with pytest.raises(UserError, match="at first.input_quantizer"):
+        calibrate_ranges(model, model, data)
+
+
+def test_a_weight_that_is_not_finite_names_the_layer():
+    model = stack()
+    with torch.no_grad():
+        model.spare.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="spare.weight_quantizer"):
+        calibrate_ranges(model, lambda batch: model(batch, spare=False) is model.spare(torch.ones(1, 2)), batches())
+
+
+def test_layers_that_no_batch_reached_are_named():
+    model = stack()
+    with pytest.raises(UserError, match=r"3 calibration batches never reached spare.input_quantizer: .* by a rule"):
+        calibrate_ranges(model, lambda batch: model(batch, spare=False), batches())
+
+
+def test_no_batches_are_refused():
+    model = stack()
+    message = "0 calibration batches never reached first.input_quantizer, second.input_quantizer, spare.input_quantizer"
+    with pytest.raises(UserError, match=message):
+        calibrate_ranges(model, model, [])
+
+
+def test_many_unreached_layers_are_counted():
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(7))
+    convert(model, QuantizeRecipe.model_validate({"activations": {"method": "minmax", "bits": 4}}))
+    with pytest.raises(UserError, match=r"4.input_quantizer and 2 more:"):
+        calibrate_ranges(model, lambda batch: None, batches())
+
+
+def test_weights_alone_need_no_batches():
+    model = stack(activations=None)
+    assert calibrate_ranges(model, model, []) == 0
+    assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
