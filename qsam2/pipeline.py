@@ -7,8 +7,10 @@ import logging
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger
+from PIL.Image import Image
+from tqdm import tqdm
 
 from qsam2.calibration.ranges import calibrate_ranges
 from qsam2.data.clips import ClipDataset, Source, collate_clips
@@ -16,19 +18,24 @@ from qsam2.data.datamodule import ClipDataModule
 from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
 from qsam2.export.card import write_card
-from qsam2.export.packed import packed_bytes, save_packed
+from qsam2.export.packed import model_bytes, save_packed
 from qsam2.export.weights import save_weights
 from qsam2.layers.audit import audit
 from qsam2.layers.convert import ConvertedLayer, conversion_table, convert, quantizers
 from qsam2.layers.finalize import finalize
 from qsam2.models import SAM2, load_sam2
 from qsam2.recipe import Recipe
+from qsam2.report.overlays import contact_sheet
 from qsam2.report.page import write_report
+from qsam2.report.wandb import log_results
 from qsam2.run_folder import RunFolder
 from qsam2.tasks.prompts import prompted_forward
 from qsam2.tasks.scoring import compare, score_videos
 from qsam2.tasks.segmentation import Predictions, VideoSegmentation
 from qsam2.tasks.trainer import LAST, build_logger, build_trainer, training_options
+
+OVERLAYS = 3
+"""How many videos a run's pictures show."""
 
 log = logging.getLogger("qsam2")
 
@@ -46,24 +53,30 @@ def run(recipe: Recipe) -> dict[str, Any]:
     L.seed_everything(recipe.seed, verbose=False)
     videos = open_val(recipe)
     model = load_float(recipe)
+    values = recipe.model_dump(mode="json")
+    logger = build_logger(recipe.log, folder=folder.path, name=recipe.name, config=values)
+    layers: list[ConvertedLayer] = []
+    tracked: dict[str, Predictions] = {}
 
     if recipe.quantize is None:
-        train(model, recipe, folder)
-        score(model, "float", videos, recipe, folder)
-        save_weights(folder.model, model, recipe.model_dump(mode="json"))
+        train(model, recipe, folder, logger)
+        tracked["float"] = score(model, "float", videos, recipe, folder)
+        save_weights(folder.model, model, values)
     else:
         teacher = copy.deepcopy(model)
-        reference = score(model, "float", videos, recipe, folder)
+        tracked["float"] = score(model, "float", videos, recipe, folder)
         layers = convert_layers(model, recipe, folder)
         calibrate(model, recipe, folder)
-        score_ptq(model, layers, videos, recipe, folder, reference)
-        train(model, recipe, folder, teacher)
+        tracked["ptq"] = score_ptq(model, layers, videos, recipe, folder, tracked["float"])
+        train(model, recipe, folder, logger, teacher)
         finalize(model)
-        score(model, "quantized", videos, recipe, folder, reference, layers)
-        save_packed(folder.model, model, recipe.model_dump(mode="json"))
+        tracked["quantized"] = score(model, "quantized", videos, recipe, folder, tracked["float"], layers)
+        save_packed(folder.model, model, values)
         write_card(folder, recipe, layers)
-    folder.record("bytes", packed_bytes(model))
-    write_report(folder, recipe)
+    folder.record("bytes", model_bytes(model))
+    pictures = draw_overlays(videos, tracked, recipe)
+    log_results(logger, folder.metrics, layers, pictures)
+    write_report(folder, recipe, layers, pictures)
     return folder.metrics
 
 
@@ -120,13 +133,15 @@ def calibrate(model: SAM2, recipe: Recipe, folder: RunFolder) -> None:
     with folder.stage("calibrate", what), torch.no_grad():
         device = build_trainer(recipe.trainer, folder=folder.path).strategy.root_device
         model.to(device).eval()
-        passes = ((clip, points) for clip in progress(clips, "calibrate") for points in (False, True))
+        passes = ((clip, points) for clip in tqdm(clips, desc="calibrate") for points in (False, True))
         calibrate_ranges(
             model, lambda each: prompted_forward(model, collate_clips([each[0]]).to(device), points=each[1]), passes
         )
 
 
-def train(model: SAM2, recipe: Recipe, folder: RunFolder, teacher: SAM2 | None = None) -> None:
+def train(
+    model: SAM2, recipe: Recipe, folder: RunFolder, logger: Logger | bool, teacher: SAM2 | None = None
+) -> None:
     """Train on clips of the train sources, from the last checkpoint if there is one."""
     if recipe.train is None:
         return
@@ -143,9 +158,6 @@ def train(model: SAM2, recipe: Recipe, folder: RunFolder, teacher: SAM2 | None =
     )
     last = folder.checkpoints / LAST
     with folder.stage("train", f"{trainer_recipe.max_steps} steps"):
-        logger = build_logger(
-            recipe.log, folder=folder.path, name=recipe.name, config=recipe.model_dump(mode="json")
-        )
         trainer = build_trainer(
             trainer_recipe, folder=folder.path, logger=logger, **training_options(recipe, learned)
         )
@@ -163,8 +175,9 @@ def train(model: SAM2, recipe: Recipe, folder: RunFolder, teacher: SAM2 | None =
             num_workers=data.num_workers,
         )
         trainer.fit(module, clips, ckpt_path=str(last) if last.is_file() else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        trainer.save_checkpoint(last)  # a run that is killed while it is scored need not train again
     model.eval()
 
 
@@ -180,7 +193,8 @@ def score(
     """Score a model into `metrics.json`; a quantized one (`layers`) is audited first and compared with the float one."""
     if layers is not None:
         image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.device)
-        log.info("%s", audit(model, layers, recipe.quantize, lambda: model.forward_image(image)))
+        report = audit(model, layers, recipe.quantize, lambda: model.forward_image(image))
+        log.info("%s", report.summary)
     with folder.stage(f"score {name}", f"{len(videos)} videos"):
         block, predictions = score_videos(
             model, videos, recipe.evaluate, recipe.trainer, folder=folder.path, reference=reference
@@ -199,10 +213,16 @@ def score_ptq(
     recipe: Recipe,
     folder: RunFolder,
     reference: Predictions,
-) -> None:
+) -> Predictions:
     """Score what calibration alone gives, on a finalized copy: the baseline of QAT."""
-    if recipe.train is None or "ptq" in folder.metrics:
-        return
     ptq = copy.deepcopy(model)
     finalize(ptq)
-    score(ptq, "ptq", videos, recipe, folder, reference, layers)
+    return score(ptq, "ptq", videos, recipe, folder, reference, layers)
+
+
+def draw_overlays(videos: list[Video], tracked: dict[str, Predictions], recipe: Recipe) -> list[Image]:
+    """Contact sheets of the first videos: truth and each model's masks."""
+    shown = [video for video in videos[:OVERLAYS] if any(name == video.name for name, _ in tracked["float"])]
+    return [
+        contact_sheet(video, tracked, length=min(len(video), recipe.evaluate.frames or len(video))) for video in shown
+    ]

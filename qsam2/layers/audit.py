@@ -11,7 +11,7 @@ from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
 from qsam2.layers.attention import QuantizedAttention
-from qsam2.layers.convert import ATTENTION_TWINS, WEIGHT_TWINS, ConvertedLayer, quantizers
+from qsam2.layers.convert import ATTENTION_TWINS, WEIGHT_TWINS, ConvertedLayer, quantized_weights, quantizers
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe
@@ -56,12 +56,17 @@ class AuditReport:
     quantizers: int
     float_parts: tuple[FloatPart, ...]
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """What was found, in one line."""
         kept = sum(part.values for part in self.float_parts)
-        lines = [
+        return (
             f"audit passed: {self.quantizers} quantizers frozen, {self.quantized_weights:,} weights on their grids, "
-            f"{kept:,} values in float:"
-        ]
+            f"{kept:,} values in float"
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{self.summary}:"]
         lines += [f"  {part.name} ({part.values:,}): {part.reason}" for part in self.float_parts]
         return "\n".join(lines)
 
@@ -86,7 +91,7 @@ def audit(
     modules = dict(model.named_modules())
     problems = [*_rows(modules, rows), *_quantizers(model)]
     if not problems:  # weights can be told from their integers only if the quantizers are sound
-        problems += _weights(modules)
+        problems += _weights(model)
     float_parts, unexplained = _float_parts(modules, rows)
     problems += unexplained
     if quantize is not None:
@@ -96,7 +101,7 @@ def audit(
         problems += _repeats(forward)
     if problems:
         raise AuditError("\n  ".join([f"audit found {len(problems)} violations:", *problems]))
-    values = sum(m.weight.numel() for m in modules.values() if isinstance(m, QuantizedLayer) and m.weight_quantizer)
+    values = sum(layer.weight.numel() for _, layer, _ in quantized_weights(model))
     return AuditReport(values, sum(1 for _ in quantizers(model)), tuple(float_parts))
 
 
@@ -134,11 +139,9 @@ def _quantizers(model: nn.Module) -> Iterator[str]:
             yield f"{name}: has a scale that is not positive and finite"
 
 
-def _weights(modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    for name, layer in modules.items():
-        if not isinstance(layer, QuantizedLayer) or layer.weight_quantizer is None:
-            continue
-        weight, quantizer = layer.weight, layer.weight_quantizer
+def _weights(model: nn.Module) -> Iterator[str]:
+    for name, layer, quantizer in quantized_weights(model):
+        weight = layer.weight
         if not torch.equal(weight, quantizer.dequantize(quantizer.to_int(weight), weight.dtype)):
             yield f"{name}.weight: is not its own dequantized integers"
         if (levels := _most_levels(weight, layer.channel_dim)) > 2**quantizer.bits:

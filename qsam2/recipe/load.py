@@ -104,10 +104,10 @@ def save_recipe(recipe: Recipe) -> str:
 def describe(error: ValidationError) -> str:
     """The first validation error in one line."""
     first = error.errors()[0]
-    location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    location, fields = _walk(first["loc"])
     if first["type"] == "extra_forbidden":
         *parents, unknown = location
-        valid = _field_names(parents)
+        valid = list(dict.fromkeys(name for model in fields for name in model.model_fields))
         near = get_close_matches(str(unknown), valid, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"unknown recipe key {_dotted(location)!r}: {_dotted(parents) or 'a recipe'} has {', '.join(valid)}{hint}"
@@ -129,20 +129,27 @@ def _number(text: str) -> Any:
         return text
 
 
-def _field_names(location: list[Any]) -> list[str]:
-    """Keys allowed at a location (where a union's tag stands in it, those of that member)."""
-    candidates: list[type[BaseModel]] = [Recipe]
+def _walk(location: Iterable[Any]) -> tuple[list[Any], list[type[BaseModel]]]:
+    """A pydantic location without the tags of unions, and the models that hold its last key."""
+    kept: list[Any] = []
+    models: list[type[BaseModel]] = [Recipe]
+    holders = models
     for part in location:
-        inner: list[type[BaseModel]] = []
-        for model in candidates:
-            if part in model.model_fields:
-                inner += _models(model.model_fields[part].annotation)
-            elif model.model_fields.get("method") is not None and model.model_fields["method"].default == part:
-                inner.append(model)
-            elif isinstance(part, int):
-                inner.append(model)
-        candidates = inner
-    return list(dict.fromkeys(name for model in candidates for name in model.model_fields))
+        tagged = [model for model in models if _tag(model) == part]
+        if tagged and not any(part in model.model_fields for model in models):
+            models = tagged
+            continue
+        kept.append(part)
+        holders = models
+        if isinstance(part, str):
+            fields = [model.model_fields[part] for model in models if part in model.model_fields]
+            models = [inner for field in fields for inner in _models(field.annotation)]
+    return kept, holders
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    method = model.model_fields.get("method")
+    return method.default if method else None
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

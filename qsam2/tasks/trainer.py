@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import netrc
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -69,7 +70,14 @@ class LogClips(Callback):
             module.log_dict(means)
 
 
-def build_trainer(recipe: TrainerRecipe, *, folder: Path, logger: Logger | bool = False, **more: Any) -> L.Trainer:
+def build_trainer(
+    recipe: TrainerRecipe,
+    *,
+    folder: Path,
+    logger: Logger | bool = False,
+    callbacks: Sequence[Callback] = (),
+    **more: Any,
+) -> L.Trainer:
     """A Trainer with the recipe's devices and precision.
 
     Args:
@@ -79,7 +87,9 @@ def build_trainer(recipe: TrainerRecipe, *, folder: Path, logger: Logger | bool 
     strategy = recipe.strategy
     if strategy == "auto" and (recipe.num_nodes > 1 or recipe.devices not in ("auto", 1, "1")):
         strategy = "ddp_find_unused_parameters_true"  # a clip without clicks leaves parts of the prompt encoder unused
+    bar = TQDMProgressBar(refresh_rate=max(recipe.log_every // 2, 1))
     return L.Trainer(
+        callbacks=[bar, *callbacks],
         accelerator=recipe.accelerator,
         devices=recipe.devices,
         num_nodes=recipe.num_nodes,
@@ -108,7 +118,6 @@ def training_options(recipe: Recipe, quantizers: dict[str, nn.Module]) -> dict[s
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         ),
-        TQDMProgressBar(refresh_rate=max(trainer.log_every // 2, 1)),
     ]
     if recipe.train.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=recipe.train.ema))

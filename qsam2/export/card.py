@@ -1,0 +1,120 @@
+"""The quantization card: what a quantized model was made from, how, and what it lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import qsam2
+from qsam2.layers.convert import ConvertedLayer
+from qsam2.models.checkpoints import find_checkpoint
+from qsam2.recipe import Recipe
+from qsam2.run_folder import RunFolder, write_text
+
+LICENCES = {"nano": "Apache-2.0; see the model card of nano for its training data"}
+OFFICIAL_LICENCE = "that of the source checkpoint (SAM 2 and 2.1: Apache-2.0)"
+
+
+def write_card(folder: RunFolder, recipe: Recipe, layers: list[ConvertedLayer]) -> None:
+    """Write `card.json` and `card.md` into a run folder."""
+    card = build_card(folder.metrics, recipe, layers)
+    write_text(folder.path / "card.json", json.dumps(card, indent=1))
+    write_text(folder.path / "card.md", render(card))
+
+
+def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLayer]) -> dict[str, Any]:
+    """The card as plain values."""
+    return {
+        "name": recipe.name,
+        "qsam2": qsam2.__version__,
+        "source": _source(recipe),
+        "licence": LICENCES.get(recipe.model.size, OFFICIAL_LICENCE),
+        "method": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
+        "training_steps": recipe.trainer.max_steps if recipe.train else 0,
+        "calibration": {
+            "sources": list(recipe.data.train),
+            "clips": recipe.calibrate.clips,
+            "frames_a_clip": recipe.calibrate.num_frames,
+            "seed": recipe.seed,
+        },
+        "evaluation": {
+            "data": recipe.data.val or recipe.data.train[0].split(":")[0],
+            "protocol": recipe.evaluate.protocol,
+            "evaluator": f"qsam2 {qsam2.__version__}",
+        },
+        "scores": {name: _headline(metrics[name]) for name in ("float", "ptq", "quantized") if name in metrics},
+        "bytes": metrics.get("bytes"),
+        "format": "packed integers in safetensors, see qsam2/export/packed.py",
+        "float_layers": {row.name: row.reason for row in layers if row.weight_bits is None and "Attention" not in row.kind},
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def render(card: dict[str, Any]) -> str:
+    """The card as Markdown."""
+    rows = [
+        f"| {name} | {s['J&F']:.1f} | {s['J']:.1f} | {s['F']:.1f} | {_interval(s)} | {_number(s.get('fidelity'))} |"
+        for name, s in card["scores"].items()
+    ]
+    sizes = [f"| {name} | {value:,} |" for name, value in (card["bytes"] or {}).items()]
+    kept = [f"- `{name}`: {reason}" for name, reason in card["float_layers"].items()] or ["- none"]
+    source = card["source"]
+    method = card["method"]
+    return "\n".join(
+        [
+            f"# {card['name']}",
+            "",
+            f"SAM {source['version']} {source['size']} quantized by qsam2 {card['qsam2']}: "
+            f"weights {_quantizer(method['weights'])}, activations {_quantizer(method['activations'])}; "
+            f"{card['training_steps']} steps of quantization-aware training.",
+            "",
+            f"- Source checkpoint: {source['checkpoint']}, SHA-256 {source['sha256']}",
+            f"- Licence: {card['licence']}",
+            f"- Calibration: {card['calibration']['clips']} clips of {card['calibration']['frames_a_clip']} frames from "
+            f"{', '.join(card['calibration']['sources'])}, seed {card['calibration']['seed']}",
+            f"- Evaluation: {card['evaluation']['data']}, {card['evaluation']['protocol']} protocol, "
+            f"{card['evaluation']['evaluator']}",
+            f"- Format: {card['format']}",
+            "",
+            "| model | J&F | J | F | difference to float, 95 % interval | fidelity |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            "| format | bytes |",
+            "|---|---|",
+            *sizes,
+            "",
+            "Layers with float weights:",
+            "",
+            *kept,
+            "",
+        ]
+    )
+
+
+def _source(recipe: Recipe) -> dict[str, Any]:
+    model = recipe.model
+    source = {"size": model.size, "version": model.version, "checkpoint": model.checkpoint, "sha256": None}
+    if model.checkpoint is not None:
+        path = find_checkpoint(model.size, model.version) if model.checkpoint == "auto" else Path(model.checkpoint)
+        source |= {"checkpoint": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return source
+
+
+def _headline(block: dict[str, Any]) -> dict[str, Any]:
+    return {key: block[key] for key in ("J&F", "J", "F", "fidelity", "versus_float", "seconds_per_frame") if key in block}
+
+
+def _quantizer(spec: dict[str, Any] | None) -> str:
+    return "in float" if spec is None else f"at {spec['bits']} bits ({spec['method']})"
+
+
+def _interval(scores: dict[str, Any]) -> str:
+    versus = scores.get("versus_float")
+    return "" if versus is None else f"{versus['difference']:+.1f} ({versus['low']:+.1f} to {versus['high']:+.1f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"

@@ -1,0 +1,1 @@
+"""What people look at: overlays of masks, the page of a run, Weights & Biases."""

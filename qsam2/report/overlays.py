@@ -1,0 +1,68 @@
+"""Tracked masks drawn over their frames, one row a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw
+
+from qsam2.data.video import Video
+from qsam2.tasks.segmentation import Predictions
+
+COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+"""Okabe and Ito's palette, told apart by the colour-blind; an object a colour."""
+OPACITY = 0.5
+COLUMN_PX, MARGIN_PX, LABEL_PX = 240, 4, 16
+
+
+def overlay(frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """A frame (H, W, 3) uint8 with masks, each bool (H, W), tinted and outlined."""
+    drawn = frame.astype(np.float32)
+    outlines = []
+    for index, mask in enumerate(masks):
+        colour = np.array(COLOURS[index % len(COLOURS)], dtype=np.float32)
+        drawn[mask] = (1 - OPACITY) * drawn[mask] + OPACITY * colour
+        contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        outlines.append((contours, COLOURS[index % len(COLOURS)]))
+    picture = np.ascontiguousarray(drawn.round().astype(np.uint8))
+    for contours, colour in outlines:
+        cv2.drawContours(picture, contours, -1, colour, 1)
+    return picture
+
+
+def contact_sheet(video: Video, predictions: Mapping[str, Predictions], *, length: int, columns: int = 4) -> Image.Image:
+    """Frames spread over a video's first `length`, one row for each model in `predictions` and one for the truth."""
+    chosen = np.linspace(0, length - 1, min(columns, length)).round().astype(int)
+    ids = sorted(object_id for name, object_id in next(iter(predictions.values())) if name == video.name)
+    rows = {"truth": {i: _truth(video, i, ids) for i in chosen}}
+    for model, tracked in predictions.items():
+        masks = {object_id: _unpack(tracked[video.name, object_id], length, video.size) for object_id in ids}
+        rows[model] = {i: [masks[object_id][i] for object_id in ids] for i in chosen}
+    height = round(COLUMN_PX * video.size[0] / video.size[1])
+    sheet = Image.new(
+        "RGB",
+        (len(chosen) * (COLUMN_PX + MARGIN_PX) - MARGIN_PX, len(rows) * (height + LABEL_PX + MARGIN_PX)),
+        "white",
+    )
+    pen = ImageDraw.Draw(sheet)
+    for row, (model, frames) in enumerate(rows.items()):
+        top = row * (height + LABEL_PX + MARGIN_PX)
+        for column, (index, masks_of_frame) in enumerate(frames.items()):
+            left = column * (COLUMN_PX + MARGIN_PX)
+            label = f"{video.name}, frame {index}: {model}" if column == 0 else f"frame {index}"
+            pen.text((left, top + 2), label, fill="black")
+            picture = Image.fromarray(overlay(video.frame(int(index)), masks_of_frame))
+            sheet.paste(picture.resize((COLUMN_PX, height)), (left, top + LABEL_PX))
+    return sheet
+
+
+def _truth(video: Video, index: int, ids: Sequence[int]) -> list[np.ndarray]:
+    masks = video.masks(int(index)) or {}
+    return [masks.get(object_id, np.zeros(video.size, dtype=bool)) for object_id in ids]
+
+
+def _unpack(packed: np.ndarray, length: int, size: tuple[int, int]) -> np.ndarray:
+    count = length * size[0] * size[1]
+    return np.unpackbits(packed, count=count).reshape(length, *size).astype(bool)

@@ -1,0 +1,48 @@
+"""The page of a run: one self-contained HTML file, no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+
+import qsam2
+from qsam2.layers.convert import ConvertedLayer
+from qsam2.recipe import Recipe, save_recipe
+from qsam2.run_folder import RunFolder, write_text
+
+MODELS = ("float", "ptq", "quantized")
+
+
+def write_report(
+    folder: RunFolder, recipe: Recipe, layers: Sequence[ConvertedLayer], pictures: Sequence[Image.Image]
+) -> None:
+    """Write `report.html`: scores, sizes, times, layers, tracked frames and the recipe."""
+    write_text(folder.report, render(folder.metrics, recipe, layers, pictures))
+
+
+def render(
+    metrics: dict[str, Any], recipe: Recipe, layers: Sequence[ConvertedLayer], pictures: Sequence[Image.Image]
+) -> str:
+    """The page as HTML."""
+    template = Environment(loader=PackageLoader("qsam2.report"), autoescape=True).get_template("run.html.j2")
+    return template.render(
+        recipe=recipe,
+        recipe_text=save_recipe(recipe),
+        version=qsam2.__version__,
+        scores={name: metrics[name] for name in MODELS if name in metrics},
+        sizes=metrics.get("bytes", {}),
+        seconds=metrics["seconds"],
+        layers=layers,
+        pictures=[_data_url(picture) for picture in pictures],
+    )
+
+
+def _data_url(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
