@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qsam2.errors import UserError
-from qsam2.layers.convert import quantized_layers, quantizers
+from qsam2.layers.convert import quantized_weights, quantizers
 from qsam2.quantizers import QuantizerState
 
 Batch = TypeVar("Batch")
@@ -29,9 +29,8 @@ def calibrate_ranges(model: nn.Module, run: Callable[[Batch], object], batches: 
         UserError: a batch or a weight holds NaN or infinity, or no batch reached some quantizer.
     """
     activations = [quantizer for _, quantizer in quantizers(model) if quantizer.role == "activation"]
-    for _, layer in quantized_layers(model):
-        if layer.weight_quantizer is not None:
-            layer.weight_quantizer.state = QuantizerState.FLOAT
+    for _, _, quantizer in quantized_weights(model):
+        quantizer.state = QuantizerState.FLOAT
     for quantizer in activations:
         quantizer.state = QuantizerState.OBSERVE
     count = 0
@@ -52,7 +51,6 @@ def calibrate_ranges(model: nn.Module, run: Callable[[Batch], object], batches: 
             f"{count} calibration batches never reached {named}: calibrate on clips with mask and point prompts, "
             "or keep these layers in float by a rule"
         )
-    for _, layer in quantized_layers(model):
-        if layer.weight_quantizer is not None:
-            layer.weight_quantizer.initialize_from(layer.weight)
+    for _, layer, quantizer in quantized_weights(model):
+        quantizer.initialize_from(layer.weight)
     return count

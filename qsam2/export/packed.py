@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from qsam2.errors import UserError
 from qsam2.export.files import write_whole
-from qsam2.layers.convert import ConvertedLayer, convert, quantized_layers, quantizers
-from qsam2.layers.weight import QuantizedLayer
+from qsam2.layers.convert import ConvertedLayer, convert, quantized_weights, quantizers
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe
 
@@ -72,12 +71,13 @@ def model_bytes(model: nn.Module) -> dict[str, int]:
 
     Of a float model `packed` is what its tensors take as they are.
     """
-    layers = _quantized_weights(model)
     floats = _float_tensors(model).values()
-    values = sum(tensor.numel() for tensor in floats) + sum(layer.weight.numel() for layer in layers.values())
-    packed = [packed_size(layer.weight.numel(), layer.weight_quantizer.bits) for layer in layers.values()]
-    kept = [tensor.nbytes for tensor in (*floats, *_grids(model).values())]
-    return {"float32": 4 * values, "bfloat16": 2 * values, "packed": sum(packed) + sum(kept)}
+    values = sum(tensor.numel() for tensor in floats)
+    packed = sum(tensor.nbytes for tensor in (*floats, *_grids(model).values()))
+    for _, layer, quantizer in quantized_weights(model):
+        values += layer.weight.numel()
+        packed += packed_size(layer.weight.numel(), quantizer.bits)
+    return {"float32": 4 * values, "bfloat16": 2 * values, "packed": packed}
 
 
 @torch.no_grad()
@@ -95,9 +95,9 @@ def save_packed(
     for name, quantizer in quantizers(model):
         if quantizer.state is not QuantizerState.FROZEN:
             raise RuntimeError(f"{name} is {quantizer.state.name}: finalize the model before it is packed")
-    layers = _quantized_weights(model)
-    tensors = {f"{name}.weight.packed": _packed(name, layer) for name, layer in layers.items()}
-    tensors |= {**_grids(model), **_float_tensors(model)}
+    tensors = {**_grids(model), **_float_tensors(model)}
+    for name, layer, quantizer in quantized_weights(model):
+        tensors[f"{name}.weight.packed"] = _packed(name, layer.weight, quantizer)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
@@ -105,7 +105,7 @@ def save_packed(
         "crc32": str(_checksum(tensors)),
         "recipe": json.dumps(recipe),
         "extra": json.dumps(extra or {}),
-        "weights": json.dumps({name: _description(layer) for name, layer in layers.items()}),
+        "weights": json.dumps(_descriptions(model)),
     }
     write_whole(Path(path), tensors, metadata)
 
@@ -134,34 +134,35 @@ def load_packed(path: str | Path, model: nn.Module) -> list[ConvertedLayer]:
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
         raise UserError(f"packed model {path} was made by a recipe that this version refuses: {problem}") from error
-    layers, floats = _quantized_weights(model), _float_tensors(model)
-    if header.weights != {name: _description(layer) for name, layer in layers.items()}:
+    if header.weights != _descriptions(model):
         raise UserError(f"packed model {path} does not fit the model: other layers, shapes or bits; check model.size")
-    sizes = {name: packed_size(layer.weight.numel(), layer.weight_quantizer.bits) for name, layer in layers.items()}
-    expected = {f"{name}.weight.packed": ((size,), torch.uint8) for name, size in sizes.items()}
-    expected |= {name: (tuple(t.shape), t.dtype) for name, t in (floats | _grids(model)).items()}
-    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    if differing := sorted(name for name, _ in expected.items() ^ found.items()):
-        named = ", ".join(dict.fromkeys(differing[:MAX_NAMED]))
+    floats = _float_tensors(model)
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in {**floats, **_grids(model)}.items()}
+    for name, layer, quantizer in quantized_weights(model):
+        expected[f"{name}.weight.packed"] = (
+            torch.Size([packed_size(layer.weight.numel(), quantizer.bits)]),
+            torch.uint8,
+        )
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    if differing := sorted({name for name, _ in expected.items() ^ found.items()}):
+        named = ", ".join(differing[:MAX_NAMED])
         raise UserError(f"packed model {path} does not fit the model: {named} missing or of another shape or dtype")
 
     for name, quantizer in quantizers(model):
         _freeze_at(quantizer, tensors[f"{name}.scale"], tensors[f"{name}.zero_point"])
-    for name, layer in layers.items():
-        quantizer, weight = layer.weight_quantizer, layer.weight
+    for name, layer, quantizer in quantized_weights(model):
+        weight = layer.weight
         codes = unpack_bits(tensors[f"{name}.weight.packed"], quantizer.bits, weight.numel()) + quantizer.qmin
         weight.copy_(quantizer.dequantize(codes.view(weight.shape).to(weight.device), weight.dtype))
     model.load_state_dict({name: tensors[name] for name in floats}, strict=False)
     return rows
 
 
-def _quantized_weights(model: nn.Module) -> dict[str, QuantizedLayer]:
-    return {name: layer for name, layer in quantized_layers(model) if layer.weight_quantizer is not None}
-
-
 def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without quantized weights and quantizers."""
-    left_out = [f"{name}." for name, _ in quantizers(model)] + [f"{name}.weight" for name in _quantized_weights(model)]
+    left_out = [f"{name}." for name, _ in quantizers(model)] + [
+        f"{name}.weight" for name, _, _ in quantized_weights(model)
+    ]
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(left_out))}
 
 
@@ -184,29 +185,32 @@ def _freeze_at(quantizer: Quantizer, scale: Tensor, zero_point: Tensor) -> None:
     quantizer.load_state_dict(state, strict=False)
 
 
-def _packed(name: str, layer: QuantizedLayer) -> Tensor:
-    quantizer, weight = layer.weight_quantizer, layer.weight
+def _packed(name: str, weight: Tensor, quantizer: Quantizer) -> Tensor:
     codes = quantizer.to_int(weight)
     if not torch.equal(quantizer.dequantize(codes, weight.dtype), weight):
         raise RuntimeError(f"{name}.weight is not its own integers: finalize the model before it is packed")
     return pack_bits(codes - quantizer.qmin, quantizer.bits)
 
 
-def _description(layer: QuantizedLayer) -> dict[str, Any]:
-    quantizer, weight = layer.weight_quantizer, layer.weight
+def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {
-        "bits": quantizer.bits,
-        "qmin": quantizer.qmin,
-        "channel_dim": layer.channel_dim,
-        "shape": list(weight.shape),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        name: {
+            "bits": quantizer.bits,
+            "qmin": quantizer.qmin,
+            "channel_dim": layer.channel_dim,
+            "shape": list(layer.weight.shape),
+            "dtype": str(layer.weight.dtype).removeprefix("torch."),
+        }
+        for name, layer, quantizer in quantized_weights(model)
     }
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
     checksum = 0
     for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), checksum))
+        checksum = zlib.crc32(
+            tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), checksum)
+        )
     return checksum
 
 

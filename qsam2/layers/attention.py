@@ -16,6 +16,7 @@ from sam2.modeling.sam.transformer import Attention, RoPEAttention
 from torch import Tensor, nn
 
 from qsam2.layers.adopt import adopt
+from qsam2.quantizers import Quantizer
 
 
 def axial_rotary_table(dim: int, width: int, height: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -41,20 +42,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.reshape(x.shape).type_as(x)
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, tokens, C) to (B, heads, tokens, C / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, heads, tokens, C / heads) to (B, tokens, C)."""
+    return x.transpose(1, 2).flatten(2)
+
+
 class QuantizedAttention(nn.Module):
     """What the three attentions share: a quantizer each for q, k and v (None: left as it is), then fused attention."""
 
-    q_quantizer: nn.Module | None
-    k_quantizer: nn.Module | None
-    v_quantizer: nn.Module | None
+    q_quantizer: Quantizer | None
+    k_quantizer: Quantizer | None
+    v_quantizer: Quantizer | None
 
     @classmethod
     def from_float(
         cls,
         attention: nn.Module,
-        q_quantizer: nn.Module | None = None,
-        k_quantizer: nn.Module | None = None,
-        v_quantizer: nn.Module | None = None,
+        q_quantizer: Quantizer | None = None,
+        k_quantizer: Quantizer | None = None,
+        v_quantizer: Quantizer | None = None,
     ) -> QuantizedAttention:
         """The quantized twin of `attention`; it shares the projections and all attributes."""
         module: Any = adopt(cls, attention)
@@ -72,6 +83,9 @@ class QuantizedAttention(nn.Module):
 class QuantMultiScaleAttention(QuantizedAttention, MultiScaleAttention):
     """Hiera's window or global attention; where the block pools, q is quantized after pooling."""
 
+    qkv: nn.Linear
+    proj: nn.Linear
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H', W', dim_out), H' and W' halved where q is pooled."""
         batch, height, width, _ = x.shape
@@ -88,13 +102,20 @@ class QuantMultiScaleAttention(QuantizedAttention, MultiScaleAttention):
 class QuantAttention(QuantizedAttention, Attention):
     """Attention of the mask decoder's two-way transformer."""
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
+    num_heads: int
+    dropout_p: float
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, tokens, C) each; returns (B, tokens of q, C)."""
-        q = self._separate_heads(self.q_proj(q), self.num_heads)  # (B, heads, tokens, C/heads)
-        k = self._separate_heads(self.k_proj(k), self.num_heads)
-        v = self._separate_heads(self.v_proj(v), self.num_heads)
+        q = split_heads(self.q_proj(q), self.num_heads)  # (B, heads, tokens, C/heads)
+        k = split_heads(self.k_proj(k), self.num_heads)
+        v = split_heads(self.v_proj(v), self.num_heads)
         out = self.attend(q, k, v, dropout_p=self.dropout_p if self.training else 0.0)
-        return self.out_proj(self._recombine_heads(out))
+        return self.out_proj(join_heads(out))
 
 
 class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
@@ -104,8 +125,12 @@ class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
     size computes its own on each call.
     """
 
-    dropout_p: float
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
     num_heads: int
+    dropout_p: float
     internal_dim: int
     rope_k_repeat: bool
     rotary_theta: float
@@ -116,9 +141,9 @@ class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
     def from_float(
         cls,
         attention: nn.Module,
-        q_quantizer: nn.Module | None = None,
-        k_quantizer: nn.Module | None = None,
-        v_quantizer: nn.Module | None = None,
+        q_quantizer: Quantizer | None = None,
+        k_quantizer: Quantizer | None = None,
+        v_quantizer: Quantizer | None = None,
     ) -> QuantizedAttention:
         """As the base class does; the complex table becomes two real ones."""
         module: Any = super().from_float(attention, q_quantizer, k_quantizer, v_quantizer)
@@ -149,9 +174,9 @@ class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
         Returns (B, tokens of q, C). Raises ValueError where the keys to rotate are not as many as the queries or, with
         `rope_k_repeat`, a multiple of them.
         """
-        q = self._separate_heads(self.q_proj(q), self.num_heads)  # (B, heads, N, C/heads)
-        k = self._separate_heads(self.k_proj(k), self.num_heads)
-        v = self._separate_heads(self.v_proj(v), self.num_heads)
+        q = split_heads(self.q_proj(q), self.num_heads)  # (B, heads, N, C/heads)
+        k = split_heads(self.k_proj(k), self.num_heads)
+        v = split_heads(self.v_proj(v), self.num_heads)
 
         cos, sin = self.rotary_table(q.shape[-2])
         queries, rotated = q.shape[-2], k.shape[-2] - num_k_exclude_rope
@@ -165,4 +190,4 @@ class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
             k = torch.cat((rotate(k[:, :, :rotated], cos, sin), k[:, :, rotated:]), dim=2)
 
         out = self.attend(q, k, v, dropout_p=self.dropout_p if self.training else 0.0)
-        return self.out_proj(self._recombine_heads(out))
+        return self.out_proj(join_heads(out))

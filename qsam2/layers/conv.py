@@ -22,8 +22,9 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     """Transposed convolution of quantized input and weight. Its weight is (in, out / groups, h, w)."""
 
     channel_dim = 1
+    padding: tuple[int, ...]
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # SAM2 gives no output_size
         """(B, in_channels, H, W) to (B, out_channels, H', W')."""
         return F.conv_transpose2d(
             self.quantized_input(input),

@@ -18,6 +18,7 @@ from qsam2.layers.linear import QuantLinear
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.recipe.quantize import LayerPlan, QuantizeRecipe
+from qsam2.recipe.quantizers import QuantizerSpec
 
 WEIGHT_TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantLinear,
@@ -80,9 +81,11 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """All layers of a model that can have a quantized weight, with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer))
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer, Quantizer]]:
+    """All layers of a model whose weight is quantized: name, layer, the weight's quantizer."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
+            yield name, module, module.weight_quantizer
 
 
 def set_state(model: nn.Module, state: QuantizerState) -> None:
@@ -93,7 +96,7 @@ def set_state(model: nn.Module, state: QuantizerState) -> None:
 
 def conversion_table(rows: Sequence[ConvertedLayer]) -> str:
     """The rows as text: layer, kind, bits of weights and activations (- is float), reason."""
-    cells = [("layer", "kind", "weights", "activations", "reason")]
+    cells: list[tuple[str, ...]] = [("layer", "kind", "weights", "activations", "reason")]
     cells += [tuple("-" if value is None else str(value) for value in astuple(row)) for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
@@ -111,18 +114,19 @@ def _quantized_layer(name: str, layer: nn.Module, plan: LayerPlan) -> QuantizedL
             name=f"{name}.weight_quantizer",
         ).train(layer.training)
     if plan.activations is not None:
-        twin.input_quantizer = _activation_quantizer(f"{name}.input_quantizer", layer, plan)
+        twin.input_quantizer = _activation_quantizer(f"{name}.input_quantizer", layer, plan.activations)
     return twin
 
 
 def _quantized_attention(name: str, attention: nn.Module, plan: LayerPlan) -> QuantizedAttention:
-    built = (_activation_quantizer(f"{name}.{part}_quantizer", attention, plan) for part in "qkv")
+    assert plan.activations is not None
+    built = (_activation_quantizer(f"{name}.{part}_quantizer", attention, plan.activations) for part in "qkv")
     return ATTENTION_TWINS[type(attention)].from_float(attention, *built)
 
 
-def _activation_quantizer(name: str, layer: nn.Module, plan: LayerPlan) -> Quantizer:
+def _activation_quantizer(name: str, layer: nn.Module, spec: QuantizerSpec) -> Quantizer:
     # A new module is in training mode, in which it would follow what it sees.
-    return build_quantizer(plan.activations, "activation", name=name).train(layer.training)
+    return build_quantizer(spec, "activation", name=name).train(layer.training)
 
 
 def _check_rules(quantize: QuantizeRecipe, names: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qsam2.layers.convert import quantized_layers, quantizers
+from qsam2.layers.convert import quantized_weights, quantizers
 from qsam2.quantizers import QuantizerState
 
 
@@ -18,11 +18,9 @@ def finalize(model: nn.Module) -> None:
     Raises:
         UserError: a quantizer has no range yet.
     """
-    for _, layer in quantized_layers(model):
-        if layer.weight_quantizer is not None:
-            quantizer, weight = layer.weight_quantizer, layer.weight
-            quantizer.freeze(weight)
-            weight.copy_(quantizer.dequantize(quantizer.to_int(weight), weight.dtype))
+    for _, layer, quantizer in quantized_weights(model):
+        quantizer.freeze(layer.weight)
+        layer.weight.copy_(quantizer.dequantize(quantizer.to_int(layer.weight), layer.weight.dtype))
     for _, quantizer in quantizers(model):
         if quantizer.state is not QuantizerState.FROZEN:
             quantizer.freeze()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from qsam2.layers.adopt import adopt
+from qsam2.quantizers import Quantizer
 
 
 class CachedWeight(NamedTuple):
@@ -34,13 +35,13 @@ class QuantizedLayer(nn.Module):
     """The weight's dimension that counts output channels."""
 
     weight: Tensor
-    weight_quantizer: nn.Module | None
-    input_quantizer: nn.Module | None
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
     _cached: CachedWeight | None
 
     @classmethod
     def from_float(
-        cls, layer: nn.Module, weight_quantizer: nn.Module | None = None, input_quantizer: nn.Module | None = None
+        cls, layer: nn.Module, weight_quantizer: Quantizer | None = None, input_quantizer: Quantizer | None = None
     ) -> Self:
         """The quantized twin of `layer`; it shares the parameters and all attributes."""
         module: Any = adopt(cls, layer)

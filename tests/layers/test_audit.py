@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsam2.calibration.ranges import calibrate_ranges
 from qsam2.layers.audit import AuditError, _most_levels, audit
-from qsam2.layers.convert import ConvertedLayer, convert, quantized_layers, quantizers
+from qsam2.layers.convert import ConvertedLayer, convert, quantized_weights, quantizers
 from qsam2.layers.finalize import finalize
 from qsam2.models import SAM2
 from qsam2.quantizers import Quantizer, QuantizerState
@@ -59,10 +59,7 @@ def finalized(_finalized: Converted) -> Converted:
 
 def test_finalized_weights_are_their_own_integers(finalized):
     model, _ = finalized
-    for name, layer in quantized_layers(model):
-        if layer.weight_quantizer is None:
-            continue
-        quantizer = layer.weight_quantizer
+    for name, layer, quantizer in quantized_weights(model):
         codes = quantizer.to_int(layer.weight)
         assert torch.equal(quantizer.dequantize(codes), layer.weight), name
         assert quantizer.qmin <= codes.min() and codes.max() <= quantizer.qmax

@@ -17,7 +17,7 @@ from qsam2.layers.conv import QuantConv2d, QuantConvTranspose2d
 from qsam2.layers.convert import (
     conversion_table,
     convert,
-    quantized_layers,
+    quantized_weights,
     quantizers,
     set_state,
 )
@@ -125,14 +125,14 @@ def test_every_quantizer_knows_its_name_and_starts_in_float(model):
     found = dict(quantizers(model))
     assert all(quantizer.name == name and quantizer.state is QuantizerState.FLOAT for name, quantizer in found.items())
     attentions = sum(isinstance(module, QuantizedAttention) for module in model.modules())
-    assert len(found) == 2 * len(list(quantized_layers(model))) + 3 * attentions
+    assert len(found) == 2 * len(list(quantized_weights(model))) + 3 * attentions
 
 
 def test_channels_of_weight_quantizers_are_output_channels(model):
     convert(model, recipe())
-    for name, layer in quantized_layers(model):
+    for name, layer, quantizer in quantized_weights(model):
         channels = layer.out_features if isinstance(layer, QuantLinear) else layer.out_channels
-        assert layer.weight_quantizer.scale.numel() == channels, name
+        assert quantizer.scale.numel() == channels, name
 
 
 def test_the_first_rule_wins_and_leaves_out_bits_are_the_recipes(model):
