@@ -69,9 +69,9 @@ class LSCQuantizer(Quantizer):
         return self.grid.from_bounds(*self._bounds(self.log_alpha.exp().clamp(max=LARGEST_ALPHA)))
 
     def _center_and_std(self) -> tuple[Tensor, Tensor]:
-        # New tensors: the graph keeps them, while a later call of the same step changes the buffers in place.
+        # A new tensor: the graph keeps it, while a later call of the same step changes the buffer in place.
         std = torch.maximum(self.std, SMALLEST_STD * self.mean.abs()).clamp(min=SMALLEST_SCALE)
-        return torch.zeros_like(self.mean) if self.grid.symmetric else self.mean.clone(), std
+        return torch.zeros_like(self.mean) if self.grid.symmetric else self.mean, std
 
     def _bounds(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         center, std = self._center_and_std()

@@ -74,7 +74,7 @@ def quantized_tensors(draw: st.DrawFn) -> tuple[Quantizer, Tensor]:
     return quantizer.train(draw(st.booleans())), x
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(quantized_tensors())
 def test_invariants_of_every_method(made: tuple[Quantizer, Tensor]) -> None:
     quantizer, x = made
@@ -97,7 +97,7 @@ def test_invariants_of_every_method(made: tuple[Quantizer, Tensor]) -> None:
     assert torch.equal(quantizer(out.detach()), out)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     quantized_tensors(),
     st.sampled_from(["weight", "float"]),
