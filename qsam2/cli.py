@@ -7,8 +7,9 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from qsam2 import __version__
 from qsam2.errors import UserError
@@ -35,23 +36,10 @@ Videos give J&F of semi-supervised tracking, stills the mask IoU of point and bo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="qsam2", description="Quantization of Segment Anything Model 2.")
-    parser.add_argument("--version", action="version", version=f"qsam2 {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(commands.add_parser("train", **_texts("carry out a recipe: quantize, train, score", TRAIN_EPILOG)))
-    _add_evaluate(commands.add_parser("evaluate", **_texts("score a model or masks on disk", EVALUATE_EPILOG)))
-    given, rest = parser.parse_known_args(arguments)
-    if strange := [argument for argument in rest if argument.startswith("-") or "=" not in argument]:
-        parser.error(f"unknown argument {strange[0]!r}; see qsam2 {given.command} --help")
-    given.overrides = rest
-    return run_safely(lambda: given.run(given))
-
-
-def run_safely(command: Callable[[], None]) -> int:
-    """Run a command with the log on stderr, and turn a user's mistake into one line and exit status 2."""
-    _quiet_logs()
     try:
-        command()
+        given = _parse(sys.argv[1:] if arguments is None else arguments)
+        _quiet_logs()
+        given.run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,6 +47,37 @@ def run_safely(command: Callable[[], None]) -> int:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors, so that they look like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="qsam2", description="Quantization of Segment Anything Model 2.")
+    parser.add_argument("--version", action="version", version=f"qsam2 {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands.add_parser("train", **_texts("carry out a recipe: quantize, train, score", TRAIN_EPILOG)))
+    _add_evaluate(commands.add_parser("evaluate", **_texts("score a model or masks on disk", EVALUATE_EPILOG)))
+    before = ["", *arguments]
+    overrides = [word for flag, word in zip(before, arguments, strict=False) if _is_override(word, flag)]
+    others = [word for flag, word in zip(before, arguments, strict=False) if not _is_override(word, flag)]
+    given, unknown = parser.parse_known_args(others)
+    if unknown:
+        raise UserError(
+            f"unknown argument {unknown[0]!r}: a key of the recipe is written key=value, without dashes; "
+            f"flags are in qsam2 {given.command} --help"
+        )
+    given.overrides = overrides
+    return given
+
+
+def _is_override(word: str, before: str) -> bool:
+    key, equals, _ = word.partition("=")  # a path with = in it has a slash, or belongs to the flag before it
+    return bool(equals) and "/" not in key and not key.startswith("-") and not before.startswith("--")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -96,15 +115,20 @@ def _evaluate(given: argparse.Namespace) -> None:
     from qsam2.report.table import score_line
     from qsam2.run_folder import write_text
 
+    if given.json:
+        _make_room(given.json)
     if given.pred or given.gt:
         if given.model or not (given.pred and given.gt):
             raise UserError("--pred DIR and --gt DIR go together, without a MODEL")
+        flags = [f"--{flag}" for flag in ("data", "frames", "videos", "reference") if getattr(given, flag) is not None]
+        if idle := [*flags, *given.overrides]:
+            raise UserError(f"{idle[0]} does nothing with --pred and --gt, which are scored as they are: leave it out")
         block = score_folders(given.pred, given.gt, given.protocol or "davis")
         block |= {"seconds_per_frame": None, "model": str(given.pred), "fidelity": None}
     elif given.model:
-        flags = {"data.val": given.data, "evaluate.protocol": given.protocol}
-        flags |= {"evaluate.frames": given.frames, "evaluate.videos": given.videos}
-        overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
+        values = {"data.val": given.data, "evaluate.protocol": given.protocol}
+        values |= {"evaluate.frames": given.frames, "evaluate.videos": given.videos}
+        overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
         block = evaluate_model(given.model, [*given.overrides, *overrides], reference=given.reference)
     else:
         raise UserError("nothing to score: give a MODEL (run folder, file or size), or --pred DIR --gt DIR")
@@ -113,7 +137,17 @@ def _evaluate(given: argparse.Namespace) -> None:
         write_text(given.json, json.dumps(block, indent=1))
 
 
-def _texts(summary: str, epilog: str) -> dict[str, object]:
+def _make_room(file: Path) -> None:
+    """Make the folder of an output before the work, so that a wrong path is not found after it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--json {file}: its folder cannot be made ({error.strerror}); give another path") from error
+    if file.is_dir():
+        raise UserError(f"--json {file}: is a folder; give the path of a file")
+
+
+def _texts(summary: str, epilog: str) -> dict[str, Any]:
     return {
         "help": summary,
         "description": summary[0].upper() + summary[1:] + ".",

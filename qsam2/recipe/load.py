@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -38,6 +39,30 @@ DEBUG_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# YAML 1.2's plain scalars: 1e-4 is a number, `off` and 1:30 are text (PyYAML reads 1.1).
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", ["t", "T", "f", "F"]),
+    "int": (r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would not read as text."""
+
+
+for _kind, (_pattern, _first) in _SCALARS.items():
+    for _dialect in (_Loader, _Dumper):
+        _dialect.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
+
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe of a YAML file, changed by `key=value` overrides with dotted keys, on top of its debug preset.
@@ -49,7 +74,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if not path.is_file():
         raise UserError(f"recipe {path} does not exist; recipes/ holds the ones that come with qsam2")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -63,9 +88,10 @@ def build_recipe(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Re
     preset = given.get("debug", values.get("debug"))
     merged = merge(values, DEBUG_PRESETS.get(preset, {}) if isinstance(preset, str) else {})
     try:
-        return Recipe.model_validate(merge(merged, given))
+        recipe = Recipe.model_validate(merge(merged, given))
     except ValidationError as error:
         raise UserError(describe(error)) from error
+    return recipe.model_copy(update={"debug": None})  # resolved: a second load must not lay the preset over overrides
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -76,11 +102,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not all(key.split(".")):
             raise UserError(f"{override!r} is no override; write key=value with a dotted key, as trainer.max_steps=100")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise UserError(f"{override!r}: {text!r} is not a valid YAML value") from error
-        if isinstance(value, str):
-            value = _number(value)
         for part in reversed(key.split(".")):
             value = {part: value}
         given = merge(given, value)
@@ -98,7 +122,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def save_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every key, defaults included."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def describe(error: ValidationError) -> str:
@@ -110,23 +134,32 @@ def describe(error: ValidationError) -> str:
         valid = list(dict.fromkeys(name for model in fields for name in model.model_fields))
         near = get_close_matches(str(unknown), valid, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown recipe key {_dotted(location)!r}: {_dotted(parents) or 'a recipe'} has {', '.join(valid)}{hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
-        return f"{_dotted(location)}: {message}" if location else message
-    return f"{_dotted(location)}={first['input']!r}: {message}"
+        holder = _dotted(parents) or "a recipe"
+        return f"unknown recipe key {_dotted(location)!r}: {holder} has {', '.join(valid)}{hint}"
+    key, given = _dotted(location) or "recipe", first["input"]
+    if first["type"] == "value_error" and isinstance(given, Mapping):  # what several keys say together
+        return f"{key}: {_ours(first)}"
+    if first["type"] == "missing":
+        *parents, lacking = location
+        return f"{_dotted(parents)} lacks the key {lacking!r}"
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        *others, last = (str(_tag(model)) for model in _walk((*first["loc"], ""))[1])
+        method = f"={given['method']!r} is unknown" if "method" in given else " is missing"
+        return f"{key}.method{method}: give {', '.join(others)} or {last}"
+    if first["type"] in ("model_type", "model_attributes_type"):
+        keys = dict.fromkeys(name for model in _walk((*first["loc"], ""))[1] for name in model.model_fields)
+        return f"{key}={given!r}: set its keys instead, as {key}.{next(iter(keys))}=...: {', '.join(keys)}"
+    if first["type"] == "tuple_type":
+        return f"{key}={given!r}: give a list, as [a, b]"
+    return f"{key}={given!r}: {_ours(first)}"
+
+
+def _ours(error: Any) -> str:
+    return error["msg"].removeprefix("Value error, ").replace("Input should", "should")
 
 
 def _dotted(location: Iterable[Any]) -> str:
     return ".".join(str(part) for part in location)
-
-
-def _number(text: str) -> Any:
-    # YAML 1.1 reads 1e-4 as a string
-    try:
-        return float(text) if "e" in text.lower() else text
-    except ValueError:
-        return text
 
 
 def _walk(location: Iterable[Any]) -> tuple[list[Any], list[type[BaseModel]]]:
@@ -139,6 +172,8 @@ def _walk(location: Iterable[Any]) -> tuple[list[Any], list[type[BaseModel]]]:
         if tagged and not any(part in model.model_fields for model in models):
             models = tagged
             continue
+        if not models and isinstance(part, str):
+            continue  # the tag of a union of plain types
         kept.append(part)
         holders = models
         if isinstance(part, str):

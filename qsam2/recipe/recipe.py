@@ -18,11 +18,15 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _written(value: object) -> object:
+    return str(value) if isinstance(value, (int, float)) else value  # YAML reads 2.1 as a number
+
+
 class ModelRecipe(Section):
     """Which SAM2."""
 
     size: str = "nano"
-    version: Literal["2", "2.1"] = "2.1"
+    version: Annotated[Literal["2", "2.1"], BeforeValidator(_written)] = "2.1"
     checkpoint: str | None = "auto"
     """A path; auto: the size's official weights; null: random weights, to train from scratch."""
     image_size: int | None = None
@@ -171,6 +175,7 @@ class Recipe(Section):
     """Run folder; null: runs/NAME."""
     seed: Annotated[int, Field(ge=0)] = 0
     debug: Literal["fast", "overfit", "profile"] | None = None
+    """Values for trying things out, see `DEBUG_PRESETS`; null in a resolved recipe, which holds those values."""
     model: ModelRecipe = ModelRecipe()
     data: DataRecipe = DataRecipe()
     calibrate: CalibrateRecipe = CalibrateRecipe()
