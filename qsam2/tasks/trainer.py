@@ -45,17 +45,26 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, with its end known to a resumed run too."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self.train_progress_bar.reset(trainer.num_training_batches)
+        self.train_progress_bar.initial = trainer.fit_loop.batch_idx + 1
+
+
 class FreezeStatistics(Callback):
     """Stops the running statistics of all quantizers from a step on, so that the last part trains what is shipped."""
 
-    def __init__(self, at_step: int) -> None:
+    def __init__(self, quantizers: dict[str, nn.Module], at_step: int) -> None:
+        self.quantizers = quantizers
         self.at_step = at_step
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_index: int) -> None:
         if trainer.global_step >= self.at_step:
-            for child in module.modules():
-                if hasattr(child, "track_statistics"):
-                    child.track_statistics = False
+            for quantizer in self.quantizers.values():
+                quantizer.eval()  # statistics follow in training mode only; learned clips go on learning
 
 
 class LogClips(Callback):
@@ -87,7 +96,7 @@ def build_trainer(
     strategy = recipe.strategy
     if strategy == "auto" and (recipe.num_nodes > 1 or recipe.devices not in ("auto", 1, "1")):
         strategy = "ddp_find_unused_parameters_true"  # a clip without clicks leaves parts of the prompt encoder unused
-    bar = TQDMProgressBar(refresh_rate=max(recipe.log_every // 2, 1))
+    bar = ProgressBar(refresh_rate=max(recipe.log_every // 2, 1))
     return L.Trainer(
         callbacks=[bar, *callbacks],
         accelerator=recipe.accelerator,
@@ -122,7 +131,7 @@ def training_options(recipe: Recipe, quantizers: dict[str, nn.Module]) -> dict[s
     if recipe.train.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=recipe.train.ema))
     if quantizers:
-        callbacks.append(FreezeStatistics(int(recipe.train.freeze_statistics_at * trainer.max_steps)))
+        callbacks.append(FreezeStatistics(quantizers, int(recipe.train.freeze_statistics_at * trainer.max_steps)))
         callbacks.append(LogClips(quantizers))
     return {
         "max_steps": trainer.max_steps,
