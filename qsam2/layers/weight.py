@@ -60,7 +60,7 @@ class QuantizedLayer(nn.Module):
             return weight
         if torch.compiler.is_compiling():
             return quantizer(weight)
-        tensors = [weight, *quantizer.parameters(), *quantizer.buffers()]
+        tensors = [weight, *_own_tensors(quantizer)]
         needs_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -90,6 +90,12 @@ class QuantizedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    # parameters() and buffers() look for duplicates, which takes longer than all else in a cached call
+    found = (tensor for each in module.modules() for tensor in (*each._parameters.values(), *each._buffers.values()))
+    return [tensor for tensor in found if tensor is not None]
 
 
 def _source(tensors: list[Tensor], dtype: torch.dtype, training: bool) -> tuple[object, ...]:

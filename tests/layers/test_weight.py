@@ -155,6 +155,12 @@ def test_a_changed_weight_is_quantized_anew(change, mode):
         assert torch.equal(after, layer.weight_quantizer(layer.weight))
 
 
+def test_a_moved_layer_lets_go_of_its_cached_weight():
+    layer = quantized_linear()
+    layer(torch.randn(2, 4))
+    assert layer.to(torch.float64)._cached is None
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_weight_is_cached_for_good(mode):
     layer, x = quantized_linear(), torch.randn(2, 4)
