@@ -14,7 +14,7 @@ from qsam2.export import packed
 from qsam2.models import SAM2, SIZES, load_sam2
 from qsam2.models.checkpoints import guess_size, read_state_dict
 from qsam2.recipe import Recipe, build_recipe
-from qsam2.recipe.load import merge, parse_overrides
+from qsam2.recipe.load import merge
 
 
 def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2, Recipe]:
@@ -31,7 +31,7 @@ def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2,
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
-            raise UserError(f"{target} holds no model.safetensors: the run is not finished; run its recipe again to resume")
+            raise UserError(f"{target} holds no model.safetensors: the run is not finished; run its recipe again")
     if not path.is_file():
         if str(target) in SIZES:
             return _load_float({"model": {"size": str(target)}}, overrides)
@@ -64,8 +64,8 @@ def _load_float(values: dict[str, Any], overrides: Sequence[str]) -> tuple[SAM2,
 def _load_packed(path: Path, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
     values = packed.read_header(path).recipe
     recipe = build_recipe(values, overrides)
-    given = parse_overrides(overrides)
-    if fixed := sorted({"model", "quantize"} & given.keys()):
+    own = build_recipe(values)
+    if fixed := [key for key in ("model", "quantize") if getattr(recipe, key) != getattr(own, key)]:
         raise UserError(f"{path} is a quantized model: {', '.join(fixed)} cannot be changed by an override")
     model = load_sam2(
         recipe.model.size, version=recipe.model.version, checkpoint=None, image_size=recipe.model.image_size

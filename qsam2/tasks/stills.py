@@ -12,9 +12,11 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from qsam2.data.video import Video
-from qsam2.errors import UserError
-from qsam2.metrics.iou import MaskIoU
+from qsam2.metrics.bootstrap import paired_bootstrap
+from qsam2.metrics.iou import Fidelity, MaskIoU
 from qsam2.models import SAM2
+
+PROMPTS = ("point", "box")
 
 
 def image_predictor(model: SAM2) -> SAM2ImagePredictor:
@@ -39,39 +41,67 @@ def tight_box(mask: np.ndarray) -> np.ndarray:
     return np.array([columns[0], rows[0], columns[-1], rows[-1]], dtype=np.float32)
 
 
-def score_stills(model: SAM2, stills: Sequence[Video]) -> dict[str, Any]:
+def score_stills(model: SAM2, stills: Sequence[Video], *, reference: SAM2 | None = None) -> dict[str, Any]:
     """Mean IoU over instances from one click each and from one box each, in percent.
 
     Three masks are asked for and the one with the highest predicted IoU counts. Returns {"protocol": "stills",
     "point_mIoU", "box_mIoU", "point_mIoU_images", "box_mIoU_images" (means over images), "instances", "images",
-    "seconds_per_frame"}.
+    "per_object": {IMAGE: {INSTANCE: {"point_IoU", "box_IoU"}}}, "seconds_per_frame"}; with a reference also "fidelity",
+    over both prompts, and "versus_reference": {"point_IoU", "box_IoU"}, each as `paired_bootstrap` gives it.
 
     Raises:
         UserError: no still shows an instance.
     """
-    predictor = image_predictor(model)
-    scores = {"point": MaskIoU(), "box": MaskIoU()}
-    started = time.perf_counter()
+    predictor, fidelity = image_predictor(model), Fidelity()
+    their_predictor = None if reference is None else image_predictor(reference)
+    ours, theirs = ({prompt: MaskIoU() for prompt in PROMPTS} for _ in range(2))
+    seconds = []
     for still in tqdm(stills, desc="score stills"):
         masks = [mask for mask in (still.masks(0) or {}).values() if mask.any()]
         if not masks:
             continue
-        predictor.set_image(still.frame(0))
-        predicted: dict[str, list[np.ndarray]] = {"point": [], "box": []}
-        for mask in masks:
-            point = {"point_coords": interior_point(mask), "point_labels": np.array([1])}
-            for prompt, values in (("point", point), ("box", {"box": tight_box(mask)})):
-                candidates, confidence, _ = predictor.predict(**values, multimask_output=True)
-                predicted[prompt].append(candidates[confidence.argmax()].astype(bool))
-        for prompt, metric in scores.items():
-            metric.update(still.name, np.stack(predicted[prompt]), np.stack(masks))
-    seconds = time.perf_counter() - started
-    results = {prompt: metric.compute() for prompt, metric in scores.items()}
-    if not results["point"]["instances"]:
-        raise UserError("no still shows an instance to segment")
+        frame, truth = still.frame(0), np.stack(masks)
+        started = time.perf_counter()
+        predicted = segment(predictor, frame, masks)
+        seconds.append(time.perf_counter() - started)
+        for prompt, found in zip(PROMPTS, predicted, strict=True):
+            ours[prompt].update(still.name, found, truth)
+        if their_predictor is not None:
+            other = segment(their_predictor, frame, masks)
+            for prompt, found in zip(PROMPTS, other, strict=True):
+                theirs[prompt].update(still.name, found, truth)
+            for k in range(len(masks)):
+                fidelity.update(still.name, k, predicted[:, k], other[:, k])
     block: dict[str, Any] = {"protocol": "stills"}
-    for prompt, result in results.items():
+    for prompt in PROMPTS:
+        result = ours[prompt].compute()
         block[f"{prompt}_mIoU"] = result["IoU"]
         block[f"{prompt}_mIoU_images"] = result["IoU_images"]
-    block |= {key: results["point"][key] for key in ("instances", "images")}
-    return block | {"seconds_per_frame": seconds / len(stills)}
+    block |= {"instances": result["instances"], "images": result["images"], "per_object": _per_object(ours)}
+    if reference is not None:
+        their_objects = _per_object(theirs)
+        block["fidelity"] = fidelity.compute()
+        block["versus_reference"] = {
+            key: paired_bootstrap(block["per_object"], their_objects, key=key) for key in ("point_IoU", "box_IoU")
+        }
+    return block | {"seconds_per_frame": float(np.mean(seconds))}
+
+
+def segment(predictor: SAM2ImagePredictor, frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """What the predictor makes of a point and of a box for each true mask: bool (prompts, masks, H, W)."""
+    predictor.set_image(frame)
+    found = np.zeros((len(PROMPTS), len(masks), *frame.shape[:2]), dtype=bool)
+    for k, mask in enumerate(masks):
+        point = {"point_coords": interior_point(mask), "point_labels": np.array([1])}
+        for row, prompt in enumerate((point, {"box": tight_box(mask)})):
+            candidates, confidence, _ = predictor.predict(**prompt, multimask_output=True)
+            found[row, k] = candidates[confidence.argmax()] > 0
+    return found
+
+
+def _per_object(scores: dict[str, MaskIoU]) -> dict[str, dict[str, dict[str, float]]]:
+    tables = {prompt: metric.table() for prompt, metric in scores.items()}
+    return {
+        image: {k: {f"{prompt}_IoU": float(100 * tables[prompt][image][k][0]) for prompt in PROMPTS} for k in instances}
+        for image, instances in tables[PROMPTS[0]].items()
+    }
