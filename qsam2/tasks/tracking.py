@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +62,9 @@ def track(
 ) -> dict[int, np.ndarray]:
     """Masks of all prompted objects over the first `length` frames: {object id: bool (length, H, W)}.
 
-    Logits above 0, without hole filling. Frames before an object's prompt are empty. Objects that share a prompt frame
-    are tracked in one pass; memory attention sees each object on its own in any case.
+    As Meta's `vos_inference.py` without post-processing: logits above 0, no hole filling. Frames before an object's
+    prompt are empty. Objects that share a prompt frame are tracked in one pass; memory attention sees each object on its
+    own in any case.
 
     Args:
         prompts: see `first_masks`.
@@ -70,13 +72,14 @@ def track(
     """
     frames = FrameSequence(video, model.image_size, length)
     tracked: dict[int, np.ndarray] = {}
-    model.non_overlap_masks = non_overlapping
-    for start, masks in prompts.items():
-        state = model.init_state(frames, video_size=video.size)
-        for object_id, mask in masks.items():
-            model.add_new_mask(state, start, object_id, torch.from_numpy(mask))
-            tracked[object_id] = np.zeros((length, *video.size), dtype=bool)
-        with _no_progress_bar():
+    # Meta's evaluation leaves the memory of prompted frames as it is; sam2 binarizes it for interactive use
+    settings = {"non_overlap_masks": non_overlapping, "binarize_mask_from_pts_for_mem_enc": False}
+    with _attributes(model, settings), _attributes(sam2_video_predictor, {"tqdm": _no_progress_bar}):
+        for start, masks in prompts.items():
+            state = model.init_state(frames, video_size=video.size)
+            for object_id, mask in masks.items():
+                model.add_new_mask(state, start, object_id, torch.from_numpy(mask))
+                tracked[object_id] = np.zeros((length, *video.size), dtype=bool)
             for index, object_ids, logits in model.propagate_in_video(state, start_frame_idx=start):
                 for object_id, object_logits in zip(object_ids, logits[:, 0], strict=True):
                     tracked[object_id][index] = (object_logits > 0).cpu().numpy()
@@ -90,12 +93,18 @@ def true_masks(video: Video, object_id: int, length: int) -> tuple[list[int], np
     return [index for index, _ in annotated], np.stack([masks.get(object_id, empty) for _, masks in annotated])
 
 
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def _no_progress_bar(frames: Iterable[int], **_: Any) -> Iterable[int]:
     # sam2 draws one bar a video; scoring has its own over all videos
-    bar = sam2_video_predictor.tqdm
-    sam2_video_predictor.tqdm = lambda frames, **_: frames
+    return frames
+
+
+@contextlib.contextmanager
+def _attributes(owner: Any, values: dict[str, Any]) -> Iterator[None]:
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        sam2_video_predictor.tqdm = bar
+        for name, value in before.items():
+            setattr(owner, name, value)
