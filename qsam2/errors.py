@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake in what the user gave (recipe, file, data). Its message is one line: what was given, what is allowed, what to do.
+    """A mistake in what the user gave: a recipe, a file, data.
 
-    The command line prints it without a traceback and exits with status 2.
+    Its message is one line: what was given, what is allowed, what to do. The command line prints it without a traceback and exits with status 2.
     """

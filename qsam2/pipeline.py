@@ -133,15 +133,14 @@ def calibrate(model: SAM2, recipe: Recipe, folder: RunFolder) -> None:
     with folder.stage("calibrate", what), torch.no_grad():
         device = build_trainer(recipe.trainer, folder=folder.path).strategy.root_device
         model.to(device).eval()
-        passes = ((clip, points) for clip in tqdm(clips, desc="calibrate") for points in (False, True))
+        indices = tqdm(range(len(clips)), desc="calibrate")
+        passes = ((clips[index], points) for index in indices for points in (False, True))
         calibrate_ranges(
             model, lambda each: prompted_forward(model, collate_clips([each[0]]).to(device), points=each[1]), passes
         )
 
 
-def train(
-    model: SAM2, recipe: Recipe, folder: RunFolder, logger: Logger | bool, teacher: SAM2 | None = None
-) -> None:
+def train(model: SAM2, recipe: Recipe, folder: RunFolder, logger: Logger | bool, teacher: SAM2 | None = None) -> None:
     """Train on clips of the train sources, from the last checkpoint if there is one."""
     if recipe.train is None:
         return
@@ -158,9 +157,7 @@ def train(
     )
     last = folder.checkpoints / LAST
     with folder.stage("train", f"{trainer_recipe.max_steps} steps"):
-        trainer = build_trainer(
-            trainer_recipe, folder=folder.path, logger=logger, **training_options(recipe, learned)
-        )
+        trainer = build_trainer(trainer_recipe, folder=folder.path, logger=logger, **training_options(recipe, learned))
         batches = trainer_recipe.max_steps * trainer_recipe.accumulate
         clips = ClipDataModule(
             open_train(recipe),
@@ -190,7 +187,7 @@ def score(
     reference: Predictions | None = None,
     layers: list[ConvertedLayer] | None = None,
 ) -> Predictions:
-    """Score a model into `metrics.json`; a quantized one (`layers`) is audited first and compared with the float one."""
+    """Score a model into `metrics.json`; a quantized one (`layers`) is audited first and compared with float."""
     if layers is not None:
         image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.device)
         report = audit(model, layers, recipe.quantize, lambda: model.forward_image(image))

@@ -69,8 +69,8 @@ class RunFolder:
         text = save_recipe(recipe)
         file = self.path / "recipe.yaml"
         if file.is_file():
-            old, new = yaml.safe_load(file.read_text()), yaml.safe_load(text)
-            changed = sorted(key for key in _flat(old).keys() | _flat(new).keys() if _flat(old).get(key) != _flat(new).get(key))
+            old, new = _flat(yaml.safe_load(file.read_text())), _flat(yaml.safe_load(text))
+            changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
             if changed:
                 raise UserError(
                     f"{self.path} holds a run of another recipe (it differs in {', '.join(changed[:4])}); "
@@ -104,4 +104,5 @@ def write_text(file: Path, text: str) -> None:
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         return {prefix: values}
-    return {k: v for key, value in values.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+    parts = [_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items()]
+    return {key: value for part in parts for key, value in part.items()}

@@ -30,7 +30,7 @@ class Video(ABC):
 
     @abstractmethod
     def masks(self, index: int) -> dict[int, np.ndarray] | None:
-        """Masks of frame ``index``: {object id > 0: bool (H, W)}; objects that are out of view may be absent or all False.
+        """Masks of frame ``index``: {object id > 0: bool (H, W)}; objects out of view may be absent or all False.
 
         None where the frame is not annotated (SA-V annotates every fourth frame, YouTube-VOS every fifth).
         """

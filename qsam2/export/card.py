@@ -47,7 +47,9 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         "scores": {name: _headline(metrics[name]) for name in ("float", "ptq", "quantized") if name in metrics},
         "bytes": metrics.get("bytes"),
         "format": "packed integers in safetensors, see qsam2/export/packed.py",
-        "float_layers": {row.name: row.reason for row in layers if row.weight_bits is None and "Attention" not in row.kind},
+        "float_layers": {
+            row.name: row.reason for row in layers if row.weight_bits is None and "Attention" not in row.kind
+        },
         "recipe": recipe.model_dump(mode="json"),
     }
 
@@ -61,7 +63,7 @@ def render(card: dict[str, Any]) -> str:
     sizes = [f"| {name} | {value:,} |" for name, value in (card["bytes"] or {}).items()]
     kept = [f"- `{name}`: {reason}" for name, reason in card["float_layers"].items()] or ["- none"]
     source = card["source"]
-    method = card["method"]
+    method, calibration = card["method"], card["calibration"]
     return "\n".join(
         [
             f"# {card['name']}",
@@ -72,8 +74,8 @@ def render(card: dict[str, Any]) -> str:
             "",
             f"- Source checkpoint: {source['checkpoint']}, SHA-256 {source['sha256']}",
             f"- Licence: {card['licence']}",
-            f"- Calibration: {card['calibration']['clips']} clips of {card['calibration']['frames_a_clip']} frames from "
-            f"{', '.join(card['calibration']['sources'])}, seed {card['calibration']['seed']}",
+            f"- Calibration: {calibration['clips']} clips of {calibration['frames_a_clip']} frames from "
+            f"{', '.join(calibration['sources'])}, seed {calibration['seed']}",
             f"- Evaluation: {card['evaluation']['data']}, {card['evaluation']['protocol']} protocol, "
             f"{card['evaluation']['evaluator']}",
             f"- Format: {card['format']}",
@@ -104,7 +106,8 @@ def _source(recipe: Recipe) -> dict[str, Any]:
 
 
 def _headline(block: dict[str, Any]) -> dict[str, Any]:
-    return {key: block[key] for key in ("J&F", "J", "F", "fidelity", "versus_float", "seconds_per_frame") if key in block}
+    keys = ("J&F", "J", "F", "fidelity", "versus_float", "seconds_per_frame")
+    return {key: block[key] for key in keys if key in block}
 
 
 def _quantizer(spec: dict[str, Any] | None) -> str:

@@ -6,6 +6,7 @@ import importlib.resources
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -35,7 +36,7 @@ def load_sam2(
     """SAM 2 with trained weights, in float32 and eval mode.
 
     Args:
-        checkpoint: a path; "auto" for the size's official weights (nano's ship in the package); None for random weights.
+        checkpoint: a path; "auto": the size's official weights (nano's ship in the package); None: random weights.
 
     Raises:
         UserError: the checkpoint cannot be found, read or loaded, see `find_checkpoint`, `read_state_dict`.
@@ -55,7 +56,7 @@ def checkpoint_name(size: str, version: str) -> tuple[str, str]:
 
 
 def find_checkpoint(size: str, version: str = "2.1") -> Path:
-    """Path of the size's official checkpoint: the working folder, `checkpoints/`, the Hugging Face cache, then a download.
+    """Path of the size's official checkpoint: in ./, in ./checkpoints/, in Hugging Face's cache, or downloaded.
 
     Raises:
         UserError: it is in none of these places and cannot be downloaded.
@@ -89,7 +90,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"checkpoint {path} does not exist; give the path of a .pt or .safetensors file")
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -104,7 +105,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
         state = state["model"]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f'checkpoint {path} holds no state dict: expected {{"model": {{name: tensor}}}} or {{name: tensor}}')
+        raise UserError(
+            f'checkpoint {path} holds no state dict: expected {{"model": {{name: tensor}}}} or {{name: tensor}}'
+        )
     return {str(name): tensor for name, tensor in state.items()}
 
 
@@ -138,7 +141,8 @@ def guess_size(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
     version = "2.1" if "no_obj_embed_spatial" in state else "2"
     for size in SIZES:
         trunk = model_config(size).image_encoder.trunk
-        if stem.shape[0] == trunk.get("embed_dim", HIERA_WIDTH) and len(blocks) == sum(trunk.get("stages", HIERA_STAGES)):
+        width, depth = trunk.get("embed_dim", HIERA_WIDTH), sum(trunk.get("stages", HIERA_STAGES))
+        if (stem.shape[0], len(blocks)) == (width, depth):
             return size, version
     return None
 
@@ -157,4 +161,6 @@ def _some(names: list[str]) -> str:
 
 def _unreadable(path: Path) -> UserError:
     size_bytes = path.stat().st_size
-    return UserError(f"checkpoint {path} cannot be read ({size_bytes} bytes): truncated or not a checkpoint; fetch it again")
+    return UserError(
+        f"checkpoint {path} cannot be read ({size_bytes} bytes): truncated or not a checkpoint; fetch it again"
+    )

@@ -1,4 +1,4 @@
-"""Everything a user can set, with its default and its check. `quantize.py` and `quantizers.py` hold what quantization adds."""
+"""Everything a user can set, with its default and its check (quantization: see `quantize.py`, `quantizers.py`)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class PromptRecipe(Section):
         if self.point + self.box > 1:
             raise ValueError(f"point={self.point} and box={self.box} are shares of the clips and sum to more than 1")
         if self.correction_frames < self.conditioning_frames:
-            raise ValueError("correction_frames must be at least conditioning_frames: every prompted frame is corrected")
+            raise ValueError("correction_frames is below conditioning_frames, but every prompted frame is corrected")
         return self
 
 

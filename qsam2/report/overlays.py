@@ -22,17 +22,19 @@ def overlay(frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
     drawn = frame.astype(np.float32)
     outlines = []
     for index, mask in enumerate(masks):
-        colour = np.array(COLOURS[index % len(COLOURS)], dtype=np.float32)
-        drawn[mask] = (1 - OPACITY) * drawn[mask] + OPACITY * colour
+        colour = COLOURS[index % len(COLOURS)]
+        drawn[mask] = (1 - OPACITY) * drawn[mask] + OPACITY * np.array(colour, dtype=np.float32)
         contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        outlines.append((contours, COLOURS[index % len(COLOURS)]))
+        outlines.append((contours, colour))
     picture = np.ascontiguousarray(drawn.round().astype(np.uint8))
     for contours, colour in outlines:
         cv2.drawContours(picture, contours, -1, colour, 1)
     return picture
 
 
-def contact_sheet(video: Video, predictions: Mapping[str, Predictions], *, length: int, columns: int = 4) -> Image.Image:
+def contact_sheet(
+    video: Video, predictions: Mapping[str, Predictions], *, length: int, columns: int = 4
+) -> Image.Image:
     """Frames spread over a video's first `length`, one row for each model in `predictions` and one for the truth."""
     chosen = np.linspace(0, length - 1, min(columns, length)).round().astype(int)
     ids = sorted(object_id for name, object_id in next(iter(predictions.values())) if name == video.name)

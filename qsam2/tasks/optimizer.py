@@ -1,4 +1,4 @@
-"""Parameter groups and schedule of Meta's fine-tuning recipe, and a group of their own for learned quantizer parameters."""
+"""Parameter groups and schedule of Meta's fine-tuning recipe; learned quantizer parameters have a group of their own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from qsam2.recipe.recipe import TrainRecipe
 ENCODER, TRUNK = "image_encoder.", "image_encoder.trunk"
 
 
-def parameter_groups(model: SAM2, recipe: TrainRecipe, quantizer_parameters: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Groups for AdamW, one for each pair of rate and decay, each with `params`, `names`, `lr`, `weight_decay`, `role`.
+def parameter_groups(
+    model: SAM2, recipe: TrainRecipe, quantizer_parameters: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Groups for AdamW, one a pair of rate and decay, each with `params`, `names`, `lr`, `weight_decay`, `role`.
 
     Rates: `image_encoder_lr` in the image encoder, in its trunk times layer_decay^(depth from the top), position
     embeddings without that decay; `lr` elsewhere. No weight decay on names that contain "bias" and on LayerNorm.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sam2.modeling.sam.transformer import Attention
 from torch import nn
 from training.utils.data_utils import BatchedVideoDatapoint
 
@@ -31,7 +32,7 @@ def set_dropout(model: nn.Module, share: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = share
-        elif hasattr(module, "dropout_p"):
+        elif isinstance(module, Attention):
             module.dropout_p = share
 
 

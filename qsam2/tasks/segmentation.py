@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
@@ -34,7 +35,7 @@ class VideoSegmentation(L.LightningModule):
         model: the network; converted or not.
         recipe: how to train; None to score only.
         evaluation: how to score.
-        seed, max_steps: of the run; all randomness of a step follows from (seed, step), so that a resumed run repeats it.
+        seed, max_steps: of the run; all randomness of a step follows from (seed, step), so a resumed run repeats it.
         teacher: float model that the training distils from, needed where the recipe's distill weights are above zero.
         quantizer_parameters: names, in `model`, of the learned steps and clips.
         reference: predictions of the float model that `fidelity` compares with.
@@ -113,7 +114,7 @@ class VideoSegmentation(L.LightningModule):
         self.model.rng = np.random.default_rng((self.seed, step))
         torch.manual_seed(int(np.random.SeedSequence((self.seed, step, self.global_rank)).generate_state(1)[0]))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         assert self.recipe is not None
         recipe = self.recipe
         optimizer = adamw(parameter_groups(self.model, recipe, self.quantizer_parameters))
@@ -127,7 +128,7 @@ class VideoSegmentation(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Norms before clipping, by role: the shared clip could starve one of them
-        if self.global_step % self.trainer.log_every_n_steps:
+        if self.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for group in optimizer.param_groups:
@@ -147,9 +148,7 @@ class VideoSegmentation(L.LightningModule):
         length = min(len(video), self.evaluation.frames or len(video))
         prompts = first_masks(video, length, later_objects=self.evaluation.protocol == "sav")
         started = time.perf_counter()
-        tracked = track(
-            self.model, video, prompts, length=length, non_overlapping=self.evaluation.protocol == "davis"
-        )
+        tracked = track(self.model, video, prompts, length=length, non_overlapping=self.evaluation.protocol == "davis")
         self.seconds_per_frame.append((time.perf_counter() - started) / length)
         for object_id, masks in tracked.items():
             annotated, truth = true_masks(video, object_id, length)

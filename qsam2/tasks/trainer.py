@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import netrc
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,9 +14,9 @@ import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
-from torch import Tensor, nn
 
 from qsam2.errors import UserError
+from qsam2.quantizers import Quantizer
 from qsam2.recipe.recipe import LogRecipe, Recipe, TrainerRecipe
 
 LAST = "last.ckpt"
@@ -24,7 +24,7 @@ LAST = "last.ckpt"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary name and renames, so that the previous checkpoint survives a full disk; reads tensors only."""
+    """Writes to a temporary name and renames: the previous checkpoint survives a full disk. Reads tensors only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -57,7 +57,7 @@ class ProgressBar(TQDMProgressBar):
 class FreezeStatistics(Callback):
     """Stops the running statistics of all quantizers from a step on, so that the last part trains what is shipped."""
 
-    def __init__(self, quantizers: dict[str, nn.Module], at_step: int) -> None:
+    def __init__(self, quantizers: Mapping[str, Quantizer], at_step: int) -> None:
         self.quantizers = quantizers
         self.at_step = at_step
 
@@ -70,13 +70,13 @@ class FreezeStatistics(Callback):
 class LogClips(Callback):
     """Logs the mean scale of learned quantizers now and then: a step that runs away shows here first."""
 
-    def __init__(self, quantizers: dict[str, nn.Module]) -> None:
+    def __init__(self, quantizers: Mapping[str, Quantizer], every: int) -> None:
         self.quantizers = quantizers
+        self.every = every
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            means: dict[str, Tensor] = {f"scale/{n}": q.scale.detach().mean() for n, q in self.quantizers.items()}
-            module.log_dict(means)
+        if trainer.global_step % self.every == 0:
+            module.log_dict({f"scale/{name}": quantizer.scale.mean() for name, quantizer in self.quantizers.items()})
 
 
 def build_trainer(
@@ -114,7 +114,7 @@ def build_trainer(
     )
 
 
-def training_options(recipe: Recipe, quantizers: dict[str, nn.Module]) -> dict[str, Any]:
+def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dict[str, Any]:
     """What the training stage adds to `build_trainer`: steps, clipping, checkpoints, averaging, frozen statistics."""
     assert recipe.train is not None
     trainer = recipe.trainer
@@ -132,7 +132,7 @@ def training_options(recipe: Recipe, quantizers: dict[str, nn.Module]) -> dict[s
         callbacks.append(EMAWeightAveraging(decay=recipe.train.ema))
     if quantizers:
         callbacks.append(FreezeStatistics(quantizers, int(recipe.train.freeze_statistics_at * trainer.max_steps)))
-        callbacks.append(LogClips(quantizers))
+        callbacks.append(LogClips(quantizers, trainer.log_every))
     return {
         "max_steps": trainer.max_steps,
         "gradient_clip_val": trainer.gradient_clip or None,

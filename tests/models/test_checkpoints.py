@@ -119,7 +119,7 @@ def test_download_that_fails_says_where_to_put_the_file(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("qsam2.models.checkpoints.hf_hub_download", refuse)
-    with pytest.raises(UserError, match=r"sam2.1_hiera_large.pt is not in ./ or ./checkpoints/ .* model.checkpoint=PATH"):
+    with pytest.raises(UserError, match=r"sam2.1_hiera_large.pt is not in ./ or ./checkpoints/ .* or give model.check"):
         find_checkpoint("large")
 
 

@@ -73,5 +73,3 @@ def test_frames_in_memory_need_the_video_size(frames):
 def test_impossible_models_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         build_sam2(**arguments)
-
-

@@ -1,0 +1,1 @@
+"""Models that leave the lab: packed weights, float weights, the quantization card."""
