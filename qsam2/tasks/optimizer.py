@@ -1,4 +1,4 @@
-"""Parameter groups and schedule of Meta's fine-tuning recipe; learned quantizer parameters have a group of their own."""
+"""Parameter groups and schedule of Meta's fine-tuning recipe; learned steps and clips have a group of their own."""
 
 from __future__ import annotations
 
