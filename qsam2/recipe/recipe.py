@@ -12,6 +12,7 @@ from qsam2.recipe.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 def _listed(value: object) -> object:
@@ -139,7 +140,7 @@ class TrainerRecipe(Section):
     devices: int | str = "auto"
     num_nodes: PositiveInt = 1
     strategy: str = "auto"
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     gradient_clip: NonNegative = 0.1
     accumulate: PositiveInt = 1
     checkpoint_every: PositiveInt = 200
@@ -152,6 +153,8 @@ class EvaluateRecipe(Section):
     """How models are scored on `data.val`."""
 
     protocol: Literal["davis", "sav"] = "davis"
+    precision: Precision = "32-true"
+    """Of inference, whatever the training's; scores state it."""
     videos: PositiveInt | None = None
     """Score the first so many videos only."""
     frames: PositiveInt | None = None

@@ -62,7 +62,8 @@ def score_videos(
     """
     module = VideoSegmentation(model, None, evaluation, reference=reference)
     loader = DataLoader(_Videos(videos), batch_size=None, sampler=_RankSampler(len(videos)))
-    build_trainer(trainer, folder=folder).validate(module, loader, verbose=False)
+    precise = trainer.model_copy(update={"precision": evaluation.precision})
+    build_trainer(precise, folder=folder).validate(module, loader, verbose=False)
     return module.block, module.predictions
 
 

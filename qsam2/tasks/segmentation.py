@@ -161,10 +161,9 @@ class VideoSegmentation(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.block: dict[str, Any] = self.score.compute()
+        self.block["precision"] = self.evaluation.precision
         self.block["seconds_per_frame"] = float(np.mean(self.seconds_per_frame)) if self.seconds_per_frame else None
         if self.reference is not None:
             self.block["fidelity"] = self.fidelity.compute()
         self.score.reset()
         self.fidelity.reset()
-        if self.trainer.training:  # a validation within training is a point of a curve
-            self.log_dict({f"val/{name}": self.block[name] for name in ("J&F", "J", "F")})
