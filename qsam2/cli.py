@@ -36,17 +36,18 @@ Videos give J&F of semi-supervised tracking, stills the mask IoU of point and bo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    message, status = "", 0
     try:
         given = _parse(sys.argv[1:] if arguments is None else arguments)
         _quiet_logs()
         given.run(given)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        message, status = f"error: {error}", 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        message, status = "stopped; the same command goes on from the last checkpoint", 130
+    if message:  # only here have the frames that were left let go of their progress bars, which end their line then
+        print(message, file=sys.stderr)
+    return status
 
 
 class _Parser(argparse.ArgumentParser):

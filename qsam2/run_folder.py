@@ -98,6 +98,8 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text)
         os.replace(temporary, file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{file} could not be written: {error.strerror}; make room or give another path") from error
 
 

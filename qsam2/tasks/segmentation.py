@@ -15,6 +15,7 @@ from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
 from qsam2.data.video import Video
+from qsam2.errors import UserError
 from qsam2.metrics.iou import Fidelity
 from qsam2.metrics.vos import VOSScore
 from qsam2.models import SAM2
@@ -104,7 +105,7 @@ class VideoSegmentation(L.LightningModule):
                 losses["distill_embeddings"] = embedding_distillation(embeddings, theirs["backbone_fpn"])
                 total = total + distill.image_embeddings * losses["distill_embeddings"]
         if not torch.isfinite(total):
-            raise FloatingPointError(f"the loss is {float(total)} at step {self.global_step}; lower train.lr")
+            raise UserError(f"the loss is {float(total)} at step {self.global_step}; lower train.lr")
         self.log("loss", total, prog_bar=True)
         self.log_dict({f"loss/{name.removeprefix('loss_')}": value for name, value in losses.items()})
         return total
