@@ -39,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     message, status = "", 0
     try:
         given = _parse(sys.argv[1:] if arguments is None else arguments)
-        _quiet_logs()
         given.run(given)
     except UserError as error:
         message, status = f"error: {error}", 2
@@ -78,7 +77,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _is_override(word: str, before: str) -> bool:
     key, equals, _ = word.partition("=")  # a path with = in it has a slash, or belongs to the flag before it
-    return bool(equals) and "/" not in key and not key.startswith("-") and not before.startswith("--")
+    is_value = before.startswith("--") and "=" not in before
+    return bool(equals) and "/" not in key and not key.startswith("-") and not is_value
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -87,11 +87,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(given: argparse.Namespace) -> None:
-    from qsam2.pipeline import run  # imports torch: --help should not wait for it
     from qsam2.recipe import load_recipe
-    from qsam2.report.table import results_table
 
     recipe = load_recipe(given.recipe, given.overrides)
+    _quiet_logs()
+    from qsam2.pipeline import run  # imports torch: a mistake in the recipe should not wait for it
+    from qsam2.report.table import results_table
+
     metrics = run(recipe)
     print(results_table(metrics))
     print(f"{recipe.run_folder / 'report.html'}")
@@ -111,31 +113,41 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    from qsam2.evaluate import evaluate_model
-    from qsam2.metrics.folders import score_folders
     from qsam2.report.table import score_line
-    from qsam2.run_folder import write_text
 
     if given.json:
         _make_room(given.json)
-    if given.pred or given.gt:
-        if given.model or not (given.pred and given.gt):
-            raise UserError("--pred DIR and --gt DIR go together, without a MODEL")
-        flags = [f"--{flag}" for flag in ("data", "frames", "videos", "reference") if getattr(given, flag) is not None]
-        if idle := [*flags, *given.overrides]:
-            raise UserError(f"{idle[0]} does nothing with --pred and --gt, which are scored as they are: leave it out")
-        block = score_folders(given.pred, given.gt, given.protocol or "davis")
-        block |= {"seconds_per_frame": None, "model": str(given.pred), "fidelity": None}
-    elif given.model:
-        values = {"data.val": given.data, "evaluate.protocol": given.protocol}
-        values |= {"evaluate.frames": given.frames, "evaluate.videos": given.videos}
-        overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
-        block = evaluate_model(given.model, [*given.overrides, *overrides], reference=given.reference)
-    else:
-        raise UserError("nothing to score: give a MODEL (run folder, file or size), or --pred DIR --gt DIR")
+    block = _score_masks(given) if given.pred or given.gt else _score_model(given)
     print(score_line(block))
     if given.json:
+        from qsam2.run_folder import write_text
+
         write_text(given.json, json.dumps(block, indent=1))
+
+
+def _score_masks(given: argparse.Namespace) -> dict[str, Any]:
+    if given.model or not (given.pred and given.gt):
+        raise UserError("--pred DIR and --gt DIR go together, without a MODEL")
+    flags = [f"--{flag}" for flag in ("data", "frames", "videos", "reference") if getattr(given, flag) is not None]
+    if idle := [*flags, *given.overrides]:
+        raise UserError(f"{idle[0]} does nothing with --pred and --gt, which are scored as they are: leave it out")
+    _quiet_logs()
+    from qsam2.metrics.folders import score_folders
+
+    block = score_folders(given.pred, given.gt, given.protocol or "davis")
+    return block | {"seconds_per_frame": None, "model": str(given.pred), "fidelity": None}
+
+
+def _score_model(given: argparse.Namespace) -> dict[str, Any]:
+    if not given.model:
+        raise UserError("nothing to score: give a MODEL (run folder, file or size), or --pred DIR --gt DIR")
+    values = {"data.val": given.data, "evaluate.protocol": given.protocol}
+    values |= {"evaluate.frames": given.frames, "evaluate.videos": given.videos}
+    overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
+    _quiet_logs()
+    from qsam2.evaluate import evaluate_model
+
+    return evaluate_model(given.model, [*given.overrides, *overrides], reference=given.reference)
 
 
 def _make_room(file: Path) -> None:
