@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 from tqdm import tqdm
 
@@ -50,18 +51,19 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if folder.finished:
         log.info("%s is complete: its results are in metrics.json and report.html", folder.path)
         return folder.metrics
+    if rank_zero_only.rank > 0:  # one rank tells the story of all
+        log.setLevel(logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
     videos = open_val(recipe)
     model = load_float(recipe)
-    values = recipe.model_dump(mode="json")
-    logger = build_logger(recipe.log, folder=folder.path, name=recipe.name, config=values)
+    config = recipe.model_dump(mode="json")
+    logger = build_logger(recipe.log, folder=folder.path, name=recipe.name, config=config)
     layers: list[ConvertedLayer] = []
     tracked: dict[str, Predictions] = {}
 
     if recipe.quantize is None:
         train(model, recipe, folder, logger)
         tracked["float"] = score(model, "float", videos, recipe, folder)
-        save_weights(folder.model, model, values)
     else:
         teacher = copy.deepcopy(model)
         tracked["float"] = score(model, "float", videos, recipe, folder)
@@ -71,12 +73,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         train(model, recipe, folder, logger, teacher)
         finalize(model)
         tracked["quantized"] = score(model, "quantized", videos, recipe, folder, tracked["float"], layers)
-        save_packed(folder.model, model, values)
-        write_card(folder, recipe, layers)
     folder.record("bytes", model_bytes(model))
-    pictures = draw_overlays(videos, tracked, recipe)
-    log_results(logger, folder.metrics, layers, pictures)
-    write_report(folder, recipe, layers, pictures)
+    write_results(model, layers, videos, tracked, recipe, folder, logger)
     return folder.metrics
 
 
@@ -133,7 +131,7 @@ def calibrate(model: SAM2, recipe: Recipe, folder: RunFolder) -> None:
     with folder.stage("calibrate", what), torch.no_grad():
         device = build_trainer(recipe.trainer, folder=folder.path).strategy.root_device
         model.to(device).eval()
-        indices = tqdm(range(len(clips)), desc="calibrate")
+        indices = tqdm(range(len(clips)), desc="calibrate", disable=rank_zero_only.rank > 0)
         passes = ((clips[index], points) for index in indices for points in (False, True))
         calibrate_ranges(
             model, lambda each: prompted_forward(model, collate_clips([each[0]]).to(device), points=each[1]), passes
@@ -215,6 +213,28 @@ def score_ptq(
     ptq = copy.deepcopy(model)
     finalize(ptq)
     return score(ptq, "ptq", videos, recipe, folder, reference, layers)
+
+
+@rank_zero_only
+def write_results(
+    model: SAM2,
+    layers: list[ConvertedLayer],
+    videos: list[Video],
+    tracked: dict[str, Predictions],
+    recipe: Recipe,
+    folder: RunFolder,
+    logger: Logger | bool,
+) -> None:
+    """Write the model, its card if it is quantized, and what shows the run: to wandb and as the report."""
+    values = recipe.model_dump(mode="json")
+    if recipe.quantize is None:
+        save_weights(folder.model, model, values)
+    else:
+        save_packed(folder.model, model, values)
+        write_card(folder, recipe, layers)
+    pictures = draw_overlays(videos, tracked, recipe)
+    log_results(logger, folder.metrics, layers, pictures)
+    write_report(folder, recipe, layers, pictures)
 
 
 def draw_overlays(videos: list[Video], tracked: dict[str, Predictions], recipe: Recipe) -> list[Image]:

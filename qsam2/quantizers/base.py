@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
+from qsam2.quantizers.distributed import world_size
 from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize, to_levels
 from qsam2.quantizers.grid import Grid
@@ -199,6 +200,7 @@ class Quantizer(nn.Module):
             mid_rise=self.grid.mid_rise,
             identity_gradient=self.spec.clipped_gradient == "identity",
             exact_gradient=self.role == "weight",
+            num_ranks=1 if self.role == "weight" else world_size(),
         )
 
     @torch.no_grad()

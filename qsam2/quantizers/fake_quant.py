@@ -73,11 +73,13 @@ class _FakeQuantize(torch.autograd.Function):
         mid_rise: bool,
         identity: bool,
         exact: bool,
+        num_ranks: int,
     ) -> Tensor:
         low, high = qmin - zero_point, qmax - zero_point
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.mid_rise, ctx.identity, ctx.exact, ctx.learned = mid_rise, identity, exact, learned
         ctx.largest_level = qmax + 0.5 if mid_rise else float(qmax)
+        ctx.num_ranks = num_ranks
         t = x / scale
         saved = None
         if exact:
@@ -100,7 +102,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, scale, low, high = ctx.saved_tensors
         if not ctx.learned and not ctx.exact:
-            return (grad if ctx.identity else grad * saved, *[None] * 7)
+            return (grad if ctx.identity else grad * saved, *[None] * 8)
         if ctx.exact:
             _, residual, side = _split_(saved / scale, low, high, ctx.mid_rise)
         else:
@@ -114,7 +116,8 @@ class _FakeQuantize(torch.autograd.Function):
             grad_x = grad if ctx.identity else (grad * inside).to(grad.dtype)
         if ctx.learned:
             # LSQ's 1/sqrt(N Qp), N the elements that share the step: balances its update with that of the weights.
-            factor = 1.0 / math.sqrt(max(grad.numel() // scale.numel(), 1) * ctx.largest_level)
+            elements = max(grad.numel() // scale.numel(), 1) * ctx.num_ranks
+            factor = 1.0 / math.sqrt(elements * ctx.largest_level)
             # low where side is -1, high where it is 1
             sum_outside = _sum_to(outside.mul_(grad), scale)
             sum_side = _sum_to(side.mul_(grad), scale)
@@ -124,7 +127,7 @@ class _FakeQuantize(torch.autograd.Function):
                 grad_scale = grad_scale.mul_(factor).to(scale.dtype)
             if ctx.needs_input_grad[2]:
                 grad_zero_point = sum_outside.mul_(scale).mul_(-factor)
-        return (grad_x, grad_scale, grad_zero_point, *[None] * 5)
+        return (grad_x, grad_scale, grad_zero_point, *[None] * 6)
 
 
 def _sum_to(x: Tensor, scale: Tensor) -> Tensor:
@@ -150,14 +153,18 @@ def fake_quantize(
     mid_rise: bool = False,
     identity_gradient: bool = False,
     exact_gradient: bool = True,
+    num_ranks: int = 1,
 ) -> Tensor:
     """Fake-quantizes x of any shape and float dtype; `scale`, `zero_point` are (C,) along `channel_dim`, or (1,).
 
     Returns x's shape and dtype. Arithmetic is in float32 (float64 for float64). `exact_gradient=False` saves one byte
-    an element for the backward pass in place of x.
+    an element for the backward pass in place of x. Where x is spread over `num_ranks`, as many elements on each, N of
+    the gradient's scale counts them all.
     """
     shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
     scale, zero_point = scale.view(shape), zero_point.view(shape)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
-        return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, mid_rise, identity_gradient, exact_gradient)
+        return _FakeQuantize.apply(
+            x, scale, zero_point, qmin, qmax, mid_rise, identity_gradient, exact_gradient, num_ranks
+        )
     return to_levels(x, scale, qmin - zero_point, qmax - zero_point, mid_rise).mul_(scale).to(x.dtype)

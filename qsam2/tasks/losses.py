@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from training.loss_fns import MultiStepMultiMasksAndIous
 
+from qsam2.quantizers.distributed import all_reduce_sum, world_size
 from qsam2.recipe.recipe import LossRecipe
 
 
@@ -32,26 +33,33 @@ def segmentation_loss(recipe: LossRecipe) -> MultiStepMultiMasksAndIous:
 
 
 def mask_distillation(student: list[dict[str, Any]], teacher: list[dict[str, Any]]) -> Tensor:
-    """Mean Kullback-Leibler divergence of the pixels' foreground probabilities, summed over frames (ours).
+    """Kullback-Leibler divergence of the pixels' foreground probabilities, summed over frames (ours).
+
+    Mean over pixels and over the objects of all ranks, which Meta's losses divide by, too.
 
     Args:
         student, teacher: a frame's outputs each, with `pred_masks`: logits (objects, 1, H/4, W/4).
     """
-    total = torch.zeros((), device=student[0]["pred_masks"].device)
+    first = student[0]["pred_masks"]
+    objects = all_reduce_sum(torch.tensor(float(len(first)), device=first.device)) / world_size()
+    total = torch.zeros((), device=first.device)
     for ours, theirs in zip(student, teacher, strict=True):
         logits = ours["pred_masks"].clamp(-32, 32)  # sam2 writes -1024 where an object is absent
         target = theirs["pred_masks"].clamp(-32, 32)
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, target.sigmoid())
-        entropy = F.binary_cross_entropy_with_logits(target, target.sigmoid())
-        total = total + cross_entropy - entropy
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, target.sigmoid(), reduction="none")
+        entropy = F.binary_cross_entropy_with_logits(target, target.sigmoid(), reduction="none")
+        total = total + (cross_entropy - entropy).mean((1, 2, 3)).sum() / objects
     return total
 
 
 def embedding_distillation(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Squared error of the image embeddings over the teacher's variance, summed over feature levels (ours).
+    """Squared error of the image embeddings over the teacher's variance in a picture, summed over levels (ours).
 
     Args:
         student, teacher: a level's features each (frames, C, H, W).
     """
-    errors = [F.mse_loss(ours, theirs) / theirs.var() for ours, theirs in zip(student, teacher, strict=True)]
+    errors = [
+        ((ours - theirs).square().mean((1, 2, 3)) / theirs.var((1, 2, 3))).mean()
+        for ours, theirs in zip(student, teacher, strict=True)
+    ]
     return torch.stack(errors).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,36 @@ from qsam2.tasks.segmentation import Predictions, VideoSegmentation
 from qsam2.tasks.trainer import build_trainer
 
 
-class _Videos(Dataset[Video]):
+class _Videos(Dataset["Video | None"]):
+    """Videos, and None past the last one."""
+
     def __init__(self, videos: Sequence[Video]) -> None:
         self.videos = videos
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, index: int) -> Video:
-        return self.videos[index]
+    def __getitem__(self, index: int) -> Video | None:
+        return self.videos[index] if index < len(self.videos) else None
 
 
 class _RankSampler(Sampler[int]):
-    """Every rank scores its share of the videos, none twice: rank r of W takes r, r + W, ..."""
+    """Every rank scores its share of the videos, none twice: rank r of W takes r, r + W, ..., all as many steps."""
 
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def _indices(self) -> range:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-        return iter(range(rank, self.length, world))
+        steps = -(-self.length // world)  # Lightning wants a batch on every rank, and ranks that stop together
+        return range(rank, steps * world, world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices())
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return len(self._indices())
 
 
 def score_videos(

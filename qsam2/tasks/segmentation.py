@@ -145,7 +145,9 @@ class VideoSegmentation(L.LightningModule):
         self.predictions = {}
         self.seconds_per_frame = []
 
-    def validation_step(self, video: Video, batch_index: int) -> None:
+    def validation_step(self, video: Video | None, batch_index: int) -> None:
+        if video is None:  # this rank has no more videos, others have one
+            return
         length = min(len(video), self.evaluation.frames or len(video))
         prompts = first_masks(video, length, later_objects=self.evaluation.protocol == "sav")
         started = time.perf_counter()

@@ -63,8 +63,8 @@ def track(
     """Masks of all prompted objects over the first `length` frames: {object id: bool (length, H, W)}.
 
     As Meta's `vos_inference.py` without post-processing: logits above 0, no hole filling. Frames before an object's
-    prompt are empty. Objects that share a prompt frame are tracked in one pass; memory attention sees each object on its
-    own in any case.
+    prompt are empty. Objects that share a prompt frame are tracked in one pass; memory attention sees each object on
+    its own in any case.
 
     Args:
         prompts: see `first_masks`.
