@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from small_sam2 import SIZE_PX
+from small_sam2 import build_small_sam2
 
-from qsam2.models import SAM2, build_sam2
+from qsam2.models import SAM2
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def pristine() -> SAM2:
     torch.manual_seed(0)
-    model = build_sam2("nano", image_size=SIZE_PX)
+    model = build_small_sam2()
     # Random weights see no object, and what follows from masks would go untested.
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[2].bias, 10.0)
     return model
@@ -27,5 +27,5 @@ def pristine() -> SAM2:
 
 @pytest.fixture
 def model(pristine: SAM2) -> SAM2:
-    """nano with random weights for pictures of 64 px."""
+    """A SAM2 of 0.5 million random weights for pictures of 64 px."""
     return copy.deepcopy(pristine)

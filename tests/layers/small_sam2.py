@@ -6,13 +6,46 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaData
 
 from qsam2.models import SAM2
+from qsam2.models.sam2 import model_config
 
 SIZE_PX = 64
+SMALL = {
+    "image_encoder": {
+        "trunk": {"embed_dim": 16, "stages": [1, 1, 2, 1]},
+        "neck": {"d_model": 64, "backbone_channel_list": [128, 64, 32, 16], "position_encoding": {"num_pos_feats": 64}},
+    },
+    "memory_attention": {
+        "d_model": 64,
+        "num_layers": 1,
+        "layer": {
+            "d_model": 64,
+            "dim_feedforward": 64,
+            "self_attention": {"embedding_dim": 64},
+            "cross_attention": {"embedding_dim": 64, "kv_in_dim": 32},
+        },
+    },
+    "memory_encoder": {
+        "in_dim": 64,
+        "out_dim": 32,
+        "position_encoding": {"num_pos_feats": 32},
+        "mask_downsampler": {"embed_dim": 64},
+        "fuser": {"layer": {"dim": 64}},
+    },
+    "decoder_mlp_dim": 64,
+}
+
+
+def build_small_sam2() -> SAM2:
+    """nano's architecture with fewer channels and blocks."""
+    config = OmegaConf.merge(model_config("nano", image_size=SIZE_PX), SMALL)
+    return instantiate(config, _recursive_=True).eval()
 
 
 def square() -> Tensor:

@@ -100,7 +100,7 @@ def test_a_finalized_model_passes_and_lists_what_is_float(finalized):
     assert reasons["image_encoder.trunk.pos_embed"] == "position embedding"
     assert not quantized & {name.rpartition(".")[0] for name in reasons}
     text = str(report)
-    assert text.startswith("audit passed: ") and "  obj_ptr_tpos_proj.weight (8,192): a test" in text.splitlines()
+    assert text.startswith("audit passed: ") and "  obj_ptr_tpos_proj.weight (2,048): a test" in text.splitlines()
 
 
 class Dropping(nn.Module):
@@ -154,7 +154,7 @@ def _too_many_levels(model: SAM2) -> None:
 
 
 def _back_to_float(model: SAM2) -> None:
-    layer = nn.Linear(128, 128)
+    layer = nn.Linear(64, 64)
     model.obj_ptr_proj.layers[1] = layer
 
 
@@ -249,7 +249,7 @@ def test_a_quantizer_that_drops_at_random_is_refused(finalized):
     forward = type(quantizer).forward
     dropping = lambda self, x: torch.where(torch.rand_like(x) < 0.5, x, forward(self, x))  # noqa: E731
     quantizer.__class__ = type("QDrop", (type(quantizer),), {"forward": dropping})
-    x = torch.randn(3, 128)
+    x = torch.randn(3, 64)
     with pytest.raises(AuditError, match="two forwards differ"):
         audit(model, rows, forward=lambda: model.obj_ptr_proj(x))
 

@@ -98,9 +98,7 @@ def test_everything_but_first_and_last_layers_has_the_recipes_bits(model):
         width = 8 if row.name in eight else 4
         assert (row.weight_bits, row.activation_bits) == (width if row.name in names else None, width), row
     assert {row.name for row in rows if row.weight_bits} == names
-    assert sum(row.weight_bits is None for row in rows) == 9 + 2 * 2 + 7, (
-        "9 blocks, 2 x 2 in the memory, 7 in the decoder"
-    )
+    assert sum(row.weight_bits is None for row in rows) == 5 + 2 + 7, "5 blocks, 2 in the memory, 7 in the decoder"
 
 
 def test_layers_are_twins_that_share_parameters(model):
@@ -238,6 +236,6 @@ def test_checkpointed_training_gives_the_same_gradients(model):
         sum(masks.square().mean() for masks in train_forward(model.train())).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     plain, checkpointed = gradients
-    assert plain.keys() == checkpointed.keys() and len(plain) > 300
+    assert plain.keys() == checkpointed.keys() and len(plain) > 200
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-6, rtol=1e-3, msg=name)
