@@ -82,6 +82,7 @@ def _is_override(word: str, before: str) -> bool:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [-h] RECIPE [key=value ...]"
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, as in recipes/")
     parser.set_defaults(run=_train)
 
@@ -100,6 +101,8 @@ def _train(given: argparse.Namespace) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.usage = """%(prog)s [-h] MODEL [--data KIND:ROOT:SPLIT] [--reference MODEL] [options] [key=value ...]
+       %(prog)s [-h] --pred DIR --gt DIR [--protocol {davis,sav}] [--json OUT]"""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder, file or size")
     parser.add_argument("--data", metavar="KIND:ROOT:SPLIT", help="what to score on; default: the recipe's data.val")
     parser.add_argument("--protocol", choices=("davis", "sav"), help="default: the recipe's, davis without one")
