@@ -72,7 +72,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
         tracked["ptq"] = score_ptq(model, layers, videos, recipe, folder, tracked["float"])
         train(model, recipe, folder, logger, teacher)
         finalize(model)
-        tracked["quantized"] = score(model, "quantized", videos, recipe, folder, tracked["float"], layers)
+        if recipe.train is None:  # nothing has changed since
+            tracked["quantized"] = tracked["ptq"]
+            folder.record("quantized", folder.metrics["ptq"])
+        else:
+            tracked["quantized"] = score(model, "quantized", videos, recipe, folder, tracked["float"], layers)
     folder.record("bytes", model_bytes(model))
     write_results(model, layers, videos, tracked, recipe, folder, logger)
     return folder.metrics
