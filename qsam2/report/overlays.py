@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from qsam2.data.video import Video
 from qsam2.tasks.segmentation import Predictions
@@ -14,7 +14,7 @@ from qsam2.tasks.segmentation import Predictions
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 """Okabe and Ito's palette, told apart by the colour-blind; an object a colour."""
 OPACITY = 0.5
-COLUMN_PX, MARGIN_PX, LABEL_PX = 240, 4, 16
+COLUMN_PX, MARGIN_PX, LABEL_PX = 240, 4, 20
 
 
 def overlay(frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -42,22 +42,22 @@ def contact_sheet(
     for model, tracked in predictions.items():
         masks = {object_id: _unpack(tracked[video.name, object_id], length, video.size) for object_id in ids}
         rows[model] = {i: [masks[object_id][i] for object_id in ids] for i in chosen}
-    height = round(COLUMN_PX * video.size[0] / video.size[1])
-    sheet = Image.new(
-        "RGB",
-        (len(chosen) * (COLUMN_PX + MARGIN_PX) - MARGIN_PX, len(rows) * (height + LABEL_PX + MARGIN_PX)),
-        "white",
-    )
-    pen = ImageDraw.Draw(sheet)
+    height = LABEL_PX + round(COLUMN_PX * video.size[0] / video.size[1])
+    right, down = COLUMN_PX + MARGIN_PX, height + MARGIN_PX
+    sheet = Image.new("RGB", (len(chosen) * right - MARGIN_PX, len(rows) * down - MARGIN_PX), "white")
     for row, (model, frames) in enumerate(rows.items()):
-        top = row * (height + LABEL_PX + MARGIN_PX)
         for column, (index, masks_of_frame) in enumerate(frames.items()):
-            left = column * (COLUMN_PX + MARGIN_PX)
-            label = f"{video.name}, frame {index}: {model}" if column == 0 else f"frame {index}"
-            pen.text((left, top + 2), label, fill="black")
-            picture = Image.fromarray(overlay(video.frame(int(index)), masks_of_frame))
-            sheet.paste(picture.resize((COLUMN_PX, height)), (left, top + LABEL_PX))
+            of_what = [video.name] * (row == column == 0) + [model] * (column == 0) + [f"frame {index}"]
+            cell = _cell(overlay(video.frame(int(index)), masks_of_frame), ", ".join(of_what), height)
+            sheet.paste(cell, (column * right, row * down))
     return sheet
+
+
+def _cell(picture: np.ndarray, label: str, height: int) -> Image.Image:
+    cell = Image.new("RGB", (COLUMN_PX, height), "white")
+    ImageDraw.Draw(cell).text((0, 0), label, fill="black", font=ImageFont.load_default(LABEL_PX - 5))
+    cell.paste(Image.fromarray(picture).resize((COLUMN_PX, height - LABEL_PX)), (0, LABEL_PX))
+    return cell
 
 
 def _truth(video: Video, index: int, ids: Sequence[int]) -> list[np.ndarray]:

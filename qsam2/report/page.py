@@ -13,6 +13,7 @@ from PIL import Image
 import qsam2
 from qsam2.layers.convert import ConvertedLayer
 from qsam2.recipe import Recipe, save_recipe
+from qsam2.recipe.quantizers import QuantizerSpec
 from qsam2.run_folder import RunFolder, write_text
 
 MODELS = ("float", "ptq", "quantized")
@@ -30,8 +31,13 @@ def render(
 ) -> str:
     """The page as HTML."""
     template = Environment(loader=PackageLoader("qsam2.report"), autoescape=True).get_template("run.html.j2")
+    scored = metrics["float"]["per_object"].values()
     return template.render(
         recipe=recipe,
+        bits=_bits,
+        data=recipe.data.val or recipe.data.train[0].split(":")[0],
+        videos=len(scored),
+        objects=sum(len(objects) for objects in scored),
         recipe_text=save_recipe(recipe),
         version=qsam2.__version__,
         scores={name: metrics[name] for name in MODELS if name in metrics},
@@ -40,6 +46,10 @@ def render(
         layers=layers,
         pictures=[_data_url(picture) for picture in pictures],
     )
+
+
+def _bits(spec: QuantizerSpec | None) -> str:
+    return "in float" if spec is None else f"at {spec.bits} bits ({spec.method})"
 
 
 def _data_url(picture: Image.Image) -> str:
