@@ -1,0 +1,96 @@
+"""Recipes that run in seconds, and the ways to carry them out."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+import qsam2
+from qsam2.recipe.load import merge
+
+ROOT = Path(qsam2.__file__).parents[1]
+TIMEOUT_S = 300
+
+W4A4 = {
+    # minmax: the search for the least error would take most of the time
+    "weights": {"method": "lsc", "bits": 4, "range": "minmax"},
+    "activations": {"method": "lsc", "bits": 4, "range": "minmax"},
+}
+TRAIN = {
+    "lr": 1.0e-4,
+    "image_encoder_lr": 1.0e-4,
+    "prompts": {"conditioning_frames": 1, "correction_frames": 1, "correction_clicks": 1},
+    "distill": {"mask_logits": 1.0, "image_embeddings": 1.0},
+}
+FLOAT = {
+    "model": {"image_size": 64},
+    "data": {
+        "train": "moving_objects:8:train",
+        "val": "moving_objects:1:val",
+        "num_frames": 2,
+        "max_objects": 1,
+        "num_workers": 0,
+    },
+    "calibrate": {"clips": 1, "num_frames": 2},
+    "trainer": {"max_steps": 2, "log_every": 1, "accelerator": "cpu", "devices": 1},
+    "evaluate": {"frames": 4},
+    "log": {"wandb": "off"},
+}
+
+
+def small(checkpoint: Path, output: Path, **more: Any) -> dict[str, Any]:
+    """A float recipe's values for a model of 64 px, with `more` laid over them."""
+    own = {"output": str(output), "model": {"checkpoint": str(checkpoint)}}
+    return copy.deepcopy(merge(merge(FLOAT, own), more))
+
+
+def start(values: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    """`python train.py RECIPE` in a process group of its own, on one thread a process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = folder / "given.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), str(recipe)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a run of `start`; its standard output."""
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def read_checkpoint(output: Path) -> dict[str, Any]:
+    """The last checkpoint of a run folder."""
+    return torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def state(output: Path) -> dict[str, Tensor]:
+    """The trained model of a run folder: weights, learned clips, statistics."""
+    return read_checkpoint(output)["state_dict"]
+
+
+def without_seconds(values: Any) -> Any:
+    """Metrics but for what the clock says."""
+    if not isinstance(values, dict):
+        return values
+    return {k: without_seconds(v) for k, v in values.items() if k not in ("seconds", "seconds_per_frame")}

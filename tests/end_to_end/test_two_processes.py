@@ -1,0 +1,89 @@
+"""Two processes on the CPU: the scores of one and, at the same global batch, the weights of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import TRAIN, W4A4, finish, small, start, state, without_seconds
+
+from qsam2.recipe.load import merge
+
+TOLERANCE = 1e-5
+MASKS_ONLY = merge(TRAIN, {"prompts": {"point": 0.0, "box": 0.0}})  # clicks are drawn a rank
+
+Pair = dict[int, Path]
+"""Run folders by number of processes."""
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+    """Carries out a recipe in one process with a batch of two, and in two processes with one clip each."""
+
+    def carry_out(**more: Any) -> Pair:
+        folder = tmp_path_factory.mktemp("pair")
+        runs: Pair = {}
+        for devices in (1, 2):
+            runs[devices] = folder / str(devices)
+            own = {"trainer": {"devices": devices}, "data": {"batch_size": 2 // devices}}
+            finish(start(small(checkpoint, runs[devices], **merge(more, own)), folder))
+        return runs
+
+    return carry_out
+
+
+@pytest.fixture(scope="module")
+def quantized(pair: Callable[..., Pair]) -> Pair:
+    """One step: after it the last bit of a sum flips roundings, and two W4A4 runs part."""
+    return pair(quantize=W4A4, train=MASKS_ONLY, trainer={"max_steps": 1}, data={"val": "moving_objects:3:val"})
+
+
+@pytest.fixture(scope="module")
+def fewer_videos(pair: Callable[..., Pair]) -> Pair:
+    """A float run of three steps, with one video for two processes."""
+    return pair(train=MASKS_ONLY, trainer={"max_steps": 3, "accumulate": 1}, data={"max_objects": 3})
+
+
+def metrics(run: Path) -> dict[str, Any]:
+    return json.loads((run / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["quantized", "fewer_videos"])
+def test_weights_are_those_of_one_process(name: str, request: pytest.FixtureRequest, checkpoint: Path) -> None:
+    runs: Pair = request.getfixturevalue(name)
+    one, two = state(runs[1]), state(runs[2])
+    before = torch.load(checkpoint, weights_only=True)["model"]
+    moved = max(float((one[f"model.{key}"] - value).abs().max()) for key, value in before.items())
+    assert moved > 8 * TOLERANCE
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        if value.is_floating_point():
+            assert float((two[key] - value).abs().max()) <= TOLERANCE, key
+        else:
+            assert torch.equal(two[key], value), key
+
+
+def test_scores_are_those_of_one_process(quantized: Pair) -> None:
+    one, two = metrics(quantized[1]), metrics(quantized[2])
+    for name in ("float", "ptq"):  # the same weights to the last bit: so are the scores, on three videos
+        assert without_seconds(two[name]) == without_seconds(one[name])
+        assert len(two[name]["per_object"]) == 3
+    assert two["quantized"]["J&F"] == pytest.approx(one["quantized"]["J&F"], abs=2.0)
+    assert two["bytes"] == one["bytes"]
+
+
+def test_fewer_videos_than_processes(fewer_videos: Pair) -> None:
+    one, two = metrics(fewer_videos[1]), metrics(fewer_videos[2])
+    assert two["float"].keys() == one["float"].keys()
+    assert two["float"]["per_object"].keys() == one["float"]["per_object"].keys()
+    assert two["float"]["J&F"] == pytest.approx(one["float"]["J&F"], abs=2.0)
+
+
+def test_one_process_writes_the_folder(quantized: Pair) -> None:
+    files = [sorted(str(file.relative_to(run)) for file in run.rglob("*")) for run in (quantized[1], quantized[2])]
+    assert files[0] == files[1]
+    assert not [file for file in files[1] if file.endswith(".tmp")]
