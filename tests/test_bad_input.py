@@ -169,6 +169,18 @@ def test_file_that_is_no_recipe(refused: Refused, tmp_path: Path, content: str, 
     assert message in refused("train", path)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.accelerator=foo", "trainer: You selected an invalid accelerator name: `accelerator='foo'`."),
+        ("trainer.devices=x", "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
+        ("trainer.strategy=foo", "trainer: You selected an invalid strategy name: `strategy='foo'`."),
+    ],
+)
+def test_no_such_devices(refused: Refused, recipe: Path, override: str, message: str) -> None:
+    assert refused("train", recipe, *FAST, "trainer.accelerator=cpu", override).startswith(message)
+
+
 def test_rule_that_matches_nothing(refused: Refused, recipe: Path) -> None:
     message = refused("train", recipe, *FAST, "quantize.rules=[{match: image_encoder.trunk.block.*, bits: 8}]")
     assert "'image_encoder.trunk.block.*' matches no layer" in message and "image_encoder.trunk.blocks" in message
@@ -353,9 +365,17 @@ def test_folder_of_another_run(refused: Refused, recipe: Path, tmp_path: Path) -
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(save_recipe(load_recipe(recipe, [*FAST, "seed=7"])))
+    (run / "metrics.json").write_text('{"seconds": {}}')
     message = refused("train", recipe, *FAST)
     assert message.startswith(
         f"{run} holds a run of another recipe (it differs in seed); give another folder with output="
+    )
+
+
+def test_a_mistake_that_is_corrected_needs_no_other_folder(refused: Refused, recipe: Path) -> None:
+    assert "there is no folder /absent" in refused("train", recipe, *FAST, "data.val=davis:/absent")
+    assert refused("train", recipe, *FAST, "model.checkpoint=absent.pt").startswith(
+        "checkpoint absent.pt does not exist"
     )
 
 

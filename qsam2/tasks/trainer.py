@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 
@@ -92,26 +93,32 @@ def build_trainer(
     Args:
         folder: the run folder; profiles go there.
         more: what one stage needs beyond that, passed to Lightning.
+
+    Raises:
+        UserError: there are no such devices, accelerator or strategy.
     """
     strategy = recipe.strategy
     if strategy == "auto" and (recipe.num_nodes > 1 or recipe.devices not in ("auto", 1, "1")):
         strategy = "ddp_find_unused_parameters_true"  # a clip without clicks leaves parts of the prompt encoder unused
     bar = ProgressBar(refresh_rate=max(recipe.log_every // 2, 1))
-    return L.Trainer(
-        callbacks=[bar, *callbacks],
-        accelerator=recipe.accelerator,
-        devices=recipe.devices,
-        num_nodes=recipe.num_nodes,
-        strategy=strategy,
-        precision=recipe.precision,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        logger=logger,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        plugins=[SafeCheckpointIO()],
-        **more,
-    )
+    try:
+        return L.Trainer(
+            callbacks=[bar, *callbacks],
+            accelerator=recipe.accelerator,
+            devices=recipe.devices,
+            num_nodes=recipe.num_nodes,
+            strategy=strategy,
+            precision=recipe.precision,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+            logger=logger,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            plugins=[SafeCheckpointIO()],
+            **more,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dict[str, Any]:
