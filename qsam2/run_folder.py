@@ -68,9 +68,7 @@ class RunFolder:
     def _begin(self, recipe: Recipe) -> None:
         text = save_recipe(recipe)
         file = self.path / "recipe.yaml"
-        begun = (
-            self._metrics_file.is_file() or self.checkpoints.is_dir()
-        )  # else it failed on a mistake, since corrected
+        begun = self._metrics_file.is_file() or self.checkpoints.is_dir()  # what failed earlier may be put right
         if file.is_file() and begun:
             old, new = _flat(yaml.safe_load(file.read_text())), _flat(yaml.safe_load(text))
             changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
