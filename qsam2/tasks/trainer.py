@@ -68,6 +68,15 @@ class FreezeStatistics(Callback):
                 quantizer.eval()  # statistics follow in training mode only; learned clips go on learning
 
 
+class WeightAverage(EMAWeightAveraging):
+    """Lightning's moving average, which also becomes the weights of a run that was killed right after its last step."""
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, module, checkpoint)
+        if checkpoint["global_step"] >= trainer.max_steps:  # Lightning skips training, and with it on_train_end
+            module.load_state_dict(checkpoint["state_dict"])
+
+
 class LogClips(Callback):
     """Logs the mean scale of learned quantizers now and then: a step that runs away shows here first."""
 
@@ -136,7 +145,7 @@ def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dic
         ),
     ]
     if recipe.train.ema is not None:
-        callbacks.append(EMAWeightAveraging(decay=recipe.train.ema))
+        callbacks.append(WeightAverage(decay=recipe.train.ema))
     if quantizers:
         callbacks.append(FreezeStatistics(quantizers, int(recipe.train.freeze_statistics_at * trainer.max_steps)))
         callbacks.append(LogClips(quantizers, trainer.log_every))

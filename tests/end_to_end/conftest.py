@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from qsam2.models import build_sam2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at 64 px a second thread mostly waits
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import TRAIN, W4A4, finish, small, start, state, without_seconds
+from small_runs import TRAIN, W4A4, finish, read_checkpoint, small, start, state, without_seconds
 
 from qsam2.recipe.load import merge
 
@@ -65,6 +66,16 @@ def test_weights_are_those_of_one_process(name: str, request: pytest.FixtureRequ
             assert float((two[key] - value).abs().max()) <= TOLERANCE, key
         else:
             assert torch.equal(two[key], value), key
+
+
+def test_gradients_are_those_of_one_process(quantized: Pair) -> None:
+    # AdamW hides the size of a first gradient: its first moments do not
+    one, two = (read_checkpoint(quantized[devices])["optimizer_states"][0]["state"] for devices in (1, 2))
+    whole = math.sqrt(sum(float(moments["exp_avg"].square().sum()) for moments in one.values()))
+    assert whole > 1e-3
+    for index, moments in one.items():
+        difference = float((two[index]["exp_avg"] - moments["exp_avg"]).norm())
+        assert difference <= 1e-2 * float(moments["exp_avg"].norm()) + 1e-8 * whole, index
 
 
 def test_scores_are_those_of_one_process(quantized: Pair) -> None:

@@ -1,0 +1,135 @@
+"""A run that is killed in mid-training and started again ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from safetensors.torch import load_file
+from small_runs import TIMEOUT_S, TRAIN, W4A4, finish, read_checkpoint, small, start, without_seconds
+
+from qsam2 import pipeline
+from qsam2.pipeline import run
+from qsam2.recipe import build_recipe
+from qsam2.recipe.load import merge
+
+STEPS = 5
+MIXED = merge(TRAIN, {"prompts": {"point": 0.4, "box": 0.3}, "freeze_statistics_at": 0.6})
+
+
+class Killed(Exception):
+    """Stands for SIGKILL where a process of its own would cost too much."""
+
+
+class KillAfterBatch(Callback):
+    """Ends a run after a batch, before anything that follows it."""
+
+    def __init__(self, batch_index: int) -> None:
+        self.batch_index = batch_index
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        if batch_index == self.batch_index:
+            raise Killed
+
+
+def assert_same_results(run_folder: Path, expected_folder: Path) -> None:
+    ours, expected = (load_file(folder / "model.safetensors") for folder in (run_folder, expected_folder))
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+    scores, expected_scores = (
+        without_seconds(json.loads((folder / "metrics.json").read_text())) for folder in (run_folder, expected_folder)
+    )
+    assert scores == expected_scores
+
+
+def test_sigkill_in_mid_training(checkpoint: Path, tmp_path: Path) -> None:
+    settings = {"quantize": W4A4, "train": MIXED, "trainer": {"max_steps": STEPS, "checkpoint_every": 1}}
+    killed, whole = tmp_path / "killed" / "run", tmp_path / "whole" / "run"
+    process = start(small(checkpoint, killed, **settings), killed.parent)
+    uninterrupted = start(small(checkpoint, whole, **settings), whole.parent)
+    last = killed / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    at_kill = read_checkpoint(killed)["global_step"]
+    assert 1 <= at_kill < STEPS
+    assert not (killed / "model.safetensors").exists()
+
+    log = start(small(checkpoint, killed, **settings), killed.parent)
+    finish(log)
+    finish(uninterrupted)
+    assert_same_results(killed, whole)
+    ends = [read_checkpoint(folder) for folder in (killed, whole)]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == STEPS
+    for name, tensor in ends[1]["state_dict"].items():
+        assert torch.equal(ends[0]["state_dict"][name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "kill_after"),
+    [
+        # The kill falls between the batches of the second step
+        ({"trainer": {"max_steps": 2, "accumulate": 2, "checkpoint_every": 1}}, 2),
+        ({"train": {"ema": 0.5}, "trainer": {"max_steps": 4, "checkpoint_every": 2}}, 2),
+    ],
+    ids=["accumulation", "averaging"],
+)
+def test_kill_with(
+    settings: dict[str, Any],
+    kill_after: int,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = merge({"train": MIXED}, settings)
+    run(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
+    values = small(checkpoint, tmp_path / "killed", **settings)
+    kill_at(kill_after, monkeypatch)
+    with pytest.raises(Killed):
+        run(build_recipe(values))
+    monkeypatch.undo()
+    assert 1 <= read_checkpoint(tmp_path / "killed")["global_step"] < values["trainer"]["max_steps"]
+    run(build_recipe(values))
+    assert_same_results(tmp_path / "killed", tmp_path / "whole")
+
+
+def kill_at(batch_index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the next training die after a batch."""
+    options = pipeline.training_options
+
+    def with_kill(*args: Any) -> dict[str, Any]:
+        chosen = options(*args)
+        return {**chosen, "callbacks": [*chosen["callbacks"], KillAfterBatch(batch_index)]}
+
+    monkeypatch.setattr(pipeline, "training_options", with_kill)
+
+
+def test_averages_survive_a_kill_at_the_end_of_training(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last step's checkpoint is written before the averages become the weights
+    settings = {"train": {**TRAIN, "ema": 0.5}, "trainer": {"max_steps": 2, "checkpoint_every": 1}}
+    run(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
+    values = small(checkpoint, tmp_path / "killed", **settings)
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(EMAWeightAveraging, "on_train_end", die)
+    with pytest.raises(Killed):
+        run(build_recipe(values))
+    monkeypatch.undo()
+    run(build_recipe(values))
+    assert_same_results(tmp_path / "killed", tmp_path / "whole")
