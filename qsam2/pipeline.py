@@ -54,7 +54,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if rank_zero_only.rank > 0:  # one rank tells the story of all
         log.setLevel(logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
-    videos = open_val(recipe)
+    videos, sources = open_val(recipe), open_train(recipe)
     model = load_float(recipe)
     config = recipe.model_dump(mode="json")
     logger = build_logger(recipe.log, folder=folder.path, name=recipe.name, config=config)
@@ -62,15 +62,15 @@ def run(recipe: Recipe) -> dict[str, Any]:
     tracked: dict[str, Predictions] = {}
 
     if recipe.quantize is None:
-        train(model, recipe, folder, logger)
+        train(model, sources, recipe, folder, logger)
         tracked["float"] = score(model, "float", videos, recipe, folder)
     else:
         teacher = copy.deepcopy(model)
-        tracked["float"] = score(model, "float", videos, recipe, folder)
-        layers = convert_layers(model, recipe, folder)
-        calibrate(model, recipe, folder)
+        layers = convert_layers(model, recipe, folder)  # before the scores: a wrong rule shows at once
+        tracked["float"] = score(teacher, "float", videos, recipe, folder)
+        calibrate(model, sources, recipe, folder)
         tracked["ptq"] = score_ptq(model, layers, videos, recipe, folder, tracked["float"])
-        train(model, recipe, folder, logger, teacher)
+        train(model, sources, recipe, folder, logger, teacher)
         finalize(model)
         if recipe.train is None:  # nothing has changed since
             tracked["quantized"] = tracked["ptq"]
@@ -84,12 +84,13 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 def open_val(recipe: Recipe) -> list[Video]:
     """The videos that the recipe scores on."""
-    source = recipe.data.val or recipe.data.train[0].split(":")[0]
-    return open_videos(source, root=recipe.data.root, split="val")[: recipe.evaluate.videos]
+    return open_videos(recipe.data.scored, root=recipe.data.root, split="val")[: recipe.evaluate.videos]
 
 
 def open_train(recipe: Recipe) -> list[Source]:
-    """The recipe's train sources with their weights."""
+    """The recipe's train sources with their weights; none where it neither calibrates nor trains."""
+    if recipe.quantize is None and recipe.train is None:
+        return []
     data = recipe.data
     weights = data.weights or (1.0,) * len(data.train)
     return [
@@ -118,11 +119,11 @@ def convert_layers(model: SAM2, recipe: Recipe, folder: RunFolder) -> list[Conve
     return layers
 
 
-def calibrate(model: SAM2, recipe: Recipe, folder: RunFolder) -> None:
+def calibrate(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> None:
     """Find the ranges of all quantizers on clips of the train sources, with mask and with point prompts."""
     amount = recipe.calibrate
     clips = ClipDataset(
-        open_train(recipe),
+        sources,
         num_frames=amount.num_frames,
         max_objects=recipe.data.max_objects,
         image_size=model.image_size,
@@ -142,7 +143,14 @@ def calibrate(model: SAM2, recipe: Recipe, folder: RunFolder) -> None:
         )
 
 
-def train(model: SAM2, recipe: Recipe, folder: RunFolder, logger: Logger | bool, teacher: SAM2 | None = None) -> None:
+def train(
+    model: SAM2,
+    sources: list[Source],
+    recipe: Recipe,
+    folder: RunFolder,
+    logger: Logger | bool,
+    teacher: SAM2 | None = None,
+) -> None:
     """Train on clips of the train sources, from the last checkpoint if there is one."""
     if recipe.train is None:
         return
@@ -162,7 +170,7 @@ def train(model: SAM2, recipe: Recipe, folder: RunFolder, logger: Logger | bool,
         trainer = build_trainer(trainer_recipe, folder=folder.path, logger=logger, **training_options(recipe, learned))
         batches = trainer_recipe.max_steps * trainer_recipe.accumulate
         clips = ClipDataModule(
-            open_train(recipe),
+            sources,
             num_frames=data.num_frames,
             max_objects=data.max_objects,
             image_size=model.image_size,

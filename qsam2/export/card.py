@@ -40,7 +40,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
             "seed": recipe.seed,
         },
         "evaluation": {
-            "data": recipe.data.val or recipe.data.train[0].split(":")[0],
+            "data": recipe.data.scored,
             "protocol": recipe.evaluate.protocol,
             "evaluator": f"qsam2 {qsam2.__version__}",
         },

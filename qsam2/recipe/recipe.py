@@ -53,6 +53,14 @@ class DataRecipe(Section):
     augment: bool = True
     num_workers: Annotated[int, Field(ge=0)] = 2
 
+    @property
+    def scored(self) -> str:
+        """The source that is scored: `val`, or the first train source, whose val split it then is."""
+        if self.val is not None:
+            return self.val
+        kind, *rest = self.train[0].split(":")
+        return kind if kind == "moving_objects" else ":".join([kind, *rest[:1]])  # its root, without its split
+
     @model_validator(mode="after")
     def _one_weight_a_source(self) -> DataRecipe:
         if self.weights is not None and len(self.weights) != len(self.train):

@@ -35,7 +35,7 @@ def render(
     return template.render(
         recipe=recipe,
         bits=_bits,
-        data=recipe.data.val or recipe.data.train[0].split(":")[0],
+        data=recipe.data.scored,
         videos=len(scored),
         objects=sum(len(objects) for objects in scored),
         recipe_text=save_recipe(recipe),

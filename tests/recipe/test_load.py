@@ -328,3 +328,17 @@ def test_unknown_key_that_is_near_to_none() -> None:
 def test_no_unknown_key_is_accepted(key: str, prefix: str) -> None:
     message = error_of(f"{prefix}{key}__=1")
     assert message.startswith(f"unknown recipe key '{prefix}{key}__': {prefix[:-1] or 'a recipe'} has ")
+
+
+@pytest.mark.parametrize(
+    ("data", "scored"),
+    [
+        ({}, "moving_objects"),
+        ({"train": "moving_objects:5:train"}, "moving_objects"),
+        ({"train": "davis:/x:train"}, "davis:/x"),
+        ({"train": ["davis", "sav"]}, "davis"),
+        ({"train": "davis:/x", "val": "sav:/y:test"}, "sav:/y:test"),
+    ],
+)
+def test_scored_source_is_the_first_train_source_s_val_split(data, scored):
+    assert build_recipe({"data": data}).data.scored == scored
