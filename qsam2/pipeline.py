@@ -29,7 +29,7 @@ from qsam2.recipe import Recipe
 from qsam2.report.overlays import contact_sheet
 from qsam2.report.page import write_report
 from qsam2.report.wandb import log_results
-from qsam2.run_folder import RunFolder
+from qsam2.run_folder import RunFolder, is_first_rank
 from qsam2.tasks.prompts import prompted_forward
 from qsam2.tasks.scoring import compare, score_videos
 from qsam2.tasks.segmentation import Predictions, VideoSegmentation
@@ -51,7 +51,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if folder.finished:
         log.info("%s is complete: its results are in metrics.json and report.html", folder.path)
         return folder.metrics
-    if rank_zero_only.rank > 0:  # one rank tells the story of all
+    if not is_first_rank():  # one rank tells the story of all
         log.setLevel(logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
     videos, sources = open_val(recipe), open_train(recipe)
@@ -136,7 +136,7 @@ def calibrate(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFol
     with folder.stage("calibrate", what), torch.no_grad():
         device = build_trainer(recipe.trainer, folder=folder.path).strategy.root_device
         model.to(device).eval()
-        indices = tqdm(range(len(clips)), desc="calibrate", disable=rank_zero_only.rank > 0)
+        indices = tqdm(range(len(clips)), desc="calibrate", disable=not is_first_rank())
         passes = ((clips[index], points) for index in indices for points in (False, True))
         calibrate_ranges(
             model, lambda each: prompted_forward(model, collate_clips([each[0]]).to(device), points=each[1]), passes

@@ -87,6 +87,11 @@ class RunFolder:
         write_text(file, text)
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of a distributed run, or the only one."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all: to a temporary name, then renamed; folders are made.
 
