@@ -78,6 +78,7 @@ class VideoSegmentation(L.LightningModule):
     # Training
 
     def on_fit_start(self) -> None:
+        self.train()  # Lightning leaves the modes as they are, and models come in eval mode
         for teacher in self._teacher:
             teacher.to(self.device).train().requires_grad_(False)
 

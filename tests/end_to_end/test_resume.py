@@ -22,7 +22,7 @@ from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
 
 STEPS = 5
-MIXED = merge(TRAIN, {"prompts": {"point": 0.4, "box": 0.3}, "freeze_statistics_at": 0.6})
+CLICKS = merge(TRAIN, {"prompts": {"point": 0.6, "box": 0.4}, "freeze_statistics_at": 0.6})  # drawn at random
 
 
 class Killed(Exception):
@@ -52,7 +52,7 @@ def assert_same_results(run_folder: Path, expected_folder: Path) -> None:
 
 
 def test_sigkill_in_mid_training(checkpoint: Path, tmp_path: Path) -> None:
-    settings = {"quantize": W4A4, "train": MIXED, "trainer": {"max_steps": STEPS, "checkpoint_every": 1}}
+    settings = {"quantize": W4A4, "train": CLICKS, "trainer": {"max_steps": STEPS, "checkpoint_every": 1}}
     killed, whole = tmp_path / "killed" / "run", tmp_path / "whole" / "run"
     process = start(small(checkpoint, killed, **settings), killed.parent)
     uninterrupted = start(small(checkpoint, whole, **settings), whole.parent)
@@ -93,7 +93,7 @@ def test_kill_with(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = merge({"train": MIXED}, settings)
+    settings = merge({"train": CLICKS}, settings)
     run(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
     values = small(checkpoint, tmp_path / "killed", **settings)
     kill_at(kill_after, monkeypatch)

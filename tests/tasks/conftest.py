@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.resources
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +17,14 @@ from qsam2.models import SAM2, build_sam2
 
 SIZE_PX = 64
 MOSE = "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at 64 px a second thread mostly waits
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

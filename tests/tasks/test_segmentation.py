@@ -1,0 +1,116 @@
+"""The Lightning module while it trains: modes, prompts, randomness that follows from (seed, step)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from training.utils.data_utils import BatchedVideoDatapoint
+
+from qsam2.errors import UserError
+from qsam2.models import SAM2
+from qsam2.recipe import build_recipe
+from qsam2.recipe.recipe import EvaluateRecipe, TrainRecipe
+from qsam2.tasks.segmentation import VideoSegmentation
+from qsam2.tasks.trainer import build_trainer
+
+CLICKS = {"conditioning_frames": 1, "correction_frames": 1, "correction_clicks": 1}
+
+
+class Watch(Callback):
+    """Modes and prompts of every forward."""
+
+    def __init__(self) -> None:
+        self.training: set[bool] = set()
+        self.clicked: list[bool] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_index: int) -> None:
+        self.training |= {child.training for child in module.model.modules()}
+        self.training |= {child.training for teacher in module._teacher for child in teacher.modules()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        self.clicked.append(module.clicked)
+
+
+class Watched(VideoSegmentation):
+    """Notes what the model was prompted with."""
+
+    def training_step(self, batch: BatchedVideoDatapoint, batch_index: int) -> torch.Tensor:
+        prompt_inputs = self.model.prepare_prompt_inputs
+
+        def noted(*args: Any) -> dict[str, Any]:
+            inputs = prompt_inputs(*args)
+            self.clicked = inputs["use_pt_input"]
+            return inputs
+
+        self.model.prepare_prompt_inputs = noted  # type: ignore[method-assign]
+        try:
+            return super().training_step(batch, batch_index)
+        finally:
+            del self.model.prepare_prompt_inputs
+
+
+def fit(module: VideoSegmentation, batches: list[BatchedVideoDatapoint], folder: Path, *callbacks: Callback) -> None:
+    recipe = build_recipe({"trainer": {"accelerator": "cpu", "devices": 1}}).trainer
+    trainer = build_trainer(recipe, folder=folder, callbacks=callbacks, max_steps=len(batches))
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+
+
+def test_models_train_in_training_mode_whatever_they_came_in(
+    model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path
+) -> None:
+    recipe = TrainRecipe(prompts={"point": 1, "box": 0, **CLICKS}, distill={"mask_logits": 1})
+    module = Watched(model.eval(), recipe, EvaluateRecipe(), max_steps=2, teacher=copy.deepcopy(model))
+    watch = Watch()
+    fit(module, [batch, batch], tmp_path, watch)
+    assert watch.training == {True}
+    assert watch.clicked == [True, True]
+
+
+def test_prompts_are_drawn_by_the_recipes_shares(model: SAM2, batch: BatchedVideoDatapoint) -> None:
+    module = VideoSegmentation(
+        model, TrainRecipe(prompts={"point": 0.3, "box": 0.3, **CLICKS}), EvaluateRecipe(), max_steps=1
+    )
+    module.train()
+    kinds = {"mask": 0, "point": 0, "box": 0}
+    steps = 400
+    for step in range(steps):
+        module._seed_step(step)
+        inputs = model.prepare_prompt_inputs({}, batch)
+        if not inputs["use_pt_input"]:
+            kinds["mask"] += 1
+        else:
+            labels = inputs["point_inputs_per_frame"][0]["point_labels"]
+            kinds["box" if 2 in labels else "point"] += 1
+    deviation = (0.3 * 0.7 / steps) ** 0.5
+    assert kinds["point"] / steps == pytest.approx(0.3, abs=4 * deviation)
+    assert kinds["box"] / steps == pytest.approx(0.3, abs=4 * deviation)
+
+
+def test_a_step_is_random_by_seed_and_index_alone(model: SAM2, batch: BatchedVideoDatapoint) -> None:
+    def draw(seed: int, step: int) -> tuple[float, float]:
+        module = VideoSegmentation(model, TrainRecipe(), EvaluateRecipe(), seed=seed, max_steps=1)
+        module._seed_step(step)
+        return float(model.rng.random()), float(torch.rand(1))
+
+    torch.manual_seed(1)
+    first = draw(0, 5)
+    torch.rand(7)
+    assert draw(0, 5) == first
+    assert len({draw(seed, step) for seed in (0, 1) for step in (5, 6)}) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.sam_mask_decoder.iou_token.weight.fill_(np.nan)
+    module = VideoSegmentation(
+        model, TrainRecipe(prompts={"point": 0, "box": 0, **CLICKS}), EvaluateRecipe(), max_steps=1
+    )
+    with pytest.raises(UserError, match=r"^the loss is nan at step 0; lower train.lr$"):
+        fit(module, [batch], tmp_path)
