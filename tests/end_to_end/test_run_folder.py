@@ -1,0 +1,170 @@
+"""What a run leaves behind: files, figures, the packed model, the offline run of Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_runs import TRAIN, W4A4, small, without_seconds
+from wandb_file import read_run
+
+from qsam2.errors import UserError
+from qsam2.evaluate import evaluate_model
+from qsam2.pipeline import run
+from qsam2.recipe import build_recipe, load_recipe
+from qsam2.recipe.load import merge
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qat": {"quantize": W4A4, "train": TRAIN, "log": {"wandb": "offline", "group": "tests"}},
+    "ptq": {"quantize": W4A4},
+    "float": {"train": TRAIN, "trainer": {"max_steps": 1}},
+}
+ALWAYS = {"recipe.yaml", "metrics.json", "model.safetensors", "report.html"}
+FILES = {
+    "qat": ALWAYS | {"card.md", "card.json", "checkpoints/last.ckpt"},
+    "ptq": ALWAYS | {"card.md", "card.json"},
+    "float": ALWAYS | {"checkpoints/last.ckpt"},
+}
+STAGES = {
+    "qat": {"score float", "convert", "calibrate", "score ptq", "train", "score quantized"},
+    "ptq": {"score float", "convert", "calibrate", "score ptq"},
+    "float": {"train", "score float"},
+}
+SCORES = {"protocol", "J&F", "J", "F", "J_recall", "J_decay", "F_recall", "F_decay", "per_object", "seconds_per_frame"}
+
+
+@pytest.fixture(scope="module")
+def values(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: small(checkpoint, folder / name, **settings) for name, settings in SETTINGS.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(values: dict[str, dict[str, Any]]) -> dict[str, Path]:
+    """Run folders of a QAT, a PTQ and a float recipe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_SILENT", "true")
+        return {name: Path(own["output"]) for name, own in values.items() if run(build_recipe(own))}
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_files(name: str, runs: dict[str, Path]) -> None:
+    found = {str(file.relative_to(runs[name])) for file in runs[name].rglob("*") if file.is_file()}
+    assert {file for file in found if not file.startswith("wandb/")} == FILES[name]
+    assert any(file.startswith("wandb/") for file in found) == (name == "qat")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_figures(name: str, runs: dict[str, Path]) -> None:
+    figures = metrics(runs[name])
+    models = {"float"} if name == "float" else {"float", "ptq", "quantized"}
+    assert figures.keys() == models | {"bytes", "seconds"}
+    assert figures["seconds"].keys() == STAGES[name]
+    assert all(seconds > 0 for stage, seconds in figures["seconds"].items() if stage != "convert")
+    for model in models:
+        compared = set() if model == "float" else {"fidelity", "versus_float"}
+        assert SCORES | compared <= figures[model].keys()
+        assert 0 < figures[model]["J&F"] < 100
+        assert figures[model]["J&F"] == pytest.approx((figures[model]["J"] + figures[model]["F"]) / 2)
+        if compared:
+            assert figures[model]["versus_float"]["difference"] == pytest.approx(
+                figures[model]["J&F"] - figures["float"]["J&F"]
+            )
+    sizes = figures["bytes"]
+    assert sizes.keys() == {"float32", "bfloat16", "packed"}
+    assert sizes["float32"] == 2 * sizes["bfloat16"]
+    if name != "float":
+        assert sizes["packed"] < 0.16 * sizes["float32"]
+        assert sizes["packed"] == pytest.approx((runs[name] / "model.safetensors").stat().st_size, rel=0.1)
+
+
+def test_ptq_is_the_start_of_qat(runs: dict[str, Path]) -> None:
+    qat, ptq = metrics(runs["qat"]), metrics(runs["ptq"])
+    for model in ("float", "ptq"):
+        assert without_seconds(qat[model]) == without_seconds(ptq[model])
+    assert without_seconds(ptq["quantized"]) == without_seconds(ptq["ptq"])  # nothing is trained
+    assert qat["quantized"]["per_object"] != qat["ptq"]["per_object"]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_recipe_is_resolved_and_can_be_run_again(
+    name: str, runs: dict[str, Path], values: dict[str, dict[str, Any]]
+) -> None:
+    written = yaml.safe_load((runs[name] / "recipe.yaml").read_text())
+    assert written["trainer"]["gradient_clip"] == 0.1  # a default that was not given
+    assert load_recipe(runs[name] / "recipe.yaml") == build_recipe(values[name])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_file_scores_as_the_run_did(name: str, runs: dict[str, Path]) -> None:
+    block = evaluate_model(str(runs[name]))
+    expected = metrics(runs[name])["float" if name == "float" else "quantized"]
+    assert block["per_object"] == expected["per_object"]
+    assert all(block[key] == expected[key] for key in SCORES - {"seconds_per_frame"})
+    assert block["model"] == str(runs[name])
+
+
+def test_a_reference_gives_the_runs_fidelity(runs: dict[str, Path], checkpoint: Path) -> None:
+    block = evaluate_model(str(runs["qat"]), reference=str(checkpoint))
+    expected = metrics(runs["qat"])["quantized"]
+    assert block["fidelity"] == expected["fidelity"]
+    assert block["versus_reference"] == expected["versus_float"]
+
+
+def test_a_finished_run_is_left_alone(
+    runs: dict[str, Path], values: dict[str, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {file: file.stat().st_mtime_ns for file in runs["ptq"].rglob("*") if file.name != "recipe.yaml"}
+    with caplog.at_level(logging.INFO, logger="qsam2"):
+        again = run(build_recipe(values["ptq"]))
+    assert again == metrics(runs["ptq"])
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert f"{runs['ptq']} is complete" in caplog.text
+
+
+def test_another_recipe_is_refused(runs: dict[str, Path], values: dict[str, dict[str, Any]]) -> None:
+    other = merge(values["ptq"], {"seed": 1, "evaluate": {"frames": 5}})
+    before = (runs["ptq"] / "recipe.yaml").read_bytes()
+    with pytest.raises(UserError) as error:
+        run(build_recipe(other))
+    assert "\n" not in str(error.value)
+    assert str(runs["ptq"]) in str(error.value)
+    assert "evaluate.frames, seed" in str(error.value)
+    assert "output=" in str(error.value)
+    assert (runs["ptq"] / "recipe.yaml").read_bytes() == before
+
+
+def test_wandb_holds_the_whole_run(runs: dict[str, Path]) -> None:
+    config, history = read_run(runs["qat"])
+    recipe = yaml.safe_load((runs["qat"] / "recipe.yaml").read_text())
+    assert {key: config[key] for key in recipe} == recipe
+
+    logged = {key: value for step in history for key, value in step.items()}
+    curve = [step["loss"] for step in history if "loss" in step]
+    assert len(curve) == recipe["trainer"]["max_steps"]
+    assert {"lr", "loss/mask", "loss/dice", "loss/iou", "loss/class", "loss/distill_masks"} <= logged.keys()
+    assert {"gradient_norm/weights", "gradient_norm/quantizers"} <= logged.keys()
+    assert sum(key.startswith("scale/") for key in logged) > 300
+
+    figures = metrics(runs["qat"])
+    for model in ("float", "ptq", "quantized"):
+        assert logged[f"{model}/J&F"] == pytest.approx(figures[model]["J&F"])
+    assert logged["bytes/packed"] == figures["bytes"]["packed"]
+
+    files = next(runs["qat"].glob("wandb/offline-run-*/files"))
+    table = json.loads((files / logged["layers.path"]).read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    by_name = {row["layer"]: row for row in rows}
+    assert by_name["image_encoder.trunk.patch_embed.proj"]["weight_bits"] == 8
+    assert by_name["obj_ptr_proj.layers.0"]["weight_bits"] == 4
+    pictures = logged["overlays.filenames"]
+    assert len(pictures) == 1
+    assert all((files / picture).is_file() for picture in pictures)
