@@ -1,0 +1,70 @@
+"""Every recipe that comes with qsam2 fits the schema and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+import qsam2
+from qsam2.pipeline import run
+from qsam2.recipe import load_recipe
+
+RECIPES = sorted((Path(qsam2.__file__).parents[1] / "recipes").glob("*.yaml"))
+SMALL = (
+    "debug=fast",
+    "model.size=nano",
+    "model.checkpoint=null",
+    "model.image_size=64",
+    "data.train=moving_objects:2:train",
+    "data.weights=null",
+    "data.val=moving_objects:1:val",
+    "trainer.accelerator=cpu",
+    "trainer.devices=1",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at 64 px a second thread mostly waits
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_recipes_of_the_readme_are_there() -> None:
+    expected = {"demo", "pretrain_nano", "qat_w4a4", "qat_w2a4", "ptq_w8a8", "ptq_w4a4"}
+    assert {path.stem for path in RECIPES} >= expected
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_fits_the_schema(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name.replace("-", "_") == path.stem
+    assert path.read_text().startswith("# "), "a recipe begins with a comment that says what it shows"
+    given = yaml.safe_load(path.read_text())
+    resolved = recipe.model_dump(mode="json")
+    assert given.keys() <= resolved.keys()
+    bits = {part: spec["bits"] for part, spec in (given.get("quantize") or {}).items() if "bits" in spec}
+    weights, _, activations = path.stem.partition("_w")[2].partition("a")
+    if weights:
+        assert bits == {"weights": int(weights), "activations": int(activations)}
+    if path.stem.startswith(("ptq", "qat")):
+        assert (recipe.train is not None) == path.stem.startswith("qat")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_runs_for_two_steps(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path, [*SMALL, f"output={tmp_path}"])
+    assert recipe.trainer.max_steps == 2
+    metrics = run(recipe)
+    models = {"float", "ptq", "quantized"} if recipe.quantize else {"float"}
+    assert models <= metrics.keys()
+    assert (recipe.train is not None) == (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    assert (tmp_path / "report.html").is_file()
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == ("qsam2-packed" if recipe.quantize else "qsam2-float")
