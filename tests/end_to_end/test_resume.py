@@ -21,7 +21,7 @@ from qsam2.pipeline import run
 from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
 
-STEPS = 5
+STEPS = 4
 CLICKS = merge(TRAIN, {"prompts": {"point": 0.6, "box": 0.4}, "freeze_statistics_at": 0.6})  # drawn at random
 
 

@@ -46,7 +46,7 @@ def quantized(pair: Callable[..., Pair]) -> Pair:
 @pytest.fixture(scope="module")
 def fewer_videos(pair: Callable[..., Pair]) -> Pair:
     """A float run of three steps, with one video for two processes."""
-    return pair(train=MASKS_ONLY, trainer={"max_steps": 3, "accumulate": 1}, data={"max_objects": 3})
+    return pair(train=MASKS_ONLY, trainer={"max_steps": 3}, data={"max_objects": 3})
 
 
 def metrics(run: Path) -> dict[str, Any]:
