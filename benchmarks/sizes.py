@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-DEFAULT = ("nano:256", "tiny:1024", "small:1024", "base_plus:1024", "large:768")
+DEFAULT = ("nano:256", "tiny:1024", "small:768", "base_plus:768", "large:512")
 
 
 def measure(size: str, image_size: int) -> dict[str, float | int | str]:
