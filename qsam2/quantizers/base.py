@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
-from qsam2.quantizers.distributed import world_size
 from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize, to_levels
 from qsam2.quantizers.grid import Grid
@@ -200,7 +199,8 @@ class Quantizer(nn.Module):
             mid_rise=self.grid.mid_rise,
             identity_gradient=self.spec.clipped_gradient == "identity",
             exact_gradient=self.role == "weight",
-            num_ranks=1 if self.role == "weight" else world_size(),
+            # LSQ's N counts a layer's features: the batch, and how ranks share it, plays no part
+            num_samples=1 if self.role == "weight" else max(len(x), 1),
         )
 
     @torch.no_grad()

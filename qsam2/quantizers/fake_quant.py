@@ -73,13 +73,13 @@ class _FakeQuantize(torch.autograd.Function):
         mid_rise: bool,
         identity: bool,
         exact: bool,
-        num_ranks: int,
+        num_samples: int,
     ) -> Tensor:
         low, high = qmin - zero_point, qmax - zero_point
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.mid_rise, ctx.identity, ctx.exact, ctx.learned = mid_rise, identity, exact, learned
         ctx.largest_level = qmax + 0.5 if mid_rise else float(qmax)
-        ctx.num_ranks = num_ranks
+        ctx.num_samples = num_samples
         t = x / scale
         saved = None
         if exact:
@@ -115,8 +115,8 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad if ctx.identity else (grad * inside).to(grad.dtype)
         if ctx.learned:
-            # LSQ's 1/sqrt(N Qp), N the elements that share the step: balances its update with that of the weights.
-            elements = max(grad.numel() // scale.numel(), 1) * ctx.num_ranks
+            # LSQ's 1/sqrt(N Qp), N a sample's elements that share the step: balances its update with the weights'.
+            elements = max(grad.numel() // (scale.numel() * ctx.num_samples), 1)
             factor = 1.0 / math.sqrt(elements * ctx.largest_level)
             # low where side is -1, high where it is 1
             sum_outside = _sum_to(outside.mul_(grad), scale)
@@ -153,18 +153,18 @@ def fake_quantize(
     mid_rise: bool = False,
     identity_gradient: bool = False,
     exact_gradient: bool = True,
-    num_ranks: int = 1,
+    num_samples: int = 1,
 ) -> Tensor:
     """Fake-quantizes x of any shape and float dtype; `scale`, `zero_point` are (C,) along `channel_dim`, or (1,).
 
     Returns x's shape and dtype. Arithmetic is in float32 (float64 for float64). `exact_gradient=False` saves one byte
-    an element for the backward pass in place of x. Where x is spread over `num_ranks`, as many elements on each, N of
-    the gradient's scale counts them all.
+    an element for the backward pass in place of x. N in the gradient's scale counts the elements of one of x's
+    `num_samples`.
     """
     shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
     scale, zero_point = scale.view(shape), zero_point.view(shape)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
         return _FakeQuantize.apply(
-            x, scale, zero_point, qmin, qmax, mid_rise, identity_gradient, exact_gradient, num_ranks
+            x, scale, zero_point, qmin, qmax, mid_rise, identity_gradient, exact_gradient, num_samples
         )
     return to_levels(x, scale, qmin - zero_point, qmax - zero_point, mid_rise).mul_(scale).to(x.dtype)

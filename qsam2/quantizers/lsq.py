@@ -1,7 +1,8 @@
 """LSQ: learned step size quantization (Esser et al., arXiv 1902.08153).
 
 x^ = s * clip([x/s]; Qn, Qp); gradients of x and s by eq. 3 and 5, that of s times 1/sqrt(N Qp), N the elements that
-share s. With `range=mean_abs` the first step is the paper's 2 mean|x| / sqrt(Qp); the default, mse, is ours.
+share s in a weight or, batch apart, in an activation. With `range=mean_abs` the first step is the paper's
+2 mean|x| / sqrt(Qp); the default, mse, is ours.
 Ours too: log s is the parameter, so that s > 0 and a step of the optimizer is relative to s; on an affine grid the zero
 point is an integer fixed at calibration, so that the range scales about zero.
 """

@@ -40,7 +40,8 @@ def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 @pytest.fixture(scope="module")
 def quantized(pair: Callable[..., Pair]) -> Pair:
     """One step: after it the last bit of a sum flips roundings, and two W4A4 runs part."""
-    return pair(quantize=W4A4, train=MASKS_ONLY, trainer={"max_steps": 1}, data={"val": "moving_objects:3:val"})
+    data = {"val": "moving_objects:3:val", "max_objects": 3}  # the two clips show one object and three
+    return pair(quantize=W4A4, train=MASKS_ONLY, trainer={"max_steps": 1}, data=data)
 
 
 @pytest.fixture(scope="module")

@@ -236,15 +236,32 @@ def test_lsc_alpha_starts_at_the_least_error(symmetric: bool) -> None:
         assert error() > best
 
 
+@pytest.mark.parametrize("spec", [LSCSpec(bits=4), LSQSpec(bits=4)])
+def test_gradient_of_an_activations_clip_sums_over_the_batch(spec: QuantizerSpec) -> None:
+    """N counts the features of one sample: the gradient of a batch is that of its parts, whatever their sizes."""
+    x, grad = torch.randn(2, 5, 7, 3)
+    quantizer = activation(spec, x).eval()
+    parameter = quantizer.learned_parameters()[0]
+
+    def gradient(chosen: slice) -> torch.Tensor:
+        parameter.grad = None
+        quantizer(x[chosen]).backward(grad[chosen])
+        assert parameter.grad is not None
+        return parameter.grad
+
+    parts = gradient(slice(0, 1)) + gradient(slice(1, 5))
+    torch.testing.assert_close(parts, gradient(slice(0, 5)))
+
+
 def test_lsc_gradient_of_alpha_comes_through_both_bounds() -> None:
     """d x^/d alpha of a clipped element is +-sigma, up to the rounding of the zero point."""
-    x = torch.cat([torch.randn(1000), torch.tensor([50.0, 60.0, -70.0])]).requires_grad_()
+    x = torch.cat([torch.randn(1000), torch.tensor([50.0, 60.0, -70.0])])[None].requires_grad_()
     quantizer = activation(LSCSpec(bits=8), x).eval()
     assert isinstance(quantizer, LSCQuantizer)
     with torch.no_grad():
         quantizer.log_alpha.fill_(math.log(2.0))
-    grad = torch.zeros(1003)
-    grad[1000:] = torch.tensor([1.0, 2.0, 0.5])
+    grad = torch.zeros(1, 1003)
+    grad[0, 1000:] = torch.tensor([1.0, 2.0, 0.5])
     quantizer(x).backward(grad)
     expected = (1 + 2 - 0.5) * quantizer.std * quantizer.alpha / math.sqrt(1003 * 255)
     assert quantizer.log_alpha.grad is not None
