@@ -208,6 +208,8 @@ def score(
         )
     if reference is not None:
         block["versus_float"] = compare(block, folder.metrics["float"])
+        if name == "quantized":
+            block["versus_ptq"] = compare(block, folder.metrics["ptq"])
     folder.record(name, block)
     log.info("%s: J&F %.1f (J %.1f, F %.1f)", name, block["J&F"], block["J"], block["F"])
     return predictions

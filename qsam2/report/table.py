@@ -14,14 +14,19 @@ def results_table(metrics: dict[str, Any]) -> str:
         if name not in metrics:
             continue
         block = metrics[name]
-        versus = block.get("versus_float")
-        difference = f"{versus['difference']:+.1f} ({versus['low']:+.1f} to {versus['high']:+.1f})" if versus else ""
+        difference = _interval(block["versus_float"]) if "versus_float" in block else ""
         fidelity = f"{block['fidelity']:.1f}" if "fidelity" in block else ""
         lines.append(
             f"{name:10}  {block['J&F']:5.1f}  {block['J']:5.1f}  {block['F']:5.1f}  {difference:>24}  {fidelity:>8}"
         )
+    if "versus_ptq" in metrics.get("quantized", {}):
+        lines.append(f"quantized against ptq: {_interval(metrics['quantized']['versus_ptq'])}, 95 % interval")
     lines.append("  ".join(f"{name} {value / 1e6:.2f} MB" for name, value in metrics["bytes"].items()))
     return "\n".join(lines)
+
+
+def _interval(versus: dict[str, float]) -> str:
+    return f"{versus['difference']:+.1f} ({versus['low']:+.1f} to {versus['high']:+.1f})"
 
 
 def score_line(block: dict[str, Any]) -> str:

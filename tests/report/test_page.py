@@ -155,6 +155,12 @@ def test_table_on_the_terminal() -> None:
     assert len(results_table(FLOAT_METRICS).splitlines()) == 3
 
 
+def test_table_compares_training_with_calibration() -> None:
+    block = {"J&F": 50.0, "J": 50.0, "F": 50.0, "versus_ptq": {"difference": 3.0, "low": 1.0, "high": 5.25}}
+    table = results_table({"quantized": block, "bytes": {}})
+    assert "quantized against ptq: +3.0 (+1.0 to +5.2), 95 % interval" in table
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [
