@@ -94,10 +94,12 @@ def _train(given: argparse.Namespace) -> None:
     _quiet_logs()
     from qsam2.pipeline import run  # imports torch: a mistake in the recipe should not wait for it
     from qsam2.report.table import results_table
+    from qsam2.run_folder import is_first_rank
 
     metrics = run(recipe)
-    print(results_table(metrics))
-    print(f"{recipe.run_folder / 'report.html'}")
+    if is_first_rank():
+        print(results_table(metrics))
+        print(recipe.run_folder / "report.html")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small tensors; more threads wait for each other where the machine is busy
 
 
 @pytest.fixture(scope="session")

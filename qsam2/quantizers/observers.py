@@ -58,7 +58,7 @@ class Observer:
         counts = all_reduce_sum(self.counts.to(device))
         if (sums[0] == 0).any():
             return None
-        mean, square, absolute = (sums[1:] / sums[0])
+        mean, square, absolute = sums[1:] / sums[0]
         minimum, maximum = -extremes[0], extremes[1]
         centers = torch.arange(-BINS_PER_SIDE, BINS_PER_SIDE, device=device) + 0.5
         width = torch.ldexp(torch.ones_like(minimum), self.exponent.to(device)) / BINS_PER_SIDE
