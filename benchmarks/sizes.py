@@ -68,7 +68,7 @@ def measure(size: str, image_size: int) -> dict[str, float | int | str]:
         total.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(total)
+        return float(total.detach())
 
     total = timed("training_step", step)
     model.eval()
