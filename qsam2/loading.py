@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from qsam2.errors import UserError
 from qsam2.export import packed
+from qsam2.layers.audit import audit
 from qsam2.models import SAM2, SIZES, load_sam2
 from qsam2.models.checkpoints import guess_size, read_state_dict
 from qsam2.recipe import Recipe, build_recipe
@@ -70,7 +71,7 @@ def _load_packed(path: Path, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
     model = load_sam2(
         recipe.model.size, version=recipe.model.version, checkpoint=None, image_size=recipe.model.image_size
     )
-    packed.load_packed(path, model)
+    audit(model, packed.load_packed(path, model), recipe.quantize)
     return model.eval(), recipe
 
 
