@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
@@ -106,9 +107,6 @@ def build_trainer(
     Raises:
         UserError: there are no such devices, accelerator or strategy.
     """
-    strategy = recipe.strategy
-    if strategy == "auto" and (recipe.num_nodes > 1 or recipe.devices not in ("auto", 1, "1")):
-        strategy = "ddp_find_unused_parameters_true"  # a clip without clicks leaves parts of the prompt encoder unused
     bar = ProgressBar(refresh_rate=max(recipe.log_every // 2, 1))
     try:
         return L.Trainer(
@@ -116,7 +114,7 @@ def build_trainer(
             accelerator=recipe.accelerator,
             devices=recipe.devices,
             num_nodes=recipe.num_nodes,
-            strategy=strategy,
+            strategy=choose_strategy(recipe),
             precision=recipe.precision,
             use_distributed_sampler=False,
             default_root_dir=folder,
@@ -128,6 +126,19 @@ def build_trainer(
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def choose_strategy(recipe: TrainerRecipe) -> str:
+    """The recipe's strategy; "auto" on several devices is DDP that allows unused parameters.
+
+    A clip without clicks leaves parts of the prompt encoder without gradients, at which plain DDP stops.
+    """
+    if recipe.strategy != "auto":
+        return recipe.strategy
+    uses_gpus = recipe.accelerator in ("auto", "gpu", "cuda")
+    every_gpu = uses_gpus and recipe.devices in ("auto", -1, "-1") and torch.cuda.device_count() > 1
+    several = recipe.devices not in ("auto", 1, "1", -1, "-1")
+    return "ddp_find_unused_parameters_true" if recipe.num_nodes > 1 or several or every_gpu else "auto"
 
 
 def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dict[str, Any]:
