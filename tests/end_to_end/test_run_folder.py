@@ -14,6 +14,7 @@ from wandb_file import read_run
 
 from qsam2.errors import UserError
 from qsam2.evaluate import evaluate_model
+from qsam2.loading import load_model
 from qsam2.pipeline import run
 from qsam2.recipe import build_recipe, load_recipe
 from qsam2.recipe.load import merge
@@ -168,3 +169,12 @@ def test_wandb_holds_the_whole_run(runs: dict[str, Path]) -> None:
     pictures = logged["overlays.filenames"]
     assert len(pictures) == 1
     assert all((files / picture).is_file() for picture in pictures)
+
+
+def test_a_quantized_model_is_audited_when_it_is_loaded(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    audited = []
+    monkeypatch.setattr("qsam2.loading.audit", lambda *arguments: audited.append(arguments))
+    model, recipe = load_model(runs["qat"])
+    ((found, layers, quantize),) = audited
+    assert found is model and quantize == recipe.quantize
+    assert any(layer.weight_bits == 4 for layer in layers)
