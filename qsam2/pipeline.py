@@ -179,6 +179,7 @@ def train(
             augment=data.augment,
             seed=recipe.seed,
             max_stride=data.max_stride,
+            reverse=data.reverse,
             num_workers=data.num_workers,
         )
         trainer.fit(module, clips, ckpt_path=str(last) if last.is_file() else None)

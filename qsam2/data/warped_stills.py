@@ -29,6 +29,8 @@ from qsam2.data.warps import (
 )
 from qsam2.errors import UserError
 
+SMALLEST_AREA = 0.003
+"""Of the frame: smaller objects stay a part of the picture, unless all are (half of COCO's are below it)."""
 _PERIOD = (24, 72)  # of the motion, in frames
 _ATTEMPTS = 8
 
@@ -40,7 +42,8 @@ class WarpedStill(Video):
     still shows whole may be cut out and move on their own over the picture filled in behind them; those that its edge
     cuts, or that cover more than a quarter of it, stay a part of it. In frame 0 every object has at least half as many
     pixels as in the still. The masks are disjoint (where the still's overlap, the smaller object is in front) and every
-    object has one in every frame, all False while it is out of view. Objects that vanish at ``size`` are left out.
+    object has one in every frame, all False while it is out of view. Objects that vanish at ``size`` are left out, and those below
+    ``SMALLEST_AREA`` where the still has a larger one.
 
     Args:
         still: an annotated video of one frame; it is resized to ``size`` (height, width), not keeping its proportions.
@@ -206,7 +209,8 @@ def _visible_objects(video: WarpedStill) -> dict[int, np.ndarray]:
         raise UserError(f"WarpedStill: {video.still.name} has {len(masks)} objects; give at most 255")
     resized = {key: nearest(masks[key], *_spread(masks[key].shape, video.size)) for key in sorted(masks)}
     areas = _areas(_paint(resized, video.size), len(resized))
-    visible = {key: mask for (key, mask), area in zip(resized.items(), areas, strict=True) if area}
+    smallest = max(1, min(SMALLEST_AREA * video.size[0] * video.size[1], areas.max()))
+    visible = {key: mask for (key, mask), area in zip(resized.items(), areas, strict=True) if area >= smallest}
     if not visible:
         raise UserError(
             f"WarpedStill: {video.still.name} shows no object at {video.size[0]}x{video.size[1]}; leave it out"

@@ -47,6 +47,8 @@ class DataRecipe(Section):
     num_frames: PositiveInt = 8
     max_stride: PositiveInt = 1
     """Frames are drawn with a random stride up to this."""
+    reverse: bool = False
+    """Whether half of the clips are played backwards."""
     max_objects: PositiveInt = 3
     batch_size: PositiveInt = 1
     """Clips a step and device."""

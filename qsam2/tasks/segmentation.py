@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.utils.data_utils import BatchedVideoDatapoint
 
 from qsam2.data.video import Video
@@ -25,8 +27,21 @@ from qsam2.tasks.optimizer import adamw, cosine_share, parameter_groups
 from qsam2.tasks.prompts import set_dropout, set_prompts
 from qsam2.tasks.tracking import first_masks, track, true_masks
 
+PLAIN_ATTENTION_PX = 384
+"""Largest image on a CPU for which training writes attention scores out."""
+
 Predictions = dict[tuple[str, int], np.ndarray]
 """Tracked masks by (video, object id), packed eight pixels a byte: a few MB for a video instead of a hundred."""
+
+
+def attention_backend(device: torch.device, image_size: int) -> AbstractContextManager[None]:
+    """The fastest attention to train with: torch's own choice, but plain matrix products for small images on a CPU.
+
+    There the backward of torch's fused CPU attention is slow (nano at 256 px in bf16, one core: a training step takes
+    2.6 s with it and 2.3 s without); large images would not fit into memory with their scores written out.
+    """
+    small = device.type == "cpu" and image_size <= PLAIN_ATTENTION_PX
+    return sdpa_kernel([SDPBackend.MATH]) if small else nullcontext()
 
 
 class VideoSegmentation(L.LightningModule):
@@ -83,8 +98,12 @@ class VideoSegmentation(L.LightningModule):
             teacher.to(self.device).train().requires_grad_(False)
 
     def training_step(self, batch: BatchedVideoDatapoint, batch_index: int) -> Tensor:
-        assert self.recipe is not None
         self._seed_step(batch_index)
+        with attention_backend(self.device, self.model.image_size):
+            return self._loss(batch)
+
+    def _loss(self, batch: BatchedVideoDatapoint) -> Tensor:
+        assert self.recipe is not None
         backbone = self.model.forward_image(batch.flat_img_batch)
         embeddings = backbone["backbone_fpn"]
         backbone = self.model.prepare_prompt_inputs(backbone, batch)
