@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -33,7 +34,7 @@ from qsam2.run_folder import RunFolder, is_first_rank
 from qsam2.tasks.prompts import prompted_forward
 from qsam2.tasks.scoring import compare, score_videos
 from qsam2.tasks.segmentation import Predictions, VideoSegmentation
-from qsam2.tasks.trainer import LAST, build_logger, build_trainer, training_options
+from qsam2.tasks.trainer import LAST, build_loggers, build_trainer, training_options
 
 OVERLAYS = 3
 """How many videos a run's pictures show."""
@@ -57,12 +58,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
     videos, sources = open_val(recipe), open_train(recipe)
     model = load_float(recipe)
     config = recipe.model_dump(mode="json")
-    logger = build_logger(recipe.log, folder=folder.path, name=recipe.name, config=config)
+    loggers = build_loggers(recipe.log, folder=folder.path, name=recipe.name, config=config)
     layers: list[ConvertedLayer] = []
     tracked: dict[str, Predictions] = {}
 
     if recipe.quantize is None:
-        train(model, sources, recipe, folder, logger)
+        train(model, sources, recipe, folder, loggers)
         tracked["float"] = score(model, "float", videos, recipe, folder)
     else:
         teacher = copy.deepcopy(model)
@@ -70,7 +71,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         tracked["float"] = score(teacher, "float", videos, recipe, folder)
         calibrate(model, sources, recipe, folder)
         tracked["ptq"] = score_ptq(model, layers, videos, recipe, folder, tracked["float"])
-        train(model, sources, recipe, folder, logger, teacher)
+        train(model, sources, recipe, folder, loggers, teacher)
         finalize(model)
         if recipe.train is None:  # nothing has changed since
             tracked["quantized"] = tracked["ptq"]
@@ -78,7 +79,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         else:
             tracked["quantized"] = score(model, "quantized", videos, recipe, folder, tracked["float"], layers)
     folder.record("bytes", model_bytes(model))
-    write_results(model, layers, videos, tracked, recipe, folder, logger)
+    write_results(model, layers, videos, tracked, recipe, folder, loggers)
     return folder.metrics
 
 
@@ -148,7 +149,7 @@ def train(
     sources: list[Source],
     recipe: Recipe,
     folder: RunFolder,
-    logger: Logger | bool,
+    loggers: Sequence[Logger],
     teacher: SAM2 | None = None,
 ) -> None:
     """Train on clips of the train sources, from the last checkpoint if there is one."""
@@ -167,7 +168,9 @@ def train(
     )
     last = folder.checkpoints / LAST
     with folder.stage("train", f"{trainer_recipe.max_steps} steps"):
-        trainer = build_trainer(trainer_recipe, folder=folder.path, logger=logger, **training_options(recipe, learned))
+        trainer = build_trainer(
+            trainer_recipe, folder=folder.path, loggers=loggers, **training_options(recipe, learned)
+        )
         batches = trainer_recipe.max_steps * trainer_recipe.accumulate
         clips = ClipDataModule(
             sources,
@@ -238,7 +241,7 @@ def write_results(
     tracked: dict[str, Predictions],
     recipe: Recipe,
     folder: RunFolder,
-    logger: Logger | bool,
+    loggers: Sequence[Logger],
 ) -> None:
     """Write the model, its card if it is quantized, and what shows the run: to wandb and as the report."""
     values = recipe.model_dump(mode="json")
@@ -248,7 +251,7 @@ def write_results(
         save_packed(folder.model, model, values)
         write_card(folder, recipe, layers)
     pictures = draw_overlays(videos, tracked, recipe)
-    log_results(logger, folder.metrics, layers, pictures)
+    log_results(loggers, folder.metrics, layers, pictures)
     write_report(folder, recipe, layers, pictures)
 
 

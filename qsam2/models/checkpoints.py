@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import pickle
 from collections.abc import Mapping
@@ -16,10 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qsam2.errors import UserError
-from qsam2.models.sam2 import SAM2, SIZES, build_sam2, model_config
+from qsam2.models.heavy import make_heavy
+from qsam2.models.sam2 import EMBEDDED, SAM2, SIZES, build_sam2, model_config
 
 HIERA_WIDTH, HIERA_STAGES = 96, (2, 3, 16, 3)
 """What `sam2` builds where a size's configuration says nothing (base_plus)."""
+
+SHA256 = {
+    "nano.safetensors": "1c1f12e6d266facdbbb6a2d9b27327e8a23e453cb8ebd513b157fd6946c5b0a0",
+    "nano_heavy.safetensors": "56be2cc37d9fa5cf5c38ef51c0027e63339714cf7bd651afb75878b5514dc940",
+}
+"""Of the files that ship in the package."""
 
 MAX_NAMED = 3
 """How many keys an error message names before it counts the rest."""
@@ -36,7 +44,8 @@ def load_sam2(
     """SAM 2 with trained weights, in float32 and eval mode.
 
     Args:
-        checkpoint: a path; "auto": the size's official weights (nano's ship in the package); None: random weights.
+        checkpoint: a path; "auto": the size's official weights (nano's ship in the package, and become nano_heavy's);
+            None: random weights.
 
     Raises:
         UserError: the checkpoint cannot be found, read or loaded, see `find_checkpoint`, `read_state_dict`.
@@ -46,7 +55,21 @@ def load_sam2(
         return model
     path = find_checkpoint(size, version) if checkpoint == "auto" else Path(checkpoint)
     load_weights(model, read_state_dict(path), source=str(path), size=size)
+    if size == "nano_heavy" and checkpoint == "auto":
+        make_heavy(model, read_state_dict(packaged("nano_heavy.safetensors")))
     return model
+
+
+def packaged(name: str) -> Path:
+    """Path of a file of weights that ships in the package, its content checked.
+
+    Raises:
+        UserError: it is damaged or another version's.
+    """
+    path = Path(str(importlib.resources.files("qsam2.models") / name))
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[name]:
+        raise UserError(f"{path} is missing, damaged or of another version (SHA-256): install qsam2 anew")
+    return path
 
 
 def checkpoint_name(size: str, version: str) -> tuple[str, str]:
@@ -61,8 +84,8 @@ def find_checkpoint(size: str, version: str = "2.1") -> Path:
     Raises:
         UserError: it is in none of these places and cannot be downloaded.
     """
-    if size == "nano":
-        return Path(str(importlib.resources.files("qsam2.models") / "nano.safetensors"))
+    if size in EMBEDDED:
+        return packaged("nano.safetensors")
     repository, name = checkpoint_name(size, version)
     for folder in (Path("."), Path("checkpoints")):
         if (folder / name).is_file():

@@ -34,12 +34,15 @@ class Size:
 
 SIZES = {
     "nano": Size("t", image_size=256),
+    "nano_heavy": Size("t", image_size=256),
     "tiny": Size("t", checkpoint="tiny"),
     "small": Size("s", checkpoint="small"),
     "base_plus": Size("b+", checkpoint="base_plus"),
     "large": Size("l", checkpoint="large"),
 }
 VERSIONS = ("2", "2.1")
+EMBEDDED = ("nano", "nano_heavy")
+"""Sizes whose weights ship in the package: one shape, `NANO`, and one file of weights (see `heavy.py`)."""
 
 # nano: sam2.1_hiera_t with fewer channels and blocks. Its windows tile the 64, 32, 16 and 8 tokens a side of a 256 px
 # image without padding (Hiera's own 14 and 7 were chosen for 1024 px).
@@ -148,7 +151,7 @@ def build_sam2(
 
     Args:
         size: one of `SIZES`.
-        version: "2.1" or "2" (nano exists as 2.1 only).
+        version: "2.1" or "2" (nano and nano_heavy exist as 2.1 only).
         image_size: side of the square input in pixels, a multiple of 32; None for the size's own.
         drop_path_rate: stochastic depth of the trunk while training.
 
@@ -166,7 +169,7 @@ def model_config(size: str, *, version: str = "2.1", image_size: int | None = No
         near = get_close_matches(size, SIZES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"model.size={size!r} is unknown: choose one of {', '.join(SIZES)}{hint}")
-    if version not in VERSIONS or (size == "nano" and version != "2.1"):
+    if version not in VERSIONS or (size in EMBEDDED and version != "2.1"):
         raise UserError(f"model.version={version!r} is unknown for size {size}: choose one of {', '.join(VERSIONS)}")
     image_size = image_size or SIZES[size].image_size
     if image_size < 2 * STRIDE_PX or image_size % STRIDE_PX:
@@ -174,7 +177,7 @@ def model_config(size: str, *, version: str = "2.1", image_size: int | None = No
     name = f"sam{version}"
     path = importlib.resources.files("sam2") / "configs" / name / f"{name}_hiera_{SIZES[size].config}.yaml"
     config = OmegaConf.create(path.read_text()).model
-    if size == "nano":
+    if size in EMBEDDED:
         config = OmegaConf.merge(config, NANO)
     config._target_ = f"{SAM2.__module__}.{SAM2.__qualname__}"
     config.image_size = image_size

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from PIL import Image
 
 import qsam2
 from qsam2.layers.convert import ConvertedLayer
 from qsam2.recipe import Recipe, save_recipe
 from qsam2.recipe.quantizers import QuantizerSpec
+from qsam2.report.curves import draw_loss, read_curve
 from qsam2.run_folder import RunFolder, write_text
+from qsam2.tasks.trainer import CURVES
 
 MODELS = ("float", "ptq", "quantized")
 
@@ -23,13 +26,18 @@ def write_report(
     folder: RunFolder, recipe: Recipe, layers: Sequence[ConvertedLayer], pictures: Sequence[Image.Image]
 ) -> None:
     """Write `report.html`: scores, sizes, times, layers, tracked frames and the recipe."""
-    write_text(folder.report, render(folder.metrics, recipe, layers, pictures))
+    curve = draw_loss(read_curve(folder.path / CURVES, "loss"))
+    write_text(folder.report, render(folder.metrics, recipe, layers, pictures, curve))
 
 
 def render(
-    metrics: dict[str, Any], recipe: Recipe, layers: Sequence[ConvertedLayer], pictures: Sequence[Image.Image]
+    metrics: dict[str, Any],
+    recipe: Recipe,
+    layers: Sequence[ConvertedLayer],
+    pictures: Sequence[Image.Image],
+    curve: str | None = None,
 ) -> str:
-    """The page as HTML."""
+    """The page as HTML; `curve` is the loss over training as SVG."""
     template = Environment(loader=PackageLoader("qsam2.report"), autoescape=True).get_template("run.html.j2")
     scored = metrics["float"]["per_object"].values()
     return template.render(
@@ -44,6 +52,7 @@ def render(
         sizes=metrics.get("bytes", {}),
         seconds=metrics["seconds"],
         layers=layers,
+        curve=Markup(curve) if curve else None,
         pictures=[_data_url(picture) for picture in pictures],
     )
 

@@ -16,10 +16,14 @@ SCORES = ("J&F", "J", "F", "fidelity", "seconds_per_frame")
 
 @rank_zero_only
 def log_results(
-    logger: Logger | bool, metrics: dict[str, Any], layers: Sequence[ConvertedLayer], pictures: Sequence[Image.Image]
+    loggers: Sequence[Logger],
+    metrics: dict[str, Any],
+    layers: Sequence[ConvertedLayer],
+    pictures: Sequence[Image.Image],
 ) -> None:
     """Log final scores and bytes, the per-layer table and mask overlays."""
-    if not isinstance(logger, WandbLogger):
+    logger = next((each for each in loggers if isinstance(each, WandbLogger)), None)
+    if logger is None:
         return
     scores = {
         f"{model}/{key}": metrics[model][key]

@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from qsam2.errors import UserError
 from qsam2.quantizers import Quantizer
@@ -23,6 +23,10 @@ from qsam2.recipe.recipe import LogRecipe, Recipe, TrainerRecipe
 
 LAST = "last.ckpt"
 """Name, in a run's `checkpoints/`, of the checkpoint that a killed run resumes from."""
+
+
+CURVES = "curves"
+"""Folder, in a run's, of what training logged: `version_*/metrics.csv`."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -94,7 +98,7 @@ def build_trainer(
     recipe: TrainerRecipe,
     *,
     folder: Path,
-    logger: Logger | bool = False,
+    loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
     **more: Any,
 ) -> L.Trainer:
@@ -118,7 +122,7 @@ def build_trainer(
             precision=recipe.precision,
             use_distributed_sampler=False,
             default_root_dir=folder,
-            logger=logger,
+            logger=list(loggers) or False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             plugins=[SafeCheckpointIO()],
@@ -171,14 +175,20 @@ def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dic
     }
 
 
-def build_logger(recipe: LogRecipe, *, folder: Path, name: str, config: dict[str, Any]) -> Logger | bool:
-    """Weights & Biases: online where a key is configured, offline otherwise, none on request."""
-    if recipe.wandb == "off":
-        return False
-    offline = recipe.wandb == "offline" or (recipe.wandb == "auto" and not has_wandb_key())
-    return WandbLogger(
-        name=name, project=recipe.project, group=recipe.group, save_dir=folder, offline=offline, config=config
-    )
+def build_loggers(recipe: LogRecipe, *, folder: Path, name: str, config: dict[str, Any]) -> list[Logger]:
+    """Curves as CSV in the run folder, a version each time it is resumed; and Weights & Biases.
+
+    The latter online where a key is configured, offline otherwise, not at all on request.
+    """
+    loggers: list[Logger] = [CSVLogger(folder, name=CURVES, flush_logs_every_n_steps=1)]
+    if recipe.wandb != "off":
+        offline = recipe.wandb == "offline" or (recipe.wandb == "auto" and not has_wandb_key())
+        loggers.append(
+            WandbLogger(
+                name=name, project=recipe.project, group=recipe.group, save_dir=folder, offline=offline, config=config
+            )
+        )
+    return loggers
 
 
 def has_wandb_key() -> bool:
