@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qsam2.quantizers import lsc, lsq, minmax  # noqa: F401  (importing a method registers it)
+# importing a method registers it
+from qsam2.quantizers import dorefa, lsc, lsq, lsq_plus, minmax, pact, sawb, seq, static, statsq  # noqa: F401
 from qsam2.quantizers.base import Quantizer, QuantizerState
 from qsam2.quantizers.registry import build_quantizer
 

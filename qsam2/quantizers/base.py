@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,11 @@ class Quantizer(nn.Module):
     All tensors have their final shapes from the start: `scale`, `zero_point` are (num_channels,), (1,) for a tensor.
 
     A method implements `_initialize`, `_scale_and_zero_point`, and where it needs them `_update_statistics`,
-    `learned_parameters`. Raises UserError, naming `name`, on what calibration got wrong.
+    `_transform`, `learned_parameters`. Raises UserError, naming `name`, on what calibration got wrong.
     """
+
+    residual_gradient: ClassVar[bool] = True
+    """Whether a learned step feels the rounding of what is not clipped (LSQ), or only what is (PACT)."""
 
     frozen_scale: Tensor
     frozen_zero_point: Tensor
@@ -70,6 +73,10 @@ class Quantizer(nn.Module):
 
     def _update_statistics(self, x: Tensor) -> None:
         """Follows x: called for weights on each forward, for activations on each forward in training mode."""
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """What stands before the grid, for a weight: `freeze` applies it to the weight for good."""
+        return x
 
     def learned_parameters(self) -> list[nn.Parameter]:
         """Learned steps and clips, for an optimizer group of their own."""
@@ -168,9 +175,13 @@ class Quantizer(nn.Module):
         """QUANTIZE -> FROZEN: stores scale and zero point for good.
 
         A weight quantizer follows `weight` a last time; without it the statistics of its last forward are stored.
+        What a method does to weights before the grid is done to `weight` in place: what is frozen does it no more.
         """
         if weight is not None and self._state is QuantizerState.QUANTIZE:
             self._update_statistics(weight.detach())
+            with torch.no_grad():
+                if (transformed := self._transform(weight)) is not weight:
+                    weight.copy_(transformed)
         self.state = QuantizerState.FROZEN
 
     # Quantization
@@ -186,8 +197,10 @@ class Quantizer(nn.Module):
             if not self._observer.update(x.detach()):
                 raise UserError(f"calibration batch contains NaN or infinity at {self._label}: check the inputs")
             return x
-        if state is QuantizerState.QUANTIZE and (self.role == "weight" or (self.training and not _in_backward())):
-            self._update_statistics(x.detach())
+        if state is QuantizerState.QUANTIZE:
+            if (self.role == "weight" or self.training) and not _in_backward():
+                self._update_statistics(x.detach())
+            x = self._transform(x)
         scale, zero_point = self._current()
         return fake_quantize(
             x,
@@ -199,6 +212,7 @@ class Quantizer(nn.Module):
             mid_rise=self.grid.mid_rise,
             identity_gradient=self.spec.clipped_gradient == "identity",
             exact_gradient=self.role == "weight",
+            residual_gradient=self.residual_gradient,
             # LSQ's N counts a layer's features: the batch, and how ranks share it, plays no part
             num_samples=1 if self.role == "weight" else max(len(x), 1),
         )
@@ -208,6 +222,8 @@ class Quantizer(nn.Module):
         """Codes qmin..qmax of x by the current scale, int32. `dequantize(to_int(x), x.dtype)` equals forward(x)."""
         self._need_range("to_int")
         self._check_channels(x)
+        if self._state is QuantizerState.QUANTIZE:
+            x = self._transform(x)
         scale, zero_point = self._broadcast(x.ndim)
         levels = to_levels(x, scale, self.qmin - zero_point, self.qmax - zero_point, self.grid.mid_rise)
         return levels.add_(zero_point).to(torch.int32)

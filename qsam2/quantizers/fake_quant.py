@@ -7,7 +7,8 @@ Gradients (LSQ, arXiv 1902.08153, eq. 3; PACT, arXiv 1805.06085), [.] straight t
   inside    d out/dx = 1,       d out/dscale = level - t,  d out/dzero_point = 0
   clipped   d out/dx = 0 or 1,  d out/dscale = low | high, d out/dzero_point = -scale
 "Inside" is low <= t <= high, half a step wider on a mid-rise grid, whose outer cells reach that far (ParetoQ's rule).
-Bounds l, u get PACT's gradients by the chain rule through scale = (u - l)/n and zero_point = -l/scale.
+Bounds l, u get PACT's gradients by the chain rule through scale = (u - l)/n and zero_point = -l/scale; PACT itself
+leaves the residual level - t out (`residual_gradient=False`).
 
 Memory (ours). A weight is a parameter, alive anyhow: it is saved by reference and t is computed again, exactly. An
 activation is kept by nobody else (its consumer saves the quantized copy), so one byte an element is saved in its place:
@@ -73,11 +74,13 @@ class _FakeQuantize(torch.autograd.Function):
         mid_rise: bool,
         identity: bool,
         exact: bool,
+        residual_gradient: bool,
         num_samples: int,
     ) -> Tensor:
         low, high = qmin - zero_point, qmax - zero_point
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.mid_rise, ctx.identity, ctx.exact, ctx.learned = mid_rise, identity, exact, learned
+        ctx.residual_gradient = residual_gradient
         ctx.largest_level = qmax + 0.5 if mid_rise else float(qmax)
         ctx.num_samples = num_samples
         t = x / scale
@@ -102,7 +105,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, scale, low, high = ctx.saved_tensors
         if not ctx.learned and not ctx.exact:
-            return (grad if ctx.identity else grad * saved, *[None] * 8)
+            return (grad if ctx.identity else grad * saved, *[None] * 9)
         if ctx.exact:
             _, residual, side = _split_(saved / scale, low, high, ctx.mid_rise)
         else:
@@ -117,17 +120,23 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.learned:
             # LSQ's 1/sqrt(N Qp), N a sample's elements that share the step: balances its update with the weights'.
             elements = max(grad.numel() // (scale.numel() * ctx.num_samples), 1)
-            factor = 1.0 / math.sqrt(elements * ctx.largest_level)
+            factor = gradient_scale(elements, ctx.largest_level)
             # low where side is -1, high where it is 1
             sum_outside = _sum_to(outside.mul_(grad), scale)
             sum_side = _sum_to(side.mul_(grad), scale)
             if ctx.needs_input_grad[1]:
-                grad_scale = _sum_to(residual.mul_(inside).mul_(grad), scale)
-                grad_scale = grad_scale + 0.5 * ((high - low) * sum_side + (high + low) * sum_outside)
+                grad_scale = 0.5 * ((high - low) * sum_side + (high + low) * sum_outside)
+                if ctx.residual_gradient:
+                    grad_scale = grad_scale + _sum_to(residual.mul_(inside).mul_(grad), scale)
                 grad_scale = grad_scale.mul_(factor).to(scale.dtype)
             if ctx.needs_input_grad[2]:
                 grad_zero_point = sum_outside.mul_(scale).mul_(-factor)
-        return (grad_x, grad_scale, grad_zero_point, *[None] * 6)
+        return (grad_x, grad_scale, grad_zero_point, *[None] * 7)
+
+
+def gradient_scale(elements: int, largest_level: float) -> float:
+    """LSQ's scale of the gradients of step and zero point, 1/sqrt(N Qp)."""
+    return 1.0 / math.sqrt(elements * largest_level)
 
 
 def _sum_to(x: Tensor, scale: Tensor) -> Tensor:
@@ -153,18 +162,28 @@ def fake_quantize(
     mid_rise: bool = False,
     identity_gradient: bool = False,
     exact_gradient: bool = True,
+    residual_gradient: bool = True,
     num_samples: int = 1,
 ) -> Tensor:
     """Fake-quantizes x of any shape and float dtype; `scale`, `zero_point` are (C,) along `channel_dim`, or (1,).
 
     Returns x's shape and dtype. Arithmetic is in float32 (float64 for float64). `exact_gradient=False` saves one byte
-    an element for the backward pass in place of x. N in the gradient's scale counts the elements of one of x's
-    `num_samples`.
+    an element for the backward pass in place of x. `residual_gradient=False`: what is inside adds nothing to the
+    scale's gradient. N in that gradient's scale counts the elements of one of x's `num_samples`.
     """
     shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
     scale, zero_point = scale.view(shape), zero_point.view(shape)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
         return _FakeQuantize.apply(
-            x, scale, zero_point, qmin, qmax, mid_rise, identity_gradient, exact_gradient, num_samples
+            x,
+            scale,
+            zero_point,
+            qmin,
+            qmax,
+            mid_rise,
+            identity_gradient,
+            exact_gradient,
+            residual_gradient,
+            num_samples,
         )
     return to_levels(x, scale, qmin - zero_point, qmax - zero_point, mid_rise).mul_(scale).to(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,14 @@ SMALLEST_SCALE = 1e-12  # float32 values divided by it stay finite up to 3e26
 LARGEST_SCALE = 1e30
 
 
-def round_through(x: Tensor) -> Tensor:
-    """Rounds half to even; its gradient is 1 (straight-through estimator). The result is exactly an integer."""
-    return x.detach().round() + (x - x.detach())
+def round_through(x: Tensor, low: int, high: int) -> Tensor:
+    """Rounds half to even and clips; its gradient is 1 (straight-through estimator). An integer, exactly."""
+    return x.detach().round().clamp(low, high) + (x - x.detach())
+
+
+def positive(log: Tensor) -> Tensor:
+    """exp(log), positive and finite, and with a finite gradient, wherever an optimizer has sent `log`."""
+    return log.clamp(math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE)).exp()
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,13 @@ class Grid:
         return scale, self.zero_point(lower, scale)
 
     def zero_point(self, lower: Tensor, scale: Tensor) -> Tensor:
-        """Zero point (C,); affine: the code that stands for zero when `lower` falls on qmin, rounded (STE)."""
+        """Zero point (C,); affine: the code that stands for zero when `lower` falls on qmin, rounded, clipped (STE)."""
         if self.symmetric:
             return torch.full_like(scale, -0.5 if self.mid_rise else 0.0, requires_grad=False)
-        return round_through(-lower / scale).clamp(self.qmin, self.qmax)
+        span = self.qmax - self.qmin
+        # a learned bound may wander off the grid by its own width, and feels its way back
+        steps = (-lower / scale).clamp(self.qmin - span, self.qmax + span)
+        return round_through(steps, self.qmin, self.qmax)
 
     @staticmethod
     def clamp_scale(scale: Tensor) -> Tensor:

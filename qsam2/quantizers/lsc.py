@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from qsam2.quantizers.base import Quantizer
 from qsam2.quantizers.distribution import Distribution
-from qsam2.quantizers.grid import SMALLEST_SCALE
-from qsam2.quantizers.ranges import best_clip_ratio, initial_bounds
+from qsam2.quantizers.grid import SMALLEST_SCALE, positive
+from qsam2.quantizers.mse import best_clip_ratio
+from qsam2.quantizers.ranges import initial_bounds
 from qsam2.quantizers.registry import register
 from qsam2.quantizers.statistics import follow, moments
 from qsam2.recipe.quantizers import LSCSpec, Role
@@ -66,7 +67,7 @@ class LSCQuantizer(Quantizer):
         follow(self.std, std, self.spec.momentum)
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        return self.grid.from_bounds(*self._bounds(self.log_alpha.exp().clamp(max=LARGEST_ALPHA)))
+        return self.grid.from_bounds(*self._bounds(positive(self.log_alpha).clamp(max=LARGEST_ALPHA)))
 
     def _center_and_std(self) -> tuple[Tensor, Tensor]:
         # A new tensor: the graph keeps it, while a later call of the same step changes the buffer in place.

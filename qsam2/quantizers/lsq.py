@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qsam2.quantizers.base import Quantizer
 from qsam2.quantizers.distribution import Distribution
+from qsam2.quantizers.grid import positive
 from qsam2.quantizers.ranges import initial_bounds
 from qsam2.quantizers.registry import register
 from qsam2.recipe.quantizers import LSQSpec, Role
@@ -48,4 +49,4 @@ class LSQQuantizer(Quantizer):
         self.fixed_zero_point.copy_(zero_point)
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        return self.grid.clamp_scale(self.log_scale.exp()), self.fixed_zero_point
+        return positive(self.log_scale), self.fixed_zero_point

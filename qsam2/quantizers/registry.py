@@ -31,7 +31,10 @@ def build_quantizer(
     if type(spec) not in QUANTIZERS:
         known = ", ".join(sorted(s.model_fields["method"].default for s in QUANTIZERS))
         raise UserError(f"quantizer {name}: no method for {type(spec).__name__}, choose one of: {known}")
-    spec = spec.for_role(role)
+    try:
+        spec = spec.for_role(role)
+    except ValueError as error:
+        raise UserError(f"quantizer {name}: {error}") from error
     if spec.granularity == "channel" and num_channels is None:
         raise UserError(f"quantizer {name}: granularity=channel is not possible here, use granularity=tensor")
     return QUANTIZERS[type(spec)](spec, role, num_channels=num_channels or 1, channel_dim=channel_dim, name=name)

@@ -38,6 +38,14 @@ def moments(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[Te
     return mean, (mean_square - mean.square()).clamp(min=0.0).sqrt()
 
 
+def magnitudes(x: Tensor, channel_dim: int | None) -> tuple[Tensor, Tensor]:
+    """Mean magnitude and root mean square (C,) of a weight."""
+    rows = to_rows(x, channel_dim)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total, root = (torch.linalg.vector_norm(rows, order, dim=1, dtype=dtype) for order in (1, 2))
+    return total / rows.shape[1], root / math.sqrt(rows.shape[1])
+
+
 def follow(running: Tensor, batch: Tensor, momentum: float) -> None:
     """running <- momentum * running + (1 - momentum) * batch, in place.
 

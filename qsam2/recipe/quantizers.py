@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 Role = Literal["weight", "activation"]
 
 
 class QuantizerSpec(BaseModel):
-    """Grid, granularity and initial range of a quantizer; what is left out is resolved by `for_role`.
+    """Grid and granularity of a quantizer; what is left out is resolved by `for_role`.
 
     `symmetric` and `granularity` default to symmetric a channel for weights, affine a tensor for activations.
     `grid`: mid_tread has a level at zero, mid_rise has odd multiples of half a step (auto: mid_rise for symmetric
-    2-bit weights). `range` is how the first range is found on calibration data; `percentile` in percent.
-    `clipped_gradient` is the straight-through gradient of values beyond the clip.
+    2-bit weights). `clipped_gradient` is the straight-through gradient of values beyond the clip.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    roles: ClassVar[tuple[Role, ...]] = ("weight", "activation")
 
     method: str
     bits: int
     symmetric: bool | None = None
     granularity: Literal["tensor", "channel"] | None = None
     grid: Literal["auto", "mid_tread", "mid_rise"] = "auto"
-    range: Literal["minmax", "percentile", "mse"] = "mse"
-    percentile: float = Field(default=99.9, gt=50.0, le=100.0)
     clipped_gradient: Literal["zero", "identity"] = "zero"
 
     @field_validator("bits")
@@ -43,8 +42,19 @@ class QuantizerSpec(BaseModel):
             raise ValueError("grid=mid_rise has no zero point to shift: use it with symmetric=true, or grid=mid_tread")
         return self
 
+    def check_role(self, role: Role) -> None:
+        """ValueError if the method, as it is set, is not one for weights or for activations."""
+        if role not in self.roles:
+            others = ", ".join(method for method, spec in methods().items() if role in spec.roles)
+            raise ValueError(f"method={self.method} is for {self.roles[0]}s only: give {role}s one of {others}")
+
     def for_role(self, role: Role) -> Self:
-        """The same spec with `symmetric`, `granularity` and `grid` filled in for a weight or an activation."""
+        """The same spec with `symmetric`, `granularity` and `grid` filled in for a weight or an activation.
+
+        Raises:
+            ValueError: see `check_role`.
+        """
+        self.check_role(role)
         weight = role == "weight"
         symmetric = self.symmetric if self.symmetric is not None else weight or self.grid == "mid_rise"
         grid = self.grid
@@ -55,29 +65,149 @@ class QuantizerSpec(BaseModel):
         return self.model_copy(update=resolved)
 
 
-class MinMaxSpec(QuantizerSpec):
+class RangedSpec(QuantizerSpec):
+    """`range` is how the first range is found on calibration data, a weight's on itself; `percentile` in percent."""
+
+    range: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
+    percentile: float = Field(default=99.9, gt=50.0, le=100.0)
+
+
+class MidRiseSpec(QuantizerSpec):
+    """Weights on odd multiples of half a step, at any number of bits."""
+
+    roles = ("weight",)
+    symmetric: Literal[True] = True
+    grid: Literal["mid_rise"] = "mid_rise"
+
+
+class MinMaxSpec(RangedSpec):
     """Range from min and max: weights anew each step, activations by an exponential moving average.
 
-    With `range` percentile or mse, the range is the fixed fraction of min and max which calibration found.
+    With another `range`, it is the fixed fraction of min and max which calibration found.
     """
 
     method: Literal["minmax"] = "minmax"
-    range: Literal["minmax", "percentile", "mse"] = "minmax"
+    range: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
     momentum: float = Field(default=0.99, ge=0.0, lt=1.0)
 
 
-class LSQSpec(QuantizerSpec):
+class PercentileSpec(RangedSpec):
+    """A fixed range that leaves out the outermost values."""
+
+    method: Literal["percentile"] = "percentile"
+    range: Literal["percentile"] = "percentile"  # type: ignore[assignment]
+
+
+class MSESpec(RangedSpec):
+    """A fixed range of least mean |Q(x) - x|^2.4."""
+
+    method: Literal["mse"] = "mse"
+    range: Literal["mse"] = "mse"  # type: ignore[assignment]
+
+
+class EntropySpec(RangedSpec):
+    """A fixed range of least Kullback-Leibler divergence between a histogram and its requantized self."""
+
+    method: Literal["entropy"] = "entropy"
+    range: Literal["entropy"] = "entropy"  # type: ignore[assignment]
+
+
+class LSQSpec(RangedSpec):
     """Learned step size (LSQ). `range=mean_abs` is the paper's initial step, 2 mean|x| / sqrt(Qp)."""
 
     method: Literal["lsq"] = "lsq"
-    range: Literal["minmax", "percentile", "mse", "mean_abs"] = "mse"  # type: ignore[assignment]
+    range: Literal["minmax", "percentile", "mse", "entropy", "mean_abs"] = "mse"  # type: ignore[assignment]
 
 
-class LSCSpec(QuantizerSpec):
+class LSQPlusSpec(RangedSpec):
+    """Learned step size, and for activations a learned offset (LSQ+).
+
+    `range` defaults to the paper's: three_sigma (mean -+ 3 std) for weights, mse for activations.
+    """
+
+    method: Literal["lsq_plus"] = "lsq_plus"
+    range: Literal["minmax", "percentile", "mse", "entropy", "three_sigma"] | None = None  # type: ignore[assignment]
+
+    def check_role(self, role: Role) -> None:
+        super().check_role(role)
+        if role == "weight" and self.symmetric is False:
+            raise ValueError("method=lsq_plus has an offset for activations only: weights need symmetric=true")
+        if role == "activation" and (self.symmetric or self.grid == "mid_rise"):
+            raise ValueError("method=lsq_plus learns an offset: give symmetric=false and grid=auto, or method=lsq")
+
+    def for_role(self, role: Role) -> Self:
+        resolved = super().for_role(role)
+        default = "three_sigma" if role == "weight" else "mse"
+        return resolved.model_copy(update={"range": self.range or default})
+
+
+class PACTSpec(RangedSpec):
+    """Learned clips of activations (PACT), with an L2 penalty of strength `decay` on them."""
+
+    roles = ("activation",)
+    method: Literal["pact"] = "pact"
+    decay: float = Field(default=1e-4, ge=0.0, allow_inf_nan=False)
+
+
+class DoReFaSpec(MidRiseSpec):
+    """Weights squashed by tanh, on a grid up to the largest of them (DoReFa-Net)."""
+
+    method: Literal["dorefa"] = "dorefa"
+
+
+class SAWBSpec(MidRiseSpec):
+    """Weights clipped at a linear combination of their root mean square and mean magnitude (SAWB)."""
+
+    method: Literal["sawb"] = "sawb"
+
+
+class StatsQSpec(MidRiseSpec):
+    """Weights clipped at twice their mean magnitude (StatsQ of OFQ); clipped weights learn on."""
+
+    method: Literal["statsq"] = "statsq"
+    clipped_gradient: Literal["zero", "identity"] = "identity"
+
+
+class SEQSpec(RangedSpec):
+    """Weights by ParetoQ: at 2 bits the stretched elastic grid with a learned clip, above that LSQ."""
+
+    roles = ("weight",)
+    method: Literal["seq"] = "seq"
+    symmetric: Literal[True] = True
+
+
+class LSCSpec(RangedSpec):
     """Learnable statistical clipping (Q-SAM2): bounds mean -+ alpha * std, alpha learned, statistics by momentum."""
 
     method: Literal["lsc"] = "lsc"
     momentum: float = Field(default=0.99, ge=0.0, lt=1.0)
 
 
-AnyQuantizerSpec = Annotated[Union[MinMaxSpec, LSQSpec, LSCSpec], Field(discriminator="method")]  # noqa: UP007
+def _fits_its_place(spec: QuantizerSpec, info: ValidationInfo) -> QuantizerSpec:
+    """A recipe says by the name of the field what the quantizer is for."""
+    roles: dict[str | None, Role] = {"weights": "weight", "activations": "activation"}
+    if info.field_name in roles:
+        spec.check_role(roles[info.field_name])
+    return spec
+
+
+_AnySpec = Union[  # noqa: UP007
+    MinMaxSpec,
+    PercentileSpec,
+    MSESpec,
+    EntropySpec,
+    LSQSpec,
+    LSQPlusSpec,
+    PACTSpec,
+    DoReFaSpec,
+    SAWBSpec,
+    StatsQSpec,
+    SEQSpec,
+    LSCSpec,
+]
+AnyQuantizerSpec = Annotated[_AnySpec, Field(discriminator="method"), AfterValidator(_fits_its_place)]
+
+
+def methods() -> dict[str, type[QuantizerSpec]]:
+    """All methods by name."""
+    return {spec.model_fields["method"].default: spec for spec in get_args(_AnySpec)}

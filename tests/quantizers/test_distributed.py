@@ -10,11 +10,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from qsam2.quantizers import QuantizerState, build_quantizer
-from qsam2.recipe.quantizers import LSCSpec, LSQSpec, MinMaxSpec, QuantizerSpec
+from qsam2.recipe.quantizers import EntropySpec, LSCSpec, LSQPlusSpec, LSQSpec, MinMaxSpec, PACTSpec, QuantizerSpec
 
 SPECS: list[QuantizerSpec] = [
     MinMaxSpec(bits=4, momentum=0.9),
     MinMaxSpec(bits=4, range="percentile", percentile=99.0),
+    EntropySpec(bits=4),
+    LSQPlusSpec(bits=4),
+    PACTSpec(bits=4),
     LSQSpec(bits=4),
     LSQSpec(bits=4, range="mean_abs"),
     LSCSpec(bits=4, momentum=0.9),

@@ -145,7 +145,7 @@ def test_gradcheck_of_bounds_with_rounding_taken_out(
     monkeypatch: pytest.MonkeyPatch, symmetric: bool, channels: int
 ) -> None:
     monkeypatch.setattr(fake_quant, "_levels_", clip_only)
-    monkeypatch.setattr(grid, "round_through", lambda x: x)
+    monkeypatch.setattr(grid, "round_through", lambda x, low, high: x)
     chosen = Grid(3, symmetric, mid_rise=False)
     x = 3 * torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     lower, upper = -1.0 - torch.rand(channels, dtype=torch.float64), 1.1 + torch.rand(channels, dtype=torch.float64)

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qsam2.quantizers import observers
+from qsam2.quantizers import mse, observers
 from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.grid import Grid
+from qsam2.quantizers.mse import best_clip_ratio
 from qsam2.quantizers.observers import Observer
-from qsam2.quantizers.ranges import best_clip_ratio, initial_bounds, percentile_bounds
+from qsam2.quantizers.percentile import percentile_bounds
+from qsam2.quantizers.ranges import initial_bounds
 from qsam2.recipe.quantizers import LSQSpec, MinMaxSpec
 
 CPU = torch.device("cpu")
@@ -107,6 +109,36 @@ def test_mse_range_is_the_best_of_the_clip_ratios(bits: int, symmetric: bool) ->
         assert error(upper.item() / x.max().item()) <= 1.01 * best
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["normal", "student", "outlier", "uniform"])
+def test_coarse_to_fine_finds_what_all_hundred_ratios_give(
+    monkeypatch: pytest.MonkeyPatch, bits: int, kind: str
+) -> None:
+    torch.manual_seed(bits)
+    x = {
+        "normal": torch.randn(40, 300),
+        "student": torch.distributions.StudentT(3.0).sample((40, 300)),
+        "outlier": torch.cat([torch.full((40, 1), 30.0), torch.randn(40, 299)], dim=1),
+        "uniform": torch.rand(40, 300) - 0.5,
+    }[kind]
+    grid, seen = Grid(bits, symmetric=True, mid_rise=bits == 2), Distribution.of(x, 0)
+    tried = []
+
+    def bounds(ratio: Tensor) -> tuple[Tensor, Tensor]:
+        tried.append(ratio)
+        return seen.minimum * ratio, seen.maximum * ratio
+
+    fast = best_clip_ratio(seen, grid, bounds)
+    assert len(tried) < 30
+    monkeypatch.setattr(mse, "SHORT_ROW", 10**9)
+    tried.clear()
+    exhaustive = best_clip_ratio(seen, grid, bounds)
+    assert len(tried) == 100
+    error, least = (mse.clipping_error(seen, grid, *bounds(ratio)) for ratio in (fast, exhaustive))
+    assert (fast == exhaustive).float().mean() >= 0.9
+    assert (error <= 1.02 * least).all() and error.mean() <= 1.001 * least.mean()
+
+
 def test_mse_is_found_a_channel() -> None:
     weight = torch.randn(3, 5000)
     weight[1, 0] = 100.0
@@ -121,7 +153,7 @@ def test_mse_is_found_a_channel() -> None:
 
 def test_bounds_hold_zero() -> None:
     x = torch.rand(1000) + 5
-    for method in ("minmax", "percentile", "mse"):
+    for method in ("minmax", "percentile", "mse", "entropy"):
         spec = MinMaxSpec(bits=8, range=method).for_role("activation")
         lower, upper = initial_bounds(observe(x), spec, Grid.of(spec))
         assert lower.item() == 0.0 and upper.item() > 5.0

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from qsam2.errors import UserError
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.quantizers.registry import QUANTIZERS
-from qsam2.recipe.quantizers import LSCSpec, LSQSpec, MinMaxSpec, QuantizerSpec
+from qsam2.recipe.quantizers import LSQSpec, MinMaxSpec, PACTSpec, QuantizerSpec, methods
 
-SPECS: list[type[QuantizerSpec]] = [MinMaxSpec, LSQSpec, LSCSpec]
+SPECS = list(methods().values())
+SPECS_AND_ROLES = [(spec, role) for spec in SPECS for role in spec.roles]
+ACTIVATION_SPECS = [spec for spec in SPECS if "activation" in spec.roles]
 FLOAT, OBSERVE, QUANTIZE, FROZEN = QuantizerState
 
 
@@ -51,8 +53,7 @@ def test_float_and_observe_return_the_input_itself() -> None:
     assert quantizer(x) is not x
 
 
-@pytest.mark.parametrize("spec_type", SPECS)
-@pytest.mark.parametrize("role", ["weight", "activation"])
+@pytest.mark.parametrize(("spec_type", "role"), SPECS_AND_ROLES)
 def test_frozen_is_reproducible_and_follows_nothing(spec_type: type[QuantizerSpec], role: str) -> None:
     quantizer, x = calibrated(spec_type, role).train(), torch.randn(3, 8)
     quantizer.freeze()
@@ -131,15 +132,19 @@ def test_registry_messages() -> None:
     with pytest.raises(UserError, match="^quantizer q: granularity=channel is not possible here, use granularity="):
         build_quantizer(LSQSpec(bits=4, granularity="channel"), "activation", name="q")
 
+    with pytest.raises(UserError, match="^quantizer q: method=pact is for activations only: give weights one of minm"):
+        build_quantizer(PACTSpec(bits=4), "weight", name="q")
+
     class Unknown(QuantizerSpec):
         pass
 
-    with pytest.raises(UserError, match="^quantizer q: no method for Unknown, choose one of: lsc, lsq, minmax$"):
+    with pytest.raises(
+        UserError, match="^quantizer q: no method for Unknown, choose one of: dorefa, entropy, lsc, lsq, "
+    ):
         build_quantizer(Unknown(method="unknown", bits=4), "weight", name="q")
 
 
-@pytest.mark.parametrize("spec_type", SPECS)
-@pytest.mark.parametrize("role", ["weight", "activation"])
+@pytest.mark.parametrize(("spec_type", "role"), SPECS_AND_ROLES)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_saving_and_loading_restores_the_output(
     spec_type: type[QuantizerSpec], role: str, frozen: bool, tmp_path: Path
@@ -176,7 +181,7 @@ def test_loading_while_observing_observes_on() -> None:
     assert loaded.state is QUANTIZE
 
 
-@pytest.mark.parametrize("spec_type", SPECS)
+@pytest.mark.parametrize("spec_type", ACTIVATION_SPECS)
 def test_observing_may_mix_inference_mode_and_no_grad(spec_type: type[QuantizerSpec]) -> None:
     quantizer = make(spec_type)
     quantizer.state = OBSERVE
@@ -189,10 +194,14 @@ def test_observing_may_mix_inference_mode_and_no_grad(spec_type: type[QuantizerS
 
 
 def test_learned_parameters_are_all_there_is_to_learn() -> None:
-    for spec_type, count in ((MinMaxSpec, 0), (LSQSpec, 1), (LSCSpec, 1)):
-        quantizer = make(spec_type)
+    counts = {"lsq": 1, "lsc": 1, "seq": 1, "pact": 1}
+    for spec_type, role in SPECS_AND_ROLES:
+        quantizer = make(spec_type, role)
         learned = quantizer.learned_parameters()
-        assert len(learned) == count
+        offset = role == "activation"
+        assert len(learned) == (
+            1 + offset if quantizer.spec.method == "lsq_plus" else counts.get(quantizer.spec.method, 0)
+        )
         assert {id(p) for p in learned} == {id(p) for p in quantizer.parameters()}
 
 

@@ -1,0 +1,61 @@
+"""LSQ+: learned step and learned offset (Bhalgat et al., arXiv 2004.09576).
+
+Activations: x^ = s * clip([(x - beta)/s]; 0, 2^b - 1) + beta (eq. 2 and 3), both learned by LSQ's rule, times
+1/sqrt(N Qp); the first s and beta by least error. Weights: LSQ, symmetric, with the first s = max(|mu - 3 sigma|,
+|mu + 3 sigma|) / 2^(b-1).
+Ours: the offset enters as the zero point [-beta/s], clipped to the codes and straight through, so that zero is exact
+and integer runtimes can follow; d x^/d beta is then 1 where clipped, as in the paper, and d x^/d s differs from it by
+what the zero point is rounded. log s is learned, and beta in units of the first range, so that one learning rate suits
+activations of all sizes. The first error is |.|^2.4, searched over one clip ratio of both ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsam2.quantizers.base import Quantizer
+from qsam2.quantizers.distribution import Distribution
+from qsam2.quantizers.grid import positive
+from qsam2.quantizers.ranges import initial_bounds
+from qsam2.quantizers.registry import register
+from qsam2.recipe.quantizers import LSQPlusSpec, Role
+
+SIGMAS = 3.0
+
+
+@register(LSQPlusSpec)
+class LSQPlusQuantizer(Quantizer):
+    """Learned `log_scale` (C,); of an activation also `offset` (C,), in units of `first_range` (C,)."""
+
+    spec: LSQPlusSpec
+    first_range: Tensor
+
+    def __init__(self, spec: LSQPlusSpec, role: Role, **kwargs: Any) -> None:
+        super().__init__(spec, role, **kwargs)
+        self.log_scale = nn.Parameter(torch.zeros(self.num_channels))
+        self.offset = None if self.grid.symmetric else nn.Parameter(torch.zeros(self.num_channels))
+        self.register_buffer("first_range", torch.ones(self.num_channels))
+
+    def learned_parameters(self) -> list[nn.Parameter]:
+        return [self.log_scale] if self.offset is None else [self.log_scale, self.offset]
+
+    def _initialize(self, seen: Distribution) -> None:
+        if self.spec.range == "three_sigma":
+            lower, upper = seen.mean - SIGMAS * seen.std, seen.mean + SIGMAS * seen.std
+        else:
+            lower, upper = initial_bounds(seen, self.spec, self.grid)
+        scale, _ = self.grid.from_bounds(lower, upper)
+        if self.spec.range == "three_sigma" and self.role == "weight":
+            scale = self.grid.clamp_scale(torch.maximum(lower.abs(), upper.abs()) / 2 ** (self.bits - 1))
+        self.log_scale.copy_(scale.log())
+        self.first_range.copy_(scale * (self.qmax - self.qmin))
+        if self.offset is not None:
+            self.offset.copy_(lower.clamp(max=0.0) / self.first_range)
+
+    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        scale = positive(self.log_scale)
+        beta = torch.zeros_like(scale) if self.offset is None else self.offset * self.first_range
+        return scale, self.grid.zero_point(beta, scale)
