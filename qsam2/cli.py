@@ -1,4 +1,4 @@
-"""The command line: `qsam2 train`, `qsam2 evaluate`."""
+"""The command line: `qsam2 train`, `qsam2 evaluate`, `qsam2 benchmark`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ EVALUATE_EPILOG = """examples:
 MODEL is a run folder, a model.safetensors of qsam2, a checkpoint, or a size (nano, tiny, small, base_plus, large).
 Videos give J&F of semi-supervised tracking, stills the mask IoU of point and box prompts; all scores in percent."""
 
+QUANTIZERS_EPILOG = """examples:
+  qsam2 benchmark quantizers --json quantizers.json
+  qsam2 benchmark quantizers --size nano --image-size 256 --peers plain_lsq aten
+
+Fake-quantizes one weight and one activation, then takes whole training steps of SAM 2 at W4A4, ours and the peers' in
+turn, on the CPU. Peers: plain_lsq, aten (both come with PyTorch), brevitas, torchao (pip install -e ".[peers]")."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
@@ -62,6 +69,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", **_texts("carry out a recipe: quantize, train, score", TRAIN_EPILOG)))
     _add_evaluate(commands.add_parser("evaluate", **_texts("score a model or masks on disk", EVALUATE_EPILOG)))
+    _add_benchmark(commands.add_parser("benchmark", help="measure speed and memory beside other libraries"))
     before = ["", *arguments]
     overrides = [word for flag, word in zip(before, arguments, strict=False) if _is_override(word, flag)]
     others = [word for flag, word in zip(before, arguments, strict=False) if not _is_override(word, flag)]
@@ -155,6 +163,43 @@ def _score_model(given: argparse.Namespace) -> dict[str, Any]:
     return evaluate_model(given.model, [*given.overrides, *overrides], reference=given.reference)
 
 
+def _add_benchmark(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Measure speed and memory beside other libraries."
+    kinds = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
+    texts = _texts("what fake quantization costs", QUANTIZERS_EPILOG)
+    quantizers = kinds.add_parser("quantizers", **texts)
+    quantizers.add_argument("--json", type=Path, metavar="OUT", help="write the figures there")
+    quantizers.add_argument("--size", default="tiny", help="the model (default: tiny)")
+    quantizers.add_argument("--image-size", type=int, default=512, metavar="PX", help="default: 512")
+    quantizers.add_argument("--frames", type=int, default=4, metavar="N", help="of the clip (default: 4)")
+    quantizers.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of steps (default: 7)")
+    quantizers.add_argument("--peers", nargs="*", metavar="NAME", help="whom to measure beside qsam2; default: all")
+    quantizers.set_defaults(run=_benchmark_quantizers)
+
+
+def _benchmark_quantizers(given: argparse.Namespace) -> None:
+    if given.overrides:
+        raise UserError(f"{given.overrides[0]!r} is a key of a recipe, and this benchmark reads none: leave it out")
+    if given.json:
+        _make_room(given.json)
+    _quiet_logs()
+    from qsam2.benchmarks.peers import PEERS
+    from qsam2.benchmarks.quantizers import benchmark_quantizers, markdown_table
+
+    result = benchmark_quantizers(
+        size=given.size,
+        image_size=given.image_size,
+        frames=given.frames,
+        repeats=given.repeats,
+        peers=list(PEERS) if given.peers is None else given.peers,
+    )
+    print(markdown_table(result))
+    if given.json:
+        from qsam2.run_folder import write_text
+
+        write_text(given.json, json.dumps(result, indent=1))
+
+
 def _make_room(file: Path) -> None:
     """Make the folder of an output before the work, so that a wrong path is not found after it."""
     try:
@@ -181,7 +226,9 @@ def _quiet_logs() -> None:
     log.setLevel(logging.INFO)
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|training|sam2|tensordict|albumentations)(\..*)?")
+    warnings.filterwarnings(
+        "ignore", module=r"(lightning|torch|training|sam2|tensordict|albumentations|brevitas|torchao)(\..*)?"
+    )
 
 
 if __name__ == "__main__":

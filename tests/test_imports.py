@@ -26,7 +26,7 @@ LEVELS = (
     ("run_folder",),
     ("export", "report"),
     ("pipeline", "loading"),
-    ("evaluate",),
+    ("evaluate", "benchmarks"),
     ("cli",),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -1,0 +1,1 @@
+"""Speed and memory of quantization, beside those of other libraries."""

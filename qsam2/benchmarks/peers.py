@@ -1,0 +1,237 @@
+"""The others: plain PyTorch, ATen's operation, Brevitas and torchao, all with the ranges that we calibrated."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qsam2.errors import UserError
+from qsam2.quantizers import Quantizer
+
+FakeQuantize = Callable[[Tensor], Tensor]
+INSTALL = 'pip install -e ".[peers]"'
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What calibration found for a linear layer: its weight symmetric a channel, its input affine a tensor.
+
+    `weight_scale` (out_features,), `input_scale`, `input_zero_point` (1,). Codes of the weight are
+    -2^(bits-1)..2^(bits-1)-1, those of the input 0..2^bits-1.
+    """
+
+    bits: int
+    weight_scale: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    @classmethod
+    def of(cls, weight: Quantizer, input: Quantizer) -> Ranges:
+        """Those of our quantizers."""
+        return cls(weight.bits, weight.scale, input.scale, input.zero_point)
+
+
+class Peer(ABC):
+    """Another implementation of a linear layer with quantized weight and input."""
+
+    name: ClassVar[str]
+    modules: ClassVar[tuple[str, ...]] = ()
+    """What has to be installed."""
+    note: ClassVar[str]
+    """How it quantizes, and what of our setting it cannot express."""
+
+    @abstractmethod
+    def linear(self, layer: nn.Linear, ranges: Ranges) -> nn.Module:
+        """The quantized twin of a float layer."""
+
+    @abstractmethod
+    def quantizers(self, twin: Any) -> tuple[FakeQuantize, FakeQuantize]:
+        """What fake-quantizes a twin's weight and its input."""
+
+
+class StraightThroughLSQ(nn.Module):
+    """LSQ as it is commonly written: round, clamp, straight-through by detach (pseudocode of arXiv 1902.08153)."""
+
+    zero_point: Tensor
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale.clone())
+        self.register_buffer("zero_point", zero_point.clone())
+        self.qmin, self.qmax = qmin, qmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = gradient_factor(x, self.scale, self.qmax)
+        scale = self.scale * factor + (self.scale * (1 - factor)).detach()
+        codes = (x / scale + self.zero_point).clamp(self.qmin, self.qmax)
+        codes = codes + (codes.round() - codes).detach()
+        return (codes - self.zero_point) * scale
+
+
+class LearnableATen(nn.Module):
+    """`torch._fake_quantize_learnable_per_*_affine`, the operation behind PyTorch's learnable fake quantization."""
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, *, learn_zero_point: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale.clone())
+        self.zero_point = nn.Parameter(zero_point.clone(), requires_grad=learn_zero_point)
+        self.qmin, self.qmax = qmin, qmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = gradient_factor(x, self.scale, self.qmax)
+        if self.scale.numel() == 1:
+            return torch._fake_quantize_learnable_per_tensor_affine(
+                x, self.scale, self.zero_point, self.qmin, self.qmax, factor
+            )
+        return torch._fake_quantize_learnable_per_channel_affine(
+            x, self.scale, self.zero_point, 0, self.qmin, self.qmax, factor
+        )
+
+
+def gradient_factor(x: Tensor, scale: Tensor, qmax: int) -> float:
+    """LSQ's 1/sqrt(N Qp), N the elements that share a step."""
+    return 1.0 / math.sqrt(x.numel() / scale.numel() * qmax)
+
+
+class FakeQuantLinear(nn.Linear):
+    """A linear layer with modules that fake-quantize its weight and input at each call; it shares the float weight."""
+
+    def __init__(self, layer: nn.Linear, weight_quantizer: nn.Module, input_quantizer: nn.Module) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+
+
+class PlainLSQ(Peer):
+    name = "plain_lsq"
+    note = "learned steps, the input's zero point fixed; the weight is quantized at each call"
+
+    def linear(self, layer: nn.Linear, ranges: Ranges) -> nn.Module:
+        half, bits = 2 ** (ranges.bits - 1), ranges.bits
+        scale = ranges.weight_scale.view(-1, 1)
+        return FakeQuantLinear(
+            layer,
+            StraightThroughLSQ(scale, torch.zeros_like(scale), -half, half - 1),
+            StraightThroughLSQ(ranges.input_scale, ranges.input_zero_point, 0, 2**bits - 1),
+        )
+
+    def quantizers(self, twin: Any) -> tuple[FakeQuantize, FakeQuantize]:
+        return twin.weight_quantizer, twin.input_quantizer
+
+
+class ATen(PlainLSQ):
+    name = "aten"
+    note = "learned steps, the input's zero point learned too; the weight is quantized at each call"
+
+    def linear(self, layer: nn.Linear, ranges: Ranges) -> nn.Module:
+        half, bits = 2 ** (ranges.bits - 1), ranges.bits
+        scale = ranges.weight_scale
+        weight = LearnableATen(scale, torch.zeros_like(scale), -half, half - 1, learn_zero_point=False)
+        scale, zero_point = ranges.input_scale, ranges.input_zero_point
+        return FakeQuantLinear(layer, weight, LearnableATen(scale, zero_point, 0, 2**bits - 1, learn_zero_point=True))
+
+
+class Brevitas(Peer):
+    name = "brevitas"
+    modules = ("brevitas.nn", "brevitas.quant.scaled_int", "brevitas.quant.shifted_scaled_int")
+    note = "QuantLinear: learned scales, the input's zero point learned too; the weight is quantized at each call"
+
+    def linear(self, layer: nn.Linear, ranges: Ranges) -> nn.Module:
+        from brevitas.nn import QuantLinear
+        from brevitas.quant.scaled_int import Int8WeightPerChannelFloat
+        from brevitas.quant.shifted_scaled_int import ShiftedUint8ActPerTensorFloat
+
+        twin = QuantLinear(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            weight_quant=Int8WeightPerChannelFloat,
+            weight_bit_width=ranges.bits,
+            weight_narrow_range=False,
+            weight_scaling_impl_type="parameter_from_stats",
+            input_quant=ShiftedUint8ActPerTensorFloat,
+            input_bit_width=ranges.bits,
+            input_collect_stats_steps=1,
+        )
+        with torch.no_grad():
+            twin.weight.copy_(layer.weight)
+            if layer.bias is not None:
+                twin.bias.copy_(layer.bias)
+            self._set_ranges(twin, ranges)
+        return twin
+
+    def _set_ranges(self, twin: Any, ranges: Ranges) -> None:
+        """It learns thresholds, which are scale times a number of steps, and scale times zero point."""
+        weight = twin.weight_quant.tensor_quant
+        weight.scaling_impl.value.copy_(ranges.weight_scale.view(-1, 1) * 2 ** (ranges.bits - 1))
+        weight.scaling_impl.init_done = True
+        inputs = twin.input_quant.fused_activation_quant_proxy.tensor_quant
+        inputs.scaling_impl.value.copy_(ranges.input_scale.squeeze() * (2**ranges.bits - 1))
+        inputs.zero_point_impl.value.copy_((ranges.input_scale * ranges.input_zero_point).squeeze())
+        for learned in (inputs.scaling_impl, inputs.zero_point_impl):
+            learned.counter = learned.collect_stats_steps + 1  # past the steps that collect statistics
+
+    def quantizers(self, twin: Any) -> tuple[FakeQuantize, FakeQuantize]:
+        return lambda weight: twin.weight_quant(weight).value, lambda x: twin.input_quant(x).value
+
+
+class TorchAO(Peer):
+    name = "torchao"
+    modules = ("torchao.quantization.qat",)
+    note = (
+        "FakeQuantizedLinear: learned weight scales, quantized at each call; cannot learn the range of an input of any "
+        "shape or quantize it a tensor: the input is quantized by the minimum and maximum of each token"
+    )
+
+    def linear(self, layer: nn.Linear, ranges: Ranges) -> nn.Module:
+        from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
+
+        dtype = getattr(torch, f"int{ranges.bits}")
+        weights = IntxFakeQuantizeConfig(dtype, "per_channel", is_dynamic=False, range_learning=True)
+        inputs = IntxFakeQuantizeConfig(dtype, "per_token", is_symmetric=False)
+        twin = FakeQuantizedLinear.from_linear(layer, inputs, weights)
+        quantizer = twin.weight_fake_quantizer
+        scale = ranges.weight_scale.view(-1, 1).clone()
+        quantizer.scale, quantizer.zero_point = nn.Parameter(scale), torch.zeros_like(scale)
+        return twin
+
+    def quantizers(self, twin: Any) -> tuple[FakeQuantize, FakeQuantize]:
+        return twin.weight_fake_quantizer, twin.activation_fake_quantizer
+
+
+PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (PlainLSQ, ATen, Brevitas, TorchAO)}
+
+
+def choose_peers(names: Sequence[str]) -> tuple[list[Peer], dict[str, str]]:
+    """The peers of these names, and why others of them are left out.
+
+    Raises:
+        UserError: there is no peer of that name.
+    """
+    chosen, left_out = [], {}
+    for name in dict.fromkeys(names):
+        if name not in PEERS:
+            near = get_close_matches(name, PEERS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"--peers {name}: there is no such peer, choose from {', '.join(PEERS)}{hint}")
+        try:
+            for module in PEERS[name].modules:
+                importlib.import_module(module)
+        except ImportError as error:
+            left_out[name] = f"{error}; install it with: {INSTALL}"
+        else:
+            chosen.append(PEERS[name]())
+    return chosen, left_out
