@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsam2.benchmarks import measure
+from qsam2.benchmarks import measure, operation
 from qsam2.benchmarks import quantizers as benchmark
 from qsam2.benchmarks.measure import WARM_UPS, held_bytes, machine, medians, peak_allocated_bytes
 from qsam2.benchmarks.operation import measure_operation, stage_3_linear
@@ -44,10 +44,10 @@ def test_the_command_measures_and_writes(
     result = json.loads(out.read_text())
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
-    operation, train_step = result["operation"], result["train_step"]
-    assert operation.keys() == {"qsam2", "qsam2_lsc", "aten"}
+    timed, train_step = result["operation"], result["train_step"]
+    assert timed.keys() == {"qsam2", "qsam2_lsc", "aten"}
     assert train_step.keys() == {"qsam2", "qsam2_linear", "aten"}
-    for row in operation.values():
+    for row in timed.values():
         for key in ("forward_ms", "backward_ms"):
             assert row[key] == pytest.approx(row["weight"][key] + row["activation"][key])
             assert min(row["weight"][key], row["activation"][key]) > 0
@@ -63,7 +63,7 @@ def test_the_command_measures_and_writes(
     assert result["cpu"] and result["threads"] == torch.get_num_threads()
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row[0] for row in table[1:]] == ["| qsam2", "| qsam2_lsc", "| aten", "| qsam2_linear"]
-    assert table[1][1] == f"{operation['qsam2']['forward_ms']:.2f}"
+    assert table[1][1] == f"{timed['qsam2']['forward_ms']:.2f}"
     assert table[1][4] == f"{train_step['qsam2']['memory_ratio']:.2f} |"
 
 
@@ -246,12 +246,20 @@ def test_contestants_take_turns_and_warm_up() -> None:
     assert found == {"a": (first + 2, 0.5), "b": (first + 3, 0.5)}
 
 
-def test_operation_times_forward_and_backward_apart(layer: nn.Linear, x: torch.Tensor) -> None:
+def test_operation_times_forward_and_backward_apart(
+    layer: nn.Linear, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(operation, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds
+
     class Slow(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.01)
+            wait(0.25)
             out = x * 2
-            out.register_hook(lambda _: time.sleep(0.03))
+            out.register_hook(lambda _: wait(0.5))
             return out
 
     class SlowPeer(Peer):
@@ -266,7 +274,7 @@ def test_operation_times_forward_and_backward_apart(layer: nn.Linear, x: torch.T
 
     row = measure_operation(layer, x, [SlowPeer()], bits=BITS, repeats=1)["slow"]
     for part in ("weight", "activation"):
-        assert 10 <= row[part]["forward_ms"] < 30 <= row[part]["backward_ms"]
+        assert row[part] == {"forward_ms": 250, "backward_ms": 500}
 
 
 def test_peak_memory_is_that_of_the_tensors() -> None:

@@ -192,8 +192,8 @@ class TorchAO(Peer):
     name = "torchao"
     modules = ("torchao.quantization.qat",)
     note = (
-        "FakeQuantizedLinear: learned weight scales, quantized at each call; cannot learn the range of an input of any "
-        "shape or quantize it a tensor: the input is quantized by the minimum and maximum of each token"
+        "FakeQuantizedLinear (it has no convolution): learned weight scales, quantized at each call; cannot learn the "
+        "range of an input of any shape or quantize it a tensor: it takes the minimum and maximum of each token"
     )
 
     def linear(self, layer: nn.Linear, ranges: Ranges) -> nn.Module:
