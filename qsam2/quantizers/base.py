@@ -75,7 +75,7 @@ class Quantizer(nn.Module):
         """Follows x: called for weights on each forward, for activations on each forward in training mode."""
 
     def _transform(self, x: Tensor) -> Tensor:
-        """What stands before the grid, for a weight: `freeze` applies it to the weight for good."""
+        """What stands before the grid, for a weight; in float32 at least. `freeze` applies it for good."""
         return x
 
     def learned_parameters(self) -> list[nn.Parameter]:
@@ -197,13 +197,12 @@ class Quantizer(nn.Module):
             if not self._observer.update(x.detach()):
                 raise UserError(f"calibration batch contains NaN or infinity at {self._label}: check the inputs")
             return x
-        if state is QuantizerState.QUANTIZE:
-            if (self.role == "weight" or self.training) and not _in_backward():
-                self._update_statistics(x.detach())
-            x = self._transform(x)
+        follows = self.role == "weight" or self.training
+        if state is QuantizerState.QUANTIZE and follows and not _in_backward():
+            self._update_statistics(x.detach())
         scale, zero_point = self._current()
-        return fake_quantize(
-            x,
+        quantized = fake_quantize(
+            self._transform(x) if state is QuantizerState.QUANTIZE else x,
             scale,
             zero_point,
             self.qmin,
@@ -216,6 +215,7 @@ class Quantizer(nn.Module):
             # LSQ's N counts a layer's features: the batch, and how ranks share it, plays no part
             num_samples=1 if self.role == "weight" else max(len(x), 1),
         )
+        return quantized.to(x.dtype)
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class DoReFaQuantizer(Quantizer):
         follow(self.largest, torch.maximum(-minimum, maximum).tanh(), momentum=0.0)
 
     def _transform(self, x: Tensor) -> Tensor:
-        return x.tanh()
+        return x.to(torch.promote_types(x.dtype, torch.float32)).tanh()
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         scale = self.grid.clamp_scale(self.largest / self.grid.largest_level)

@@ -12,6 +12,7 @@ from qsam2.recipe.quantizers import QuantizerSpec
 
 SMALLEST_SCALE = 1e-12  # float32 values divided by it stay finite up to 3e26
 LARGEST_SCALE = 1e30
+FARTHEST = 1e6  # steps
 
 
 def round_through(x: Tensor, low: int, high: int) -> Tensor:
@@ -73,10 +74,8 @@ class Grid:
         """Zero point (C,); affine: the code that stands for zero when `lower` falls on qmin, rounded, clipped (STE)."""
         if self.symmetric:
             return torch.full_like(scale, -0.5 if self.mid_rise else 0.0, requires_grad=False)
-        span = self.qmax - self.qmin
-        # a learned bound may wander off the grid by its own width, and feels its way back
-        steps = (-lower / scale).clamp(self.qmin - span, self.qmax + span)
-        return round_through(steps, self.qmin, self.qmax)
+        # finite: a learned bound may be far off the grid
+        return round_through((-lower / scale).clamp(-FARTHEST, FARTHEST), self.qmin, self.qmax)
 
     @staticmethod
     def clamp_scale(scale: Tensor) -> Tensor:

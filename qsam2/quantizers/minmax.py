@@ -57,4 +57,4 @@ class MinMaxQuantizer(Quantizer):
 
 def _kept(bound: Tensor, extreme: Tensor) -> Tensor:
     """The fraction (C,) of an extreme; all of it where that is zero, or where a symmetric bound reaches beyond it."""
-    return (bound / extreme).nan_to_num(1.0).clamp(0.0, 1.0)
+    return torch.where(extreme == 0, 1.0, bound / extreme).clamp(0.0, 1.0)

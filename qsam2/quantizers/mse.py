@@ -1,9 +1,9 @@
 """Range by error: the clip ratio, 1/100 ... 1, of least mean |Q(x) - x|^2.4.
 
 The error, its power and the hundred ratios are those of common post-training practice (BRECQ's and QDrop's code).
-Ours: on a symmetric grid every fourth ratio is tried first, then those around the best. An affine grid's error jumps
-where its zero point is rounded to another code, and a short row's with each value: they try all hundred, which costs
-little there (affine grids are those of activations, of which a histogram was kept).
+Ours: for large symmetric weights every fourth ratio is tried first, then those around the best. An affine grid's error
+jumps where its zero point is rounded to another code, a small tensor's with each value: they try all hundred, which
+costs little there (affine grids are those of activations, of which a histogram was kept).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from qsam2.quantizers.grid import Grid
 ERROR_POWER = 2.4
 CLIP_RATIOS = 100
 COARSE_STRIDE = 4
-SHORT_ROW = 256
+SMALL_TENSOR = 2**17
 
 
 def best_clip_ratio(seen: Distribution, grid: Grid, bounds: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
     """The ratio (C,) whose `bounds(ratio)` have the least error, the largest among equals."""
-    all_ratios = not grid.symmetric or seen.values.shape[1] < SHORT_ROW
+    all_ratios = not grid.symmetric or seen.values.numel() < SMALL_TENSOR
     stride = 1 if all_ratios else COARSE_STRIDE
     best = torch.full_like(seen.minimum, CLIP_RATIOS)
     least = torch.full_like(best, float("inf"))

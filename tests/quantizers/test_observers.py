@@ -116,10 +116,10 @@ def test_coarse_to_fine_finds_what_all_hundred_ratios_give(
 ) -> None:
     torch.manual_seed(bits)
     x = {
-        "normal": torch.randn(40, 300),
-        "student": torch.distributions.StudentT(3.0).sample((40, 300)),
-        "outlier": torch.cat([torch.full((40, 1), 30.0), torch.randn(40, 299)], dim=1),
-        "uniform": torch.rand(40, 300) - 0.5,
+        "normal": torch.randn(450, 300),
+        "student": torch.distributions.StudentT(3.0).sample((450, 300)),
+        "outlier": torch.cat([torch.full((450, 1), 30.0), torch.randn(450, 299)], dim=1),
+        "uniform": torch.rand(450, 300) - 0.5,
     }[kind]
     grid, seen = Grid(bits, symmetric=True, mid_rise=bits == 2), Distribution.of(x, 0)
     tried = []
@@ -130,7 +130,7 @@ def test_coarse_to_fine_finds_what_all_hundred_ratios_give(
 
     fast = best_clip_ratio(seen, grid, bounds)
     assert len(tried) < 30
-    monkeypatch.setattr(mse, "SHORT_ROW", 10**9)
+    monkeypatch.setattr(mse, "SMALL_TENSOR", 10**9)
     tried.clear()
     exhaustive = best_clip_ratio(seen, grid, bounds)
     assert len(tried) == 100
