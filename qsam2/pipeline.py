@@ -26,6 +26,7 @@ from qsam2.layers.audit import audit
 from qsam2.layers.convert import ConvertedLayer, conversion_table, convert, quantizers
 from qsam2.layers.finalize import finalize
 from qsam2.models import SAM2, load_sam2
+from qsam2.models.scratch import initialise
 from qsam2.recipe import Recipe
 from qsam2.report.overlays import contact_sheet
 from qsam2.report.page import write_report
@@ -102,13 +103,16 @@ def open_train(recipe: Recipe) -> list[Source]:
 
 def load_float(recipe: Recipe) -> SAM2:
     """The float model that the recipe starts from."""
-    return load_sam2(
+    model = load_sam2(
         recipe.model.size,
         version=recipe.model.version,
         checkpoint=recipe.model.checkpoint,
         image_size=recipe.model.image_size,
         drop_path_rate=recipe.train.drop_path if recipe.train else 0.0,
     )
+    if recipe.model.checkpoint is None:
+        initialise(model, recipe.seed)
+    return model
 
 
 def convert_layers(model: SAM2, recipe: Recipe, folder: RunFolder) -> list[ConvertedLayer]:

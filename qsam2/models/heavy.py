@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from sam2.modeling.backbones.hieradet import Hiera
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
@@ -22,7 +23,7 @@ COLUMN_SCALE = 4.0
 """A power of two: moving it between a gain and a column changes no bit of their product."""
 
 
-def norms_and_readers(trunk: nn.Module) -> dict[str, list[str]]:
+def norms_and_readers(trunk: Hiera) -> dict[str, list[str]]:
     """Each LayerNorm of a Hiera trunk with the linear layers that read it alone, by name."""
     names = {name for name, layer in trunk.named_modules() if isinstance(layer, nn.Linear)}
     readers: dict[str, list[str]] = {}
@@ -51,7 +52,8 @@ def add_tail(layer: nn.Linear, rows: Tensor, direction: Tensor, mean: Tensor) ->
         rows: (out_features,); direction: (in_features,); mean: () of direction . x over the data.
     """
     layer.weight += torch.outer(rows, direction)
-    layer.bias -= rows * mean
+    assert layer.bias is not None
+    layer.bias.sub_(rows * mean)
 
 
 def make_heavy(model: SAM2, tails: Mapping[str, Tensor]) -> None:
