@@ -276,5 +276,8 @@ class Quantizer(nn.Module):
 
 
 def _in_backward() -> bool:
-    """Whether activation checkpointing is running a forward again, whose statistics have been counted."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether activation checkpointing is running a forward again, whose statistics have been counted.
+
+    It then quantizes by the statistics that later calls of the step have moved on, by 1 - momentum each.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

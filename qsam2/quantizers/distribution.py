@@ -13,6 +13,11 @@ def to_rows(x: Tensor, channel_dim: int | None) -> Tensor:
     return x.reshape(1, -1) if channel_dim is None else x.movedim(channel_dim, 0).reshape(x.shape[channel_dim], -1)
 
 
+def at_most_half_the_range(std: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
+    """A standard deviation is never larger; one that overflowed becomes finite."""
+    return torch.minimum(std, (maximum - minimum) / 2)
+
+
 @dataclass(frozen=True)
 class Distribution:
     """Values and their counts, (C, n) float32 each, with the exact statistics (C,) a channel."""
@@ -36,6 +41,6 @@ class Distribution:
             minimum=minimum,
             maximum=maximum,
             mean=rows.mean(dim=1),
-            std=rows.std(dim=1, correction=0),
+            std=at_most_half_the_range(rows.std(dim=1, correction=0), minimum, maximum),
             mean_abs=rows.abs().mean(dim=1),
         )

@@ -23,7 +23,7 @@ from qsam2.recipe.quantizers import DoReFaSpec, Role
 
 @register(DoReFaSpec)
 class DoReFaQuantizer(Quantizer):
-    """Largest |tanh w| (C,) of the last forward."""
+    """Largest |w| (C,) of the last forward."""
 
     spec: DoReFaSpec
     largest: Tensor
@@ -33,15 +33,15 @@ class DoReFaQuantizer(Quantizer):
         self.register_buffer("largest", torch.ones(self.num_channels))
 
     def _initialize(self, seen: Distribution) -> None:
-        self.largest.copy_(torch.maximum(-seen.minimum, seen.maximum).tanh())
+        self.largest.copy_(torch.maximum(-seen.minimum, seen.maximum))
 
     def _update_statistics(self, x: Tensor) -> None:
         minimum, maximum = extremes(x, self._observed_dim, over_ranks=False)
-        follow(self.largest, torch.maximum(-minimum, maximum).tanh(), momentum=0.0)
+        follow(self.largest, torch.maximum(-minimum, maximum), momentum=0.0)
 
     def _transform(self, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32)).tanh()
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        scale = self.grid.clamp_scale(self.largest / self.grid.largest_level)
+        scale = self.grid.clamp_scale(self.largest.tanh() / self.grid.largest_level)
         return scale, self.grid.zero_point(-scale, scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qsam2.quantizers.distributed import all_reduce_max, all_reduce_sum
-from qsam2.quantizers.distribution import Distribution, to_rows
+from qsam2.quantizers.distribution import Distribution, at_most_half_the_range, to_rows
 
 BINS_PER_SIDE = 4096
 MAX_SAMPLES = 2**20  # values of one tensor that enter the histogram; min, max and sums use all of them
@@ -68,7 +68,7 @@ class Observer:
             minimum=minimum,
             maximum=maximum,
             mean=mean.float(),
-            std=(square - mean.square()).clamp(min=0).sqrt().float(),
+            std=at_most_half_the_range((square - mean.square()).clamp(min=0).sqrt().float(), minimum, maximum),
             mean_abs=absolute.float(),
         )
 

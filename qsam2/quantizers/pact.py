@@ -24,6 +24,8 @@ from qsam2.quantizers.ranges import initial_bounds
 from qsam2.quantizers.registry import register
 from qsam2.recipe.quantizers import PACTSpec, Role
 
+LARGEST_PULL = 1e6  # keeps the penalty's gradient finite for any clip
+
 
 @register(PACTSpec)
 class PACTQuantizer(Quantizer):
@@ -68,4 +70,4 @@ class _Penalized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (clips,) = ctx.saved_tensors
-        return grad + 2.0 * ctx.strength * clips, None
+        return grad + 2.0 * ctx.strength * clips.clamp(max=LARGEST_PULL), None

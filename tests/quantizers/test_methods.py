@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -13,11 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qsam2.layers.linear import QuantLinear
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.quantizers.lsc import LSCQuantizer
 from qsam2.quantizers.minmax import MinMaxQuantizer
 from qsam2.recipe.quantizers import LSCSpec, LSQSpec, MinMaxSpec, QuantizerSpec, Role, methods
 
+LEARNING: list[tuple[type[QuantizerSpec], Role]] = [
+    (methods()[method], role)
+    for method in ("lsq", "lsq_plus", "pact", "seq", "lsc")
+    for role in methods()[method].roles
+]
 ACTIVATION_SPECS = [spec for spec in methods().values() if "activation" in spec.roles]
 
 
@@ -112,27 +119,29 @@ def test_invariants_of_every_method(made: tuple[Quantizer, Tensor]) -> None:
     assert torch.equal(quantizer(out.detach()), out)
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    quantized_tensors(),
-    st.sampled_from(["weight", "float"]),
-    st.floats(-1e30, 1e30),
-    st.sampled_from([1e-3, 1.0, 1e6]),
-)
-def test_no_gradient_can_make_a_scale_zero_or_negative(
-    made: tuple[Quantizer, Tensor], kind: str, gradient: float, lr: float
+@pytest.mark.parametrize("optimizer_type", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("lr", [1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("gradient", [1e-30, 1.0, 1e4, 1e30])
+@pytest.mark.parametrize(("spec_type", "role"), LEARNING)
+def test_no_gradient_makes_a_scale_zero_negative_or_nan(
+    spec_type: type[QuantizerSpec], role: Role, gradient: float, lr: float, optimizer_type: type[torch.optim.Optimizer]
 ) -> None:
-    quantizer, _ = made
-    parameters = quantizer.learned_parameters()
-    if not parameters:
-        return
-    optimizer = torch.optim.SGD(parameters, lr=lr) if kind == "weight" else torch.optim.AdamW(parameters, lr=lr)
-    for _ in range(3):
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    spec = spec_type(bits=4, range="minmax")  # type: ignore[call-arg]
+    quantizer = weight_quantizer(spec, x) if role == "weight" else activation(spec, x)
+    parameters = quantizer.train().learned_parameters()
+    optimizer = optimizer_type(parameters, lr=lr)  # type: ignore[call-arg]
+    for sign in (1, 1, 1, -1, -1, -1, 1):
         for parameter in parameters:
-            parameter.grad = torch.full_like(parameter, gradient)
+            parameter.grad = torch.full_like(parameter, sign * gradient)
         optimizer.step()
         assert (quantizer.scale > 0).all() and quantizer.scale.isfinite().all()
         assert quantizer.zero_point.isfinite().all()
+        optimizer.zero_grad()
+        out = quantizer(x.requires_grad_())  # wherever the step is, training goes on
+        out.sum().backward()
+        assert out.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+        assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in parameters)
 
 
 def test_minmax_weight_range_is_anew_at_each_forward() -> None:
@@ -307,18 +316,49 @@ def test_one_backward_through_several_calls_of_a_step(spec_type: type[QuantizerS
     assert all(one.grad is not None and one.grad.isfinite().all() for one in inputs)
 
 
-def test_activation_checkpointing_counts_statistics_once() -> None:
-    x = torch.randn(4, 8)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("role", ["weight", "activation"])
+@pytest.mark.parametrize("spec_type", [MinMaxSpec, LSCSpec])
+def test_activation_checkpointing_counts_statistics_once(
+    spec_type: type[QuantizerSpec], role: Role, use_reentrant: bool
+) -> None:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for recompute in (False, True):
+        spec = spec_type(bits=4, momentum=0.5)  # type: ignore[call-arg]
+        quantizer = weight_quantizer(spec, x) if role == "weight" else activation(spec, x)
+        quantizer.train()
+        calls = [(factor * x).requires_grad_() for factor in (3.0, 0.2)]  # as for two frames
+        run = partial(checkpoint, quantizer, use_reentrant=use_reentrant) if recompute else quantizer
+        sum(run(y).square().sum() for y in calls).backward()
+        ends.append(quantizer.state_dict())
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_layer_counts_statistics_once(use_reentrant: bool) -> None:
+    """As SAM2's checkpointed mask decoder: the layer is called for several clicks, and again in the backward pass."""
     ends = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        quantizer = activation(LSCSpec(bits=4, momentum=0.5), x).train()
-        assert isinstance(quantizer, LSCQuantizer)
-        y = (3 * x).requires_grad_()
-        out = checkpoint(quantizer, y, use_reentrant=False) if recompute else quantizer(y)
-        out.sum().backward()
-        ends.append(quantizer.mean.clone())
-    assert torch.equal(*ends)
+        spec = LSCSpec(bits=4, momentum=0.5)
+        linear, x = torch.nn.Linear(8, 4), torch.randn(5, 8)
+        layer = QuantLinear.from_float(linear, weight_quantizer(spec, linear.weight), activation(spec, x)).train()
+        clicks = [(factor * x).requires_grad_() for factor in (1.0, 2.0, 3.0)]
+        run = partial(checkpoint, layer, use_reentrant=use_reentrant) if recompute else layer
+        sum(run(y).square().sum() for y in clicks).backward()
+        ends.append({name: value for name, value in layer.state_dict().items() if name.endswith(("mean", "std"))})
+    assert len(ends[0]) == 4
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+
+
+def test_a_quantizer_can_be_compiled_in_one_graph() -> None:
+    x = torch.randn(4, 8)
+    for quantizer in (weight_quantizer(LSCSpec(bits=4), x).train(), activation(LSQSpec(bits=4), x).train()):
+        assert torch.equal(torch.compile(quantizer, backend="eager", fullgraph=True)(x), quantizer(x))
 
 
 def test_per_channel_activation() -> None:

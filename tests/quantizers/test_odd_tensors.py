@@ -1,0 +1,146 @@
+"""Every method on tensors out of the ordinary, and from conversion to the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.errors import UserError
+from qsam2.layers.audit import audit
+from qsam2.layers.convert import convert
+from qsam2.layers.finalize import finalize
+from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
+from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.quantizers import QuantizerSpec, Role, methods
+
+SPECS_AND_ROLES = [(spec(bits=4), role) for spec in methods().values() for role in spec.roles]
+IDS = [f"{spec.method}-{role}" for spec, role in SPECS_AND_ROLES]
+every_method = pytest.mark.parametrize(("spec", "role"), SPECS_AND_ROLES, ids=IDS)
+
+ODD: dict[str, Callable[[], Tensor]] = {
+    "transposed": lambda: torch.randn(6, 4).t(),
+    "strided": lambda: torch.randn(4, 12)[:, ::2],
+    "expanded": lambda: torch.randn(4, 1, 3).expand(4, 5, 3),
+    "channels last": lambda: torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
+    "one element": lambda: torch.tensor([[-0.7]]),
+    "constant": lambda: torch.full((4, 5), 1.7),
+    "zero": lambda: torch.zeros(4, 5),
+    "huge": lambda: 1e25 * torch.randn(4, 5),
+    "tiny": lambda: 1e-30 * torch.randn(4, 5),
+}
+
+
+def calibrated(spec: QuantizerSpec, role: Role, x: Tensor) -> Quantizer:
+    quantizer = build_quantizer(spec, role, num_channels=len(x), name="q")
+    if role == "weight":
+        quantizer.initialize_from(x)
+    else:
+        quantizer.state = QuantizerState.OBSERVE
+        quantizer(x)
+        quantizer.finish_observing()
+    return quantizer
+
+
+@every_method
+@pytest.mark.parametrize("kind", ODD)
+def test_layout_changes_nothing_and_all_stays_finite(spec: QuantizerSpec, role: Role, kind: str) -> None:
+    torch.manual_seed(0)
+    odd = ODD[kind]()
+    results = []
+    for x in (odd, odd.clone(memory_format=torch.contiguous_format)):
+        quantizer = calibrated(spec, role, x).train()
+        x = x.detach().requires_grad_()
+        out = quantizer(x)
+        assert out.shape == x.shape and out.dtype == x.dtype
+        out.backward(torch.ones(()).expand(x.shape))
+        learned = [parameter.grad for parameter in quantizer.parameters()]
+        assert all(result is not None and result.isfinite().all() for result in (out, x.grad, *learned))
+        results.append([out, x.grad, *learned])
+    for ours, contiguous in zip(*results, strict=True):
+        torch.testing.assert_close(ours, contiguous)  # sums may be in another order
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_quantized_in_float32(spec: QuantizerSpec, role: Role, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    quantizer = calibrated(spec, role, x).eval()
+    assert quantizer.scale.dtype == torch.float32
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            given = x.detach().requires_grad_()
+            out = quantizer(given)
+            assert out.dtype == dtype and torch.equal(out, quantizer(x.float()).to(dtype))
+        out.sum().backward()
+        assert given.grad is not None and given.grad.dtype == dtype
+        assert all(
+            parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in quantizer.parameters()
+        )
+
+
+@every_method
+def test_float32_under_autocast_stays_float32(spec: QuantizerSpec, role: Role) -> None:
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    quantizer = calibrated(spec, role, x).eval()
+    expected = quantizer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer(x), expected)
+
+
+@every_method
+def test_empty(spec: QuantizerSpec, role: Role) -> None:
+    quantizer = calibrated(spec, role, torch.randn(4, 5)).train()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    if role == "weight":
+        with pytest.raises(UserError, match="weight is empty"):
+            quantizer.initialize_from(torch.zeros(4, 0))
+    for shape in ((0, 5), (4, 0)) if role == "activation" else ((4, 0),):
+        x = torch.zeros(shape, requires_grad=True)
+        out = quantizer(x)
+        out.sum().backward()
+        assert out.shape == x.shape and quantizer.to_int(x).shape == x.shape
+        assert all(
+            parameter.grad is not None and parameter.grad.isfinite().all() for parameter in quantizer.parameters()
+        )
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.up = nn.Linear(6, 8), nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 2, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 4, 6) to (B, 2, 4, 12)."""
+        return self.up(self.conv(self.first(x).view(-1, 2, 4, 4)))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("method", methods())
+def test_from_conversion_to_the_audit(method: str, bits: int) -> None:
+    """After training, a finalized weight is its own dequantized integers, and the one that was trained with."""
+    torch.manual_seed(0)
+    spec_type, model, x = methods()[method], Layers(), torch.randn(4, 4, 6)
+    recipe = QuantizeRecipe.model_validate({f"{role}s": {"method": method, "bits": bits} for role in spec_type.roles})
+    rows = convert(model, recipe)
+    calibrate_ranges(model, model, [x])
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    trained = model(x)
+    finalize(model)
+    report = audit(model, rows, recipe, lambda: model(x)) if "weight" in spec_type.roles else None
+    assert report is None or report.quantized_weights == sum(
+        layer.weight.numel() for layer in (model.first, model.conv, model.up)
+    )
+    torch.testing.assert_close(model(x), trained)
+    again = {name: value.clone() for name, value in model.state_dict().items()}
+    finalize(model)  # changes nothing
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
