@@ -42,7 +42,7 @@ class MovingObjects(Video):
     """
 
     def __init__(
-        self, seed: int, *, num_frames: int = 24, size: tuple[int, int] = (256, 256), max_objects: int = 3
+        self, seed: int, *, num_frames: int = 40, size: tuple[int, int] = (256, 256), max_objects: int = 3
     ) -> None:
         given = {"num_frames": num_frames, "max_objects": max_objects, "height": size[0], "width": size[1]}
         for key, value in given.items():
@@ -77,7 +77,7 @@ def moving_objects(
     split: Literal["train", "val", "test"],
     count: int,
     *,
-    num_frames: int = 24,
+    num_frames: int = 40,
     size: tuple[int, int] = (256, 256),
     max_objects: int = 3,
 ) -> list[MovingObjects]:

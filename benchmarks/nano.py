@@ -1,0 +1,167 @@
+"""The figures of nano's model card: tracking beside trivial baselines, the use of its memory, still images, speed.
+
+    python benchmarks/nano.py [--model nano] [--json OUT] [PART ...]
+
+PARTs: davis (J&F a sequence; keeping the first mask and moving it by optical flow beside it), moving_objects (50 videos
+of 40 frames of the test split), memory (both with fewer remembered frames), stills (box and click mIoU on coco_stills,
+which nano never saw), speed. All of them by default; davis, memory and stills need QSAM2_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from qsam2.data.sources import open_videos
+from qsam2.data.video import Video
+from qsam2.loading import load_model
+from qsam2.metrics.vos import VOSScore
+from qsam2.models import SAM2
+from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
+from qsam2.tasks.scoring import compare, score_videos
+from qsam2.tasks.stills import score_stills
+from qsam2.tasks.tracking import first_masks, track, true_masks
+
+DAVIS, MOVING, STILLS = "davis:davis16_240p:val", "moving_objects:50:test", "coco:coco_stills"
+BANKS = {"full bank (7 frames, 16 pointers)": (7, 16), "prompted frame and the last": (2, 2), "prompted frame": (1, 1)}
+"""What memory attention sees: (`num_maskmem`, `max_obj_ptrs_in_encoder`) of sam2; the prompted frame is always kept."""
+
+
+def main() -> None:
+    """Measure the parts asked for, print them, write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    model, _ = load_model(arguments.model)
+    results: dict[str, Any] = {"model": arguments.model}
+    for part in arguments.parts or PARTS:
+        results[part] = PARTS[part](model)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1))
+
+
+def davis(model: SAM2) -> dict[str, Any]:
+    """J&F of every sequence, with the baselines."""
+    videos = open_videos(DAVIS)
+    blocks = {"nano": score(model, videos), "first mask": baseline(videos, keep), "DIS flow": baseline(videos, flow)}
+    print(f"\n| sequence | {' | '.join(blocks)} |\n|---|{'---|' * len(blocks)}")
+    for video in videos:
+        print(f"| {video.name} | {' | '.join(cell(block['per_object'][video.name]) for block in blocks.values())} |")
+    print(f"| all | {' | '.join(cell({'all': block}) for block in blocks.values())} |")
+    return blocks
+
+
+def moving_objects(model: SAM2) -> dict[str, Any]:
+    """J&F of the fixed test videos, with the baselines."""
+    videos = open_videos(MOVING)
+    blocks = {"nano": score(model, videos), "first mask": baseline(videos, keep), "DIS flow": baseline(videos, flow)}
+    for name, block in blocks.items():
+        print(f"MovingObjects, {len(videos)} videos of {len(videos[0])} frames, {name}: J&F {block['J&F']:.1f}")
+    return blocks
+
+
+def memory(model: SAM2) -> dict[str, Any]:
+    """J&F on both with the full memory bank and with less of it."""
+    results: dict[str, Any] = {}
+    encoding = model.maskmem_tpos_enc.detach()  # of the last frame, the one before it, ..., the prompted one
+    for data in (DAVIS, MOVING):
+        videos = open_videos(data)
+        blocks: dict[str, Any] = {}
+        for name, (frames, pointers) in BANKS.items():
+            model.num_maskmem, model.max_obj_ptrs_in_encoder = frames, pointers
+            model.maskmem_tpos_enc = torch.nn.Parameter(torch.cat([encoding[: frames - 1], encoding[-1:]]))
+            blocks[name] = score(model, videos)
+            difference = compare(blocks[name], blocks[next(iter(BANKS))])
+            interval = f"{difference['difference']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
+            print(f"{data}, {name}: J&F {blocks[name]['J&F']:.1f}, {interval}")
+        results[data] = blocks
+    model.num_maskmem, model.max_obj_ptrs_in_encoder = BANKS[next(iter(BANKS))]
+    model.maskmem_tpos_enc = torch.nn.Parameter(encoding)
+    return results
+
+
+def stills(model: SAM2) -> dict[str, Any]:
+    """Mean IoU over the instances of stills that were not trained on, from their boxes and from one click."""
+    block = score_stills(model, open_videos(STILLS))
+    print({key: value for key, value in block.items() if not isinstance(value, (dict, list))})
+    return block
+
+
+def speed(model: SAM2) -> dict[str, Any]:
+    """Frames a second of tracking one object, decoding included, and of the image encoder alone."""
+    video = open_videos("moving_objects:1:test")[0]
+    prompts = {0: {1: next(iter(first_masks(video, len(video), later_objects=False)[0].values()))}}
+    image = torch.zeros(1, 3, model.image_size, model.image_size)
+    tracking = rate(lambda: track(model, video, prompts, length=len(video), non_overlapping=True), len(video))
+    with torch.inference_mode():
+        encoding = rate(lambda: model.forward_image(image), 1)
+    result = {"threads": torch.get_num_threads(), "tracking_fps": tracking, "image_encoder_fps": encoding}
+    print(result)
+    return result
+
+
+def rate(function: Callable[[], Any], frames: int, repeats: int = 7) -> float:
+    """Frames a second, from the median of the repeats."""
+    function()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return round(frames / float(np.median(seconds)), 1)
+
+
+def score(model: SAM2, videos: Sequence[Video]) -> dict[str, Any]:
+    """The score block of semi-supervised tracking."""
+    return score_videos(model, videos, EvaluateRecipe(), TrainerRecipe(), folder=Path("."))[0]
+
+
+def baseline(videos: Sequence[Video], move: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> dict:
+    """The score block of a first mask that `move(previous frame, frame, previous mask)` carries on."""
+    metric = VOSScore("davis")
+    for video in videos:
+        greys = [cv2.cvtColor(video.frame(index), cv2.COLOR_RGB2GRAY) for index in range(len(video))]
+        for object_id, mask in first_masks(video, len(video), later_objects=False)[0].items():
+            masks = [mask]
+            for before, after in zip(greys, greys[1:], strict=False):
+                masks.append(move(before, after, masks[-1]))
+            annotated, truth = true_masks(video, object_id, len(video))
+            metric.update(video.name, object_id, np.stack(masks)[annotated], truth)
+    return metric.compute()
+
+
+def keep(before: np.ndarray, after: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask stays where it is."""
+    return mask
+
+
+def flow(before: np.ndarray, after: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask moves with DIS optical flow from the frame back to the one before."""
+    back = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(after, before, None)
+    rows, columns = np.indices(mask.shape, dtype=np.float32)
+    moved = cv2.remap(mask.astype(np.float32), columns + back[..., 0], rows + back[..., 1], cv2.INTER_LINEAR)
+    return moved > 0.5
+
+
+def cell(objects: dict[str, Any]) -> str:
+    """Mean J&F of a sequence's objects."""
+    return f"{np.mean([scores['J&F'] for scores in objects.values()]):.1f}"
+
+
+PARTS = {"davis": davis, "moving_objects": moving_objects, "memory": memory, "stills": stills, "speed": speed}
+
+
+if __name__ == "__main__":
+    main()
