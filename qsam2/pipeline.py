@@ -14,8 +14,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 from tqdm import tqdm
 
+from qsam2.calibration.gram import gather_inputs, gram_bytes
 from qsam2.calibration.ranges import calibrate_ranges
-from qsam2.data.clips import ClipDataset, Source, collate_clips
+from qsam2.calibration.weights import CalibratedLayer, calibrate_weights, choose_layers, input_quantizers
+from qsam2.data.clips import Clip, ClipDataset, Source, collate_clips
 from qsam2.data.datamodule import ClipDataModule
 from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
@@ -61,6 +63,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     config = recipe.model_dump(mode="json")
     loggers = build_loggers(recipe.log, folder=folder.path, name=recipe.name, config=config)
     layers: list[ConvertedLayer] = []
+    calibrated: list[CalibratedLayer] = []
     tracked: dict[str, Predictions] = {}
 
     if recipe.quantize is None:
@@ -68,6 +71,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         tracked["float"] = score(model, "float", videos, recipe, folder)
     else:
         teacher = copy.deepcopy(model)
+        calibrated = calibrate_layers(model, sources, recipe, folder)
         layers = convert_layers(model, recipe, folder)  # before the scores: a wrong rule shows at once
         tracked["float"] = score(teacher, "float", videos, recipe, folder)
         calibrate(model, sources, recipe, folder)
@@ -80,7 +84,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         else:
             tracked["quantized"] = score(model, "quantized", videos, recipe, folder, tracked["float"], layers)
     folder.record("bytes", model_bytes(model))
-    write_results(model, layers, videos, tracked, recipe, folder, loggers)
+    write_results(model, layers, calibrated, videos, tracked, recipe, folder, loggers)
     return folder.metrics
 
 
@@ -115,6 +119,41 @@ def load_float(recipe: Recipe) -> SAM2:
     return model
 
 
+def calibrate_layers(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> list[CalibratedLayer]:
+    """Give linear layers, in place, the weights that quantize best on clips of the train sources."""
+    method = recipe.calibrate.weights
+    if method is None:
+        return []
+    assert recipe.quantize is not None
+    layers = choose_layers(model, recipe.quantize, method.layers)
+    only_images = all(name.startswith("image_encoder.") for name in layers)
+    clips = calibration_clips(model, sources, recipe)
+    what = f"{method.method}, {len(layers)} layers, {gram_bytes(layers.values()) / 1e9:.2f} GB of Gram matrices"
+    with folder.stage("calibrate weights", what), torch.no_grad():
+        device = build_trainer(recipe.trainer, folder=folder.path).strategy.root_device
+        model.to(device).eval()
+
+        def run(clip: Clip) -> None:
+            if not only_images:
+                for points in (False, True):
+                    prompted_forward(model, collate_clips([clip]).to(device), points=points)
+                return
+            for image in clip.images.to(device).split(1):
+                model.forward_image(image)
+
+        silent = not is_first_rank()
+        drawn = (clips[index] for index in tqdm(range(len(clips)), desc="gather inputs", disable=silent))
+        samples = ((f"{clip.index} ({clip.name})", clip) for clip in drawn)
+        inputs = gather_inputs(layers, run, samples, len(clips), input_quantizers(layers, recipe.quantize))
+        rows = calibrate_weights(layers, inputs, recipe.quantize, method)
+        calibrated = list(tqdm(rows, total=len(layers), desc="calibrate weights", disable=silent))
+    changed = sum(row.strength > 0 for row in calibrated)
+    log.info("%s: %d of %d layers have new weights", method.method, changed, len(calibrated))
+    table = {row.name: row.figures() for row in calibrated}
+    folder.record("calibrated_weights", {"method": method.method, "layers": table})
+    return calibrated
+
+
 def convert_layers(model: SAM2, recipe: Recipe, folder: RunFolder) -> list[ConvertedLayer]:
     """Replace the model's layers by quantized ones, by the recipe's rules."""
     assert recipe.quantize is not None
@@ -126,17 +165,7 @@ def convert_layers(model: SAM2, recipe: Recipe, folder: RunFolder) -> list[Conve
 
 def calibrate(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> None:
     """Find the ranges of all quantizers on clips of the train sources, with mask and with point prompts."""
-    amount = recipe.calibrate
-    clips = ClipDataset(
-        sources,
-        num_frames=amount.num_frames,
-        max_objects=recipe.data.max_objects,
-        image_size=model.image_size,
-        augment=False,
-        length=amount.clips,
-        seed=recipe.seed,
-        max_stride=recipe.data.max_stride,
-    )
+    amount, clips = recipe.calibrate, calibration_clips(model, sources, recipe)
     what = f"{amount.clips} clips of {amount.num_frames} frames"
     with folder.stage("calibrate", what), torch.no_grad():
         device = build_trainer(recipe.trainer, folder=folder.path).strategy.root_device
@@ -146,6 +175,20 @@ def calibrate(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFol
         calibrate_ranges(
             model, lambda each: prompted_forward(model, collate_clips([each[0]]).to(device), points=each[1]), passes
         )
+
+
+def calibration_clips(model: SAM2, sources: list[Source], recipe: Recipe) -> ClipDataset:
+    """The clips that the recipe calibrates on."""
+    return ClipDataset(
+        sources,
+        num_frames=recipe.calibrate.num_frames,
+        max_objects=recipe.data.max_objects,
+        image_size=model.image_size,
+        augment=False,
+        length=recipe.calibrate.clips,
+        seed=recipe.seed,
+        max_stride=recipe.data.max_stride,
+    )
 
 
 def train(
@@ -241,6 +284,7 @@ def score_ptq(
 def write_results(
     model: SAM2,
     layers: list[ConvertedLayer],
+    calibrated: list[CalibratedLayer],
     videos: list[Video],
     tracked: dict[str, Predictions],
     recipe: Recipe,
@@ -256,7 +300,7 @@ def write_results(
         write_card(folder, recipe, layers)
     pictures = draw_overlays(videos, tracked, recipe)
     log_results(loggers, folder.metrics, layers, pictures)
-    write_report(folder, recipe, layers, pictures)
+    write_report(folder, recipe, layers, pictures, calibrated)
 
 
 def draw_overlays(videos: list[Video], tracked: dict[str, Predictions], recipe: Recipe) -> list[Image]:

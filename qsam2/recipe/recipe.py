@@ -1,4 +1,4 @@
-"""Everything a user can set, with its default and its check (quantization: see `quantize.py`, `quantizers.py`)."""
+"""Everything a user can set, with its default and its check (also: `calibrate.py`, `quantize.py`, `quantizers.py`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.section import Section
 
@@ -68,13 +69,6 @@ class DataRecipe(Section):
         if self.weights is not None and len(self.weights) != len(self.train):
             raise ValueError(f"{len(self.weights)} weights for {len(self.train)} train sources; give one each")
         return self
-
-
-class CalibrateRecipe(Section):
-    """Clips of the train sources on which activation ranges are found, without augmentation."""
-
-    clips: PositiveInt = 8
-    num_frames: PositiveInt = 8
 
 
 class PromptRecipe(Section):
@@ -197,6 +191,13 @@ class Recipe(Section):
     trainer: TrainerRecipe = TrainerRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     log: LogRecipe = LogRecipe()
+
+    @model_validator(mode="after")
+    def _calibrates_what_it_quantizes(self) -> Recipe:
+        if self.calibrate.weights is not None and (self.quantize is None or self.quantize.weights is None):
+            method = self.calibrate.weights.method
+            raise ValueError(f"calibrate.weights={method} needs quantized weights: give quantize.weights, or null here")
+        return self
 
     @property
     def run_folder(self) -> Path:

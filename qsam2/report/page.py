@@ -12,10 +12,12 @@ from markupsafe import Markup
 from PIL import Image
 
 import qsam2
+from qsam2.calibration.weights import CalibratedLayer
 from qsam2.layers.convert import ConvertedLayer
 from qsam2.recipe import Recipe, save_recipe
 from qsam2.recipe.quantizers import QuantizerSpec
 from qsam2.report.curves import draw_loss, read_curve
+from qsam2.report.histograms import draw_histograms
 from qsam2.run_folder import RunFolder, write_text
 from qsam2.tasks.trainer import CURVES
 
@@ -23,11 +25,15 @@ MODELS = ("float", "ptq", "quantized")
 
 
 def write_report(
-    folder: RunFolder, recipe: Recipe, layers: Sequence[ConvertedLayer], pictures: Sequence[Image.Image]
+    folder: RunFolder,
+    recipe: Recipe,
+    layers: Sequence[ConvertedLayer],
+    pictures: Sequence[Image.Image],
+    calibrated: Sequence[CalibratedLayer] = (),
 ) -> None:
-    """Write `report.html`: scores, sizes, times, layers, tracked frames and the recipe."""
+    """Write `report.html`: scores, sizes, times, layers, calibrated weights, tracked frames and the recipe."""
     curve = draw_loss(read_curve(folder.path / CURVES, "loss"))
-    write_text(folder.report, render(folder.metrics, recipe, layers, pictures, curve))
+    write_text(folder.report, render(folder.metrics, recipe, layers, pictures, curve, calibrated))
 
 
 def render(
@@ -36,6 +42,7 @@ def render(
     layers: Sequence[ConvertedLayer],
     pictures: Sequence[Image.Image],
     curve: str | None = None,
+    calibrated: Sequence[CalibratedLayer] = (),
 ) -> str:
     """The page as HTML; `curve` is the loss over training as SVG."""
     template = Environment(loader=PackageLoader("qsam2.report"), autoescape=True).get_template("run.html.j2")
@@ -52,6 +59,8 @@ def render(
         sizes=metrics.get("bytes", {}),
         seconds=metrics["seconds"],
         layers=layers,
+        calibrated=calibrated,
+        histograms=Markup(draw_histograms(calibrated)) if calibrated else None,
         curve=Markup(curve) if curve else None,
         pictures=[_data_url(picture) for picture in pictures],
     )

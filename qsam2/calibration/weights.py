@@ -1,0 +1,200 @@
+"""Weight calibration: a linear layer gets weights whose quantized output errs least on data not used for the fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsam2.calibration.acnr import acnr
+from qsam2.calibration.frobenius import Spectrum, ridge
+from qsam2.calibration.gram import LayerInputs, Moments
+from qsam2.errors import UserError
+from qsam2.quantizers import Quantizer, build_quantizer
+from qsam2.recipe.calibrate import FrobeniusRecipe, WeightCalibration
+from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.quantizers import QuantizerSpec
+
+BINS = 101
+NEAREST = 3
+log = logging.getLogger("qsam2")
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """What became of one layer. Errors: E |difference of outputs|^2 over the outputs' variance, held-out half.
+
+    `strength` is rho (frobenius) or the number of steps (acnr), 0 where the weights stayed what they were.
+    """
+
+    name: str
+    bits: int
+    strength: float
+    inputs: int
+    rank: int
+    """Of the inputs about their mean, on the half that was fitted."""
+    condition_number: float
+    std: tuple[float, float]
+    """Of the weights before and after, as the next."""
+    max_over_std: tuple[float, float]
+    float_error: float
+    """Of the float layer with the new weights."""
+    quantized_error: tuple[float, float]
+    """Of the quantized layer with the old and the new weights, noise of quantized inputs included."""
+    errors: dict[float, float]
+    """Quantized error for each strength."""
+    histograms: tuple[list[float], list[float]]
+    """Shares of the weights before and after in `BINS` bins between -+ the largest of before."""
+
+    def figures(self) -> dict[str, Any]:
+        """What `metrics.json` holds of it."""
+        hidden = ("name", "histograms", "errors")
+        return {key: value for key, value in vars(self).items() if key not in hidden}
+
+
+def choose_layers(model: nn.Module, quantize: QuantizeRecipe, patterns: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The linear layers of a float model that match a pattern and whose weights the recipe quantizes.
+
+    Raises:
+        UserError: a pattern matches no linear layer, or none that is quantized.
+    """
+    linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
+    quantized = [name for name in linear if quantize.plan(name).weights is not None]
+    for pattern in patterns:
+        where = f"calibrate.weights.layers: {pattern!r} matches"
+        if not any(fnmatchcase(name, pattern) for name in linear):
+            nearest = get_close_matches(pattern.strip("*."), linear, n=NEAREST, cutoff=0.0)
+            raise UserError(f"{where} no linear layer; nearest names: {', '.join(nearest)} (* stands for anything)")
+        if not any(fnmatchcase(name, pattern) for name in quantized):
+            raise UserError(f"{where} only layers whose weights the recipe keeps in float: remove it, or their rule")
+    return {name: linear[name] for name in quantized if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def input_quantizers(names: list[str] | Mapping[str, object], quantize: QuantizeRecipe) -> dict[str, Quantizer]:
+    """A quantizer each for the inputs of the layers of these names, where the recipe quantizes them."""
+    specs = {name: quantize.plan(name).activations for name in names}
+    return {
+        name: build_quantizer(spec, "activation", name=f"{name}.input_quantizer")
+        for name, spec in specs.items()
+        if spec is not None
+    }
+
+
+@torch.no_grad()
+def calibrate_weights(
+    layers: Mapping[str, nn.Linear], inputs: dict[str, LayerInputs], quantize: QuantizeRecipe, method: WeightCalibration
+) -> Iterator[CalibratedLayer]:
+    """Give each layer, in place, its new weights and bias, and say what became of it. Empties `inputs`.
+
+    Raises:
+        UserError: a layer's weights hold NaN or infinity.
+    """
+    for name, layer in layers.items():
+        spec = quantize.plan(name).weights
+        assert spec is not None
+        yield calibrate_layer(name, layer, inputs.pop(name), spec, method)
+
+
+@torch.no_grad()
+def calibrate_layer(
+    name: str, layer: nn.Linear, inputs: LayerInputs, spec: QuantizerSpec, method: WeightCalibration
+) -> CalibratedLayer:
+    """The method's weights (`ridge`, `acnr`) of least quantized output error on the held-out half, in place (ours).
+
+    Candidates are quantized as the recipe quantizes this layer. Where it quantizes the inputs, too, their error counts
+    as noise, uncorrelated between inputs and with them. The bias is refitted so that the mean output on the fitted half
+    stays; a layer without bias is fitted about zero. 0 is a candidate: no layer does worse than without calibration.
+    """
+    device = inputs.fit.mean.device
+    weight = layer.weight.detach().to(device).double()
+    if not weight.isfinite().all():
+        raise UserError(f"weight of {name} contains NaN or infinity: check the checkpoint")
+    spectrum = Spectrum.of(inputs.fit, centred=layer.bias is not None)
+    _report_singular(name, layer, inputs.fit, spectrum)
+    strengths = method.strengths
+    if isinstance(method, FrobeniusRecipe):
+        candidates = ridge(weight, spectrum, strengths)
+    else:
+        candidates = acnr(weight, inputs.noise, strengths)
+
+    held_out, scale = inputs.held_out, output_energy(weight, inputs.held_out, layer.bias is not None)
+    quantizer = build_quantizer(spec, "weight", num_channels=layer.out_features, name=f"{name}.weight_quantizer")
+    errors = []
+    for candidate in candidates:
+        shift = refit_bias(weight, candidate, inputs.fit.mean, layer.bias)
+        quantized = _quantize(quantizer, candidate)
+        noise = float(quantized.square().sum(dim=0) @ inputs.noise)
+        errors.append((output_error(weight - quantized, shift, held_out) + noise) / scale)
+    best = min(range(len(errors)), key=errors.__getitem__)  # the weakest of equals
+    new = candidates[best]
+    shift = refit_bias(weight, new, inputs.fit.mean, layer.bias)
+    row = CalibratedLayer(
+        name=name,
+        bits=spec.bits,
+        strength=strengths[best],
+        inputs=layer.in_features,
+        rank=spectrum.rank,
+        condition_number=spectrum.condition_number,
+        std=(float(weight.std()), float(new.std())),
+        max_over_std=(_max_over_std(weight), _max_over_std(new)),
+        float_error=output_error(weight - new, shift, held_out) / scale,
+        quantized_error=(errors[0], errors[best]),
+        errors=dict(zip(strengths, errors, strict=True)),
+        histograms=(_histogram(weight, weight), _histogram(new, weight)),
+    )
+    layer.weight.copy_(new)
+    if layer.bias is not None:
+        layer.bias.add_(shift.to(layer.bias.device, layer.bias.dtype))
+    return row
+
+
+def refit_bias(weight: Tensor, new: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
+    """What to add to the bias so that the mean output stays: (W - W^) mean, (m,); 0 where there is no bias."""
+    shift = (weight - new) @ mean
+    return shift if bias is not None else torch.zeros_like(shift)
+
+
+def output_error(difference: Tensor, shift: Tensor, moments: Moments) -> float:
+    """E |D x - shift|^2 from the moments of x alone: tr(D C D^T) + |D mean - shift|^2. D is (m, n)."""
+    spread = ((difference @ moments.covariance) * difference).sum()
+    return float(spread + (difference @ moments.mean - shift).square().sum())
+
+
+def output_energy(weight: Tensor, moments: Moments, centred: bool) -> float:
+    """E |W x|^2, about the mean or about zero; 1 where that is 0, so that errors can be relative to it."""
+    mean = weight @ moments.mean if centred else weight.new_zeros(len(weight))
+    return output_error(weight, mean, moments) or 1.0
+
+
+def _quantize(quantizer: Quantizer, weight: Tensor) -> Tensor:
+    single = weight.float()
+    quantizer.to(single.device).initialize_from(single)
+    return quantizer(single).double()
+
+
+def _report_singular(name: str, layer: nn.Linear, fit: Moments, spectrum: Spectrum) -> None:
+    """LayerNorm takes one direction from what it gives: that alone is no news."""
+    if not spectrum.rank:
+        log.warning("%s: its inputs are constant on the calibration data, its weights stay what they are", name)
+    elif spectrum.rank < layer.in_features - 1:
+        log.warning(
+            "%s: its %d calibration inputs vary in %d of %d directions (a singular Gram matrix): more clips may help",
+            *(name, fit.count, spectrum.rank, layer.in_features),
+        )
+
+
+def _max_over_std(weight: Tensor) -> float:
+    std = float(weight.std())
+    return float(weight.abs().max()) / std if std else 0.0
+
+
+def _histogram(weight: Tensor, reference: Tensor) -> list[float]:
+    reach = float(reference.abs().max()) or 1.0
+    counts = torch.histc(weight.clamp(-reach, reach).float(), BINS, -reach, reach)
+    return (counts / weight.numel()).tolist()
