@@ -77,7 +77,8 @@ def table(make: Callable[[float, torch.Generator], Tensor], seed: int) -> str:
     ]
     for name, spec_type in methods().items():
         if "weight" in spec_type.roles:
-            cells = (f"{snr_db(spec_type(bits=bits), weights[ratio]):.1f}" for bits, ratio in columns)
+            specs = (spec_type(method=name, bits=bits) for bits in BITS)
+            cells = (f"{snr_db(spec, weights[ratio]):.1f}" for spec in specs for ratio in TAIL_RATIOS)
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -41,8 +41,8 @@ def best_clip_ratio(seen: Distribution, grid: Grid, bounds: Callable[[Tensor], t
     while stride > 1:
         stride //= 2
         center = best
-        for step in (center + stride, center - stride):
-            compare(step.clamp(1, CLIP_RATIOS))
+        for neighbour in (center + stride, center - stride):
+            compare(neighbour.clamp(1, CLIP_RATIOS))
     return best / CLIP_RATIOS
 
 

@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from cases import activation_quantizer, weight_quantizer
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from qsam2.layers.linear import QuantLinear
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.quantizers.lsc import LSCQuantizer
 from qsam2.quantizers.minmax import MinMaxQuantizer
 from qsam2.recipe.quantizers import LSCSpec, LSQSpec, MinMaxSpec, QuantizerSpec, Role, methods
-
-LEARNING: list[tuple[type[QuantizerSpec], Role]] = [
-    (methods()[method], role)
-    for method in ("lsq", "lsq_plus", "pact", "seq", "lsc")
-    for role in methods()[method].roles
-]
-ACTIVATION_SPECS = [spec for spec in methods().values() if "activation" in spec.roles]
-
-
-def activation(spec: QuantizerSpec, *batches: Tensor, **kwargs: int) -> Quantizer:
-    quantizer = build_quantizer(spec, "activation", name="a", **kwargs)
-    quantizer.state = QuantizerState.OBSERVE
-    for batch in batches:
-        quantizer(batch)
-    quantizer.finish_observing()
-    return quantizer
-
-
-def weight_quantizer(spec: QuantizerSpec, weight: Tensor, channel_dim: int = 0) -> Quantizer:
-    quantizer = build_quantizer(
-        spec, "weight", num_channels=weight.shape[channel_dim], channel_dim=channel_dim, name="w"
-    )
-    quantizer.initialize_from(weight)
-    return quantizer
 
 
 @st.composite
@@ -119,31 +93,6 @@ def test_invariants_of_every_method(made: tuple[Quantizer, Tensor]) -> None:
     assert torch.equal(quantizer(out.detach()), out)
 
 
-@pytest.mark.parametrize("optimizer_type", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("lr", [1e-3, 1.0, 1e6])
-@pytest.mark.parametrize("gradient", [1e-30, 1.0, 1e4, 1e30])
-@pytest.mark.parametrize(("spec_type", "role"), LEARNING)
-def test_no_gradient_makes_a_scale_zero_negative_or_nan(
-    spec_type: type[QuantizerSpec], role: Role, gradient: float, lr: float, optimizer_type: type[torch.optim.Optimizer]
-) -> None:
-    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    spec = spec_type(bits=4, range="minmax")  # type: ignore[call-arg]
-    quantizer = weight_quantizer(spec, x) if role == "weight" else activation(spec, x)
-    parameters = quantizer.train().learned_parameters()
-    optimizer = optimizer_type(parameters, lr=lr)  # type: ignore[call-arg]
-    for sign in (1, 1, 1, -1, -1, -1, 1):
-        for parameter in parameters:
-            parameter.grad = torch.full_like(parameter, sign * gradient)
-        optimizer.step()
-        assert (quantizer.scale > 0).all() and quantizer.scale.isfinite().all()
-        assert quantizer.zero_point.isfinite().all()
-        optimizer.zero_grad()
-        out = quantizer(x.requires_grad_())  # wherever the step is, training goes on
-        out.sum().backward()
-        assert out.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
-        assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in parameters)
-
-
 def test_minmax_weight_range_is_anew_at_each_forward() -> None:
     weight = torch.randn(3, 10)
     quantizer = weight_quantizer(MinMaxSpec(bits=4), weight)
@@ -156,7 +105,7 @@ def test_minmax_weight_range_is_anew_at_each_forward() -> None:
 
 def test_minmax_activation_is_an_exponential_moving_average_in_training_only() -> None:
     first, second = torch.tensor([-1.0, 3.0]), torch.tensor([-2.0, 8.0])
-    quantizer = activation(MinMaxSpec(bits=8, momentum=0.75), first)
+    quantizer = activation_quantizer(MinMaxSpec(bits=8, momentum=0.75), first)
     quantizer.eval()(second)
     assert quantizer.scale.item() == pytest.approx(4.0 / 255)
     quantizer.train()(second)
@@ -173,7 +122,7 @@ def test_minmax_activation_is_an_exponential_moving_average_in_training_only() -
 @pytest.mark.parametrize("method", ["percentile", "mse"])
 def test_minmax_keeps_the_fraction_that_calibration_found(method: str) -> None:
     x = torch.cat([torch.linspace(-1, 1, 4000), torch.tensor([5.0])])
-    quantizer = activation(MinMaxSpec(bits=4, range=method, percentile=99.0, momentum=0.0), x)
+    quantizer = activation_quantizer(MinMaxSpec(bits=4, range=method, percentile=99.0, momentum=0.0), x)
     kept = quantizer.scale * 15
     assert kept < 5
     quantizer.train()(2 * x)
@@ -181,7 +130,7 @@ def test_minmax_keeps_the_fraction_that_calibration_found(method: str) -> None:
 
 
 def test_minmax_of_positive_data_follows_to_the_other_side_of_zero() -> None:
-    quantizer = activation(MinMaxSpec(bits=4, momentum=0.0), torch.tensor([1.0, 3.0])).train()
+    quantizer = activation_quantizer(MinMaxSpec(bits=4, momentum=0.0), torch.tensor([1.0, 3.0])).train()
     assert quantizer(torch.tensor([-3.0, 3.0])).tolist() == pytest.approx([-3.2, 2.8])
 
 
@@ -190,7 +139,7 @@ def test_lsq_starts_from_the_papers_step() -> None:
     quantizer = weight_quantizer(LSQSpec(bits=4, range="mean_abs"), weight)
     torch.testing.assert_close(quantizer.scale, 2 * weight.abs().mean(1) / math.sqrt(7))
     x = torch.rand(500)
-    unsigned = activation(LSQSpec(bits=4, range="mean_abs"), x)
+    unsigned = activation_quantizer(LSQSpec(bits=4, range="mean_abs"), x)
     torch.testing.assert_close(unsigned.scale, (2 * x.mean() / math.sqrt(15))[None])
     assert unsigned.zero_point.item() == 0
 
@@ -231,7 +180,7 @@ def test_training_lsq_lowers_the_error() -> None:
 
 def test_lsc_bounds_and_scale() -> None:
     x = torch.randn(1000) * 2 + 1
-    quantizer = activation(LSCSpec(bits=4), x)
+    quantizer = activation_quantizer(LSCSpec(bits=4), x)
     assert isinstance(quantizer, LSCQuantizer)
     torch.testing.assert_close(quantizer.mean, x.mean()[None])
     torch.testing.assert_close(quantizer.std, x.std(correction=0)[None])
@@ -264,7 +213,7 @@ def test_lsc_alpha_starts_at_the_least_error(symmetric: bool) -> None:
 def test_gradient_of_an_activations_clip_sums_over_the_batch(spec: QuantizerSpec) -> None:
     """N counts the features of one sample: the gradient of a batch is that of its parts, whatever their sizes."""
     x, grad = torch.randn(2, 5, 7, 3)
-    quantizer = activation(spec, x).eval()
+    quantizer = activation_quantizer(spec, x).eval()
     parameter = quantizer.learned_parameters()[0]
 
     def gradient(chosen: slice) -> torch.Tensor:
@@ -280,7 +229,7 @@ def test_gradient_of_an_activations_clip_sums_over_the_batch(spec: QuantizerSpec
 def test_lsc_gradient_of_alpha_comes_through_both_bounds() -> None:
     """d x^/d alpha of a clipped element is +-sigma, up to the rounding of the zero point."""
     x = torch.cat([torch.randn(1000), torch.tensor([50.0, 60.0, -70.0])])[None].requires_grad_()
-    quantizer = activation(LSCSpec(bits=8), x).eval()
+    quantizer = activation_quantizer(LSCSpec(bits=8), x).eval()
     assert isinstance(quantizer, LSCQuantizer)
     with torch.no_grad():
         quantizer.log_alpha.fill_(math.log(2.0))
@@ -295,7 +244,7 @@ def test_lsc_gradient_of_alpha_comes_through_both_bounds() -> None:
 def test_lsc_follows_by_momentum_in_training_only() -> None:
     spec = LSCSpec(bits=4, momentum=0.9)
     x, y = torch.randn(50), torch.randn(50) * 3 + 1
-    quantizer = activation(spec, x)
+    quantizer = activation_quantizer(spec, x)
     weight = weight_quantizer(spec, x[None])
     assert isinstance(quantizer, LSCQuantizer) and isinstance(weight, LSCQuantizer)
     for one, batch in ((quantizer, y), (weight, y[None])):
@@ -306,64 +255,9 @@ def test_lsc_follows_by_momentum_in_training_only() -> None:
         torch.testing.assert_close(one.std, (0.9 * x.std(correction=0) + 0.1 * y.std(correction=0))[None])
 
 
-@pytest.mark.parametrize("spec_type", ACTIVATION_SPECS)
-def test_one_backward_through_several_calls_of_a_step(spec_type: type[QuantizerSpec]) -> None:
-    """SAM2 calls a layer once a frame: statistics move between calls whose graphs are still alive."""
-    x = torch.randn(4, 8)
-    quantizer = activation(spec_type(bits=4), x).train()
-    inputs = [(x * k).requires_grad_() for k in (1, 2, 3)]
-    torch.stack([quantizer(one) for one in inputs]).square().sum().backward()
-    assert all(one.grad is not None and one.grad.isfinite().all() for one in inputs)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("role", ["weight", "activation"])
-@pytest.mark.parametrize("spec_type", [MinMaxSpec, LSCSpec])
-def test_activation_checkpointing_counts_statistics_once(
-    spec_type: type[QuantizerSpec], role: Role, use_reentrant: bool
-) -> None:
-    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    ends = []
-    for recompute in (False, True):
-        spec = spec_type(bits=4, momentum=0.5)  # type: ignore[call-arg]
-        quantizer = weight_quantizer(spec, x) if role == "weight" else activation(spec, x)
-        quantizer.train()
-        calls = [(factor * x).requires_grad_() for factor in (3.0, 0.2)]  # as for two frames
-        run = partial(checkpoint, quantizer, use_reentrant=use_reentrant) if recompute else quantizer
-        sum(run(y).square().sum() for y in calls).backward()
-        ends.append(quantizer.state_dict())
-    assert ends[0].keys() == ends[1].keys()
-    for name, value in ends[0].items():
-        assert torch.equal(value, ends[1][name]), name
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_layer_counts_statistics_once(use_reentrant: bool) -> None:
-    """As SAM2's checkpointed mask decoder: the layer is called for several clicks, and again in the backward pass."""
-    ends = []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        spec = LSCSpec(bits=4, momentum=0.5)
-        linear, x = torch.nn.Linear(8, 4), torch.randn(5, 8)
-        layer = QuantLinear.from_float(linear, weight_quantizer(spec, linear.weight), activation(spec, x)).train()
-        clicks = [(factor * x).requires_grad_() for factor in (1.0, 2.0, 3.0)]
-        run = partial(checkpoint, layer, use_reentrant=use_reentrant) if recompute else layer
-        sum(run(y).square().sum() for y in clicks).backward()
-        ends.append({name: value for name, value in layer.state_dict().items() if name.endswith(("mean", "std"))})
-    assert len(ends[0]) == 4
-    for name, value in ends[0].items():
-        assert torch.equal(value, ends[1][name]), name
-
-
-def test_a_quantizer_can_be_compiled_in_one_graph() -> None:
-    x = torch.randn(4, 8)
-    for quantizer in (weight_quantizer(LSCSpec(bits=4), x).train(), activation(LSQSpec(bits=4), x).train()):
-        assert torch.equal(torch.compile(quantizer, backend="eager", fullgraph=True)(x), quantizer(x))
-
-
 def test_per_channel_activation() -> None:
     x = torch.randn(5, 3, 7) * torch.tensor([[1.0], [10.0], [100.0]])
-    quantizer = activation(LSQSpec(bits=4, granularity="channel"), x, num_channels=3, channel_dim=1)
+    quantizer = activation_quantizer(LSQSpec(bits=4, granularity="channel"), x, num_channels=3, channel_dim=1)
     assert quantizer.scale.shape == (3,)
     assert quantizer.scale[2] > 50 * quantizer.scale[0]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import activation_quantizer, weight_quantizer
 from torch import Tensor, nn
 
 from qsam2.calibration.ranges import calibrate_ranges
@@ -13,7 +14,7 @@ from qsam2.errors import UserError
 from qsam2.layers.audit import audit
 from qsam2.layers.convert import convert
 from qsam2.layers.finalize import finalize
-from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
+from qsam2.quantizers import Quantizer
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizers import QuantizerSpec, Role, methods
 
@@ -35,14 +36,7 @@ ODD: dict[str, Callable[[], Tensor]] = {
 
 
 def calibrated(spec: QuantizerSpec, role: Role, x: Tensor) -> Quantizer:
-    quantizer = build_quantizer(spec, role, num_channels=len(x), name="q")
-    if role == "weight":
-        quantizer.initialize_from(x)
-    else:
-        quantizer.state = QuantizerState.OBSERVE
-        quantizer(x)
-        quantizer.finish_observing()
-    return quantizer
+    return weight_quantizer(spec, x) if role == "weight" else activation_quantizer(spec, x)
 
 
 @every_method
