@@ -109,6 +109,7 @@ def gather_inputs(
     Raises:
         UserError: fewer samples than `count` or than two, an input with NaN or infinity, a layer that none reached.
     """
+    count = max(count, 2)
     found = {name: LayerInputs.of(layer, (quantizers or {}).get(name)) for name, layer in layers.items()}
     current, held_out = "", False
 
@@ -134,8 +135,8 @@ def gather_inputs(
     finally:
         for handle in hooks:
             handle.remove()
-    if seen < (wanted := max(count, 2)):
-        raise UserError(f"calibrating weights needs {wanted} samples, but the data gave {seen}: give more of them")
+    if seen < count:
+        raise UserError(f"calibrating weights needs {count} samples, but the data gave {seen}: give more of them")
     _check_reached(found, "held_out")
     return found
 

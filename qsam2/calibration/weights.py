@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -23,6 +23,8 @@ from qsam2.recipe.quantizers import QuantizerSpec
 
 BINS = 101
 NEAREST = 3
+MAX_NAMED = 5
+"""How many layers a warning names before it counts the rest."""
 log = logging.getLogger("qsam2")
 
 
@@ -54,8 +56,7 @@ class CalibratedLayer:
 
     def figures(self) -> dict[str, Any]:
         """What `metrics.json` holds of it."""
-        hidden = ("name", "histograms", "errors")
-        return {key: value for key, value in vars(self).items() if key not in hidden}
+        return {key: value for key, value in vars(self).items() if key not in ("name", "histograms")}
 
 
 def choose_layers(model: nn.Module, quantize: QuantizeRecipe, patterns: tuple[str, ...]) -> dict[str, nn.Linear]:
@@ -95,10 +96,13 @@ def calibrate_weights(
     Raises:
         UserError: a layer's weights hold NaN or infinity.
     """
+    rows = []
     for name, layer in layers.items():
         spec = quantize.plan(name).weights
         assert spec is not None
-        yield calibrate_layer(name, layer, inputs.pop(name), spec, method)
+        rows.append(calibrate_layer(name, layer, inputs.pop(name), spec, method))
+        yield rows[-1]
+    _report_singular(rows)
 
 
 @torch.no_grad()
@@ -116,7 +120,6 @@ def calibrate_layer(
     if not weight.isfinite().all():
         raise UserError(f"weight of {name} contains NaN or infinity: check the checkpoint")
     spectrum = Spectrum.of(inputs.fit, centred=layer.bias is not None)
-    _report_singular(name, layer, inputs.fit, spectrum)
     strengths = method.strengths
     if isinstance(method, FrobeniusRecipe):
         candidates = ridge(weight, spectrum, strengths)
@@ -178,14 +181,15 @@ def _quantize(quantizer: Quantizer, weight: Tensor) -> Tensor:
     return quantizer(single).double()
 
 
-def _report_singular(name: str, layer: nn.Linear, fit: Moments, spectrum: Spectrum) -> None:
-    """LayerNorm takes one direction from what it gives: that alone is no news."""
-    if not spectrum.rank:
-        log.warning("%s: its inputs are constant on the calibration data, its weights stay what they are", name)
-    elif spectrum.rank < layer.in_features - 1:
+def _report_singular(rows: Sequence[CalibratedLayer]) -> None:
+    # LayerNorm takes one direction from what it gives: that alone is no news
+    singular = [f"{row.name} {row.rank} of {row.inputs}" for row in rows if row.rank < row.inputs - 1]
+    if singular:
+        named = ", ".join(singular[:MAX_NAMED])
+        named += f" and {len(singular) - MAX_NAMED} more" if len(singular) > MAX_NAMED else ""
         log.warning(
-            "%s: its %d calibration inputs vary in %d of %d directions (a singular Gram matrix): more clips may help",
-            *(name, fit.count, spectrum.rank, layer.in_features),
+            "the inputs of %d layers vary in few directions on the calibration data (%s): more clips may help",
+            *(len(singular), named),
         )
 
 

@@ -1,0 +1,129 @@
+"""`calibrate.weights` in whole runs: what changes, what does not, and what is written."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qsam2.pipeline
+from qsam2.errors import UserError
+from qsam2.models import load_sam2
+from qsam2.pipeline import calibrate_layers, open_train, run
+from qsam2.recipe import Recipe, build_recipe
+from qsam2.run_folder import RunFolder
+
+VALUES: dict[str, Any] = {
+    "debug": "fast",
+    "model": {"size": "nano_heavy", "image_size": 64},
+    "data": {"train": "moving_objects:4:train", "val": "moving_objects:1:val"},
+    "quantize": {"weights": {"method": "minmax", "bits": 4}, "activations": {"method": "minmax", "bits": 8}},
+    "trainer": {"accelerator": "cpu", "devices": 1},
+}
+
+
+BLOCK_0 = ("calibrate.weights.method=frobenius", "calibrate.weights.layers=['*.blocks.0.*']")
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    return build_recipe({**VALUES, "output": str(folder)}, overrides)
+
+
+def encoder_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: layer.weight for name, layer in model.named_modules() if type(layer) is nn.Linear}
+
+
+def calibrated(given: Recipe) -> tuple[nn.Module, RunFolder, set[str]]:
+    """The model after the stage, the run's folder, and the names of the layers whose weights it changed."""
+    model = load_sam2("nano_heavy", image_size=64)
+    before, folder = copy.deepcopy(encoder_weights(model)), RunFolder(given)
+    calibrate_layers(model, open_train(given), given, folder)
+    after = encoder_weights(model)
+    return model, folder, {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+
+
+def test_a_run_says_what_became_of_each_layer(tmp_path: Path) -> None:
+    metrics = run(recipe(tmp_path, *BLOCK_0))
+    written = json.loads((tmp_path / "metrics.json").read_text())["calibrated_weights"]
+    assert written["method"] == "frobenius" and len(written["layers"]) == 4
+    layer = written["layers"]["image_encoder.trunk.blocks.0.attn.qkv"]
+    assert layer["quantized_error"][1] < layer["quantized_error"][0] / 2
+    assert list(metrics["seconds"])[:2] == ["calibrate weights", "convert"]
+    assert (tmp_path / "report.html").read_text().count("image_encoder.trunk.blocks.0.attn.qkv<td>4<td>") == 1
+    assert "method: frobenius" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_the_float_reference_is_the_model_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def score(model: nn.Module, name: str, *_: Any) -> None:
+        expected = encoder_weights(load_sam2("nano_heavy", image_size=64))
+        assert name == "float"
+        assert all(torch.equal(weight, expected[key]) for key, weight in encoder_weights(model).items())
+        raise Stop
+
+    monkeypatch.setattr(qsam2.pipeline, "score", score)
+    with pytest.raises(Stop):
+        run(recipe(tmp_path, *BLOCK_0))
+
+
+def test_acnr_and_layers_beyond_the_image_encoder(tmp_path: Path) -> None:
+    given = recipe(tmp_path, "calibrate.weights={method: acnr, layers: [memory_attention.*, '*.blocks.0.attn.qkv']}")
+    _, folder, changed = calibrated(given)
+    rows = folder.metrics["calibrated_weights"]["layers"]
+    assert changed <= rows.keys() and {name.split(".")[0] for name in rows} == {"image_encoder", "memory_attention"}
+    assert all(row["quantized_error"][1] <= row["quantized_error"][0] for row in rows.values())
+
+
+def test_it_is_the_same_each_time(tmp_path: Path) -> None:
+    given = recipe(tmp_path, "calibrate.weights.method=frobenius", "calibrate.weights.layers=['*.blocks.3.*']")
+    (one, _, changed), (two, _, _) = calibrated(given), calibrated(given)
+    assert changed and all(".blocks.3." in name for name in changed)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+def test_without_it_nothing_changes(tmp_path: Path) -> None:
+    _, folder, changed = calibrated(recipe(tmp_path))
+    assert not changed and "calibrated_weights" not in folder.metrics
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["calibrate.weights=frob"], "calibrate.weights.method='frob' is unknown: give frobenius or acnr"),
+        (["calibrate.weights={method: acnr, rhos: [1]}"], "unknown recipe key 'calibrate.weights.rhos': calibrate.wei"),
+        (["calibrate.weights={method: frobenius, rhos: [-1]}"], "calibrate.weights.rhos.0=-1: should be greater than"),
+        (["calibrate.weights={method: frobenius, rhos: 0.1}"], r"calibrate.weights.rhos=0.1: give a list, as \[a, b\]"),
+        (
+            ["calibrate.weights={method: acnr, steps: [0.5]}"],
+            "calibrate.weights.steps.0=0.5: should be a valid int",
+        ),
+        (
+            ["calibrate.weights=acnr", "calibrate.clips=1"],
+            "calibrate: clips=1 is too few: weights are fitted on",
+        ),
+        (
+            ["calibrate.weights=acnr", "quantize.weights=null"],
+            "recipe: calibrate.weights=acnr needs quantized",
+        ),
+        (
+            ["calibrate.weights=acnr", "quantize=null"],
+            "recipe: calibrate.weights=acnr needs quantized weights: give",
+        ),
+    ],
+)
+def test_recipe_messages(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        recipe(tmp_path, *overrides)
+
+
+def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
+    given = recipe(tmp_path, "calibrate.weights=frobenius")
+    assert build_recipe(given.model_dump(mode="json")) == given
+    assert given.calibrate.weights is not None and given.calibrate.weights.strengths[:2] == (0, 1e-6)

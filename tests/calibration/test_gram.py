@@ -1,0 +1,141 @@
+"""Statistics of layer inputs: streamed is one-shot, halves are disjoint, and every message."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qsam2.calibration import gram
+from qsam2.calibration.gram import Moments, gather_inputs, gram_bytes
+from qsam2.errors import UserError
+from qsam2.models.sam2 import model_config
+from qsam2.quantizers import build_quantizer
+from qsam2.recipe.quantizers import MinMaxSpec
+
+
+def rows(count: int, size: int = 5, seed: int = 0, mean: float = 0.0) -> Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed)) + mean
+
+
+class Pair(nn.Module):
+    """Two linear layers; the second is reached only when asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, both: bool = True) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if both else x
+
+    def layers(self) -> dict[str, nn.Linear]:
+        return {"first": self.first, "second": self.second}
+
+
+def named(samples: list[Tensor]) -> list[tuple[str, Tensor]]:
+    return [(f"{index} (clip)", sample) for index, sample in enumerate(samples)]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([0.0, 3.0, 1e4]), st.integers(0, 99))
+def test_streamed_is_one_shot(counts: list[int], mean: float, seed: int) -> None:
+    x, moments = rows(sum(counts), seed=seed, mean=mean), Moments(5)
+    for part in x.split(counts):
+        assert moments.add(part)
+    reference = x.double().numpy()
+    assert moments.count == len(x)
+    np.testing.assert_allclose(moments.mean.numpy(), reference.mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(moments.covariance.numpy(), np.cov(reference.T, bias=True), rtol=1e-8, atol=1e-12)
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, whole, chunked = rows(1000), Moments(5), Moments(5)
+    whole.add(x)
+    monkeypatch.setattr(gram, "CHUNK", 7)
+    chunked.add(x)
+    torch.testing.assert_close(chunked.scatter, whole.scatter, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(chunked.mean, whole.mean, rtol=1e-12, atol=1e-12)
+
+
+def test_small_variance_about_a_large_mean_survives() -> None:
+    """x x^T summed and the mean taken off at the end would leave nothing of it."""
+    x = 1e6 + rows(4096).double() * 1e-3
+    moments = Moments(5)
+    moments.add(x)
+    expected = np.cov(x.numpy().T, bias=True)
+    np.testing.assert_allclose(moments.covariance.numpy(), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_each_half_sees_its_samples_and_nothing_else() -> None:
+    model, samples = Pair(), [rows(6, seed=index) for index in range(5)]
+    found = gather_inputs(model.layers(), model, named(samples), 5)
+    fit, held_out = torch.cat(samples[:2]), torch.cat(samples[2:])
+    for half, x in ((found["first"].fit, fit), (found["first"].held_out, held_out)):
+        assert half.count == len(x)
+        np.testing.assert_allclose(half.covariance.numpy(), np.cov(x.double().numpy().T, bias=True), rtol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(found["second"].fit.mean, model.first(fit).mean(0).double(), rtol=1e-5, atol=1e-6)
+    assert not found["first"].noise.any()
+    assert not any(layer._forward_pre_hooks for layer in model.layers().values())
+
+
+def test_inputs_of_any_shape_count_as_rows() -> None:
+    model, x = Pair(), rows(24)
+    for shape in ((24, 5), (2, 12, 5), (2, 3, 4, 5)):
+        found = gather_inputs(model.layers(), model, named([x.view(shape)] * 2), 2)
+        assert found["first"].fit.count == 24
+
+
+def test_noise_is_what_quantized_inputs_lose() -> None:
+    model, samples = Pair(), [rows(50, seed=index) for index in range(4)]
+    quantizer = build_quantizer(MinMaxSpec(bits=4), "activation", name="first.input_quantizer")
+    found = gather_inputs(model.layers(), model, named(samples), 4, {"first": quantizer})
+    fit, x = torch.cat(samples[:2]).numpy(), torch.cat(samples[2:]).numpy()
+    step = (fit.max() - fit.min()) / 15
+    zero = np.round(-fit.min() / step)
+    quantized = (np.clip(np.round(x / step) + zero, 0, 15) - zero) * step
+    np.testing.assert_allclose(found["first"].noise.numpy(), ((quantized - x) ** 2).mean(0), rtol=1e-3)
+    assert not found["second"].noise.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_names_layer_and_sample(bad: float) -> None:
+    samples = [rows(6) for _ in range(4)]
+    samples[2][3, 1] = bad
+    model = Pair()
+    with pytest.raises(UserError, match=r"^calibration sample 2 \(clip\) gives NaN or infinity at the input of first"):
+        gather_inputs(model.layers(), model, named(samples), 4)
+    assert not model.first._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("given", "asked", "wanted"), [(3, 8, 8), (0, 8, 8), (1, 1, 2)])
+def test_too_few_samples(given: int, asked: int, wanted: int) -> None:
+    model = Pair()
+    with pytest.raises(
+        UserError, match=f"^calibrating weights needs {wanted} samples, but the data gave {given}: give"
+    ):
+        gather_inputs(model.layers(), model, named([rows(6)] * given), asked)
+
+
+@pytest.mark.parametrize("reached", [(False, False), (True, False), (False, True)])
+def test_a_layer_that_was_not_reached_is_named(reached: tuple[bool, bool]) -> None:
+    model = Pair()
+    samples = [(str(index), both) for index, both in enumerate(reached)]
+    half = "held-out" if reached[0] else "fit"
+    with pytest.raises(UserError, match=f"^no calibration sample of the {half} half reached second: give more samples"):
+        gather_inputs(model.layers(), lambda both: model(rows(6), both), samples, 2)
+
+
+def test_the_largest_model_fits() -> None:
+    """Two float64 matrices a layer: 5.6 GB for the 240 million weights of `large`, of 16 GB."""
+    trunk = model_config("large").image_encoder.trunk
+    sizes: list[int] = []
+    for stage, blocks in enumerate(trunk.stages):
+        width = trunk.embed_dim * 2**stage
+        sizes += blocks * [width, width, width, 4 * width]  # qkv, proj, both of the mlp
+    assert max(sizes) == 4608
+    total = gram_bytes(nn.Linear(size, 1, device="meta") for size in sizes)
+    assert 5e9 < total < 6e9
