@@ -12,6 +12,8 @@ from torch import nn
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import TrainRecipe
 
+QUANTIZER_EPS = 1e-15
+"""Adam's epsilon for learned steps and clips: LSQ's 1/sqrt(N Qp) takes some of their gradients below the usual 1e-8."""
 ENCODER, TRUNK = "image_encoder.", "image_encoder.trunk"
 
 
@@ -22,7 +24,8 @@ def parameter_groups(
 
     Rates: `image_encoder_lr` in the image encoder, in its trunk times layer_decay^(depth from the top), position
     embeddings without that decay; `lr` elsewhere. No weight decay on names that contain "bias" and on LayerNorm.
-    Source: sam2.1_hiera_b+_MOSE_finetune.yaml. Learned quantizer parameters (ours): `quantizer_lr`, no weight decay.
+    Source: sam2.1_hiera_b+_MOSE_finetune.yaml. Learned quantizer parameters (ours): `quantizer_lr`, no weight decay,
+    `QUANTIZER_EPS`.
 
     Args:
         quantizer_parameters: names of the learned steps and clips.
@@ -46,6 +49,8 @@ def parameter_groups(
         group = groups.setdefault(
             (lr, decay, role), {"params": [], "names": [], "lr": lr, "weight_decay": decay, "role": role}
         )
+        if role == "quantizers":
+            group["eps"] = QUANTIZER_EPS
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

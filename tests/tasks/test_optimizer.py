@@ -89,3 +89,14 @@ def test_warm_up_rises_to_the_cosine() -> None:
     assert all(later <= earlier for earlier, later in zip(shares[3:], shares[4:], strict=False))
     assert shares[100] == pytest.approx(0.0)
     assert cosine_share(150, max_steps=100, end=0.1) == pytest.approx(0.1)  # beyond the end it stays
+
+
+def test_a_learned_clip_with_a_tiny_gradient_moves_as_fast_as_the_others():
+    model = torch.nn.Module()
+    model.clips = torch.nn.Parameter(torch.zeros(2))
+    recipe = TrainRecipe(quantizer_lr=1e-3)
+    optimizer = adamw(parameter_groups(model, recipe, ["clips"]))
+    for _ in range(10):
+        model.clips.grad = torch.tensor([1e-2, 1e-10])
+        optimizer.step()
+    torch.testing.assert_close(model.clips.detach(), torch.full((2,), -1e-2), rtol=1e-3, atol=0)
