@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -23,6 +23,7 @@ from qsam2.recipe.quantizers import QuantizerSpec
 
 BINS = 101
 NEAREST = 3
+"""How many layer names the message on a pattern without a match gives."""
 MAX_NAMED = 5
 """How many layers a warning names before it counts the rest."""
 log = logging.getLogger("qsam2")
@@ -77,7 +78,7 @@ def choose_layers(model: nn.Module, quantize: QuantizeRecipe, patterns: tuple[st
     return {name: linear[name] for name in quantized if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def input_quantizers(names: list[str] | Mapping[str, object], quantize: QuantizeRecipe) -> dict[str, Quantizer]:
+def input_quantizers(names: Iterable[str], quantize: QuantizeRecipe) -> dict[str, Quantizer]:
     """A quantizer each for the inputs of the layers of these names, where the recipe quantizes them."""
     specs = {name: quantize.plan(name).activations for name in names}
     return {
@@ -87,7 +88,6 @@ def input_quantizers(names: list[str] | Mapping[str, object], quantize: Quantize
     }
 
 
-@torch.no_grad()
 def calibrate_weights(
     layers: Mapping[str, nn.Linear], inputs: dict[str, LayerInputs], quantize: QuantizeRecipe, method: WeightCalibration
 ) -> Iterator[CalibratedLayer]:

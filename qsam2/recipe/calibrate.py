@@ -53,7 +53,7 @@ WeightCalibration = Union[FrobeniusRecipe, ACNRRecipe]  # noqa: UP007
 
 
 class CalibrateRecipe(Section):
-    """Clips of the train sources on which activation ranges are found, without augmentation."""
+    """Clips of the train sources, without augmentation, on which ranges and, if asked for, new weights are found."""
 
     clips: PositiveInt = 8
     num_frames: PositiveInt = 8
