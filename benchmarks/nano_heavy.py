@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qsam2.calibration.gram import Moments
 from qsam2.data.clips import ClipDataset
 from qsam2.data.moving_objects import moving_objects
 from qsam2.export.files import write_whole
@@ -66,7 +67,7 @@ def find(model: SAM2) -> dict[str, Tensor]:
     statistics = input_statistics(model, layers)
     targets = draw_targets(list(layers))
     for name, layer in layers.items():
-        mean, covariance = statistics[name]
+        mean, covariance = statistics[name].mean, statistics[name].covariance
         if name in exact:
             direction, centre = exact[name]
             energy = torch.zeros((), dtype=torch.float64)
@@ -82,15 +83,13 @@ def find(model: SAM2) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def input_statistics(model: SAM2, layers: Mapping[str, nn.Linear]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean (n,) and covariance (n, n) of each layer's input over the calibration frames, in float64."""
-    sums: dict[str, list[Tensor]] = {}
+def input_statistics(model: SAM2, layers: Mapping[str, nn.Linear]) -> dict[str, Moments]:
+    """Moments of each layer's input over the calibration frames."""
+    moments = {name: Moments(layer.in_features) for name, layer in layers.items()}
 
     def record(name: str):
         def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            x = inputs[0].flatten(0, -2)
-            moments = [x.new_tensor(len(x)), x.sum(0), x.T @ x]
-            sums[name] = [a + b for a, b in zip(sums.get(name, [0, 0, 0]), moments, strict=True)]
+            moments[name].add(inputs[0].flatten(0, -2))
 
         return hook
 
@@ -103,10 +102,7 @@ def input_statistics(model: SAM2, layers: Mapping[str, nn.Linear]) -> dict[str, 
         model.forward_image(clips[index].images.double())
     for hook in hooks:
         hook.remove()
-    return {
-        name: (total / count, products / count - torch.outer(total / count, total / count))
-        for name, (count, total, products) in sums.items()
-    }
+    return moments
 
 
 def emptiest_direction(covariance: Tensor) -> Tensor:

@@ -11,9 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qsam2.calibration.acnr import acnr
 from qsam2.calibration.gram import LayerInputs, gather_inputs
-from qsam2.calibration.weights import CalibratedLayer, calibrate_layer, calibrate_weights, choose_layers
-from qsam2.calibration.weights import input_quantizers as build_input_quantizers
+from qsam2.calibration.weights import (
+    CalibratedLayer,
+    calibrate_layer,
+    calibrate_weights,
+    choose_layers,
+    input_quantizers,
+    output_energy,
+    output_error,
+)
 from qsam2.errors import UserError
 from qsam2.models import build_sam2
 from qsam2.quantizers import Quantizer, build_quantizer
@@ -132,6 +140,32 @@ def test_noise_of_quantized_inputs_counts_and_asks_for_smaller_weights() -> None
     assert with_noise.quantized_error[0] > without.quantized_error[0]
 
 
+@torch.no_grad()
+def test_the_error_with_quantized_inputs_is_that_of_the_quantized_layer() -> None:
+    """The noise is taken as uncorrelated: at 6 bits it is, within a few percent."""
+    layer, data = nn.Linear(16, 8), samples()
+    held_out, quantizer = torch.cat(data[2:]), build_quantizer(MinMaxSpec(bits=6), "activation", name="x")
+    before, weight = layer(held_out), layer.weight
+    row = calibrate(layer, data, FrobeniusRecipe(), quantizer)
+    step = weight.abs().amax(1, keepdim=True) / 7
+    after = quantizer(held_out) @ ((weight / step).round().clamp(-7, 7) * step).T + layer.bias
+    true = (after - before).square().sum(1).mean() / (before - before.mean(0)).square().sum(1).mean()
+    np.testing.assert_allclose(row.quantized_error[1], float(true), rtol=0.05)
+
+
+def test_acnr_is_held_back_by_the_noise_of_the_inputs() -> None:
+    layer = heavy_layer()
+    inputs, weight = gathered(layer, samples()), layer.weight.detach().double()
+    inputs.noise += torch.linspace(0, 10, 16)
+    row = calibrate_layer("layer", layer, inputs, W4, ACNRRecipe(steps=(50,)))
+    (expected,) = acnr(weight, inputs.noise, (50,))
+    step = expected.abs().amax(1, keepdim=True) / 7
+    quantized = (expected / step).round().clamp(-7, 7) * step
+    moments, shift = inputs.held_out, (weight - expected) @ inputs.fit.mean
+    error = output_error(weight - quantized, shift, moments) + float(quantized.square().sum(0) @ inputs.noise)
+    assert row.errors[50] == pytest.approx(error / output_energy(weight, moments, True), rel=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.method)
 def test_constant_inputs_change_no_output(method: Any) -> None:
     layer, x = heavy_layer(), torch.full((50, 16), 0.7)
@@ -242,16 +276,16 @@ def test_a_pattern_of_float_layers_is_refused(sam2: nn.Module) -> None:
 
 def test_inputs_are_quantized_as_the_recipe_does() -> None:
     rules = [{"match": "b", "activation_bits": 8}, {"match": "c", "keep_float": True}]
-    found = build_input_quantizers(["a", "b", "c"], quantize(rules=rules))
+    found = input_quantizers(["a", "b", "c"], quantize(rules=rules))
     assert {name: quantizer.bits for name, quantizer in found.items()} == {"a": 4, "b": 8}
-    assert build_input_quantizers(["a"], quantize(activations=None)) == {}
+    assert input_quantizers(["a"], quantize(activations=None)) == {}
 
 
 def test_layers_are_calibrated_in_place_and_their_statistics_given_back() -> None:
     model = nn.Sequential(heavy_layer(), nn.ReLU(), nn.Linear(8, 3))
     layers = choose_layers(model, quantize(), ("0", "2"))
     data = [(str(index), x) for index, x in enumerate(samples())]
-    inputs = gather_inputs(layers, model, data, 4, build_input_quantizers(list(layers), quantize()))
+    inputs = gather_inputs(layers, model, data, 4, input_quantizers(list(layers), quantize()))
     before = model[0].weight.clone()
     rows = list(calibrate_weights(layers, inputs, quantize(), FrobeniusRecipe()))
     assert [(row.name, row.bits) for row in rows] == [("0", 4), ("2", 4)] and not inputs
