@@ -20,7 +20,8 @@ nothing is saved.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ from torch.autograd.function import once_differentiable
 
 RESIDUAL_STEPS = 252  # level - t in [-1/2, 1/2] becomes -126..126
 CLIPPED = 127  # -127 below, 127 above
+BLOCK = 2**16
+"""Elements that the eager kernels work on at a time on a CPU: half a dozen float copies fit a core's cache."""
+
+Keep = Literal["residual", "mask", "nothing"]
+"""What the forward pass saves of an element in a byte."""
 
 
 def to_levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
@@ -62,6 +68,142 @@ def _split_(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> tuple[Tenso
     return levels, torch.sub(levels, clipped, out=clipped), side
 
 
+def quantize_pass(
+    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, keep: Keep
+) -> tuple[Tensor, Tensor | None]:
+    """Forward kernel: x (outer, C, inner), the rest (1, C, 1) -> out in x's shape and dtype, the saved byte (int8)."""
+    t = x / scale
+    byte = None
+    if keep == "residual":
+        levels, residual, side = _split_(t, low, high, mid_rise)
+        byte = residual.mul_(RESIDUAL_STEPS).add_(side, alpha=2 * RESIDUAL_STEPS)
+        byte = byte.round_().clamp_(-CLIPPED, CLIPPED).to(torch.int8)
+    else:
+        if keep == "mask":
+            clipped = _clip_to_edges(t, low, high, mid_rise)
+            byte = torch.eq(clipped, t, out=clipped).to(torch.int8)
+        levels = _levels_(t, low, high, mid_rise)
+    return levels.mul_(scale).to(x.dtype), byte
+
+
+def gradient_pass(
+    saved: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    high: Tensor,
+    mid_rise: bool,
+    exact: bool,
+    needs_x: bool,
+    learned: bool,
+    needs_residual: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Backward kernel: `saved` is x if `exact`, else `quantize_pass`'s byte; (outer, C, inner) like grad.
+
+    Returns grad masked to what is inside; if `learned` the sums a channel, (1, C, 1), of grad * side, grad * |side| and
+    grad * (level - t) inside; None for what is not needed.
+    """
+    if exact:
+        _, residual, side = _split_(saved / scale, low, high, mid_rise)
+    else:
+        residual = saved.to(scale.dtype)
+        side = (residual / (2 * CLIPPED - 1)).round_()  # +-1 for +-127 only; trunc would be slow
+        residual.div_(RESIDUAL_STEPS)
+    outside = side.abs()
+    inside = 1.0 - outside
+    grad_x = (grad * inside).to(grad.dtype) if needs_x else None
+    if not learned:
+        return grad_x, None, None, None
+    sum_residual = _sum(residual.mul_(inside).mul_(grad)) if needs_residual else None
+    return grad_x, _sum(side.mul_(grad)), _sum(outside.mul_(grad)), sum_residual
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum((0, 2), keepdim=True)
+
+
+def quantize_in_blocks(
+    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, keep: Keep
+) -> tuple[Tensor, Tensor | None]:
+    """`quantize_pass`, a block at a time."""
+    blocks = _blocks(x)
+    if len(blocks) == 1:
+        return quantize_pass(x, scale, low, high, mid_rise, keep)
+    out = torch.empty_like(x)
+    byte = None if keep == "nothing" else torch.empty_like(x, dtype=torch.int8)
+    for rows, columns in blocks:
+        part = quantize_pass(x[:, rows, columns], scale[:, rows], low[:, rows], high[:, rows], mid_rise, keep)
+        out[:, rows, columns] = part[0]
+        if byte is not None:
+            byte[:, rows, columns] = part[1]
+    return out, byte
+
+
+def gradients_in_blocks(
+    saved: Tensor, grad: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, *flags: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`gradient_pass`, a block at a time."""
+    blocks = _blocks(grad)
+    if len(blocks) == 1:
+        return gradient_pass(saved, grad, scale, low, high, mid_rise, *flags)
+    _, needs_x, learned, needs_residual = flags
+    grad_x = torch.empty_like(grad) if needs_x else None
+    sums = [torch.zeros_like(scale) if learned and needed else None for needed in (True, True, needs_residual)]
+    for rows, columns in blocks:
+        at = (slice(None), rows, columns)
+        part = gradient_pass(saved[at], grad[at], scale[:, rows], low[:, rows], high[:, rows], mid_rise, *flags)
+        if grad_x is not None:
+            grad_x[at] = part[0]
+        for total, of_part in zip(sums, part[1:], strict=True):
+            if total is not None:
+                total[:, rows] += of_part
+    return grad_x, sums[0], sums[1], sums[2]
+
+
+def _blocks(x: Tensor) -> list[tuple[slice, slice]]:
+    """Parts of an (outer, C, inner) tensor that stay in a CPU's cache from the first step of a kernel to the last."""
+    outer, channels, inner = x.shape
+    if x.device.type != "cpu" or outer > 1 or x.numel() <= 16 * BLOCK:  # a smaller one stays there anyhow
+        return [(slice(None), slice(None))]
+    rows, columns = max(BLOCK // inner, 1), BLOCK
+    return [
+        (slice(row, row + rows), slice(column, column + columns))
+        for row in range(0, channels, rows)
+        for column in range(0, inner, columns)
+    ]
+
+
+class Kernels(NamedTuple):
+    """The two passes as they are run."""
+
+    quantize: Callable[..., tuple[Tensor, Tensor | None]]
+    gradients: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
+    min_elements: int
+    """Smaller tensors are left to the eager kernels."""
+
+
+EAGER = Kernels(quantize_in_blocks, gradients_in_blocks, min_elements=0)
+_chosen = EAGER
+
+
+def use_kernels(kernels: Kernels) -> None:
+    """What training forwards and backwards of this process run from now on. Inference is eager always."""
+    global _chosen
+    _chosen = kernels
+
+
+def _kernels(x: Tensor) -> Kernels:
+    return _chosen if x.numel() >= _chosen.min_elements else EAGER
+
+
+def _flat_view(x: Tensor, scale: Tensor) -> tuple[int, int, int]:
+    """(outer, C, inner) of x, C the dimension along which the broadcastable `scale` varies, or 1."""
+    if scale.numel() == 1:
+        return 1, 1, x.numel()
+    dim = next(dim for dim, size in enumerate(scale.shape) if size > 1)
+    return math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -77,70 +219,65 @@ class _FakeQuantize(torch.autograd.Function):
         residual_gradient: bool,
         num_samples: int,
     ) -> Tensor:
-        low, high = qmin - zero_point, qmax - zero_point
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.mid_rise, ctx.identity, ctx.exact, ctx.learned = mid_rise, identity, exact, learned
         ctx.residual_gradient = residual_gradient
         ctx.largest_level = qmax + 0.5 if mid_rise else float(qmax)
         ctx.num_samples = num_samples
-        t = x / scale
-        saved = None
-        if exact:
-            saved = x
-            levels = _levels_(t, low, high, mid_rise)
-        elif learned:
-            levels, residual, side = _split_(t, low, high, mid_rise)
-            byte = residual.mul_(RESIDUAL_STEPS).add_(side, alpha=2 * RESIDUAL_STEPS)
-            saved = byte.round_().clamp_(-CLIPPED, CLIPPED).to(torch.int8)
-        else:
-            if not identity:
-                clipped = _clip_to_edges(t, low, high, mid_rise)
-                saved = torch.eq(clipped, t, out=clipped).to(torch.int8)
-            levels = _levels_(t, low, high, mid_rise)
-        ctx.save_for_backward(saved, scale, low, high)
-        return levels.mul_(scale).to(x.dtype)
+        ctx.view, ctx.scale_shape = _flat_view(x, scale), scale.shape
+        scale, zero_point = scale.view(1, -1, 1), zero_point.view(1, -1, 1)
+        low, high = qmin - zero_point, qmax - zero_point
+        keep: Keep = "nothing"
+        if not exact and learned:
+            keep = "residual"
+        elif not exact and not identity:
+            keep = "mask"
+        out, byte = _kernels(x).quantize(x.reshape(ctx.view), scale, low, high, mid_rise, keep)
+        ctx.save_for_backward(x if exact else byte, scale, low, high)
+        return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, scale, low, high = ctx.saved_tensors
+        if not ctx.learned and ctx.identity:
+            return (grad, *[None] * 9)
         if not ctx.learned and not ctx.exact:
-            return (grad if ctx.identity else grad * saved, *[None] * 9)
-        if ctx.exact:
-            _, residual, side = _split_(saved / scale, low, high, ctx.mid_rise)
-        else:
-            residual = saved.to(scale.dtype)
-            side = (residual / (2 * CLIPPED - 1)).round_()  # +-1 for +-127 only; trunc would be slow
-            residual.div_(RESIDUAL_STEPS)
-        outside = side.abs()
-        inside = 1.0 - outside
-        grad_x = grad_scale = grad_zero_point = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad if ctx.identity else (grad * inside).to(grad.dtype)
+            return (grad * saved.view(grad.shape), *[None] * 9)
+        needs_x, needs_scale, needs_zero_point = ctx.needs_input_grad[:3]
+        grad_x, sum_side, sum_outside, sum_residual = _kernels(grad).gradients(
+            saved.reshape(ctx.view),
+            grad.reshape(ctx.view),
+            scale,
+            low,
+            high,
+            ctx.mid_rise,
+            ctx.exact,
+            needs_x and not ctx.identity,
+            ctx.learned,
+            needs_scale and ctx.residual_gradient,
+        )
+        if needs_x:
+            grad_x = grad if ctx.identity else grad_x.view(grad.shape)
+        grad_scale = grad_zero_point = None
         if ctx.learned:
             # LSQ's 1/sqrt(N Qp), N a sample's elements that share the step: balances its update with the weights'.
             elements = max(grad.numel() // (scale.numel() * ctx.num_samples), 1)
             factor = gradient_scale(elements, ctx.largest_level)
+        if needs_scale:
             # low where side is -1, high where it is 1
-            sum_outside = _sum_to(outside.mul_(grad), scale)
-            sum_side = _sum_to(side.mul_(grad), scale)
-            if ctx.needs_input_grad[1]:
-                grad_scale = 0.5 * ((high - low) * sum_side + (high + low) * sum_outside)
-                if ctx.residual_gradient:
-                    grad_scale = grad_scale + _sum_to(residual.mul_(inside).mul_(grad), scale)
-                grad_scale = grad_scale.mul_(factor).to(scale.dtype)
-            if ctx.needs_input_grad[2]:
-                grad_zero_point = sum_outside.mul_(scale).mul_(-factor)
+            grad_scale = 0.5 * ((high - low) * sum_side + (high + low) * sum_outside)
+            if sum_residual is not None:
+                grad_scale = grad_scale + sum_residual
+            grad_scale = grad_scale.mul_(factor).to(scale.dtype).view(ctx.scale_shape)
+        if needs_zero_point:
+            grad_zero_point = (sum_outside * scale * -factor).to(scale.dtype).view(ctx.scale_shape)
         return (grad_x, grad_scale, grad_zero_point, *[None] * 7)
 
 
 def gradient_scale(elements: int, largest_level: float) -> float:
     """LSQ's scale of the gradients of step and zero point, 1/sqrt(N Qp)."""
     return 1.0 / math.sqrt(elements * largest_level)
-
-
-def _sum_to(x: Tensor, scale: Tensor) -> Tensor:
-    return x.sum_to_size(scale.shape).to(scale.dtype)
 
 
 def broadcast_shape(channels: int, ndim: int, channel_dim: int) -> list[int]:
