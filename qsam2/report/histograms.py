@@ -26,7 +26,7 @@ def draw_histograms(layers: Sequence[CalibratedLayer]) -> str:
         edges = np.linspace(-1, 1, len(before) + 1) * layer.max_over_std[0]
         place.stairs(before, edges, color="#8c8c8c", fill=True, alpha=0.6, label="before")
         place.stairs(after, edges, color="#0072b2", linewidth=1.5, label="after")
-        place.set_title(".".join(layer.name.split(".")[-5:]), fontsize=8)
+        place.set_title(layer.name.removeprefix("image_encoder.trunk."), fontsize=8)
         place.set_yscale("log")
         place.tick_params(labelsize=7)
         place.spines[["top", "right"]].set_visible(False)

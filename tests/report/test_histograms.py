@@ -40,7 +40,7 @@ def test_the_heaviest_tails_are_drawn_with_a_description(rows: list[CalibratedLa
     svg = draw_histograms(rows)
     root = ET.fromstring(svg)
     assert root.get("role") == "img" and "6 layers before and after" in str(root.get("aria-label"))
-    drawn = [name for name in NAMES if f"<!-- {'.'.join(name.split('.')[-5:])} -->" in svg]
+    drawn = [name for name in NAMES if f"<!-- {name.removeprefix('image_encoder.trunk.')} -->" in svg]
     heaviest = sorted(rows, key=lambda row: -row.max_over_std[0])[:6]
     assert set(drawn) == {row.name for row in heaviest}
     assert ET.fromstring(draw_histograms(rows[:1])).get("role") == "img"
@@ -52,8 +52,10 @@ def test_the_page_has_a_row_a_layer_with_its_figures(rows: list[CalibratedLayer]
     assert "Least Frobenius norm (strength is ρ); strength chosen on held-out clips" in page.text
     table = {cells[0]: cells for cells in page.rows}
     for row in rows:
-        figures = [f"{value:.4f}" for value in row.std] + [f"{value:.1f}" for value in row.max_over_std]
-        errors = [f"{100 * value:.2f}" for value in (row.float_error, *row.quantized_error)]
-        shown = [row.name, "4", f"{row.strength:g}", f"{row.rank}/6", f"{row.condition_number:.0e}", *figures, *errors]
+        before, after = row.quantized_error
+        errors = [f"{100 * before:.2f} → {100 * after:.2f}", f"{100 * row.float_error:.2f}"]
+        weights = [f"{old:.3g} → {new:.3g}" for old, new in (row.max_over_std, row.std)]
+        inputs = [f"{row.condition_number:.0e}", f"{row.rank}/6"]
+        shown = [row.name, "4", f"{row.strength:g}", *errors, *weights, *inputs]
         assert table[row.name] == shown
     assert "Calibrated weights" not in Page(render(METRICS, RECIPE, [], [])).text
