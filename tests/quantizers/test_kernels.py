@@ -1,0 +1,168 @@
+"""Compiled and blocked kernels of the operation against the eager ones, and the choice between them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qsam2.quantizers import fake_quant, kernels
+from qsam2.quantizers.fake_quant import EAGER, Kernels, fake_quantize, use_kernels
+from qsam2.quantizers.kernels import choose_kernels, compiled_kernels
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def eager_again() -> Iterator[None]:
+    yield
+    use_kernels(EAGER)
+    choose_kernels.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Kernels:
+    kernels = compiled_kernels()._replace(min_elements=2)
+    try:
+        run(kernels, torch.ones(8), torch.ones(1))
+    except (RuntimeError, ImportError, OSError) as error:
+        pytest.skip(f"torch.compile finds no working compiler: {str(error).splitlines()[0]}")
+    return kernels
+
+
+def run(kernels: Kernels, x: Tensor, scale: Tensor, *, learned: bool = True, **options: bool) -> list[Tensor]:
+    """Output, and gradients of x, scale and zero point where there are any; the upstream gradient is x, mirrored."""
+    use_kernels(kernels)
+    x = x.clone().requires_grad_()
+    scale = scale.clone().requires_grad_(learned)
+    mid_rise = options.get("mid_rise", False)
+    zero_point = torch.full_like(scale, -0.5 if mid_rise else 1.0).requires_grad_(learned)
+    out = fake_quantize(x, scale, zero_point, -2 if mid_rise else -8, 1 if mid_rise else 7, **options)
+    out.backward(x.detach().flip(0))
+    return [out.detach(), *(tensor.grad for tensor in (x, scale, zero_point) if tensor.grad is not None)]
+
+
+def agree(actual: list[Tensor], expected: list[Tensor], x: Tensor, scale: Tensor) -> None:
+    """Away from ties and edges bit for bit, at them to one quantum; sums to the order of their terms."""
+    assert len(actual) == len(expected)
+    steps = x.float() / scale.view(-1, *[1] * (x.ndim - 1))
+    unsure = ((2 * steps).frac().abs() - 0.5).abs() > 0.5 - 1e-5  # ties and edges are multiples of half a step
+    for ours, theirs in zip(actual[:2], expected[:2], strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert torch.equal(ours[~unsure], theirs[~unsure])
+    quantum = scale.view(-1, *[1] * (x.ndim - 1)) * 1.01
+    assert ((actual[0].float() - expected[0].float()).abs() <= quantum).all()
+    if not unsure.any():
+        for ours, theirs in zip(actual[2:], expected[2:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+COMBINATIONS: list[tuple[torch.dtype, bool, dict[str, bool]]] = [  # each is compiled on its own, which takes seconds
+    (torch.float32, True, {}),
+    (torch.bfloat16, False, {"exact_gradient": False}),
+    (torch.float32, False, {"exact_gradient": False, "mid_rise": True, "identity_gradient": True}),
+    (torch.float16, True, {"exact_gradient": False, "mid_rise": True, "residual_gradient": False}),
+    (torch.float16, False, {"exact_gradient": False, "learned": False}),
+    (torch.float32, True, {"learned": False}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "per_channel", "options"), COMBINATIONS)
+def test_compiled_agrees_with_eager(
+    compiled: Kernels, dtype: torch.dtype, per_channel: bool, options: dict[str, bool]
+) -> None:
+    @settings(max_examples=20, deadline=None)
+    @given(st.integers(2, 6), st.integers(7, 300), st.integers(0, 2**32))
+    def check(channels: int, inner: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        scale = 0.01 + torch.rand(channels if per_channel else 1, generator=generator)
+        x = (6 * scale.max() * torch.randn(channels, inner, generator=generator)).to(dtype)
+        found = [run(kernels, x, scale, **options) for kernels in (compiled, EAGER)]
+        agree(*found, x, scale)
+
+    check()
+
+
+def test_compiled_rounds_half_to_even(compiled: Kernels) -> None:
+    x = torch.arange(-16, 17) / 2.0
+    assert torch.equal(run(compiled, x, torch.ones(1))[0], x.round().clamp(-9, 6))
+
+
+def test_compiled_keeps_nan_and_shape_of_expanded_and_permuted_tensors(compiled: Kernels) -> None:
+    x = torch.randn(5, 1, 3).expand(5, 4, 3).transpose(0, 2).clone(memory_format=torch.preserve_format)
+    x[0, 0, 0] = math.nan
+    ours, theirs = (run(kernels, x, torch.tensor([0.1])) for kernels in (compiled, EAGER))
+    assert ours[0][0, 0, 0].isnan()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("options", [{}, {"exact_gradient": False}, {"learned": False, "exact_gradient": False}])
+def test_blocks_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], per_channel: bool
+) -> None:
+    x, scale = torch.randn(7, 50), torch.rand(7 if per_channel else 1) + 0.1
+    whole = run(EAGER, x, scale, **options)
+    for block in (8, 20):  # 16 blocks are the least; a row in several, several rows in one
+        monkeypatch.setattr(fake_quant, "BLOCK", block)
+        assert len(fake_quant._blocks(x.view(fake_quant._flat_view(x, scale.view(-1, 1))))) > 1
+        parts = run(EAGER, x, scale, **options)
+        assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
+        for part, expected in zip(parts[2:], whole[2:], strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
+
+
+def fake_times(monkeypatch: pytest.MonkeyPatch, eager: float, compiled: float) -> None:
+    monkeypatch.setattr(kernels, "_forward_backward_ms", lambda chosen, x: eager if chosen is EAGER else compiled)
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiled_ms", "taken"), [("auto", 1.0, True), ("auto", 9.0, False), ("on", 9.0, True)]
+)
+def test_the_faster_is_chosen_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str, compiled_ms: float, taken: bool
+) -> None:
+    fake_times(monkeypatch, 5.0, compiled_ms)
+    with caplog.at_level(logging.INFO, "qsam2"):
+        assert choose_kernels(mode, 1000, CPU) is taken
+    assert fake_quant._chosen is (compiled_kernels() if taken else EAGER)
+    name = "compiled" if taken else "eager"
+    assert caplog.messages[-1].startswith(f"fake quantization: {name} (compiled {compiled_ms:.1f} ms, eager 5.0 ms")
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("off", 10**6), ("auto", kernels.MIN_STEPS - 1)])
+def test_short_runs_and_off_measure_nothing(monkeypatch: pytest.MonkeyPatch, mode: str, steps: int) -> None:
+    monkeypatch.setattr(kernels, "_forward_backward_ms", lambda *_: pytest.fail("measured"))
+    assert not choose_kernels(mode, steps, CPU)
+    assert fake_quant._chosen is EAGER
+
+
+def test_without_a_compiler_it_is_eager_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(chosen: Kernels, x: Tensor) -> float:
+        use_kernels(chosen)
+        raise RuntimeError("no working C++ compiler found\nmore")
+
+    monkeypatch.setattr(kernels, "_forward_backward_ms", fail)
+    assert not choose_kernels("on", 1000, CPU)
+    assert fake_quant._chosen is EAGER
+    assert caplog.messages == ["fake quantization: eager, torch.compile failed: no working C++ compiler found"]
+
+
+def test_small_tensors_and_inference_stay_eager() -> None:
+    def fail(*_: object) -> tuple[Tensor, None]:
+        pytest.fail("not the eager kernel")
+
+    use_kernels(Kernels(fail, fail, min_elements=100))
+    x, scale, zero_point = torch.randn(99, requires_grad=True), torch.ones(1), torch.zeros(1)
+    fake_quantize(x, scale, zero_point, -8, 7).sum().backward()
+    with torch.no_grad():
+        fake_quantize(torch.randn(1000), scale, zero_point, -8, 7)
