@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsam2.benchmarks import measure, operation
+from qsam2.benchmarks import measure, operation, train_step
 from qsam2.benchmarks import quantizers as benchmark
 from qsam2.benchmarks.measure import WARM_UPS, held_bytes, machine, medians, peak_allocated_bytes
 from qsam2.benchmarks.operation import measure_operation, stage_3_linear
@@ -39,20 +39,22 @@ def test_the_command_measures_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure, "WARM_UPS", 0)
+    one_click = train_step.RECIPE.prompts.model_copy(update={"correction_clicks": 1})
+    monkeypatch.setattr(train_step, "RECIPE", train_step.RECIPE.model_copy(update={"prompts": one_click}))
     out = tmp_path / "new" / "figures.json"
     assert main(["benchmark", "quantizers", *SMALL, "--peers", "aten", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
-    timed, train_step = result["operation"], result["train_step"]
+    timed, steps = result["operation"], result["train_step"]
     assert timed.keys() == {"qsam2", "qsam2_lsc", "aten"}
-    assert train_step.keys() == {"qsam2", "qsam2_linear", "aten"}
+    assert steps.keys() == {"qsam2", "qsam2_linear", "aten"}
     for row in timed.values():
         for key in ("forward_ms", "backward_ms"):
             assert row[key] == pytest.approx(row["weight"][key] + row["activation"][key])
             assert min(row["weight"][key], row["activation"][key]) > 0
     ours = result["float_step"]
-    for row in train_step.values():
+    for row in steps.values():
         assert row["time_ratio"] == pytest.approx(row["time_s"] / ours["time_s"]) and row["time_s"] > 0
         assert row["memory_ratio"] == pytest.approx(row["peak_bytes"] / ours["peak_bytes"])
         assert row["memory_ratio"] > 1  # all of them save something that the float step does not
@@ -64,7 +66,7 @@ def test_the_command_measures_and_writes(
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row[0] for row in table[1:]] == ["| qsam2", "| qsam2_lsc", "| aten", "| qsam2_linear"]
     assert table[1][1] == f"{timed['qsam2']['forward_ms']:.2f}"
-    assert table[1][4] == f"{train_step['qsam2']['memory_ratio']:.2f} |"
+    assert table[1][4] == f"{steps['qsam2']['memory_ratio']:.2f} |"
 
 
 @pytest.mark.parametrize(
