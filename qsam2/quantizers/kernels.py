@@ -2,7 +2,7 @@
 
 The kernels of `fake_quant` are compiled as they stand, so both versions compute the same: each pass becomes one loop
 that reads the tensor once. They differ by one quantum at rounding ties at most, and in the order of the sums. Sizes
-are dynamic: a recipe compiles each kernel once a granularity, grid and dtype, not once a layer.
+are dynamic: a kernel is compiled once a granularity, grid, dtype and number of dimensions, not once a layer.
 """
 
 from __future__ import annotations
