@@ -140,7 +140,7 @@ def test_command_line(refused: Refused, arguments: list[str], message: str) -> N
         ("debug=foo", "debug='foo': should be 'fast', 'overfit' or 'profile'"),
         (
             "model.size=tiy",
-            "model.size='tiy' is unknown: choose one of nano, tiny, small, base_plus, large; did you mean",
+            "model.size='tiy' is unknown: choose one of nano, nano_heavy, tiny, small, base_plus, large; did you mean",
         ),
         ("model.image_size=65", "model.image_size=65 is impossible: give a multiple of 32 from 64 up"),
         (
@@ -233,7 +233,10 @@ def test_damaged_training_data(refused: Refused, davis: Path, recipe: Path) -> N
 def test_no_model(refused: Refused, tmp_path: Path) -> None:
     target = tmp_path / "absent.pt"
     message = refused("evaluate", target)
-    assert message == f"{target} is no run folder, no model file and no size (nano, tiny, small, base_plus, large)"
+    assert (
+        message
+        == f"{target} is no run folder, no model file and no size (nano, nano_heavy, tiny, small, base_plus, large)"
+    )
 
 
 def test_unfinished_run(refused: Refused, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def _visible_objects(video: WarpedStill) -> dict[int, np.ndarray]:
         raise UserError(f"WarpedStill: {video.still.name} has {len(masks)} objects; give at most 255")
     resized = {key: nearest(masks[key], *_spread(masks[key].shape, video.size)) for key in sorted(masks)}
     areas = _areas(_paint(resized, video.size), len(resized))
-    smallest = max(1, min(SMALLEST_AREA * video.size[0] * video.size[1], areas.max()))
+    smallest = max(1, min(SMALLEST_AREA * video.size[0] * video.size[1], areas.max(initial=0)))
     visible = {key: mask for (key, mask), area in zip(resized.items(), areas, strict=True) if area >= smallest}
     if not visible:
         raise UserError(

@@ -34,8 +34,10 @@ def first_losses(model):
 
 
 def test_masks_can_be_learned_from_the_first_step(fresh):
+    torch.manual_seed(0)
+    before = float(first_losses(build_sam2("nano"))["loss_mask"])
     losses = first_losses(fresh)
-    assert losses["loss_mask"] < 1  # sam2's own start writes -1024 into the masks: 20 and more
+    assert losses["loss_mask"] < 0.2 * before  # sam2's own start writes -1024 into the masks
     losses["core_loss"].backward()
     heads = [mlp.layers[-1].weight.grad for mlp in fresh.sam_mask_decoder.output_hypernetworks_mlps]
     assert any(grad is not None and grad.abs().max() > 0 for grad in heads)

@@ -105,9 +105,7 @@ def test_compiled_keeps_nan_and_shape_of_expanded_and_permuted_tensors(compiled:
 
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("options", [{}, {"exact_gradient": False}, {"learned": False, "exact_gradient": False}])
-def test_blocks_change_nothing(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], per_channel: bool
-) -> None:
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], per_channel: bool) -> None:
     x, scale = torch.randn(7, 50), torch.rand(7 if per_channel else 1) + 0.1
     whole = run(EAGER, x, scale, **options)
     for block in (8, 20):  # 16 blocks are the least; a row in several, several rows in one

@@ -246,7 +246,10 @@ def test_absent_file(tmp_path: Path) -> None:
         ("quantize.weights.bits=0", "quantize.weights.bits=0: bits=0 is not supported: give 2 to 8, or null in place"),
         ("quantize.weights.bits=33", "quantize.weights.bits=33: bits=33 is not supported: give 2 to 8"),
         ("quantize.weights.bits=four", "quantize.weights.bits='four': should be a valid integer"),
-        ("quantize.weights.method=foo", "quantize.weights.method='foo' is unknown: give minmax, percentile, mse, entropy, lsq, lsq_plus, pact, dorefa, sawb, statsq, seq or lsc"),
+        (
+            "quantize.weights.method=foo",
+            "quantize.weights.method='foo' is unknown: give minmax, percentile, mse, entropy, lsq, lsq_plus, pact, dorefa, sawb, statsq, seq or lsc",
+        ),
         ("quantize.weights={bits: 4, method: null}", "quantize.weights.method=None is unknown: give minmax"),
         (
             "quantize.weights=4",
@@ -289,7 +292,10 @@ def test_a_quantizer_is_said_in_full() -> None:
         "quantize: neither weights nor activations are given"
     )
     message = error_of("quantize.weights.bits=4", values={"name": "x"})
-    assert message == "quantize.weights.method is missing: give minmax, percentile, mse, entropy, lsq, lsq_plus, pact, dorefa, sawb, statsq, seq or lsc"
+    assert (
+        message
+        == "quantize.weights.method is missing: give minmax, percentile, mse, entropy, lsq, lsq_plus, pact, dorefa, sawb, statsq, seq or lsc"
+    )
 
 
 @pytest.mark.parametrize(
