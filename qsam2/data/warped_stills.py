@@ -42,8 +42,8 @@ class WarpedStill(Video):
     still shows whole may be cut out and move on their own over the picture filled in behind them; those that its edge
     cuts, or that cover more than a quarter of it, stay a part of it. In frame 0 every object has at least half as many
     pixels as in the still. The masks are disjoint (where the still's overlap, the smaller object is in front) and every
-    object has one in every frame, all False while it is out of view. Objects that vanish at ``size`` are left out, and those below
-    ``SMALLEST_AREA`` where the still has a larger one.
+    object has one in every frame, all False while it is out of view. Objects that vanish at ``size`` are left out, and
+    those below ``SMALLEST_AREA`` where the still has a larger one.
 
     Args:
         still: an annotated video of one frame; it is resized to ``size`` (height, width), not keeping its proportions.
