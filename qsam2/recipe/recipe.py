@@ -102,14 +102,18 @@ class LossRecipe(Section):
 
 
 class DistillRecipe(Section):
-    """Weights of the losses towards the float model; all zero: no teacher is run."""
+    """Weights of the losses towards other models; zero: that model is not run."""
 
     mask_logits: NonNegative = 0.0
+    """Of the float model."""
     image_embeddings: NonNegative = 0.0
+    """Of the float model."""
+    imagenet: NonNegative = 0.0
+    """Features of EfficientNet-Lite0, for training from scratch; needs the extra `pretrain`."""
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any weight is above zero."""
+        """Whether the float model is."""
         return self.mask_logits > 0 or self.image_embeddings > 0
 
 

@@ -22,6 +22,7 @@ from qsam2.metrics.iou import Fidelity
 from qsam2.metrics.vos import VOSScore
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import EvaluateRecipe, TrainRecipe
+from qsam2.tasks.imagenet import ImageNetDistillation
 from qsam2.tasks.losses import embedding_distillation, mask_distillation, segmentation_loss
 from qsam2.tasks.optimizer import adamw, cosine_share, parameter_groups
 from qsam2.tasks.prompts import set_dropout, set_prompts
@@ -84,6 +85,8 @@ class VideoSegmentation(L.LightningModule):
         self.seconds_per_frame: list[float] = []
         if recipe is not None:
             self.loss = segmentation_loss(recipe.losses)
+            if recipe.distill.imagenet:
+                self.imagenet = ImageNetDistillation(model)
             set_prompts(model, recipe.prompts)
             set_dropout(model, recipe.dropout)
             for trained in self._teacher:
@@ -111,6 +114,9 @@ class VideoSegmentation(L.LightningModule):
         losses = self.loss(frames, batch.masks)
         total = losses.pop("core_loss")
         distill = self.recipe.distill
+        if distill.imagenet:
+            losses["distill_imagenet"] = self.imagenet(batch.flat_img_batch, embeddings)
+            total = total + distill.imagenet * losses["distill_imagenet"]
         for teacher in self._teacher:
             with torch.no_grad():
                 theirs = teacher.forward_image(batch.flat_img_batch)
@@ -138,7 +144,11 @@ class VideoSegmentation(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         assert self.recipe is not None
         recipe = self.recipe
-        optimizer = adamw(parameter_groups(self.model, recipe, self.quantizer_parameters))
+        groups = parameter_groups(self.model, recipe, self.quantizer_parameters)
+        if recipe.distill.imagenet:
+            heads = list(self.imagenet.parameters())
+            groups.append({"params": heads, "lr": recipe.lr, "weight_decay": 0.0, "role": "imagenet heads"})
+        optimizer = adamw(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: cosine_share(
