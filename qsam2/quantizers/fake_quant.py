@@ -134,7 +134,7 @@ def quantize_in_blocks(
     for rows, columns in blocks:
         part = quantize_pass(x[:, rows, columns], scale[:, rows], low[:, rows], high[:, rows], mid_rise, keep)
         out[:, rows, columns] = part[0]
-        if byte is not None:
+        if byte is not None and part[1] is not None:
             byte[:, rows, columns] = part[1]
     return out, byte
 
@@ -152,10 +152,10 @@ def gradients_in_blocks(
     for rows, columns in blocks:
         at = (slice(None), rows, columns)
         part = gradient_pass(saved[at], grad[at], scale[:, rows], low[:, rows], high[:, rows], mid_rise, *flags)
-        if grad_x is not None:
+        if grad_x is not None and part[0] is not None:
             grad_x[at] = part[0]
         for total, of_part in zip(sums, part[1:], strict=True):
-            if total is not None:
+            if total is not None and of_part is not None:
                 total[:, rows] += of_part
     return grad_x, sums[0], sums[1], sums[2]
 
@@ -257,8 +257,10 @@ class _FakeQuantize(torch.autograd.Function):
             ctx.learned,
             needs_scale and ctx.residual_gradient,
         )
-        if needs_x:
-            grad_x = grad if ctx.identity else grad_x.view(grad.shape)
+        if grad_x is not None:
+            grad_x = grad_x.view(grad.shape)
+        elif needs_x:  # identity
+            grad_x = grad
         grad_scale = grad_zero_point = None
         if ctx.learned:
             # LSQ's 1/sqrt(N Qp), N a sample's elements that share the step: balances its update with the weights'.

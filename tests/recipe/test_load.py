@@ -239,6 +239,8 @@ def test_absent_file(tmp_path: Path) -> None:
 
 # Messages
 
+METHODS = "minmax, percentile, mse, entropy, lsq, lsq_plus, pact, dorefa, sawb, statsq, seq or lsc"
+
 
 @pytest.mark.parametrize(
     ("override", "message"),
@@ -248,7 +250,7 @@ def test_absent_file(tmp_path: Path) -> None:
         ("quantize.weights.bits=four", "quantize.weights.bits='four': should be a valid integer"),
         (
             "quantize.weights.method=foo",
-            "quantize.weights.method='foo' is unknown: give minmax, percentile, mse, entropy, lsq, lsq_plus, pact, dorefa, sawb, statsq, seq or lsc",
+            f"quantize.weights.method='foo' is unknown: give {METHODS}",
         ),
         ("quantize.weights={bits: 4, method: null}", "quantize.weights.method=None is unknown: give minmax"),
         (
@@ -292,10 +294,7 @@ def test_a_quantizer_is_said_in_full() -> None:
         "quantize: neither weights nor activations are given"
     )
     message = error_of("quantize.weights.bits=4", values={"name": "x"})
-    assert (
-        message
-        == "quantize.weights.method is missing: give minmax, percentile, mse, entropy, lsq, lsq_plus, pact, dorefa, sawb, statsq, seq or lsc"
-    )
+    assert message == f"quantize.weights.method is missing: give {METHODS}"
 
 
 @pytest.mark.parametrize(
