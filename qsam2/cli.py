@@ -30,7 +30,8 @@ EVALUATE_EPILOG = """examples:
   qsam2 evaluate tiny --data coco:/data/coco model.checkpoint=sam2.1_hiera_tiny.pt
   qsam2 evaluate --pred masks/ --gt /data/DAVIS/Annotations/480p --protocol davis
 
-MODEL is a run folder, a model.safetensors of qsam2, a checkpoint, or a size (nano, tiny, small, base_plus, large).
+MODEL is a run folder, a model.safetensors of qsam2, a checkpoint, or a size (nano, nano_heavy, tiny, small, base_plus,
+large).
 Videos give J&F of semi-supervised tracking, stills the mask IoU of point and box prompts; all scores in percent."""
 
 QUANTIZERS_EPILOG = """examples:

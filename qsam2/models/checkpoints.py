@@ -138,7 +138,8 @@ def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size:
     """Load strictly: every key of the model, no other, all shapes equal. Half-precision weights become float32.
 
     Raises:
-        UserError: names the first keys and shapes that differ, and the size that the checkpoint would fit.
+        UserError: names the first keys and shapes that differ, and the size that the checkpoint would fit; or what is
+            NaN or infinite.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in state]
@@ -152,6 +153,9 @@ def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size:
         problems = [("missing", missing), ("unexpected", unexpected), ("other shape", shapes)]
         found = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
         raise UserError(f"checkpoint {source} does not fit model.size={size} ({found}){_fitting_size(state)}")
+    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise UserError(f"checkpoint {source} has NaN or infinite values in {_some(broken)}; it is of no use")
     model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()})
 
 

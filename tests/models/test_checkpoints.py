@@ -58,6 +58,15 @@ def test_missing_key_and_other_shape_are_named(tmp_path, nano):
         load_sam2("nano", checkpoint=tmp_path / "c.pt")
 
 
+def test_nan_and_infinite_weights_are_named(tmp_path, nano):
+    state = {name: tensor.clone() for name, tensor in nano.state_dict().items()}
+    state["no_mem_embed"][0, 0, 3] = float("nan")
+    state["maskmem_tpos_enc"][0] = float("inf")
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="w.pt has NaN or infinite values in maskmem_tpos_enc, no_mem_embed; it is of"):
+        load_sam2("nano", checkpoint=tmp_path / "w.pt")
+
+
 def test_guess_of_a_foreign_state_dict_is_none():
     assert guess_size({"weight": torch.zeros(3)}) is None
     assert guess_size({"image_encoder.trunk.patch_embed.proj.weight": torch.zeros(7, 3, 7, 7)}) is None
