@@ -1,4 +1,4 @@
-"""What the inputs of linear layers are like: count, mean and Gram matrix in one pass, never the inputs themselves."""
+"""What the inputs of layers are like: count, mean and Gram matrix in one pass, never the inputs themselves."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
+from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState
 
 Sample = TypeVar("Sample")
@@ -64,17 +66,16 @@ class LayerInputs:
     quantizer: Quantizer | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, layer: nn.Linear, quantizer: Quantizer | None) -> LayerInputs:
-        """Nothing seen yet."""
+    def of(cls, layer: nn.Module, quantizer: Quantizer | None) -> LayerInputs:
+        """Nothing seen yet of a linear layer or an ungrouped convolution."""
         device = layer.weight.device
         place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        size = layer.in_features
+        size = layer.weight[0].numel()
         noise = torch.zeros(size, dtype=torch.float64, device=place)
         return cls(Moments(size, place), Moments(size, place), noise, quantizer and quantizer.to(device).eval())
 
-    def add(self, x: Tensor, held_out: bool) -> bool:
-        """Add an input (..., n) to a half; False if it holds NaN or infinity."""
-        rows = x.detach().flatten(0, -2)
+    def add(self, rows: Tensor, held_out: bool) -> bool:
+        """Add inputs (N, n) to a half; False if they hold NaN or infinity."""
         half = self.held_out if held_out else self.fit
         before = half.count
         if not half.add(rows):
@@ -87,14 +88,27 @@ class LayerInputs:
         return True
 
 
-def gram_bytes(layers: Iterable[nn.Linear]) -> int:
+def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer multiplies its weight (m, n) with, (N, n), from its input: patches where it is a convolution.
+
+    A quantized layer's are those that its input quantizer gives.
+    """
+    if isinstance(layer, QuantizedLayer):
+        x = layer.quantized_input(x)
+    if isinstance(layer, nn.Conv2d):
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, n, positions)
+        return patches.transpose(1, 2).flatten(0, 1)
+    return x.flatten(0, -2)
+
+
+def gram_bytes(layers: Iterable[nn.Module]) -> int:
     """Bytes of the matrices that `gather_inputs` holds: two of float64 a layer."""
-    return sum(2 * 8 * layer.in_features**2 for layer in layers)
+    return sum(2 * 8 * layer.weight[0].numel() ** 2 for layer in layers)
 
 
 @torch.no_grad()
 def gather_inputs(
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     run: Callable[[Sample], object],
     samples: Iterable[tuple[str, Sample]],
     count: int,
@@ -102,8 +116,8 @@ def gather_inputs(
 ) -> dict[str, LayerInputs]:
     """Statistics of each layer's inputs, in one pass: the first `count // 2` samples fit, the others are held out.
 
-    `run` passes one of the named samples through the float model that the layers belong to. `quantizers` are those of
-    the layers' inputs, if these are to be quantized: they find their ranges on the first half. In a distributed run all
+    `run` passes one of the named samples through the model that the layers belong to. `quantizers` are those of float
+    layers' inputs, if these are to be quantized: they find their ranges on the first half. In a distributed run all
     ranks see all samples.
 
     Raises:
@@ -114,8 +128,8 @@ def gather_inputs(
     current, held_out = "", False
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if not found[name].add(inputs[0], held_out):
+        def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not found[name].add(input_rows(layer, inputs[0].detach()), held_out):
                 raise UserError(f"calibration sample {current} gives NaN or infinity at the input of {name}: check it")
 
         return record
@@ -156,5 +170,5 @@ def _check_reached(found: Mapping[str, LayerInputs], half: str) -> None:
         more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
         raise UserError(
             f"no calibration sample of the {half.replace('_', '-')} half reached {missed[0]}{more}: give more samples, "
-            "or leave the layer out of calibrate.weights.layers"
+            "or leave the layer out (calibrate.weights.layers, or a rule that keeps it in float)"
         )

@@ -1,0 +1,156 @@
+"""GPTQ rounding: columns of a weight are rounded one by one, and those that follow take up the error of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsam2.calibration.gram import LayerInputs, Moments
+from qsam2.calibration.weights import output_energy, output_error, refit_bias
+from qsam2.errors import UserError
+from qsam2.layers.convert import quantized_weights
+from qsam2.layers.weight import QuantizedLayer
+from qsam2.quantizers.fake_quant import broadcast_shape, to_levels
+
+BLOCK = 128
+"""Columns whose errors are passed on to the columns behind them in one product."""
+
+
+@dataclass(frozen=True)
+class RowGrid:
+    """The levels of each row of a weight (m, n): `low` .. `high` steps of `scale`, all (m, 1) float64."""
+
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    mid_rise: bool
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer, device: torch.device) -> RowGrid:
+        """That of a layer's weight quantizer, whatever its method."""
+        quantizer = layer.weight_quantizer
+        assert quantizer is not None
+        shape = broadcast_shape(quantizer.num_channels, 2, 0)
+        scale, zero_point = (
+            value.view(shape).expand(len(layer.weight), 1).to(device).double()
+            for value in (quantizer.scale, quantizer.zero_point)
+        )
+        return cls(scale, quantizer.qmin - zero_point, quantizer.qmax - zero_point, quantizer.grid.mid_rise)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Values on the grid, of all columns or of some."""
+        return to_levels(weight, self.scale, self.low, self.high, self.mid_rise) * self.scale
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """What became of one layer. Errors: E |difference of outputs|^2 over the outputs' variance, held-out half."""
+
+    name: str
+    bits: int
+    inputs: int
+    error: tuple[float, float]
+    """Of the nearest integers, and of those that were chosen."""
+
+    def figures(self) -> dict[str, Any]:
+        """What `metrics.json` holds of it."""
+        return {key: value for key, value in vars(self).items() if key != "name"}
+
+
+def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The layers that GPTQ rounds: linear ones and convolutions without groups. The others keep nearest integers."""
+    return {
+        name: layer
+        for name, layer, _ in quantized_weights(model)
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    }
+
+
+def round_layers(
+    layers: Mapping[str, QuantizedLayer], inputs: dict[str, LayerInputs], damping: float
+) -> Iterator[RoundedLayer]:
+    """Round each layer, in place, and say what became of it. Empties `inputs`; see `round_layer`."""
+    for name, layer in layers.items():
+        yield round_layer(name, layer, inputs.pop(name), damping)
+
+
+@torch.no_grad()
+def round_layer(name: str, layer: QuantizedLayer, inputs: LayerInputs, damping: float) -> RoundedLayer:
+    """Freeze the weight's quantizer and give the layer integers of least output error on it, in place.
+
+    The weight becomes what its integers stand for, so that finalizing, packing and further rounding find the same
+    integers. A bias takes up the mean of what rounding changes (ours): then only the error about the mean is left for
+    GPTQ to lessen, and its Hessian is the covariance of the inputs; without a bias it is their second moment. Integers
+    are fitted on one half of the inputs; where the nearest do better on the other half, they stay (ours).
+
+    Raises:
+        UserError: the Hessian with this damping is singular.
+    """
+    quantizer, bias = layer.weight_quantizer, getattr(layer, "bias", None)
+    assert quantizer is not None
+    quantizer.freeze(layer.weight)  # from here on the weight is what the method puts on the grid
+    weight = layer.weight.detach().flatten(1).to(inputs.fit.mean.device).double()
+    grid = RowGrid.of(layer, weight.device)
+    nearest = grid.nearest(weight)
+    fitted = gptq(weight, hessian(inputs.fit, centred=bias is not None), grid, damping)
+    if fitted is None:
+        raise UserError(
+            f"calibrate.rounding.damping={damping}: the Gram matrix of {name} is singular with it, raise it (0.01 is "
+            "usual) or give more samples"
+        )
+    shift = refit_bias(weight, fitted, inputs.fit.mean, bias)
+    held_out, scale = inputs.held_out, output_energy(weight, inputs.held_out, bias is not None)
+    errors = [
+        output_error(weight - rounded, moved, held_out) / scale
+        for rounded, moved in ((nearest, torch.zeros_like(shift)), (fitted, shift))
+    ]
+    better = errors[1] < errors[0]
+    rounded = fitted if better else nearest
+    codes = quantizer.to_int(rounded.view_as(layer.weight).to(layer.weight))
+    layer.weight.copy_(quantizer.dequantize(codes, layer.weight.dtype))
+    if better and bias is not None:
+        bias.add_(shift.to(bias.device, bias.dtype))
+    return RoundedLayer(name, quantizer.bits, weight.shape[1], (errors[0], min(errors)))
+
+
+def hessian(moments: Moments, *, centred: bool) -> Tensor:
+    """Half the Hessian of the output error, (n, n): the inputs' covariance, or their second moment about zero."""
+    return moments.covariance if centred else moments.covariance + torch.outer(moments.mean, moments.mean)
+
+
+def gptq(weight: Tensor, hessian: Tensor, grid: RowGrid, damping: float) -> Tensor | None:
+    """Values on the grid, (m, n), of a weight (m, n) float64; None where the damped Hessian is singular.
+
+    GPTQ (arXiv 2210.17323), algorithm 1: with U the upper Cholesky factor of the inverse of H + damping * mean diag H,
+    column j is rounded, and its error over U_jj times row j of U is taken from the columns behind it. Columns of large
+    energy go first, while there are many left to make up for them (the authors' code). U is found without the inverse
+    (ours): of H = R R^T, R upper triangular, it is R^-1. Inputs that are all zero ask for the nearest.
+    """
+    energy = hessian.diagonal().mean()
+    if not energy > 0:
+        return grid.nearest(weight)
+    order = hessian.diagonal().argsort(descending=True)
+    damped = hessian[order][:, order]
+    damped.diagonal().add_(damping * energy)
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if failed:
+        return None
+    identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+    rest = weight[:, order]
+    for start in range(0, rest.shape[1], BLOCK):
+        block, own = rest[:, start : start + BLOCK], factor[start : start + BLOCK, start : start + BLOCK]
+        errors = torch.empty_like(block)
+        for j in range(block.shape[1]):
+            column = block[:, j : j + 1]
+            rounded = grid.nearest(column)
+            errors[:, j : j + 1] = (column - rounded) / own[j, j]
+            block[:, j + 1 :] -= errors[:, j : j + 1] * own[j, j + 1 :]
+            column.copy_(rounded)
+        rest[:, start + BLOCK :] -= errors @ factor[start : start + BLOCK, start + BLOCK :]
+    return rest[:, order.argsort()]
