@@ -94,7 +94,7 @@ def memory(model: SAM2) -> dict[str, Any]:
 
 def stills(model: SAM2) -> dict[str, Any]:
     """Mean IoU over the instances of stills that were not trained on, from their boxes and from one click."""
-    block = score_stills(model, open_videos(STILLS))
+    block, _ = score_stills(model, open_videos(STILLS))
     print({key: value for key, value in block.items() if not isinstance(value, (dict, list))})
     return block
 

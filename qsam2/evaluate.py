@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qsam2.data.video import Video
 from qsam2.loading import load_model
 from qsam2.models import SAM2
 from qsam2.pipeline import open_val
 from qsam2.recipe import Recipe
-from qsam2.tasks.scoring import compare, score_videos
-from qsam2.tasks.stills import score_stills
-from qsam2.tasks.trainer import build_trainer
+from qsam2.tasks.scoring import compare, score_any, score_float
 
 FOLDER = Path(".")
 """Where profiles of a Trainer would go; scoring makes none."""
@@ -32,24 +29,22 @@ def evaluate_model(target: str, overrides: Sequence[str] = (), *, reference: str
         UserError: the model or the data cannot be used.
     """
     model, recipe = load_model(target, overrides)
-    videos = open_val(recipe)
     other = None
     if reference is not None:
         size = recipe.model.image_size
         other, _ = load_model(reference, [*([f"model.image_size={size}"] if size else []), *overrides])
-    if all(len(video) == 1 for video in videos):
-        device = build_trainer(recipe.trainer, folder=FOLDER).strategy.root_device
-        block = score_stills(model.to(device), videos, reference=other and other.to(device))
-    else:
-        block = _score_videos(model, other, videos, recipe)
-    return {**block, "model": target, "fidelity": block.get("fidelity")}
+    return {"fidelity": None, **score_against(model, other, recipe), "model": target}
 
 
-def _score_videos(model: SAM2, other: SAM2 | None, videos: list[Video], recipe: Recipe) -> dict[str, Any]:
-    their_block = their_masks = None
-    if other is not None:
-        their_block, their_masks = score_videos(other, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
-    block, _ = score_videos(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER, reference=their_masks)
-    if their_block is not None:
-        block["versus_reference"] = compare(block, their_block)
-    return block
+def score_against(model: SAM2, reference: SAM2 | None, recipe: Recipe) -> dict[str, Any]:
+    """The score block of a model on the recipe's data, with `fidelity` and `versus_reference` if a reference is given.
+
+    Raises:
+        UserError: the data cannot be used.
+    """
+    videos = open_val(recipe)
+    if reference is None:
+        return score_float(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)[0]
+    their_block, their_masks = score_float(reference, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
+    block, _ = score_any(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER, reference=their_masks)
+    return {**block, "versus_reference": compare(block, their_block)}

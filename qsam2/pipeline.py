@@ -21,6 +21,7 @@ from qsam2.data.clips import Clip, ClipDataset, Source, collate_clips
 from qsam2.data.datamodule import ClipDataModule
 from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
+from qsam2.errors import UserError
 from qsam2.export.card import write_card
 from qsam2.export.packed import model_bytes, save_packed
 from qsam2.export.weights import save_weights
@@ -35,7 +36,7 @@ from qsam2.report.page import write_report
 from qsam2.report.wandb import log_results
 from qsam2.run_folder import RunFolder, is_first_rank
 from qsam2.tasks.prompts import prompted_forward
-from qsam2.tasks.scoring import compare, score_videos
+from qsam2.tasks.scoring import compare, score_float, score_videos
 from qsam2.tasks.segmentation import Predictions, VideoSegmentation
 from qsam2.tasks.trainer import LAST, build_loggers, build_trainer, training_options
 
@@ -59,6 +60,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         log.setLevel(logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
     videos, sources = open_val(recipe), open_train(recipe)
+    if all(len(video) == 1 for video in videos):
+        raise UserError(f"data.val={recipe.data.scored}: a run is scored on videos; for stills use qsam2 evaluate")
     model = load_float(recipe)
     config = recipe.model_dump(mode="json")
     loggers = build_loggers(recipe.log, folder=folder.path, name=recipe.name, config=config)
@@ -75,7 +78,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         layers = convert_layers(model, recipe, folder)  # before the scores: a wrong rule shows at once
         tracked["float"] = score(teacher, "float", videos, recipe, folder)
         calibrate(model, sources, recipe, folder)
-        tracked["ptq"] = score_ptq(model, layers, videos, recipe, folder, tracked["float"])
+        if recipe.train is None or recipe.evaluate.after_calibration:
+            tracked["ptq"] = score_ptq(model, layers, videos, recipe, folder, tracked["float"])
         train(model, sources, recipe, folder, loggers, teacher)
         finalize(model)
         if recipe.train is None:  # nothing has changed since
@@ -253,13 +257,15 @@ def score(
         image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.device)
         report = audit(model, layers, recipe.quantize, lambda: model.forward_image(image))
         log.info("%s", report.summary)
+    given = (model, videos, recipe.evaluate, recipe.trainer)
     with folder.stage(f"score {name}", f"{len(videos)} videos"):
-        block, predictions = score_videos(
-            model, videos, recipe.evaluate, recipe.trainer, folder=folder.path, reference=reference
-        )
+        if reference is None:
+            block, predictions = score_float(*given, folder=folder.path)
+        else:
+            block, predictions = score_videos(*given, folder=folder.path, reference=reference)
     if reference is not None:
         block["versus_float"] = compare(block, folder.metrics["float"])
-        if name == "quantized":
+        if name == "quantized" and "ptq" in folder.metrics:
             block["versus_ptq"] = compare(block, folder.metrics["ptq"])
     folder.record(name, block)
     log.info("%s: J&F %.1f (J %.1f, F %.1f)", name, block["J&F"], block["J"], block["F"])

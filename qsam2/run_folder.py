@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from qsam2.errors import UserError
-from qsam2.recipe import Recipe, save_recipe
+from qsam2.recipe import Recipe, load_recipe, save_recipe
 
 log = logging.getLogger("qsam2")
 
@@ -70,7 +69,11 @@ class RunFolder:
         file = self.path / "recipe.yaml"
         begun = self._metrics_file.is_file() or self.checkpoints.is_dir()  # what failed earlier may be put right
         if file.is_file() and begun:
-            old, new = _flat(yaml.safe_load(file.read_text())), _flat(yaml.safe_load(text))
+            try:
+                before = load_recipe(file)  # keys that qsam2 had not yet get their defaults
+            except UserError as error:
+                raise UserError(f"{self.path} holds a run of another version ({error}); give output=PATH") from error
+            old, new = (_flat(each.model_dump(mode="json")) for each in (before, recipe))
             changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
             if changed:
                 raise UserError(

@@ -27,6 +27,7 @@ LEVELS = (
     ("export", "report"),
     ("pipeline", "loading"),
     ("evaluate", "benchmarks"),
+    ("tables",),
     ("cli",),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -70,16 +70,25 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         UserError: no such file, no YAML, an unknown key or an impossible value.
     """
+    return build_recipe(read_yaml(path, "recipe", "recipes/"), overrides)
+
+
+def read_yaml(path: str | Path, what: str, where: str) -> dict[str, Any]:
+    """The `key: value` pairs of a file; errors call it `what` and name the folder `where` qsam2's own are.
+
+    Raises:
+        UserError: no such file, or it holds something else.
+    """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"recipe {path} does not exist; recipes/ holds the ones that come with qsam2")
+        raise UserError(f"{what} {path} does not exist; {where} holds the ones that come with qsam2")
     try:
         values = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UserError(f"recipe {path} holds no `key: value` pairs")
-    return build_recipe(values, overrides)
+        raise UserError(f"{what} {path} holds no `key: value` pairs")
+    return values
 
 
 def build_recipe(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:

@@ -167,6 +167,10 @@ class EvaluateRecipe(Section):
     """Score the first so many videos only."""
     frames: PositiveInt | None = None
     """Score the first so many frames of each video only."""
+    after_calibration: bool = True
+    """Whether a run that trains is scored before it, too: what calibration alone gives (PTQ)."""
+    float_cache: Path | None = None
+    """Folder where scores and masks of float models are kept, for other runs from the same weights; null: nowhere."""
 
 
 class LogRecipe(Section):

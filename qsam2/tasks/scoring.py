@@ -13,7 +13,9 @@ from qsam2.data.video import Video
 from qsam2.metrics.bootstrap import paired_bootstrap
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
+from qsam2.tasks.kept import Scored, kept
 from qsam2.tasks.segmentation import Predictions, VideoSegmentation
+from qsam2.tasks.stills import ITEM_KEYS, score_stills
 from qsam2.tasks.trainer import build_trainer
 
 
@@ -57,7 +59,7 @@ def score_videos(
     *,
     folder: Path,
     reference: Predictions | None = None,
-) -> tuple[dict[str, Any], Predictions]:
+) -> Scored:
     """J&F of semi-supervised tracking by the recipe's protocol, and the masks that were tracked.
 
     Args:
@@ -73,6 +75,40 @@ def score_videos(
     return module.block, module.predictions
 
 
+def score_any(
+    model: SAM2,
+    videos: Sequence[Video],
+    evaluation: EvaluateRecipe,
+    trainer: TrainerRecipe,
+    *,
+    folder: Path,
+    reference: Predictions | None = None,
+) -> Scored:
+    """`score_videos`, or `score_stills` where all have one frame."""
+    if any(len(video) > 1 for video in videos):
+        return score_videos(model, videos, evaluation, trainer, folder=folder, reference=reference)
+    device = build_trainer(trainer, folder=folder).strategy.root_device
+    return score_stills(model.to(device), videos, reference=reference)
+
+
+def score_float(
+    model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe, trainer: TrainerRecipe, *, folder: Path
+) -> Scored:
+    """Score the float model that others are compared with, or take its scores from `evaluation.float_cache`."""
+
+    def compute() -> Scored:
+        return score_any(model, videos, evaluation, trainer, folder=folder)
+
+    if build_trainer(trainer, folder=folder).world_size > 1:  # each rank has masks of its own videos only
+        return compute()
+    return kept(model, videos, evaluation, compute)
+
+
 def compare(block: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """Difference in J&F between two score blocks on the same objects, with its 95 % interval (paired bootstrap)."""
-    return paired_bootstrap(block["per_object"], reference["per_object"])
+    """Difference between two score blocks on the same objects, with its 95 % interval (paired bootstrap).
+
+    In J&F; between blocks of stills in {"point_IoU", "box_IoU"}.
+    """
+    if block["protocol"] != "stills":
+        return paired_bootstrap(block["per_object"], reference["per_object"])
+    return {key: paired_bootstrap(block["per_object"], reference["per_object"], key=key) for key in ITEM_KEYS}

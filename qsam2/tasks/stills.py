@@ -12,11 +12,13 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
 from qsam2.data.video import Video
-from qsam2.metrics.bootstrap import paired_bootstrap
 from qsam2.metrics.iou import Fidelity, MaskIoU
 from qsam2.models import SAM2
+from qsam2.tasks.segmentation import Predictions
 
 PROMPTS = ("point", "box")
+ITEM_KEYS = ("point_IoU", "box_IoU")
+"""Scores of an instance."""
 
 
 def image_predictor(model: SAM2) -> SAM2ImagePredictor:
@@ -41,20 +43,22 @@ def tight_box(mask: np.ndarray) -> np.ndarray:
     return np.array([columns[0], rows[0], columns[-1], rows[-1]], dtype=np.float32)
 
 
-def score_stills(model: SAM2, stills: Sequence[Video], *, reference: SAM2 | None = None) -> dict[str, Any]:
-    """Mean IoU over instances from one click each and from one box each, in percent.
+def score_stills(
+    model: SAM2, stills: Sequence[Video], *, reference: Predictions | None = None
+) -> tuple[dict[str, Any], Predictions]:
+    """Mean IoU over instances from one click each and from one box each, in percent, and the masks of both.
 
-    Three masks are asked for and the one with the highest predicted IoU counts. Returns {"protocol": "stills",
+    Three masks are asked for and the one with the highest predicted IoU counts. The block is {"protocol": "stills",
     "point_mIoU", "box_mIoU", "point_mIoU_images", "box_mIoU_images" (means over images), "instances", "images",
-    "per_object": {IMAGE: {INSTANCE: {"point_IoU", "box_IoU"}}}, "seconds_per_frame"}; with a reference also "fidelity",
-    over both prompts, and "versus_reference": {"point_IoU", "box_IoU"}, each as `paired_bootstrap` gives it.
+    "per_object": {IMAGE: {INSTANCE: {"point_IoU", "box_IoU"}}}, "seconds_per_frame"}; with the float model's masks of
+    the same stills also "fidelity", over both prompts.
 
     Raises:
         UserError: no still shows an instance.
     """
     predictor, fidelity = image_predictor(model), Fidelity()
-    their_predictor = None if reference is None else image_predictor(reference)
-    ours, theirs = ({prompt: MaskIoU() for prompt in PROMPTS} for _ in range(2))
+    scores = {prompt: MaskIoU() for prompt in PROMPTS}
+    predictions: Predictions = {}
     seconds = []
     for still in tqdm(stills, desc="score stills"):
         masks = [mask for mask in (still.masks(0) or {}).values() if mask.any()]
@@ -62,29 +66,24 @@ def score_stills(model: SAM2, stills: Sequence[Video], *, reference: SAM2 | None
             continue
         frame, truth = still.frame(0), np.stack(masks)
         started = time.perf_counter()
-        predicted = segment(predictor, frame, masks)
+        found = segment(predictor, frame, masks)
         seconds.append(time.perf_counter() - started)
-        for prompt, found in zip(PROMPTS, predicted, strict=True):
-            ours[prompt].update(still.name, found, truth)
-        if their_predictor is not None:
-            other = segment(their_predictor, frame, masks)
-            for prompt, found in zip(PROMPTS, other, strict=True):
-                theirs[prompt].update(still.name, found, truth)
+        predictions[still.name, 0] = np.packbits(found)
+        for prompt, of_prompt in zip(PROMPTS, found, strict=True):
+            scores[prompt].update(still.name, of_prompt, truth)
+        if reference is not None:
+            theirs = np.unpackbits(reference[still.name, 0], count=found.size).reshape(found.shape).astype(bool)
             for k in range(len(masks)):
-                fidelity.update(still.name, k, predicted[:, k], other[:, k])
+                fidelity.update(still.name, k, found[:, k], theirs[:, k])
     block: dict[str, Any] = {"protocol": "stills"}
     for prompt in PROMPTS:
-        result = ours[prompt].compute()
+        result = scores[prompt].compute()
         block[f"{prompt}_mIoU"] = result["IoU"]
         block[f"{prompt}_mIoU_images"] = result["IoU_images"]
-    block |= {"instances": result["instances"], "images": result["images"], "per_object": _per_object(ours)}
+    block |= {"instances": result["instances"], "images": result["images"], "per_object": _per_object(scores)}
     if reference is not None:
-        their_objects = _per_object(theirs)
         block["fidelity"] = fidelity.compute()
-        block["versus_reference"] = {
-            key: paired_bootstrap(block["per_object"], their_objects, key=key) for key in ("point_IoU", "box_IoU")
-        }
-    return block | {"seconds_per_frame": float(np.mean(seconds))}
+    return block | {"seconds_per_frame": float(np.mean(seconds))}, predictions
 
 
 def segment(predictor: SAM2ImagePredictor, frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:

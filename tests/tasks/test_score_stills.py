@@ -17,6 +17,7 @@ from qsam2.data.moving_objects import MovingObjects, moving_objects
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
+from qsam2.tasks.scoring import compare
 from qsam2.tasks.stills import image_predictor, interior_point, score_stills, segment, tight_box
 
 masks = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))).filter(lambda mask: mask.any())
@@ -109,7 +110,7 @@ def test_scores_are_means_over_instances_and_over_images(
 
     monkeypatch.setattr("qsam2.tasks.stills.segment", half)
     empty = FirstFrame(moving_objects("val", 4, size=(64, 96))[3], empty=True)
-    block = score_stills(model, [*stills, empty])
+    block, _ = score_stills(model, [*stills, empty])
     areas = {still.name: [mask.sum() for mask in still.masks(0).values()] for still in stills}
     shares = {name: [100 * (area // 2) / area for area in each] for name, each in areas.items()}
     assert block["point_mIoU"] == pytest.approx(np.mean(sum(shares.values(), [])))
@@ -123,15 +124,16 @@ def test_scores_are_means_over_instances_and_over_images(
 def test_end_to_end_with_a_reference(model: SAM2, stills: list[FirstFrame]) -> None:
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.sam_mask_decoder.mask_tokens.weight, generator=torch.Generator().manual_seed(1))
-    block = score_stills(model, stills, reference=other)
-    versus, theirs = block["versus_reference"], score_stills(other, stills)
+    theirs, their_masks = score_stills(other, stills)
+    block, masks = score_stills(model, stills, reference=their_masks)
+    versus = compare(block, theirs)
     for prompt in ("point", "box"):
         found = versus[f"{prompt}_IoU"]
         assert found["difference"] == pytest.approx(block[f"{prompt}_mIoU"] - theirs[f"{prompt}_mIoU"])
         assert found["low"] <= found["difference"] <= found["high"]
     assert 0 <= block["fidelity"] < 100
-    same = score_stills(model, stills, reference=model)
-    assert same["fidelity"] == 100 and same["versus_reference"]["box_IoU"]["difference"] == 0
+    same, _ = score_stills(model, stills, reference=masks)
+    assert same["fidelity"] == 100 and compare(same, block)["box_IoU"]["difference"] == 0
     assert "fidelity" not in theirs
 
 
