@@ -14,10 +14,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 from tqdm import tqdm
 
+from qsam2.calibration.data import CalibrationData, encode, run_sample
+from qsam2.calibration.gptq import round_sam2
 from qsam2.calibration.gram import gather_inputs, gram_bytes
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.ranges import calibrate_sam2
+from qsam2.calibration.smooth import gather_reader_inputs, norms_and_readers, smooth
 from qsam2.calibration.weights import CalibratedLayer, calibrate_weights, choose_layers, input_quantizers
-from qsam2.data.clips import Clip, ClipDataset, Source, collate_clips
+from qsam2.data.clips import ClipDataset, Source
 from qsam2.data.datamodule import ClipDataModule
 from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
@@ -35,7 +38,6 @@ from qsam2.report.overlays import contact_sheet
 from qsam2.report.page import write_report
 from qsam2.report.wandb import log_results
 from qsam2.run_folder import RunFolder, is_first_rank
-from qsam2.tasks.prompts import prompted_forward
 from qsam2.tasks.scoring import compare, score_float, score_videos
 from qsam2.tasks.segmentation import Predictions, VideoSegmentation
 from qsam2.tasks.trainer import LAST, build_loggers, build_trainer, training_options
@@ -75,9 +77,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
     else:
         teacher = copy.deepcopy(model)
         calibrated = calibrate_layers(model, sources, recipe, folder)
+        smooth_norms(model, sources, recipe, folder)
         layers = convert_layers(model, recipe, folder)  # before the scores: a wrong rule shows at once
         tracked["float"] = score(teacher, "float", videos, recipe, folder)
         calibrate(model, sources, recipe, folder)
+        round_weights(model, sources, recipe, folder)
         if recipe.train is None or recipe.evaluate.after_calibration:
             tracked["ptq"] = score_ptq(model, layers, videos, recipe, folder, tracked["float"])
         train(model, sources, recipe, folder, loggers, teacher)
@@ -124,38 +128,45 @@ def load_float(recipe: Recipe) -> SAM2:
 
 
 def calibrate_layers(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> list[CalibratedLayer]:
-    """Give linear layers, in place, the weights that quantize best on clips of the train sources."""
+    """Give linear layers, in place, the weights that quantize best on the calibration data."""
     method = recipe.calibrate.weights
     if method is None:
         return []
     assert recipe.quantize is not None
     layers = choose_layers(model, recipe.quantize, method.layers)
-    only_images = all(name.startswith("image_encoder.") for name in layers)
-    clips = calibration_clips(model, sources, recipe)
+    run = encode if all(name.startswith("image_encoder.") for name in layers) else run_sample
+    data, silent = calibration_data(model, sources, recipe), not is_first_rank()
     what = f"{method.method}, {len(layers)} layers, {gram_bytes(layers.values()) / 1e9:.2f} GB of Gram matrices"
-    with folder.stage("calibrate weights", what), torch.no_grad():
-        device = build_trainer(recipe.trainer, folder=folder.path).strategy.root_device
-        model.to(device).eval()
-
-        def run(clip: Clip) -> None:
-            if not only_images:
-                for points in (False, True):
-                    prompted_forward(model, collate_clips([clip]).to(device), points=points)
-                return
-            for image in clip.images.to(device).split(1):
-                model.forward_image(image)
-
-        silent = not is_first_rank()
-        drawn = (clips[index] for index in tqdm(range(len(clips)), desc="gather inputs", disable=silent))
-        samples = ((f"{clip.index} ({clip.name})", clip) for clip in drawn)
-        inputs = gather_inputs(layers, run, samples, len(clips), input_quantizers(layers, recipe.quantize))
+    with folder.stage("calibrate weights", what):
+        place(model, recipe, folder)
+        shown = tqdm(data.samples(), "gather inputs", len(data), disable=silent)
+        samples = ((sample.label, sample) for sample in shown)
+        quantized = input_quantizers(layers, recipe.quantize)
+        inputs = gather_inputs(layers, lambda sample: run(model, sample), samples, len(data), quantized)
         rows = calibrate_weights(layers, inputs, recipe.quantize, method)
-        calibrated = list(tqdm(rows, total=len(layers), desc="calibrate weights", disable=silent))
+        calibrated = list(tqdm(rows, "calibrate weights", len(layers), disable=silent))
     changed = sum(row.strength > 0 for row in calibrated)
     log.info("%s: %d of %d layers have new weights", method.method, changed, len(calibrated))
     table = {row.name: row.figures() for row in calibrated}
     folder.record("calibrated_weights", {"method": method.method, "layers": table})
     return calibrated
+
+
+def smooth_norms(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> None:
+    """Move scales from LayerNorms into the layers that read them, in place: the same function, easier to quantize."""
+    alphas = recipe.calibrate.smooth
+    if alphas is None:
+        return
+    assert recipe.quantize is not None
+    norms, data = norms_and_readers(model, recipe.quantize), calibration_data(model, sources, recipe)
+    with folder.stage("smooth", f"SmoothQuant, {len(norms)} norms"):
+        place(model, recipe, folder)
+        readers = {name: model.get_submodule(name) for names in norms.values() for name in names}
+        shown = tqdm(data.samples(), "gather inputs", len(data), disable=not is_first_rank())
+        inputs = gather_reader_inputs(readers, lambda sample: run_sample(model, sample), shown, len(data))
+        rows = list(smooth(model, norms, inputs, recipe.quantize, alphas))
+    log.info("SmoothQuant: %d of %d norms are smoothed", sum(row.alpha is not None for row in rows), len(rows))
+    folder.record("smoothed", {row.name: row.figures() for row in rows})
 
 
 def convert_layers(model: SAM2, recipe: Recipe, folder: RunFolder) -> list[ConvertedLayer]:
@@ -168,31 +179,47 @@ def convert_layers(model: SAM2, recipe: Recipe, folder: RunFolder) -> list[Conve
 
 
 def calibrate(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> None:
-    """Find the ranges of all quantizers on clips of the train sources, with mask and with point prompts."""
-    amount, clips = recipe.calibrate, calibration_clips(model, sources, recipe)
-    what = f"{amount.clips} clips of {amount.num_frames} frames"
-    with folder.stage("calibrate", what), torch.no_grad():
-        device = build_trainer(recipe.trainer, folder=folder.path).strategy.root_device
-        model.to(device).eval()
-        indices = tqdm(range(len(clips)), desc="calibrate", disable=not is_first_rank())
-        passes = ((clips[index], points) for index in indices for points in (False, True))
-        calibrate_ranges(
-            model, lambda each: prompted_forward(model, collate_clips([each[0]]).to(device), points=each[1]), passes
-        )
+    """Find the ranges of all quantizers."""
+    amount, data = recipe.calibrate, calibration_data(model, sources, recipe)
+    what = f"{amount.stills} stills, {amount.clips} clips of {amount.num_frames} frames"
+    with folder.stage("calibrate", what):
+        place(model, recipe, folder)
+        calibrate_sam2(model, data, progress=is_first_rank())
+
+
+def round_weights(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> None:
+    """Give quantized weights, in place and for good, the integers of least output error."""
+    method = recipe.calibrate.rounding
+    if method is None:
+        return
+    with folder.stage("round weights", method.method):
+        data = calibration_data(model, sources, recipe)
+        rows = round_sam2(model, data, method.damping, progress=is_first_rank())
+    better = sum(row.error[1] < row.error[0] for row in rows)
+    log.info("%s: %d of %d layers have other integers than the nearest", method.method, better, len(rows))
+    folder.record("rounded", {"method": method.method, "layers": {row.name: row.figures() for row in rows}})
+
+
+def place(model: SAM2, recipe: Recipe, folder: RunFolder) -> None:
+    """Put a model where the Trainer would, in eval mode."""
+    model.to(build_trainer(recipe.trainer, folder=folder.path).strategy.root_device).eval()
+
+
+def calibration_data(model: SAM2, sources: list[Source], recipe: Recipe) -> CalibrationData:
+    """The stills and clips that the recipe calibrates on."""
+    return CalibrationData(
+        sources,
+        recipe.calibrate,
+        image_size=model.image_size,
+        max_objects=recipe.data.max_objects,
+        max_stride=recipe.data.max_stride,
+        seed=recipe.seed,
+    )
 
 
 def calibration_clips(model: SAM2, sources: list[Source], recipe: Recipe) -> ClipDataset:
-    """The clips that the recipe calibrates on."""
-    return ClipDataset(
-        sources,
-        num_frames=recipe.calibrate.num_frames,
-        max_objects=recipe.data.max_objects,
-        image_size=model.image_size,
-        augment=False,
-        length=recipe.calibrate.clips,
-        seed=recipe.seed,
-        max_stride=recipe.data.max_stride,
-    )
+    """The clips alone."""
+    return calibration_data(model, sources, recipe).clips
 
 
 def train(

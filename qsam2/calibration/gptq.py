@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from qsam2.calibration.gram import LayerInputs, Moments
+from qsam2.calibration.data import CalibrationData, Sample, encode, run_sample
+from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs
+from qsam2.calibration.ranges import in_image_encoder
 from qsam2.calibration.weights import output_energy, output_error, refit_bias
 from qsam2.errors import UserError
 from qsam2.layers.convert import quantized_weights
 from qsam2.layers.weight import QuantizedLayer
+from qsam2.models import SAM2
 from qsam2.quantizers.fake_quant import broadcast_shape, to_levels
 
 BLOCK = 128
@@ -68,6 +72,27 @@ def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
         for name, layer, _ in quantized_weights(model)
         if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
     }
+
+
+def round_sam2(model: SAM2, data: CalibrationData, damping: float, *, progress: bool = True) -> list[RoundedLayer]:
+    """Round the layers of a calibrated SAM2 in two passes: the image encoder, then all else behind the rounded encoder.
+
+    Inputs are those of the quantized model: activations by their quantizers, weights of the same pass by the nearest
+    integers, so that one pass serves all of its layers (ours; GPTQ has a pass a block).
+    """
+    layers, rows = rounded_layers(model), []
+    passes: tuple[tuple[str, bool, Callable[[Sample], object], Iterator[Sample], int], ...] = (
+        ("image encoder", True, lambda sample: encode(model, sample), data.samples(), len(data)),
+        ("other layers", False, lambda sample: run_sample(model, sample), data.clip_samples(), len(data.clips)),
+    )
+    for what, encoder, run, samples, count in passes:
+        part = {name: layer for name, layer in layers.items() if in_image_encoder(name) is encoder}
+        if part:
+            shown = tqdm(samples, f"gather inputs, {what}", count, disable=not progress)
+            inputs = gather_inputs(part, run, ((sample.label, sample) for sample in shown), count)
+            rounded = round_layers(part, inputs, damping)
+            rows += tqdm(rounded, f"gptq, {what}", len(part), disable=not progress)
+    return rows
 
 
 def round_layers(

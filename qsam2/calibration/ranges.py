@@ -7,9 +7,12 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from qsam2.calibration.data import CalibrationData, Sample, encode, far_apart, run_sample
 from qsam2.errors import UserError
-from qsam2.layers.convert import quantized_weights, quantizers
+from qsam2.layers.convert import quantized_weights, quantizers, set_state
+from qsam2.models import SAM2
 from qsam2.quantizers import QuantizerState
 
 Batch = TypeVar("Batch")
@@ -17,19 +20,65 @@ MAX_NAMED = 5
 """How many quantizers an error message names before it counts the rest."""
 
 
-@torch.no_grad()
-def calibrate_ranges(model: nn.Module, run: Callable[[Batch], object], batches: Iterable[Batch]) -> int:
-    """Find the range of every quantizer and switch all of them, whatever their state, to QUANTIZE.
+def in_image_encoder(name: str) -> bool:
+    """Whether a layer works on an image alone: `SAM2.forward_image` runs two of the mask decoder's."""
+    return name.startswith(("image_encoder.", "sam_mask_decoder.conv_s"))
 
-    `run` passes one batch through the model, in the mode (train, eval) that the caller has put it into; nothing
-    is quantized meanwhile. All activation ranges are set at the end, so that none is found on quantized inputs. Returns
-    the number of batches. In a distributed run all ranks call it.
+
+def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True) -> None:
+    """Find the ranges of a converted SAM2, in eval mode, part by part, earlier parts quantized already (ours).
+
+    First the image encoder, on all stills and clips. Then what fills the memory bank: prompt encoder, mask decoder and
+    memory encoder, on three frames of each clip, far apart. Last the memory attention, on whole clips, with a bank that
+    the quantized model has filled.
+
+    Raises:
+        UserError: see `calibrate_ranges`; names the sample.
+    """
+
+    set_state(model, QuantizerState.FLOAT)
+    stages: tuple[tuple[str, Callable[[str], bool], Callable[[Sample], object]], ...] = (
+        ("image encoder", in_image_encoder, lambda sample: encode(model, sample)),
+        ("memory encoder and mask decoder", _fills_the_bank, lambda sample: run_sample(model, far_apart(sample))),
+        ("memory attention", _in_memory_attention, lambda sample: run_sample(model, sample)),
+    )
+    for what, part, run in stages:
+        samples, count = data.clip_samples(), len(data.clips)
+        if part is in_image_encoder:
+            samples, count = data.samples(), len(data)
+        if not any(quantizer.role == "activation" and part(name) for name, quantizer in quantizers(model)):
+            samples, count = iter(()), 0  # weights have their ranges of themselves
+        calibrate_ranges(model, run, tqdm(samples, f"ranges, {what}", count, disable=not progress), part)
+
+
+def _in_memory_attention(name: str) -> bool:
+    return name.startswith("memory_attention.")
+
+
+def _fills_the_bank(name: str) -> bool:
+    return not in_image_encoder(name) and not _in_memory_attention(name)
+
+
+@torch.no_grad()
+def calibrate_ranges(
+    model: nn.Module,
+    run: Callable[[Batch], object],
+    batches: Iterable[Batch],
+    part: Callable[[str], bool] = lambda name: True,
+) -> int:
+    """Find the range of every quantizer in a part of the model and switch these, whatever their state, to QUANTIZE.
+
+    `run` passes one batch through the model, in the mode (train, eval) that the caller has put it into; nothing in the
+    part, which is chosen by names, is quantized meanwhile. All its activation ranges are set at the end, so that none
+    is found on inputs that the part itself quantized. Returns the number of batches. In a distributed run all ranks
+    call it.
 
     Raises:
         UserError: a batch or a weight holds NaN or infinity, or no batch reached some quantizer.
     """
-    activations = [quantizer for _, quantizer in quantizers(model) if quantizer.role == "activation"]
-    for _, _, quantizer in quantized_weights(model):
+    activations = [quantizer for name, quantizer in quantizers(model) if quantizer.role == "activation" and part(name)]
+    weights = [(layer, quantizer) for name, layer, quantizer in quantized_weights(model) if part(name)]
+    for _, quantizer in weights:
         quantizer.state = QuantizerState.FLOAT
     for quantizer in activations:
         quantizer.state = QuantizerState.OBSERVE
@@ -51,6 +100,6 @@ def calibrate_ranges(model: nn.Module, run: Callable[[Batch], object], batches: 
             f"{count} calibration batches never reached {named}: calibrate on clips with mask and point prompts, "
             "or keep these layers in float by a rule"
         )
-    for _, layer, quantizer in quantized_weights(model):
+    for layer, quantizer in weights:
         quantizer.initialize_from(layer.weight)
     return count

@@ -1,16 +1,28 @@
-"""What calibration looks at, and whether it gives linear layers other weights before they are quantized."""
+"""Calibration: what it looks at, other weights or scales before quantization, and how weights are rounded."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, Union
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from qsam2.recipe.section import Section
 
 
 def _method(value: object) -> object:
     return {"method": value} if isinstance(value, str) else value
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, (int, float)) else value
 
 
 def _with_zero(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -52,16 +64,43 @@ class ACNRRecipe(Section):
 WeightCalibration = Union[FrobeniusRecipe, ACNRRecipe]  # noqa: UP007
 
 
-class CalibrateRecipe(Section):
-    """Clips of the train sources, without augmentation, on which ranges and, if asked for, new weights are found."""
+class GPTQRecipe(Section):
+    """Weights are rounded column by column, later columns taking up the error of earlier ones (GPTQ)."""
 
+    method: Literal["gptq"] = "gptq"
+    damping: PositiveFloat = 0.01
+    """Added to the Gram matrix's diagonal, relative to its mean."""
+
+
+class CalibrateRecipe(Section):
+    """Stills and clips of the train sources, without augmentation, on which quantization is fitted; what is fitted.
+
+    In this order: weights, smooth, ranges (always), rounding.
+    """
+
+    stills: NonNegativeInt = 32
+    """Single frames, which the image encoder sees besides those of the clips."""
     clips: PositiveInt = 8
     num_frames: PositiveInt = 8
+    """Of a clip."""
     weights: Annotated[WeightCalibration, Field(discriminator="method"), BeforeValidator(_method)] | None = None
     """frobenius or acnr, or their keys; null: weights stay what they are until they are quantized."""
+    smooth: (
+        Annotated[
+            tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1), BeforeValidator(_listed)
+        ]
+        | None
+    ) = None
+    """SmoothQuant's strength alpha, 0.5 in the paper; of several the best for each LayerNorm; null: no smoothing."""
+    rounding: Annotated[GPTQRecipe, BeforeValidator(_method)] | None = None
+    """gptq, or its keys; null: weights are rounded to the nearest."""
 
     @model_validator(mode="after")
     def _two_halves(self) -> CalibrateRecipe:
-        if self.weights is not None and self.clips < 2:
+        if self.clips > 1:
+            return self
+        if self.weights is not None:
             raise ValueError("clips=1 is too few: weights are fitted on one half of the clips and chosen on the other")
+        if self.rounding is not None or len(self.smooth or ()) > 1:
+            raise ValueError("clips=1 is too few: what is fitted on one half of the clips is chosen on the other")
         return self

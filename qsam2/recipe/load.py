@@ -20,7 +20,7 @@ DEBUG_PRESETS: dict[str, dict[str, Any]] = {
     # A few steps of everything: does it run at all?
     "fast": {
         "data": {"num_frames": 2, "max_objects": 1, "num_workers": 0},
-        "calibrate": {"clips": 2, "num_frames": 2},
+        "calibrate": {"stills": 2, "clips": 2, "num_frames": 2},
         "trainer": {"max_steps": 2, "log_every": 1},
         "evaluate": {"videos": 1, "frames": 4},
         "log": {"wandb": "off"},

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from qsam2.recipe.calibrate import CalibrateRecipe
+from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.section import Section
 
@@ -198,13 +199,25 @@ class Recipe(Section):
     train: TrainRecipe | None = None
     trainer: TrainerRecipe = TrainerRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    memory: MemoryRecipe = MemoryRecipe()
     log: LogRecipe = LogRecipe()
 
     @model_validator(mode="after")
     def _calibrates_what_it_quantizes(self) -> Recipe:
-        if self.calibrate.weights is not None and (self.quantize is None or self.quantize.weights is None):
-            method = self.calibrate.weights.method
-            raise ValueError(f"calibrate.weights={method} needs quantized weights: give quantize.weights, or null here")
+        calibrate, quantize = self.calibrate, self.quantize
+        for key in ("weights", "rounding"):
+            method = getattr(calibrate, key)
+            if method is not None and (quantize is None or quantize.weights is None):
+                raise ValueError(
+                    f"calibrate.{key}={method.method} needs quantized weights: give quantize.weights, or null here"
+                )
+        if calibrate.smooth is not None and (quantize is None or quantize.activations is None):
+            raise ValueError("calibrate.smooth needs quantized activations: give quantize.activations, or null here")
+        if calibrate.rounding is not None and self.train is not None:
+            raise ValueError(
+                f"calibrate.rounding={calibrate.rounding.method} is for calibration alone, training moves the weights "
+                "again: give train=null, or null here"
+            )
         return self
 
     @property

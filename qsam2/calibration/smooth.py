@@ -1,0 +1,201 @@
+"""SmoothQuant: scales move from the output of a LayerNorm, whose range is quantized, into the layers that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sam2.modeling.memory_attention import MemoryAttentionLayer
+from sam2.modeling.memory_encoder import CXBlock
+from torch import Tensor, nn
+
+from qsam2.calibration.data import Sample
+from qsam2.errors import UserError
+from qsam2.models import SAM2
+from qsam2.models.heavy import norms_and_readers as trunk_norms_and_readers
+from qsam2.quantizers import QuantizerState, build_quantizer
+from qsam2.recipe.quantize import LayerPlan, QuantizeRecipe
+
+ROWS = 32
+"""Rows of each call of a layer that are kept to compare strengths on."""
+
+
+@dataclass(frozen=True)
+class SmoothedNorm:
+    """What became of one LayerNorm. Errors: of its quantized readers' outputs over their energy, held-out half."""
+
+    name: str
+    readers: tuple[str, ...]
+    alpha: float | None
+    """None where no smoothing did best."""
+    range_over_mean: tuple[float, float]
+    """Largest over mean of the channels' max|x|, before and after."""
+    error: tuple[float, float] | None
+    """Without smoothing and with; None where there was nothing to choose."""
+
+    def figures(self) -> dict[str, Any]:
+        """What `metrics.json` holds of it."""
+        return {key: value for key, value in vars(self).items() if key != "name"}
+
+
+@dataclass
+class ReaderInputs:
+    """A linear layer's inputs: max|x| a channel over all of them, and some rows of each half of the samples."""
+
+    largest: Tensor
+    fit: list[Tensor] = field(default_factory=list)
+    held_out: list[Tensor] = field(default_factory=list)
+
+
+def norms_and_readers(model: SAM2, quantize: QuantizeRecipe) -> dict[str, list[str]]:
+    """Each normalisation whose output linear layers alone read, with these layers, by name, if their inputs quantize.
+
+    Not among them: norms whose output is also added to something (two-way transformer) or goes into an activation.
+    """
+    trunk = "image_encoder.trunk"
+    found = {
+        f"{trunk}.{norm}": [f"{trunk}.{reader}" for reader in readers]
+        for norm, readers in trunk_norms_and_readers(model.image_encoder.trunk).items()
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, MemoryAttentionLayer):
+            if not module.pos_enc_at_attn:
+                found[f"{name}.norm1"] = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
+            if not module.pos_enc_at_cross_attn_queries:
+                found[f"{name}.norm2"] = [f"{name}.cross_attn_image.q_proj"]
+            found[f"{name}.norm3"] = [f"{name}.linear1"]
+        elif isinstance(module, CXBlock):
+            found[f"{name}.norm"] = [f"{name}.pwconv1"]
+    decoder = "sam_mask_decoder"
+    heads = [f"{decoder}.output_hypernetworks_mlps.{k}." for k in range(model.sam_mask_decoder.num_mask_tokens)]
+    heads += [f"{decoder}.iou_prediction_head", f"{decoder}.pred_obj_score_head", "obj_ptr_proj"]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found[f"{decoder}.transformer.norm_final_attn"] = [
+        next(name for name in linear if name.startswith(head)) for head in heads
+    ]
+    return {
+        norm: readers
+        for norm, readers in found.items()
+        if any(quantize.plan(reader).activations is not None for reader in readers)
+    }
+
+
+@torch.no_grad()
+def gather_reader_inputs(
+    layers: Mapping[str, nn.Linear], run: Callable[[Sample], object], samples: Iterable[Sample], count: int
+) -> dict[str, ReaderInputs]:
+    """Inputs of layers in one pass over `count` samples; the first half of them fits, the others are held out.
+
+    Raises:
+        UserError: an input with NaN or infinity, a layer that no sample of a half reached.
+    """
+    found = {name: ReaderInputs(layer.weight.new_zeros(layer.in_features)) for name, layer in layers.items()}
+    current, half = "", "fit"
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].detach().flatten(0, -2)  # (N, n)
+            largest = rows.abs().amax(dim=0)
+            if not largest.isfinite().all():
+                raise UserError(f"calibration sample {current} gives NaN or infinity at the input of {name}: check it")
+            seen = found[name]
+            seen.largest = torch.maximum(seen.largest, largest)
+            kept = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).long()
+            getattr(seen, half).append(rows[kept])
+
+        return record
+
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        for index, sample in enumerate(samples):
+            current, half = sample.label, "held_out" if index >= count // 2 else "fit"
+            run(sample)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    for name, inputs in found.items():
+        if not (inputs.fit and inputs.held_out):
+            raise UserError(f"calibrate.smooth: calibration samples never reached {name}: give more clips")
+    return found
+
+
+def smooth(
+    model: SAM2,
+    norms: Mapping[str, Sequence[str]],
+    inputs: Mapping[str, ReaderInputs],
+    quantize: QuantizeRecipe,
+    alphas: Sequence[float],
+) -> Iterator[SmoothedNorm]:
+    """Smooth each norm and its readers, in place, and say what became of them."""
+    for norm, readers in norms.items():
+        layers = {name: model.get_submodule(name) for name in readers}
+        yield smooth_norm(norm, model.get_submodule(norm), layers, inputs, quantize, alphas)
+
+
+@torch.no_grad()
+def smooth_norm(
+    name: str,
+    norm: nn.Module,
+    readers: Mapping[str, nn.Module],
+    inputs: Mapping[str, ReaderInputs],
+    quantize: QuantizeRecipe,
+    alphas: Sequence[float],
+) -> SmoothedNorm:
+    """Divide the norm's channels by `smoothing_scales` and multiply the readers' columns by them: the same function.
+
+    Of several alphas, and none (ours), the one of least quantized output error on the held-out rows.
+    """
+    weights = {reader: layer.weight.detach() for reader, layer in readers.items()}
+    largest = torch.stack([inputs[reader].largest for reader in readers]).amax(dim=0)
+    candidates = {alpha: smoothing_scales(largest, list(weights.values()), alpha) for alpha in alphas}
+    errors, alpha = None, alphas[0] if len(alphas) == 1 else None
+    if len(alphas) > 1:
+        found: dict[float | None, float] = {
+            key: sum(
+                quantized_error(weight, inputs[reader], scales, quantize.plan(reader), reader)
+                for reader, weight in weights.items()
+            )
+            for key, scales in {None: torch.ones_like(largest), **candidates}.items()
+        }
+        alpha = min(found, key=found.__getitem__)
+        errors = found[None], found[alpha]
+    scales = torch.ones_like(largest) if alpha is None else candidates[alpha]
+    norm.weight.div_(scales)
+    norm.bias.div_(scales)
+    for layer in readers.values():
+        layer.weight.mul_(scales)
+    spread = tuple(float(each.max() / each.mean().clamp(min=1e-30)) for each in (largest, largest / scales))
+    return SmoothedNorm(name, tuple(readers), alpha, spread, errors)  # type: ignore[arg-type]
+
+
+def smoothing_scales(largest: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
+    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), (n,) (SmoothQuant, arXiv 2211.10438, eq. 4); over all readers' W.
+
+    1 where inputs or weights are all zero, which leaves nothing to balance.
+
+    Args:
+        largest: (n,) max|X_j|; weights: (m, n) each; alpha: 0 evens out the weights, 1 the inputs.
+    """
+    columns = torch.cat([weight.abs() for weight in weights]).amax(dim=0)
+    scales = largest**alpha / columns.clamp(min=torch.finfo(columns.dtype).tiny) ** (1 - alpha)
+    return torch.where((largest > 0) & (columns > 0), scales, 1.0)
+
+
+def quantized_error(weight: Tensor, inputs: ReaderInputs, scales: Tensor, plan: LayerPlan, name: str) -> float:
+    """|Q(x / s) Q(W s)^T - x W^T|^2 over |x W^T|^2 on held-out rows, Q with the range of the others."""
+    fit, x = torch.cat(inputs.fit), torch.cat(inputs.held_out)
+    quantized_x, quantized_weight = x / scales, weight * scales
+    if plan.activations is not None:
+        quantizer = build_quantizer(plan.activations, "activation", name=f"{name}.input_quantizer").to(x.device).eval()
+        quantizer.state = QuantizerState.OBSERVE
+        quantizer(fit / scales)
+        quantizer.finish_observing()
+        quantized_x = quantizer(quantized_x)
+    if plan.weights is not None:
+        of_weight = build_quantizer(plan.weights, "weight", num_channels=len(weight), name=f"{name}.weight_quantizer")
+        of_weight.to(weight.device).initialize_from(quantized_weight)
+        quantized_weight = of_weight(quantized_weight)
+    out = x @ weight.T
+    return float((quantized_x @ quantized_weight.T - out).square().sum() / out.square().sum().clamp(min=1e-30))
