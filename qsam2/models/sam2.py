@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
+import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from hydra.utils import instantiate
@@ -15,9 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from sam2.modeling.sam.transformer import TwoWayTransformer
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_video_predictor import SAM2VideoPredictor
+from torch import Tensor
 from training.model.sam2 import SAM2Train
 
 from qsam2.errors import UserError
+from qsam2.models.frames import CheckedFrames, EndOfStream, FrameStream, JpegFolder
 
 STRIDE_PX = 32
 """Image sizes are multiples of this: Hiera's coarsest stride, and eight tokens of its finest."""
@@ -82,11 +86,41 @@ NANO = {
 }
 
 
+class MemoryReader(Protocol):
+    """Reads the memory bank in place of `sam2`; see `qsam2.memory`."""
+
+    def condition(
+        self,
+        model: SAM2,
+        features: Tensor,
+        positions: Tensor,
+        output_dict: dict[str, Any],
+        *,
+        frame_idx: int,
+        num_frames: int,
+        reverse: bool,
+    ) -> Tensor:
+        """A frame's features and positions (tokens, B, C) to features that know the memory, (tokens, B, C)."""
+        ...
+
+
+class MemoryBound(Protocol):
+    """Forgets what no later frame asks for; see `qsam2.memory`."""
+
+    def forget(self, model: SAM2, state: dict[str, Any], frame_idx: int) -> None: ...
+    def check_prompt(self, state: dict[str, Any], frame_idx: int) -> None: ...
+    def check_start(self, model: SAM2, state: dict[str, Any], start: int, *, reverse: bool) -> None: ...
+
+
 class SAM2(SAM2VideoPredictor, SAM2Train):
     """One model that trains as Meta's `SAM2Train` and tracks as `sam2`'s `SAM2VideoPredictor`, with the same weights.
 
-    State-dict keys are those of the official checkpoints.
+    State-dict keys are those of the official checkpoints. `memory_reader` and `memory_bound`, both off by default, are
+    set by `qsam2.memory.reader.use_memory`.
     """
+
+    memory_reader: MemoryReader | None = None
+    memory_bound: MemoryBound | None = None
 
     def __init__(self, decoder_mlp_dim: int = 2048, **kwargs: Any) -> None:
         self.decoder_mlp_dim = decoder_mlp_dim
@@ -104,29 +138,75 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         step = SAM2Train.track_step if "gt_masks" in kwargs else SAM2Base.track_step
         return step(self, *args, **kwargs)
 
+    def _prepare_memory_conditioned_features(
+        self,
+        frame_idx: int,
+        is_init_cond_frame: bool,
+        current_vision_feats: list[Tensor],
+        current_vision_pos_embeds: list[Tensor],
+        feat_sizes: list[tuple[int, int]],
+        output_dict: dict[str, Any],
+        num_frames: int,
+        track_in_reverse: bool = False,
+    ) -> Tensor:
+        features, positions = current_vision_feats[-1], current_vision_pos_embeds[-1]
+        if self.memory_reader is None or is_init_cond_frame:
+            frame = (current_vision_feats, current_vision_pos_embeds, feat_sizes, output_dict, num_frames)
+            return super()._prepare_memory_conditioned_features(
+                frame_idx, is_init_cond_frame, *frame, track_in_reverse
+            )
+        known = self.memory_reader.condition(
+            self,
+            features,
+            positions,
+            output_dict,
+            frame_idx=frame_idx,
+            num_frames=num_frames,
+            reverse=track_in_reverse,
+        )
+        return known.permute(1, 2, 0).unflatten(2, feat_sizes[-1])  # (B, C, H, W)
+
     @torch.inference_mode()
     def init_state(
         self,
-        video_path: str | bytes | Sequence[torch.Tensor],
+        video_path: str | bytes | Sequence[Tensor] | Iterable[Tensor],
         offload_video_to_cpu: bool = False,
         offload_state_to_cpu: bool = False,
         async_loading_frames: bool = False,
         *,
         video_size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
-        """Start a video: what `sam2` accepts (JPEG folder, mp4), or a sequence of frames read when they are asked for.
+        """Start a video: what `sam2` accepts (JPEG folder, mp4), or frames that are read when they are asked for.
+
+        With a bounded memory a JPEG folder is read frame by frame, too; `sam2` decodes an mp4 as a whole.
 
         Args:
-            video_path: a path, or a sequence of normalised frames, each float (3, image_size, image_size).
-            video_size: (height, width) of the masks to return; needed with a sequence.
+            video_path: a path, or normalised frames, each float (3, image_size, image_size): a sequence, or a stream
+                (any other iterable), whose length need not be known. Of a stream the latest `num_maskmem` frames can
+                be prompted, and object pointers are encoded as in a video of at least `max_obj_ptrs_in_encoder` frames.
+            video_size: (height, width) of the masks to return; needed with frames.
+
+        Raises:
+            UserError, now or while tracking: a frame has another size.
         """
+        if isinstance(video_path, str) and self.memory_bound is not None and os.path.isdir(video_path):
+            folder = JpegFolder(video_path, self.image_size)
+            video_path, video_size = folder, folder.size
         if isinstance(video_path, (str, bytes)):
-            return super().init_state(video_path, offload_video_to_cpu, offload_state_to_cpu, async_loading_frames)
+            state = super().init_state(video_path, offload_video_to_cpu, offload_state_to_cpu, async_loading_frames)
+            return {**state, "model": weakref.ref(self)}
         if video_size is None:
             raise ValueError("video_size=(height, width) is needed when the video is given as a sequence of frames")
+        is_sequence = hasattr(video_path, "__getitem__") and hasattr(video_path, "__len__")
+        images = (
+            CheckedFrames(video_path, self.image_size)  # type: ignore[arg-type]
+            if is_sequence
+            else FrameStream(video_path, self.image_size, max(self.num_maskmem, 1))
+        )
         state: dict[str, Any] = {
-            "images": video_path,
-            "num_frames": len(video_path),
+            "model": weakref.ref(self),
+            "images": images,
+            "num_frames": len(images),
             "offload_video_to_cpu": offload_video_to_cpu,
             "offload_state_to_cpu": offload_state_to_cpu,
             "video_height": video_size[0],
@@ -142,6 +222,50 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         for cache in ("cached_features", "constants"):
             state[cache] = {}
         return state
+
+    def add_new_points_or_box(
+        self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, list[int], Tensor]:
+        """As in `sam2`; raises UserError where the frame or the state cannot be used."""
+        self._check_prompt(inference_state, frame_idx)
+        return super().add_new_points_or_box(inference_state, frame_idx, obj_id, *args, **kwargs)
+
+    def add_new_mask(
+        self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, mask: Tensor
+    ) -> tuple[int, list[int], Tensor]:
+        """As in `sam2`; raises UserError where the frame or the state cannot be used."""
+        self._check_prompt(inference_state, frame_idx)
+        return super().add_new_mask(inference_state, frame_idx, obj_id, mask)
+
+    def propagate_in_video(
+        self,
+        inference_state: dict[str, Any],
+        start_frame_idx: int | None = None,
+        max_frame_num_to_track: int | None = None,
+        reverse: bool = False,
+    ) -> Iterator[tuple[int, list[int], Tensor]]:
+        """As in `sam2`; a stream is tracked to its end. Raises UserError where start or state cannot be used."""
+        self._check_owner(inference_state)
+        if self.memory_bound is not None and start_frame_idx is not None:
+            self.memory_bound.check_start(self, inference_state, start_frame_idx, reverse=reverse)
+        frames = super().propagate_in_video(inference_state, start_frame_idx, max_frame_num_to_track, reverse)
+        try:
+            for frame_idx, object_ids, masks in frames:
+                if self.memory_bound is not None:
+                    self.memory_bound.forget(self, inference_state, frame_idx)
+                yield frame_idx, object_ids, masks
+        except EndOfStream:
+            return
+
+    def _check_prompt(self, state: dict[str, Any], frame_idx: int) -> None:
+        self._check_owner(state)
+        if self.memory_bound is not None:
+            self.memory_bound.check_prompt(state, frame_idx)
+
+    def _check_owner(self, state: dict[str, Any]) -> None:
+        owner = state.get("model")
+        if owner is None or owner() is not self:
+            raise UserError("this state was started by another model: start one with this model's init_state")
 
 
 def build_sam2(

@@ -1,0 +1,127 @@
+"""sam2's memory attention over sets of keys instead of one long memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from sam2.modeling.memory_attention import MemoryAttention
+from sam2.modeling.sam.transformer import RoPEAttention
+from torch import Tensor
+
+from qsam2.layers.attention import join_heads, rotate, split_heads
+from qsam2.memory.bank import Bank
+from qsam2.memory.cache import Table, TemporalKeys, mixed, project, quantized, rotary_table
+from qsam2.memory.sharing import KeySet
+
+
+class MemoryReading:
+    """Reads key sets and object pointers with the model's memory attention.
+
+    Args:
+        cache: keep keys and values of the frames; see `qsam2.memory.cache`.
+    """
+
+    def __init__(self, *, cache: bool) -> None:
+        self.cache = cache
+        self.temporal_keys = TemporalKeys()
+        self._tables: dict[tuple[object, ...], Table] = {}
+        self.keys = 0
+        """How many keys the last frame read, in each layer."""
+
+    def __call__(
+        self,
+        attention: MemoryAttention,
+        features: Tensor,
+        positions: Tensor,
+        sets: Sequence[KeySet],
+        bank: Bank,
+        slots: Tensor,
+    ) -> Tensor:
+        """Image features and their positions (tokens, B, C), temporal positions of the slots (slots, 1, 1, C_memory).
+
+        Returns the features with what was remembered, (tokens, B, C).
+        """
+        x, positions = (features + 0.1 * positions).transpose(0, 1), positions.transpose(0, 1)
+        for index, layer in enumerate(attention.layers):
+            x = layer._forward_sa(x, positions)
+            x = x + layer.dropout2(self._read(index, layer.cross_attn_image, layer.norm2(x), sets, bank, slots))
+            x = x + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm3(x))))))
+        return attention.norm(x).transpose(0, 1)
+
+    def _read(
+        self, layer: int, attention: RoPEAttention, x: Tensor, sets: Sequence[KeySet], bank: Bank, slots: Tensor
+    ) -> Tensor:
+        """Cross-attention of x (B, tokens, C); all keys of a set are raised by the log of what they stand for."""
+        table = self._table(attention, x.shape[1])
+        q = quantized(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
+        keys, values, stands = [], [], []
+        for each in sets:
+            k, v = self._keys_and_values(layer, attention, each, slots, table)
+            if each.share < 1:
+                k, v = _most_attended(layer, each, q, k, v)
+            elif each.window != (1, 1):
+                k, v = (_averaged(part, each) for part in (k, v))
+            keys.append(k)
+            values.append(v)
+            stands.append((k.shape[2], [count * math.prod(each.window) for count in each.counts]))
+        if bank.pointers is not None:
+            assert bank.pointer_positions is not None
+            k, v = project(attention, bank.pointers + bank.pointer_positions, bank.pointers)
+            keys.append(quantized(k, attention, "k"))
+            values.append(quantized(v, attention, "v"))
+            stands.append((k.shape[2], [1] * len(x)))
+        k, v = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        self.keys = k.shape[2]
+        dropout = attention.dropout_p if attention.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_raised(stands, q), dropout_p=dropout)
+        return attention.out_proj(join_heads(out))
+
+    def _keys_and_values(
+        self, layer: int, attention: RoPEAttention, each: KeySet, slots: Tensor, table: Table
+    ) -> tuple[Tensor, Tensor]:
+        """(B, heads, tokens, C / heads) each, temporal positions included."""
+        if not self.cache:
+            temporal = mixed(slots.flatten(1), each.positions).unsqueeze(1)
+            return each.frame.recomputed_keys_and_values(attention, table, temporal)
+        k, v = each.frame.keys_and_values(layer, attention, table)
+        return k + mixed(self.temporal_keys(layer, attention, slots, table), each.positions), v
+
+    def _table(self, attention: RoPEAttention, tokens: int) -> Table:
+        weight = attention.k_proj.weight
+        known = tokens, attention.internal_dim, attention.num_heads, weight.device
+        if known not in self._tables:
+            self._tables[known] = rotary_table(attention, tokens)
+        return self._tables[known]
+
+
+def _raised(stands: Sequence[tuple[int, Sequence[int]]], q: Tensor) -> Tensor | None:
+    """(B, 1, 1, keys): the log of how many keys each stands for; None where all stand for themselves."""
+    if all(number == 1 for _, numbers in stands for number in numbers):
+        return None
+    logs = torch.tensor([numbers for _, numbers in stands], dtype=q.dtype, device=q.device).log()  # (sets, B)
+    lengths = torch.tensor([length for length, _ in stands], device=q.device)
+    return logs.repeat_interleave(lengths, dim=0).T[:, None, None]
+
+
+def _averaged(x: Tensor, each: KeySet) -> Tensor:
+    """(B, heads, H * W, C) averaged over the set's windows."""
+    height, width = each.frame.features.shape[-2:]
+    rows, columns = each.window
+    windows = x.unflatten(2, (height // rows, rows, width // columns, columns))
+    return windows.mean(dim=(3, 5)).flatten(2, 3)
+
+
+def _most_attended(layer: int, each: KeySet, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of tokens that were most attended when the frame was first read; then it is read whole."""
+    salience = each.frame.salience
+    if layer not in salience:
+        with torch.no_grad():
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            salience[layer] = scores.softmax(dim=-1).mean(dim=(1, 2))  # (B, tokens)
+        return k, v
+    count = max(round(each.share * k.shape[2]), 1)
+    chosen = salience[layer].topk(count, dim=1).indices[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    return k.gather(2, chosen), v.gather(2, chosen)

@@ -1,0 +1,187 @@
+"""Fewer keys than a full bank has: adaptive sharing, and what it is measured against, behind one interface.
+
+A policy turns the remembered frames that were not prompted into at most `budget` frames' worth of keys. Conditioning
+frames and object pointers are no policy's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from qsam2.memory.bank import HISTORY, Bank, Remembered
+from qsam2.memory.cache import FrameMemory
+from qsam2.recipe.memory import MemoryRecipe, Sharing
+
+Mix = Mapping[int, float]
+SPARSE_FLOOR = 0.05
+"""Share of tokens that sparse retrieval keeps of a frame however small the budget is: that of Efficient-SAM2."""
+SYNTHESIZED = 3
+"""How many memories are averaged into one (Mix-QSAM2)."""
+
+
+@dataclass(frozen=True)
+class KeySet:
+    """A remembered frame as attention reads it, for a batch of objects.
+
+    Args:
+        frame: whose keys and values.
+        positions: weights of the temporal positions, {slot: weight} an object.
+        counts: how many frames it stands for, an object each; 0: that object does not read it.
+        window: tokens (rows, columns) that are averaged into one.
+        share: of its tokens the most attended ones that are read.
+    """
+
+    frame: FrameMemory
+    positions: tuple[Mix, ...]
+    counts: tuple[int, ...]
+    window: tuple[int, int] = (1, 1)
+    share: float = 1.0
+
+    @classmethod
+    def whole(cls, frame: FrameMemory) -> KeySet:
+        """The frame as it is."""
+        objects = len(frame.features)
+        return cls(frame, ({frame.slot: 1.0},) * objects, (1,) * objects)
+
+
+def key_sets(bank: Bank, recipe: MemoryRecipe) -> list[KeySet]:
+    """What a frame reads by the recipe, prompted frames first."""
+    prompted = [KeySet.whole(frame) for frame in bank.conditioning]
+    if recipe.sharing == "none" or not bank.recent:
+        return prompted + [KeySet.whole(frame) for frame in bank.recent]
+    budget = len(bank.recent)
+    if recipe.frames is not None:
+        # The latest frame stays, however many were prompted; a budget of one frame is for the prompted one alone.
+        budget = min(budget, max(recipe.frames - len(prompted), min(recipe.frames - 1, 1)))
+    if budget == 0:
+        return prompted
+    if recipe.sharing == "adaptive":
+        return prompted + adaptive(bank, budget, recipe.quantile)
+    if budget == len(bank.recent):
+        return prompted + [KeySet.whole(frame) for frame in bank.recent]
+    return prompted + POLICIES[recipe.sharing](bank.recent, budget)
+
+
+def adaptive(bank: Bank, budget: int, quantile: float | None) -> list[KeySet]:
+    """Runs of similar neighbours share the keys of their latest frame, its scores raised by the log of their number.
+
+    The most similar neighbours are joined until the budget holds; with a quantile also all that are at least as similar
+    as that quantile of the object's similarities so far. Frames on two sides of a prompted frame are never joined. The
+    run's keys have the mean of its temporal positions: of identical frames full attention is matched up to the spread
+    of scores within the run that temporal positions cause, exactly where they agree (ours, after Q-MiniSAM2).
+    """
+    frames = bank.recent
+    edges = [_similarity(older, newer, bank.remembered) for older, newer in zip(frames, frames[1:], strict=False)]
+    allowed = [
+        index
+        for index, (older, newer) in enumerate(zip(frames, frames[1:], strict=False))
+        if not any(min(older.time, newer.time) <= time <= max(older.time, newer.time) for time in bank.prompted_times)
+    ]
+    positions: list[list[Mix]] = [[] for _ in frames]
+    counts: list[list[int]] = [[] for _ in frames]
+    for item in range(len(frames[0].features)):
+        ranked = sorted(allowed, key=lambda index: edges[index][item], reverse=True)
+        joined = set(ranked[: len(frames) - budget])
+        if quantile is not None:
+            threshold = _quantile(bank.remembered.similarities[item], quantile) if allowed else 0.0
+            joined |= {index for index in allowed if edges[index][item] >= threshold}
+        run: list[int] = []
+        for index, frame in enumerate(frames):
+            run.append(frame.slot)
+            ends = index not in joined
+            positions[index].append({slot: 1 / len(run) for slot in run} if ends else {frame.slot: 1.0})
+            counts[index].append(len(run) if ends else 0)
+            run = [] if ends else run
+    shared = zip(frames, positions, counts, strict=True)
+    return [KeySet(frame, tuple(mixes), tuple(stands)) for frame, mixes, stands in shared if any(stands)]
+
+
+def oldest(frames: Sequence[FrameMemory], budget: int) -> list[KeySet]:
+    """Drops the oldest frames."""
+    return [KeySet.whole(frame) for frame in frames[-budget:]]
+
+
+def stride(frames: Sequence[FrameMemory], budget: int) -> list[KeySet]:
+    """Evenly spaced frames, the latest among them."""
+    step = (len(frames) - 1) / max(budget - 1, 1)
+    return [KeySet.whole(frames[len(frames) - 1 - round(index * step)]) for index in reversed(range(budget))]
+
+
+def pool(frames: Sequence[FrameMemory], budget: int) -> list[KeySet]:
+    """Windows of tokens are averaged, keys and values alike, their scores raised by the log of the window's size."""
+    height, width = frames[0].features.shape[-2:]
+    needed = len(frames) / budget
+    windows = [(rows, columns) for rows in _divisors(height) for columns in _divisors(width)]
+    fitting = [window for window in windows if math.prod(window) >= needed]
+    window = min(fitting or [(height, width)], key=lambda window: (math.prod(window), abs(window[0] - window[1])))
+    return [replace(KeySet.whole(frame), window=window) for frame in frames]
+
+
+def sparse(frames: Sequence[FrameMemory], budget: int) -> list[KeySet]:
+    """Only the tokens of a frame that were most attended when it was first read (Efficient-SAM2, arXiv 2602.08224).
+
+    The latest frame is read whole; the older ones share the rest of the budget.
+    """
+    *older, latest = frames
+    share = max((budget - 1) / len(older), SPARSE_FLOOR)
+    return [replace(KeySet.whole(frame), share=share) for frame in older] + [KeySet.whole(latest)]
+
+
+def synthesis(frames: Sequence[FrameMemory], budget: int) -> list[KeySet]:
+    """The latest budget - 1 frames, and one average of the three others most similar to the latest (after Mix-QSAM2).
+
+    Weights are the softmax of the similarities; temporal positions are averaged with them.
+    """
+    kept = frames[len(frames) - budget + 1 :]
+    others = frames[: len(frames) - budget + 1]
+    latest = frames[-1].features.flatten(1).float()
+    similarities = torch.stack([F.cosine_similarity(frame.features.flatten(1).float(), latest) for frame in others])
+    top = similarities.topk(min(SYNTHESIZED, len(others)), dim=0)  # (frames, B)
+    weights = torch.zeros_like(similarities).scatter(0, top.indices, top.values.softmax(dim=0)).detach()
+    features = sum(
+        weight.view(-1, 1, 1, 1) * frame.features.float() for weight, frame in zip(weights, others, strict=True)
+    )
+    assert isinstance(features, torch.Tensor)
+    average = FrameMemory(others[-1].time, others[-1].slot, features, others[-1].position)
+    positions = tuple(
+        {frame.slot: weight for frame, weight in zip(others, column, strict=True) if weight}
+        for column in weights.T.tolist()
+    )
+    return [KeySet(average, positions, (1,) * len(positions))] + [KeySet.whole(frame) for frame in kept]
+
+
+POLICIES: dict[Sharing, Callable[[Sequence[FrameMemory], int], list[KeySet]]] = {
+    "oldest": oldest,
+    "stride": stride,
+    "pool": pool,
+    "sparse": sparse,
+    "synthesis": synthesis,
+}
+
+
+def _similarity(older: FrameMemory, newer: FrameMemory, remembered: Remembered) -> list[float]:
+    """Cosine of the memory features, an object each: what keys and values are linear in. Once a pair."""
+    if newer.similarity is None or newer.similarity[0] is not older:
+        with torch.no_grad():
+            a, b = (frame.features.flatten(1).float() for frame in (older, newer))
+            newer.similarity = older, F.cosine_similarity(a, b).tolist()
+        if not remembered.similarities:
+            remembered.similarities.extend(deque(maxlen=HISTORY) for _ in newer.similarity[1])
+        for history, value in zip(remembered.similarities, newer.similarity[1], strict=True):
+            history.append(value)
+    return newer.similarity[1]
+
+
+def _quantile(values: Sequence[float], quantile: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(quantile * len(ordered)), len(ordered) - 1)]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
