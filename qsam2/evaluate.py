@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qsam2.loading import load_model
+from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
 from qsam2.pipeline import open_val
 from qsam2.recipe import Recipe
@@ -39,12 +40,16 @@ def evaluate_model(target: str, overrides: Sequence[str] = (), *, reference: str
 def score_against(model: SAM2, reference: SAM2 | None, recipe: Recipe) -> dict[str, Any]:
     """The score block of a model on the recipe's data, with `fidelity` and `versus_reference` if a reference is given.
 
+    The model keeps and reads its memory as the recipe says, the reference as `sam2` does.
+
     Raises:
         UserError: the data cannot be used.
     """
     videos = open_val(recipe)
+    use_memory(model, recipe.memory)
     if reference is None:
-        return score_float(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)[0]
+        score = score_any if model.memory_reader else score_float  # scores that are kept know of no other memory
+        return score(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)[0]
     their_block, their_masks = score_float(reference, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
     block, _ = score_any(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER, reference=their_masks)
     return {**block, "versus_reference": compare(block, their_block)}

@@ -31,6 +31,7 @@ from qsam2.export.weights import save_weights
 from qsam2.layers.audit import audit
 from qsam2.layers.convert import ConvertedLayer, conversion_table, convert, quantizers
 from qsam2.layers.finalize import finalize
+from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, load_sam2
 from qsam2.models.scratch import initialise
 from qsam2.recipe import Recipe
@@ -72,6 +73,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     tracked: dict[str, Predictions] = {}
 
     if recipe.quantize is None:
+        use_memory(model, recipe.memory)
         train(model, sources, recipe, folder, loggers)
         tracked["float"] = score(model, "float", videos, recipe, folder)
     else:
@@ -82,6 +84,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         tracked["float"] = score(teacher, "float", videos, recipe, folder)
         calibrate(model, sources, recipe, folder)
         round_weights(model, sources, recipe, folder)
+        use_memory(model, recipe.memory)  # the float model above and the teacher read all of their memory
         if recipe.train is None or recipe.evaluate.after_calibration:
             tracked["ptq"] = score_ptq(model, layers, videos, recipe, folder, tracked["float"])
         train(model, sources, recipe, folder, loggers, teacher)
@@ -286,7 +289,7 @@ def score(
         log.info("%s", report.summary)
     given = (model, videos, recipe.evaluate, recipe.trainer)
     with folder.stage(f"score {name}", f"{len(videos)} videos"):
-        if reference is None:
+        if reference is None and model.memory_reader is None:  # scores that are kept know of no other memory
             block, predictions = score_float(*given, folder=folder.path)
         else:
             block, predictions = score_videos(*given, folder=folder.path, reference=reference)
