@@ -21,6 +21,9 @@ from qsam2.recipe.section import Section
 Overrides = dict[str, Any]
 """Values of dotted recipe keys."""
 
+FLOAT = "float"
+"""Method of the runs that score the float models."""
+
 AXES = ("model", "method", "setting", "start")
 
 
@@ -125,10 +128,15 @@ def table_runs(table: TableDefinition, output: Path, overrides: Iterable[str] = 
     return list(runs.values())
 
 
-def float_recipe(run: TableRun) -> Recipe:
-    """The recipe of the float model that a run starts from, for scoring."""
-    recipe = run.recipe
-    return Recipe(model=recipe.model, data=recipe.data, trainer=recipe.trainer, evaluate=recipe.evaluate)
+def float_runs(runs: Iterable[TableRun]) -> list[TableRun]:
+    """A run for every float model that these start from: nothing but its scores."""
+    floats: dict[str, TableRun] = {}
+    for run in runs:
+        recipe, name = run.recipe, f"float_{_slug(run.model)}"
+        given = {"model": recipe.model, "data": recipe.data, "trainer": recipe.trainer, "evaluate": recipe.evaluate}
+        alone = Recipe(name=name, output=recipe.run_folder.parent / name, **given)
+        floats.setdefault(run.model, TableRun(name, run.model, FLOAT, "", "", alone))
+    return list(floats.values())
 
 
 def _combinations(table: TableDefinition) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -141,7 +149,7 @@ def _combinations(table: TableDefinition) -> Iterator[tuple[tuple[str, ...], int
 def _table_run(
     table: TableDefinition, names: tuple[str, ...], seed: int, output: Path, overrides: list[str]
 ) -> TableRun:
-    name = "_".join(re.sub(r"[^\w.]+", "-", part) for part in (*names, f"s{seed}") if part)
+    name = "_".join(_slug(part) for part in (*names, f"s{seed}") if part)
     chosen = [table.common, *(table.axis(axis)[given] for axis, given in zip(AXES, names, strict=True))]
     own = {"name": f"{table.name}_{name}", "output": str(output / name), "seed": seed}
     own["evaluate.float_cache"] = str(output / "float")
@@ -151,8 +159,14 @@ def _table_run(
         recipe = load_recipe(table.recipe, [*given, *first.overrides, *overrides, *_as_text(own)])
     except UserError as error:
         raise UserError(f"table {table.name}, {', '.join(part for part in names if part)}: {error}") from error
+    if recipe.quantize is None:
+        raise UserError(f"table {table.name}: {table.recipe} quantizes nothing; a table compares quantized models")
     model, method, setting, start = names
     return TableRun(name, model, method, setting, start, recipe)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
 def _as_text(values: Mapping[str, Any]) -> list[str]:
