@@ -1,0 +1,145 @@
+"""What a block sees and what it should give: its inputs in the quantized model, its outputs in the float model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from qsam2.errors import UserError
+
+Sample = TypeVar("Sample")
+
+
+class Call(NamedTuple):
+    """One call of a block: its inputs, and the float model's outputs (see `features`)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: tuple[Tensor, ...]
+
+
+class Kept:
+    """Values of a block's calls in bounded memory: beyond `budget_bytes`, every second of them goes."""
+
+    def __init__(self, budget_bytes: float, stride: int = 1) -> None:
+        self.budget_bytes = budget_bytes
+        self.stride = stride
+        self.count = 0
+        self.values: list[Any] = []
+        self._bytes: list[int] = []
+
+    def add(self, value: Any) -> None:
+        """Copies the tensors of a call's value to the CPU if the call is one to keep."""
+        if self.count % self.stride == 0:
+            copied = apply_to_collection(value, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+            self.values.append(copied)
+            self._bytes.append(sum(tensor.nbytes for tensor in tensors(copied)))
+        self.count += 1
+        while sum(self._bytes) > self.budget_bytes and len(self.values) > 1:
+            self.values, self._bytes, self.stride = self.values[::2], self._bytes[::2], 2 * self.stride
+
+
+class _Reached(Exception):
+    """Ends a forward that has nothing more to tell."""
+
+
+@torch.no_grad()
+def capture(
+    blocks: Mapping[str, nn.Module],
+    twins: Mapping[str, nn.Module],
+    run: Callable[[bool, Sample], object],
+    samples: Sequence[Sample],
+    *,
+    budget_bytes: float,
+    one_call: bool,
+) -> dict[str, list[Call]]:
+    """Inputs of the blocks of a quantized model, outputs of their `twins` in the float model, over the same samples.
+
+    `run(quantized, sample)` passes a sample through one of the two models; with `one_call`, which says that it calls
+    each block once, the rest of the forward is skipped. What is kept stays on the CPU, within `budget_bytes`.
+
+    Raises:
+        UserError: a block was never reached, or its inputs or targets hold NaN or infinity.
+    """
+    share = budget_bytes / 2 / len(blocks)
+    inputs = {name: Kept(share) for name in blocks}
+
+    def keep_inputs(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        inputs[name].add((args, kwargs))
+
+    _record(blocks, keep_inputs, partial(run, True), samples, one_call)
+    targets = {name: Kept(share, inputs[name].stride) for name in blocks}
+
+    def keep_targets(name: str, _: tuple[Any, ...], __: dict[str, Any], output: Any) -> None:
+        targets[name].add(features(output))
+
+    _record(twins, keep_targets, partial(run, False), samples, one_call)
+    return {name: _calls(name, inputs[name], targets[name]) for name in blocks}
+
+
+def _record(
+    blocks: Mapping[str, nn.Module],
+    record: Callable[[str, tuple[Any, ...], dict[str, Any], Any], None],
+    run: Callable[[Sample], object],
+    samples: Iterable[Sample],
+    one_call: bool,
+) -> None:
+    """`record(name, args, kwargs, output)` for each call of a block."""
+    waiting: set[str] = set()
+
+    def hook(name: str) -> Callable[..., None]:
+        def on_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            record(name, args, kwargs, output)
+            waiting.discard(name)
+            if one_call and not waiting:
+                raise _Reached
+
+        return on_call
+
+    handles = [block.register_forward_hook(hook(name), with_kwargs=True) for name, block in blocks.items()]
+    try:
+        for sample in samples:
+            waiting.update(blocks)
+            with contextlib.suppress(_Reached):
+                run(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _calls(name: str, inputs: Kept, targets: Kept) -> list[Call]:
+    if not inputs.count:
+        raise UserError(f"no calibration clip reached {name}: give more clips, or leave it out of reconstruct.blocks")
+    if inputs.count != targets.count:
+        raise RuntimeError(f"{name} was called {inputs.count} times, in the float model {targets.count} times")
+    kept = inputs.values[:: targets.stride // inputs.stride]
+    calls = [Call(*given, wanted) for given, wanted in zip(kept, targets.values, strict=True)]
+    if not all(tensor.isfinite().all() for tensor in tensors(calls) if tensor.is_floating_point()):
+        raise UserError(f"the inputs or float outputs of {name} contain NaN or infinity: check the clips and the model")
+    return calls
+
+
+def features(output: Any) -> tuple[Tensor, ...]:
+    """The tensors of a block's output that depend on its input: position encodings, which come along, do not."""
+    if isinstance(output, dict):  # memory encoder
+        return (output["vision_features"],)
+    if isinstance(output, tuple) and isinstance(output[0], list):  # neck
+        return tuple(output[0])
+    return tuple(tensors(output))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            yield from tensors(inner)

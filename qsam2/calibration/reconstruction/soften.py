@@ -1,0 +1,70 @@
+"""A block between its two states: soft while it is fitted, hard before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from qsam2.calibration.reconstruction.rounding import SoftRounding
+from qsam2.calibration.reconstruction.steps import LearnedStep
+from qsam2.layers.convert import quantized_weights
+from qsam2.quantizers import Quantizer, QuantizerState
+
+
+@torch.no_grad()
+def soften(block: nn.Module, *, learn_steps: bool, drop: float = 0.0) -> None:
+    """Give all quantized weights of a calibrated block soft rounding, and with `learn_steps` activations learned steps.
+
+    All quantizers concerned are frozen: scales and zero points of weights are what they are now.
+    """
+    for _, layer, quantizer in list(quantized_weights(block)):
+        quantizer.freeze(layer.weight)
+        layer.weight_quantizer = SoftRounding(layer.weight, quantizer)  # type: ignore[assignment]
+    if learn_steps:
+        for parent, key, quantizer in _activations(block):
+            quantizer.freeze()
+            setattr(parent, key, LearnedStep(quantizer, drop))
+
+
+@torch.no_grad()
+def harden(block: nn.Module) -> None:
+    """Round every soft weight of a block for good and put all quantizers, FROZEN, back in their places."""
+    for layer in list(block.modules()):
+        for key, child in list(layer.named_children()):
+            if isinstance(child, SoftRounding):
+                layer.weight.copy_(child.hard(layer.weight.dtype))  # type: ignore[operator, union-attr]
+                setattr(layer, key, child.quantizer)
+            elif isinstance(child, LearnedStep):
+                setattr(layer, key, child.store())
+
+
+@torch.no_grad()
+def flipped_share(block: nn.Module) -> float:
+    """Share of a soft block's weights that `harden` will not round to the nearest."""
+    flipped, total = 0, 0
+    for layer in block.modules():
+        rounding = getattr(layer, "weight_quantizer", None)
+        if isinstance(rounding, SoftRounding):
+            moved = rounding.hard(torch.float32) - rounding.quantizer(layer.weight)
+            flipped += int((moved.abs() > rounding.scale / 2).sum())
+            total += moved.numel()
+    return flipped / max(total, 1)
+
+
+def soft_roundings(block: nn.Module) -> list[SoftRounding]:
+    """All of a block."""
+    return [module for module in block.modules() if isinstance(module, SoftRounding)]
+
+
+def learned_steps(block: nn.Module) -> list[LearnedStep]:
+    """All of a block."""
+    return [module for module in block.modules() if isinstance(module, LearnedStep)]
+
+
+def _activations(block: nn.Module) -> Iterator[tuple[nn.Module, str, Quantizer]]:
+    for parent in list(block.modules()):
+        for key, child in list(parent.named_children()):
+            if isinstance(child, Quantizer) and child.role == "activation" and child.state is not QuantizerState.FLOAT:
+                yield parent, key, child

@@ -1,0 +1,37 @@
+"""How rounding and activation steps are fitted, block by block, to the float model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from qsam2.recipe.section import Section
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class ReconstructRecipe(Section):
+    """Post-training reconstruction: layer by layer (AdaRound), by block (BRECQ), with dropped quantization (QDrop)."""
+
+    method: Literal["adaround", "brecq", "qdrop"] = "qdrop"
+    iterations: PositiveInt = 200
+    """Steps of the optimizer a block."""
+    batch_size: PositiveInt = 4
+    """Calls of the block a step: one frame, and in the tracking part all objects of a clip."""
+    lr: PositiveFloat = 0.02
+    """Of the rounding variables."""
+    step_lr: NonNegativeFloat = 1e-3
+    """Of the logarithms of activation steps, which brecq and qdrop learn."""
+    regularization: NonNegativeFloat = 0.01
+    """Strength of what drives soft rounding to 0 or 1."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the iterations without that."""
+    drop: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of activations that qdrop leaves in float while it fits."""
+    blocks: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = ("*",)
+    """Patterns of the names of blocks, as in quantize.rules."""
+    cache_gb: PositiveFloat = 4.0
+    """Memory for a block's inputs and targets; of more, every n-th call is kept."""
