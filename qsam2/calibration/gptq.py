@@ -18,6 +18,7 @@ from qsam2.errors import UserError
 from qsam2.layers.convert import quantized_weights
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.models import SAM2
+from qsam2.quantizers import QuantizerState
 from qsam2.quantizers.fake_quant import broadcast_shape, to_levels
 
 BLOCK = 128
@@ -77,8 +78,8 @@ def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 def round_sam2(model: SAM2, data: CalibrationData, damping: float, *, progress: bool = True) -> list[RoundedLayer]:
     """Round the layers of a calibrated SAM2 in two passes: the image encoder, then all else behind the rounded encoder.
 
-    Inputs are those of the quantized model: activations by their quantizers, weights of the same pass by the nearest
-    integers, so that one pass serves all of its layers (ours; GPTQ has a pass a block).
+    Inputs are those of the quantized model, but for the weights that the same pass will round: these are still in
+    float, which rounded ones come nearer to than the nearest integers do (ours; GPTQ has a pass a block).
     """
     layers, rows = rounded_layers(model), []
     passes: tuple[tuple[str, bool, Callable[[Sample], object], Iterator[Sample], int], ...] = (
@@ -89,10 +90,18 @@ def round_sam2(model: SAM2, data: CalibrationData, damping: float, *, progress: 
         part = {name: layer for name, layer in layers.items() if in_image_encoder(name) is encoder}
         if part:
             shown = tqdm(samples, f"gather inputs, {what}", count, disable=not progress)
+            _set_states(part, QuantizerState.FLOAT)
             inputs = gather_inputs(part, run, ((sample.label, sample) for sample in shown), count)
+            _set_states(part, QuantizerState.QUANTIZE)
             rounded = round_layers(part, inputs, damping)
             rows += tqdm(rounded, f"gptq, {what}", len(part), disable=not progress)
     return rows
+
+
+def _set_states(layers: Mapping[str, QuantizedLayer], state: QuantizerState) -> None:
+    for layer in layers.values():
+        assert layer.weight_quantizer is not None
+        layer.weight_quantizer.state = state
 
 
 def round_layers(
@@ -108,9 +117,11 @@ def round_layer(name: str, layer: QuantizedLayer, inputs: LayerInputs, damping: 
     """Freeze the weight's quantizer and give the layer integers of least output error on it, in place.
 
     The weight becomes what its integers stand for, so that finalizing, packing and further rounding find the same
-    integers. A bias takes up the mean of what rounding changes (ours): then only the error about the mean is left for
-    GPTQ to lessen, and its Hessian is the covariance of the inputs; without a bias it is their second moment. Integers
-    are fitted on one half of the inputs; where the nearest do better on the other half, they stay (ours).
+    integers. Ours: A bias takes up the mean of what rounding changes; then only the error about the mean is left to
+    lessen, and the Hessian is the covariance of the inputs (without a bias: their second moment). The error of
+    quantized inputs counts as noise, uncorrelated between inputs and with them, as in `calibrate_layer`: GPTQ then
+    rounds the weights that are best for noisy inputs. Integers are fitted on one half of the inputs; where the nearest
+    do better on the other half, they stay.
 
     Raises:
         UserError: the Hessian with this damping is singular.
@@ -121,7 +132,7 @@ def round_layer(name: str, layer: QuantizedLayer, inputs: LayerInputs, damping: 
     weight = layer.weight.detach().flatten(1).to(inputs.fit.mean.device).double()
     grid = RowGrid.of(layer, weight.device)
     nearest = grid.nearest(weight)
-    fitted = gptq(weight, hessian(inputs.fit, centred=bias is not None), grid, damping)
+    fitted = gptq(weight, second_moment(inputs.fit, centred=bias is not None), grid, damping, inputs.noise)
     if fitted is None:
         raise UserError(
             f"calibrate.rounding.damping={damping}: the Gram matrix of {name} is singular with it, raise it (0.01 is "
@@ -130,7 +141,7 @@ def round_layer(name: str, layer: QuantizedLayer, inputs: LayerInputs, damping: 
     shift = refit_bias(weight, fitted, inputs.fit.mean, bias)
     held_out, scale = inputs.held_out, output_energy(weight, inputs.held_out, bias is not None)
     errors = [
-        output_error(weight - rounded, moved, held_out) / scale
+        (output_error(weight - rounded, moved, held_out) + float(rounded.square().sum(dim=0) @ inputs.noise)) / scale
         for rounded, moved in ((nearest, torch.zeros_like(shift)), (fitted, shift))
     ]
     better = errors[1] < errors[0]
@@ -142,32 +153,36 @@ def round_layer(name: str, layer: QuantizedLayer, inputs: LayerInputs, damping: 
     return RoundedLayer(name, quantizer.bits, weight.shape[1], (errors[0], min(errors)))
 
 
-def hessian(moments: Moments, *, centred: bool) -> Tensor:
-    """Half the Hessian of the output error, (n, n): the inputs' covariance, or their second moment about zero."""
+def second_moment(moments: Moments, *, centred: bool) -> Tensor:
+    """(n, n), of the inputs about their mean or about zero."""
     return moments.covariance if centred else moments.covariance + torch.outer(moments.mean, moments.mean)
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: RowGrid, damping: float) -> Tensor | None:
+def gptq(weight: Tensor, moment: Tensor, grid: RowGrid, damping: float, noise: Tensor | None = None) -> Tensor | None:
     """Values on the grid, (m, n), of a weight (m, n) float64; None where the damped Hessian is singular.
 
-    GPTQ (arXiv 2210.17323), algorithm 1: with U the upper Cholesky factor of the inverse of H + damping * mean diag H,
-    column j is rounded, and its error over U_jj times row j of U is taken from the columns behind it. Columns of large
-    energy go first, while there are many left to make up for them (the authors' code). U is found without the inverse
-    (ours): of H = R R^T, R upper triangular, it is R^-1. Inputs that are all zero ask for the nearest.
+    GPTQ (arXiv 2210.17323), algorithm 1: with U the upper Cholesky factor of the inverse of the Hessian H + damping *
+    mean diag H, column j is rounded, and its error over U_jj times row j of U is taken from the columns behind it.
+    Columns of large energy go first, while there are many left to make up for them (the authors' code). U is found
+    without the inverse (ours): of H = R R^T, R upper triangular, it is R^-1. Inputs that are all zero ask for the
+    nearest. With noise n (n,) of the inputs, H is C + diag n, and W (C + diag n)^-1 C is rounded in place of W (ours):
+    E |W x - Q (x + e)|^2 is least there.
     """
-    energy = hessian.diagonal().mean()
+    noise = torch.zeros_like(moment[0]) if noise is None else noise
+    energy = (moment.diagonal() + noise).mean()
     if not energy > 0:
         return grid.nearest(weight)
-    order = hessian.diagonal().argsort(descending=True)
-    damped = hessian[order][:, order]
-    damped.diagonal().add_(damping * energy)
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    order = (moment.diagonal() + noise).argsort(descending=True)
+    hessian = moment[order][:, order]
+    hessian.diagonal().add_(noise[order] + damping * energy)
+    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed:
         return None
-    identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
 
     rest = weight[:, order]
+    rest = rest - (rest * noise[order]) @ factor.T @ factor
     for start in range(0, rest.shape[1], BLOCK):
         block, own = rest[:, start : start + BLOCK], factor[start : start + BLOCK, start : start + BLOCK]
         errors = torch.empty_like(block)

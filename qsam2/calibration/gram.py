@@ -57,13 +57,15 @@ class Moments:
 class LayerInputs:
     """A layer's inputs on two disjoint halves of the samples; `noise` is what activation quantization adds.
 
-    `noise` (n,): mean (q(x) - x)^2 an input on the held-out half, q with the range of the first half; 0 without q.
+    `noise` (n,): mean (q(x) - x)^2 an input; 0 without q. q is a quantized layer's own quantizer, or `quantizer` with
+    the range of the first half and the noise of the other.
     """
 
     fit: Moments
     held_out: Moments
     noise: Tensor
     quantizer: Quantizer | None = field(default=None, repr=False)
+    noisy_rows: int = 0
 
     @classmethod
     def of(cls, layer: nn.Module, quantizer: Quantizer | None) -> LayerInputs:
@@ -74,27 +76,23 @@ class LayerInputs:
         noise = torch.zeros(size, dtype=torch.float64, device=place)
         return cls(Moments(size, place), Moments(size, place), noise, quantizer and quantizer.to(device).eval())
 
-    def add(self, rows: Tensor, held_out: bool) -> bool:
-        """Add inputs (N, n) to a half; False if they hold NaN or infinity."""
-        half = self.held_out if held_out else self.fit
-        before = half.count
-        if not half.add(rows):
+    def add(self, layer: nn.Module, x: Tensor, held_out: bool) -> bool:
+        """Add the layer's input to a half; False if it holds NaN or infinity."""
+        rows = input_rows(layer, x)
+        if not (self.held_out if held_out else self.fit).add(rows):
             return False
-        if self.quantizer is not None and len(rows):
-            quantized = self.quantizer(rows)  # observes the first half
-            if held_out:
-                error = (quantized - rows).square().mean(dim=0).to(self.noise.device).double()
-                self.noise += (error - self.noise) * (len(rows) / (before + len(rows)))
+        quantizer = layer.input_quantizer if isinstance(layer, QuantizedLayer) else self.quantizer
+        if quantizer is not None and len(rows):
+            quantized = quantizer(x)
+            if quantizer.state is QuantizerState.QUANTIZE:
+                error = (input_rows(layer, quantized) - rows).square().mean(dim=0).to(self.noise.device).double()
+                self.noisy_rows += len(rows)
+                self.noise += (error - self.noise) * (len(rows) / self.noisy_rows)
         return True
 
 
 def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a layer multiplies its weight (m, n) with, (N, n), from its input: patches where it is a convolution.
-
-    A quantized layer's are those that its input quantizer gives.
-    """
-    if isinstance(layer, QuantizedLayer):
-        x = layer.quantized_input(x)
+    """What a layer multiplies its weight (m, n) with, (N, n), from its input: patches where it is a convolution."""
     if isinstance(layer, nn.Conv2d):
         patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, n, positions)
         return patches.transpose(1, 2).flatten(0, 1)
@@ -129,7 +127,7 @@ def gather_inputs(
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if not found[name].add(input_rows(layer, inputs[0].detach()), held_out):
+            if not found[name].add(layer, inputs[0].detach(), held_out):
                 raise UserError(f"calibration sample {current} gives NaN or infinity at the input of {name}: check it")
 
         return record

@@ -21,7 +21,9 @@ def _method(value: object) -> object:
     return {"method": value} if isinstance(value, str) else value
 
 
-def _listed(value: object) -> object:
+def _alphas(value: object) -> object:
+    if isinstance(value, (bool, str)):
+        raise ValueError("give a number from 0 to 1 (0.5 in the paper), or a list of them to choose from")
     return [value] if isinstance(value, (int, float)) else value
 
 
@@ -61,6 +63,7 @@ class ACNRRecipe(Section):
         return _with_zero(self.steps)
 
 
+Alphas = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)]
 WeightCalibration = Union[FrobeniusRecipe, ACNRRecipe]  # noqa: UP007
 
 
@@ -85,12 +88,7 @@ class CalibrateRecipe(Section):
     """Of a clip."""
     weights: Annotated[WeightCalibration, Field(discriminator="method"), BeforeValidator(_method)] | None = None
     """frobenius or acnr, or their keys; null: weights stay what they are until they are quantized."""
-    smooth: (
-        Annotated[
-            tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1), BeforeValidator(_listed)
-        ]
-        | None
-    ) = None
+    smooth: Annotated[Alphas | None, BeforeValidator(_alphas)] = None
     """SmoothQuant's strength alpha, 0.5 in the paper; of several the best for each LayerNorm; null: no smoothing."""
     rounding: Annotated[GPTQRecipe, BeforeValidator(_method)] | None = None
     """gptq, or its keys; null: weights are rounded to the nearest."""

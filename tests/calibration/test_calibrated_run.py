@@ -13,6 +13,7 @@ from torch import nn
 
 import qsam2.pipeline
 from qsam2.errors import UserError
+from qsam2.export.packed import load_packed
 from qsam2.models import load_sam2
 from qsam2.pipeline import calibrate_layers, open_train, run
 from qsam2.recipe import Recipe, build_recipe
@@ -56,6 +57,21 @@ def test_a_run_says_what_became_of_each_layer(tmp_path: Path) -> None:
     assert list(metrics["seconds"])[:2] == ["calibrate weights", "convert"]
     assert (tmp_path / "report.html").read_text().count("image_encoder.trunk.blocks.0.attn.qkv<td>4<td>") == 1
     assert "method: frobenius" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_weights_scales_ranges_and_rounding_combine(tmp_path: Path) -> None:
+    metrics = run(recipe(tmp_path, *BLOCK_0, "calibrate.smooth=[0.3, 0.5]", "calibrate.rounding=gptq"))
+    assert list(metrics["seconds"])[:6] == [
+        *("calibrate weights", "smooth", "convert", "score float", "calibrate", "round weights")
+    ]
+    assert len(metrics["calibrated_weights"]["layers"]) == 4
+    for row in metrics["smoothed"].values():
+        assert row["alpha"] in (None, 0.3, 0.5) and row["error"][1] <= row["error"][0]
+    assert metrics["rounded"]["method"] == "gptq" and len(metrics["rounded"]["layers"]) > 100
+    assert all(row["error"][1] <= row["error"][0] for row in metrics["rounded"]["layers"].values())
+    fresh = load_sam2("nano_heavy", image_size=64)
+    load_packed(tmp_path / "model.safetensors", fresh)
+    assert metrics["quantized"]["J&F"] == metrics["ptq"]["J&F"]
 
 
 def test_the_float_reference_is_the_model_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +124,18 @@ def test_without_it_nothing_changes(tmp_path: Path) -> None:
             ["calibrate.weights=acnr", "calibrate.clips=1"],
             "calibrate: clips=1 is too few: weights are fitted on",
         ),
+        (["calibrate.rounding=gptq", "calibrate.clips=1"], "calibrate: clips=1 is too few: what is fitted on one half"),
+        (["calibrate.smooth=[0.3, 0.5]", "calibrate.clips=1"], "calibrate: clips=1 is too few: what is fitted on"),
+        (["calibrate.rounding=gpt"], "calibrate.rounding.method='gpt': should be 'gptq'"),
+        (["calibrate.rounding={damping: 0}"], "calibrate.rounding.damping=0: should be greater than 0"),
+        (["calibrate.smooth=2"], "calibrate.smooth.0=2: should be less than or equal to 1"),
+        (["calibrate.smooth=[]"], r"calibrate.smooth=\[\]: "),
+        (["calibrate.stills=-1"], "calibrate.stills=-1: should be greater than or equal to 0"),
+        (["calibrate.smooth=true"], "calibrate.smooth=True: give a number from 0 to 1"),
+        (["calibrate.smooth=auto"], "calibrate.smooth='auto': give a number from 0 to 1"),
+        (["calibrate.rounding=gptq", "quantize.weights=null"], "recipe: calibrate.rounding=gptq needs quantized"),
+        (["calibrate.rounding=gptq", "train={}"], "recipe: calibrate.rounding=gptq is for calibration alone, training"),
+        (["calibrate.smooth=0.5", "quantize.activations=null"], "recipe: calibrate.smooth needs quantized activations"),
         (
             ["calibrate.weights=acnr", "quantize.weights=null"],
             "recipe: calibrate.weights=acnr needs quantized",
@@ -124,6 +152,7 @@ def test_recipe_messages(tmp_path: Path, overrides: list[str], message: str) -> 
 
 
 def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
-    given = recipe(tmp_path, "calibrate.weights=frobenius")
+    given = recipe(tmp_path, "calibrate.weights=frobenius", "calibrate.smooth=0.5", "calibrate.rounding=gptq")
     assert build_recipe(given.model_dump(mode="json")) == given
+    assert given.calibrate.smooth == (0.5,) and given.calibrate.rounding is not None
     assert given.calibrate.weights is not None and given.calibrate.weights.strengths[:2] == (0, 1e-6)

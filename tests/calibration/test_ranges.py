@@ -1,4 +1,4 @@
-"""Range calibration on a small stack of layers: what is set, from what, and every message."""
+"""Range calibration: what is set, from what, in which order, and every message."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.data import CalibrationData
+from qsam2.calibration.ranges import calibrate_ranges, calibrate_sam2, in_image_encoder
+from qsam2.data.clips import Source
+from qsam2.data.moving_objects import moving_objects
 from qsam2.errors import UserError
 from qsam2.layers.convert import convert, quantizers, set_state
+from qsam2.models import SAM2, build_sam2
 from qsam2.quantizers import QuantizerState
+from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
 
 
@@ -128,3 +133,104 @@ def test_weights_alone_need_no_batches():
     model = stack(activations=None)
     assert calibrate_ranges(model, model, []) == 0
     assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
+
+
+# Part by part
+
+
+def test_only_the_part_is_calibrated_and_the_rest_stays_as_it_is():
+    model = stack()
+    calibrate_ranges(model, model, batches())
+    kept = {name: quantizer.scale.clone() for name, quantizer in quantizers(model)}
+    calibrate_ranges(model, lambda batch: model(2 * batch), batches(), lambda name: name.startswith("second."))
+    for name, quantizer in quantizers(model):
+        assert quantizer.state is QuantizerState.QUANTIZE
+        assert torch.equal(quantizer.scale, kept[name]) == (name != "second.input_quantizer")
+
+
+def test_a_part_sees_what_the_quantized_rest_gives():
+    model, x = stack(), torch.cat(batches())
+    calibrate_ranges(model, model, batches(), lambda name: name.startswith("first."))
+    first = model.first(x).relu()
+    assert not torch.equal(first, torch.nn.functional.linear(x, model.first.weight, model.first.bias).relu())
+    calibrate_ranges(model, lambda batch: model(batch, spare=False), batches(), lambda name: name.startswith("second."))
+    torch.testing.assert_close(model.second.input_quantizer.scale, (first.max() / 15).detach().view(1))
+    assert {q.state for name, q in quantizers(model) if name.startswith("spare")} == {QuantizerState.FLOAT}
+
+
+def test_a_part_without_activation_quantizers_needs_no_batches():
+    model = stack(rules=[{"match": "first", "keep_float": True}])
+    assert calibrate_ranges(model, model, [], lambda name: name.startswith("first.")) == 0
+
+
+class Watch:
+    """A SAM2 that is calibrated: which quantizers observe and quantize while each part is called."""
+
+    def __init__(self, model: SAM2, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[dict[str, set[QuantizerState]]] = []
+        self.tracked: list[int] = []
+        self.model = model
+        forward_tracking = model.forward_tracking
+
+        def watched(features: Any, batch: Any) -> Any:
+            states: dict[str, set[QuantizerState]] = {}
+            for name, quantizer in quantizers(model):
+                part = "image_encoder" if in_image_encoder(name) else name.split(".")[0]
+                states.setdefault(part, set()).add(quantizer.state)
+            self.seen.append(states)
+            self.tracked.append(batch.num_frames)
+            return forward_tracking(features, batch)
+
+        monkeypatch.setattr(model, "forward_tracking", watched)
+
+
+def sam2(**changes: Any) -> SAM2:
+    torch.manual_seed(0)
+    model = build_sam2("nano", image_size=64)
+    spec = {"method": "minmax", "bits": 4}
+    convert(model, QuantizeRecipe.model_validate({"weights": spec, "activations": spec, **changes}))
+    return model
+
+
+def data(**amount: int) -> CalibrationData:
+    given = CalibrateRecipe.model_validate({"stills": 1, "clips": 1, "num_frames": 5, **amount})
+    sources = [Source(list(moving_objects("train", 2)))]
+    return CalibrationData(sources, given, image_size=64, max_objects=1, max_stride=1, seed=0)
+
+
+def test_the_quantized_model_fills_the_bank_that_memory_attention_is_calibrated_on(monkeypatch):
+    model = sam2()
+    watch = Watch(model, monkeypatch)
+    calibrate_sam2(model, data(), progress=False)
+    assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
+    assert watch.tracked == [3, 3, 5, 5]  # frames far apart, then whole clips; from masks and from points
+    fills, attends = watch.seen[0], watch.seen[2]
+    quantized, observing = {QuantizerState.QUANTIZE}, {QuantizerState.OBSERVE, QuantizerState.FLOAT}
+    assert fills["image_encoder"] == attends["image_encoder"] == quantized
+    assert fills["memory_encoder"] == fills["sam_mask_decoder"] == observing  # activations, weights
+    assert attends["memory_encoder"] == attends["sam_mask_decoder"] == attends["obj_ptr_proj"] == quantized
+    assert fills["memory_attention"] == {QuantizerState.FLOAT} and attends["memory_attention"] == observing
+
+
+def test_the_image_encoder_sees_stills_and_clips(monkeypatch):
+    model, seen = sam2(), []
+    forward_image = model.forward_image
+    monkeypatch.setattr(model, "forward_image", lambda image: seen.append(len(image)) or forward_image(image))
+    calibrate_sam2(model, data(stills=2), progress=False)
+    assert seen == [1] * (5 + 2 + 3 + 5)
+
+
+def test_a_model_with_float_activations_is_not_run(monkeypatch):
+    model = sam2(activations=None)
+    monkeypatch.setattr(model, "forward_image", None)
+    calibrate_sam2(model, data(), progress=False)
+    assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
+
+
+def test_nan_in_a_sample_names_layer_and_sample():
+    model, given = sam2(), data()
+    with torch.no_grad():
+        model.image_encoder.trunk.blocks[0].norm1.bias[0] = float("nan")
+    message = r"^calibration sample still 0 \(.+\): .*NaN or infinity at image_encoder.trunk.blocks.0.attn.qkv"
+    with pytest.raises(UserError, match=message):
+        calibrate_sam2(model, given, progress=False)

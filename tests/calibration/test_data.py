@@ -1,0 +1,137 @@
+"""The stills and clips of calibration, their passes through SAM2, and every message."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from qsam2.calibration.data import CalibrationData, Sample, encode, far_apart, run_sample
+from qsam2.data.clips import Source, collate_clips
+from qsam2.data.moving_objects import moving_objects
+from qsam2.errors import UserError
+from qsam2.models import SAM2, build_sam2
+from qsam2.recipe.calibrate import CalibrateRecipe
+from qsam2.tasks.prompts import prompted_forward
+
+
+def calibration_data(videos: int = 4, seed: int = 0, **amount: int) -> CalibrationData:
+    sources = [Source(list(moving_objects("train", videos)))]
+    given = CalibrateRecipe.model_validate({"stills": 4, "clips": 4, "num_frames": 2, **amount})
+    return CalibrationData(sources, given, image_size=64, max_objects=2, max_stride=1, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def model() -> SAM2:
+    torch.manual_seed(0)
+    return build_sam2("nano", image_size=64)
+
+
+def test_the_defaults_are_32_stills_and_8_clips() -> None:
+    amount = CalibrateRecipe()
+    assert (amount.stills, amount.clips, amount.num_frames) == (32, 8, 8)
+
+
+def test_each_half_has_half_of_the_clips_and_half_of_the_stills() -> None:
+    data = calibration_data()
+    labels = [sample.label.split(" (")[0] for sample in data.samples()]
+    halves = ["clip 0", "clip 1", "still 0", "still 1"], ["clip 2", "clip 3", "still 2", "still 3"]
+    assert labels == [*halves[0], *halves[1]] and len(data) == 8
+    assert [sample.label for sample in data.clip_samples()] == [f"clip {k} ({data.clips[k].name})" for k in range(4)]
+    for sample in data.samples():
+        assert sample.tracked == (len(sample.clip.images) == 2)
+
+
+def test_odd_numbers_leave_a_clip_to_each_half() -> None:
+    data = calibration_data(stills=3, clips=3)
+    tracked = [sample.tracked for sample in data.samples()]
+    assert len(tracked) == 6 and True in tracked[:3] and True in tracked[3:]
+
+
+def test_no_stills_are_fine() -> None:
+    assert [sample.tracked for sample in calibration_data(stills=0, clips=2).samples()] == [True, True]
+
+
+def test_it_follows_from_the_seed_and_stills_are_no_frames_of_the_clips() -> None:
+    one, two, other = ([*calibration_data(seed=seed).samples()] for seed in (0, 0, 1))
+    assert all(torch.equal(a.clip.images, b.clip.images) for a, b in zip(one, two, strict=True))
+    assert not all(torch.equal(a.clip.images, b.clip.images) for a, b in zip(one, other, strict=True))
+    frames = {(s.clip.name, s.clip.frame_indices[0]) for s in one if s.tracked}
+    assert {(s.clip.name, s.clip.frame_indices[0]) for s in one if not s.tracked} != frames
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"stills": 41}, "calibrate.stills=41: the train sources hold 40 stills; give more data or 40"),
+        ({"clips": 40}, "calibrate.clips=40: the train sources hold 39 clips; give more data or 39"),
+        ({"clips": 2, "num_frames": 60}, "calibrate.clips=2: the train sources hold 1 clips; give more data or 1"),
+    ],
+)
+def test_fewer_than_asked_for(asked: dict[str, Any], message: str) -> None:
+    assert len(moving_objects("train", 1)[0]) == 40
+    with pytest.raises(UserError, match=f"^{message}$"):
+        calibration_data(1, **asked)
+
+
+@pytest.mark.parametrize(("frames", "kept"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 2, 3]), (9, [0, 4, 8])])
+def test_frames_far_apart(frames: int, kept: list[int]) -> None:
+    (sample, *_) = calibration_data(num_frames=frames).clip_samples()
+    short = far_apart(sample)
+    assert torch.equal(short.clip.images, sample.clip.images[kept])
+    assert torch.equal(short.clip.masks, sample.clip.masks[kept])
+    assert list(short.clip.frame_indices) == [sample.clip.frame_indices[index] for index in kept]
+
+
+@torch.no_grad()
+def test_features_are_those_of_forward_image(model: SAM2) -> None:
+    (sample, *_) = calibration_data(num_frames=3).clip_samples()
+    found, expected = encode(model, sample), model.forward_image(sample.clip.images)
+    for key in ("backbone_fpn", "vision_pos_enc"):
+        assert len(found[key]) == len(expected[key]) == 3
+        for ours, theirs in zip(found[key], expected[key], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def outputs(model: SAM2, run: Any) -> list[torch.Tensor]:
+    """Mask logits of all frames that `run` tracks."""
+    found: list[torch.Tensor] = []
+    step = model.track_step
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        out = step(*args, **kwargs)
+        found.append(out["pred_masks_high_res"])
+        return out
+
+    model.track_step = record  # type: ignore[method-assign]
+    run()
+    return found
+
+
+def test_a_clip_is_tracked_as_from_prompts_and_a_still_only_encoded(model: SAM2) -> None:
+    data = calibration_data(num_frames=3)
+    sample = next(data.clip_samples())
+    batch = collate_clips([sample.clip])
+    twin = copy.deepcopy(model)
+    ours = outputs(twin, lambda: run_sample(twin, sample))
+    twin = copy.deepcopy(model)
+    theirs = outputs(twin, lambda: [prompted_forward(twin, batch, points=points) for points in (False, True)])
+    assert len(ours) == len(theirs) == 6
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    still = next(sample for sample in data.samples() if not sample.tracked)
+    twin = copy.deepcopy(model)
+    assert outputs(twin, lambda: run_sample(twin, still)) == []
+
+
+@pytest.mark.parametrize("run", [encode, run_sample])
+def test_a_mistake_names_the_sample(model: SAM2, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward_image(_: torch.Tensor) -> None:
+        raise UserError("calibration batch contains NaN or infinity at x: check the inputs")
+
+    monkeypatch.setattr(model, "forward_image", forward_image)
+    sample: Sample = next(calibration_data().clip_samples())
+    with pytest.raises(UserError, match=r"^calibration sample clip 0 \(.+\): calibration batch contains NaN"):
+        run(model, sample)

@@ -1,0 +1,310 @@
+"""SmoothQuant: which norms, the scales, the same function, the choice of alpha, and every message."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sam2.modeling.sam2_utils import LayerNorm2d
+from torch import Tensor, nn
+
+from qsam2.calibration.data import CalibrationData, Sample, encode, run_sample
+from qsam2.calibration.smooth import (
+    SmoothedNorm,
+    gather_reader_inputs,
+    norms_and_readers,
+    quantized_error,
+    smooth,
+    smooth_norm,
+    smoothing_scales,
+)
+from qsam2.data.clips import Source, collate_clips
+from qsam2.data.moving_objects import moving_objects
+from qsam2.errors import UserError
+from qsam2.models import SAM2, build_sam2
+from qsam2.recipe.calibrate import CalibrateRecipe
+from qsam2.recipe.quantize import QuantizeRecipe
+
+
+def quantize(**changes: Any) -> QuantizeRecipe:
+    spec = {"method": "minmax", "bits": 4}
+    return QuantizeRecipe.model_validate({"weights": spec, "activations": spec, **changes})
+
+
+def calibration_data(frames: int = 2) -> CalibrationData:
+    amount = CalibrateRecipe(stills=0, clips=2, num_frames=frames)
+    sources = [Source(list(moving_objects("train", 2)))]
+    return CalibrationData(sources, amount, image_size=64, max_objects=1, max_stride=1, seed=0)
+
+
+@pytest.fixture(scope="module")
+def nano() -> SAM2:
+    torch.manual_seed(0)
+    return build_sam2("nano", image_size=64)
+
+
+# Which norms
+
+VIEWS = ("View", "Permute", "Transpose", "Slice", "Select", "ConstantPadNd", "Clone", "Reshape", "Expand", "TBackward")
+"""Beginnings of the names of autograd nodes that only rearrange or pad with zeros."""
+
+
+def readers_by_graph(model: SAM2, sample: Sample) -> dict[str, set[str]]:
+    """Each norm whose output goes, in autograd's graph, through rearrangements into linear layers alone; these."""
+    norms: dict[str, list[Any]] = {}
+    linear: dict[Any, str] = {}
+    roots: list[Any] = []
+
+    def record(name: str, layer: nn.Module) -> Any:
+        def hook(_: nn.Module, __: Any, out: Tensor) -> None:
+            if isinstance(layer, nn.Linear):
+                node = out.grad_fn
+                while "mm" not in node.name():  # a view, or the bias that is added
+                    node = next(n for n, _ in node.next_functions if n is not None and "Accumulate" not in n.name())
+                linear[node] = name
+            else:
+                norms.setdefault(name, []).append(out.grad_fn)
+            roots.append(out.grad_fn)
+
+        return hook
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, nn.LayerNorm, LayerNorm2d)):
+            layer.register_forward_hook(record(name, layer))
+    with torch.enable_grad():
+        for points in (0.0, 1.0):
+            model.prob_to_use_pt_input_for_eval, model.num_correction_pt_per_frame = points, 1
+            roots += [out["multistep_pred_masks_high_res"].grad_fn for out in model(collate_clips([sample.clip]))]
+    users: dict[Any, list[Any]] = {}
+    seen, waiting = set(), list(roots)
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for parent, _ in node.next_functions:
+            users.setdefault(parent, []).append(node)
+            waiting.append(parent)
+
+    def ends(node: Any) -> Iterator[str | None]:
+        for user in users.get(node, []):
+            if user in linear:
+                yield linear[user]
+            elif user.name().startswith(VIEWS):
+                yield from ends(user)
+            else:
+                yield None
+
+    found = {name: {end for node in nodes for end in ends(node)} for name, nodes in norms.items()}
+    return {name: readers for name, readers in found.items() if readers and None not in readers}
+
+
+def test_the_norms_are_those_that_the_graph_shows(nano: SAM2) -> None:
+    sample = next(calibration_data(3).clip_samples())
+    by_graph = readers_by_graph(copy.deepcopy(nano), sample)
+    listed = {norm: set(readers) for norm, readers in norms_and_readers(nano, quantize()).items()}
+    assert by_graph == listed and len(listed) == 9 * 2 + 2 * 3 + 2 + 1
+
+
+def test_two_layers_that_read_one_norm_are_both_found(nano: SAM2) -> None:
+    found = norms_and_readers(nano, quantize())
+    block = "image_encoder.trunk.blocks.1"
+    assert found[f"{block}.norm1"] == [f"{block}.attn.qkv", f"{block}.proj"]
+
+
+def test_norms_of_layers_whose_inputs_stay_in_float_are_left_alone(nano: SAM2) -> None:
+    rules = [{"match": "image_encoder.*", "keep_float": True}]
+    assert not any("image_encoder" in name for name in norms_and_readers(nano, quantize(rules=rules)))
+
+
+def test_a_norm_with_positions_added_behind_it_is_left_alone(nano: SAM2) -> None:
+    model = copy.deepcopy(nano)
+    first, second = model.memory_attention.layers
+    first.pos_enc_at_attn = second.pos_enc_at_cross_attn_queries = True
+    found = {name for name in norms_and_readers(model, quantize()) if name.startswith("memory_attention")}
+    kept = {"0.norm2", "0.norm3", "1.norm1", "1.norm3"}
+    assert found == {f"memory_attention.layers.{name}" for name in kept}
+
+
+# The scales
+
+
+def test_scales_are_the_papers() -> None:
+    largest, weights = torch.tensor([1.0, 16.0, 4.0]), [torch.randn(5, 3), torch.randn(2, 3)]
+    columns = np.abs(np.concatenate([weight.numpy() for weight in weights])).max(0)
+    for alpha in (0.0, 0.3, 0.5, 1.0):
+        expected = largest.numpy() ** alpha / columns ** (1 - alpha)
+        np.testing.assert_allclose(smoothing_scales(largest, weights, alpha).numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_nothing_to_balance_is_left_alone(alpha: float) -> None:
+    weight = torch.tensor([[1.0, 0.0, 2.0, 0.0]])
+    scales = smoothing_scales(torch.tensor([0.0, 1.0, 2.0, 0.0]), [weight], alpha)
+    assert scales.tolist() == [1.0, 1.0, pytest.approx(2.0 ** (2 * alpha - 1)), 1.0]
+
+
+@pytest.mark.parametrize("size", ["nano", "tiny"])
+@torch.no_grad()
+def test_the_function_stays(size: str, nano: SAM2) -> None:
+    torch.manual_seed(0)
+    model = nano if size == "nano" else build_sam2("tiny", image_size=64)
+    for norm in norms_and_readers(model, quantize()):  # gains and shifts as training leaves them
+        layer = model.get_submodule(norm)
+        nn.init.uniform_(layer.weight, 0.2, 3.0)
+        nn.init.normal_(layer.bias)
+    smoothed, sample = copy.deepcopy(model), next(calibration_data().clip_samples())
+    norms = norms_and_readers(model, quantize())
+    layers = {name: smoothed.get_submodule(name) for names in norms.values() for name in names}
+    inputs = gather_reader_inputs(layers, lambda s: run_sample(smoothed, s), [sample, sample], 2)
+    rows = list(smooth(smoothed, norms, inputs, quantize(), (0.5,)))
+    assert [row.name for row in rows] == list(norms) and all(row.alpha == 0.5 for row in rows)
+    assert all(row.range_over_mean[1] < row.range_over_mean[0] for row in rows)
+    for name in layers:
+        assert not torch.equal(smoothed.get_submodule(name).weight, model.get_submodule(name).weight)
+    for one, other in zip(logits(model, sample), logits(smoothed, sample), strict=True):
+        assert float((one - other).abs().max() / one.abs().max()) < 1e-5
+
+
+def logits(model: SAM2, sample: Sample) -> Iterator[Tensor]:
+    """Image features, and the masks of a tracked clip."""
+    yield from encode(model, sample)["backbone_fpn"]
+    found: list[Tensor] = []
+    hook = model.sam_mask_decoder.register_forward_hook(lambda _, __, out: found.extend((out[0], out[1])))
+    run_sample(model, sample)
+    hook.remove()
+    yield from found
+
+
+# One norm
+
+
+class Pair(nn.Module):
+    """A norm that two linear layers read."""
+
+    def __init__(self, spread: float = 30.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.one, self.two = nn.LayerNorm(16), nn.Linear(16, 8), nn.Linear(16, 4)
+        with torch.no_grad():
+            self.norm.weight[3] = spread
+
+    def forward(self, sample: Any) -> tuple[Tensor, Tensor]:
+        x = self.norm(sample.clip)
+        return self.one(x), self.two(x)
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {"one": self.one, "two": self.two}
+
+
+def samples(count: int = 4) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return [Sample(f"still {k}", torch.randn(20, 16, generator=generator), False) for k in range(count)]  # type: ignore
+
+
+def smoothed(model: Pair, alphas: tuple[float, ...], **changes: Any) -> SmoothedNorm:
+    inputs = gather_reader_inputs(model.layers(), model, samples(), 4)
+    return smooth_norm("norm", model.norm, model.layers(), inputs, quantize(**changes), alphas)
+
+
+def test_inputs_are_gathered_in_halves() -> None:
+    model, data = Pair(), samples()
+    found = gather_reader_inputs(model.layers(), model, data, 4)["one"]
+    x = [model.norm(sample.clip) for sample in data]
+    torch.testing.assert_close(found.largest, torch.cat(x).abs().amax(0))
+    torch.testing.assert_close(torch.cat(found.fit), torch.cat(x[:2]))
+    torch.testing.assert_close(torch.cat(found.held_out), torch.cat(x[2:]))
+    assert not model.one._forward_pre_hooks
+
+
+def test_of_long_inputs_some_rows_are_kept_from_end_to_end() -> None:
+    layer, x = nn.Linear(2, 2), torch.arange(2000.0).view(2, 500, 2)
+    found = gather_reader_inputs({"a": layer}, lambda sample: layer(sample.clip), [Sample("s", x, False)] * 2, 2)["a"]  # type: ignore
+    (rows,) = found.fit
+    assert len(rows) == 32 and rows[0, 0] == 0 and rows[-1, 1] == 1999 and found.largest.tolist() == [1998, 1999]
+
+
+def test_the_alpha_of_least_error_is_chosen() -> None:
+    model, alphas = Pair(), (0.2, 0.5, 0.8)
+    inputs = gather_reader_inputs(model.layers(), model, samples(), 4)
+    weights = {name: layer.weight.detach().clone() for name, layer in model.layers().items()}
+    errors = {}
+    for alpha in (None, *alphas):
+        scales = torch.ones(16)
+        if alpha is not None:
+            scales = smoothing_scales(inputs["one"].largest, list(weights.values()), alpha)
+        plan = quantize().plan("one")
+        errors[alpha] = sum(quantized_error(weights[name], inputs[name], scales, plan, name) for name in weights)
+    row = smoothed(model, alphas)
+    assert row.alpha == min(errors, key=errors.__getitem__) and row.alpha is not None
+    assert row.error == (pytest.approx(errors[None]), pytest.approx(errors[row.alpha])) and row.error[1] < row.error[0]
+
+
+def test_no_smoothing_is_a_candidate() -> None:
+    model = Pair(spread=1.0)
+    with torch.no_grad():
+        model.one.weight[:, 3] *= 1000  # its column would set the range of the inputs
+        model.two.weight[:, 3] *= 1000
+    before = copy.deepcopy(model.state_dict())
+    row = smoothed(model, (0.0, 0.05), weights={"method": "minmax", "bits": 8})
+    assert row.alpha is None and row.error is not None and row.error[0] == row.error[1]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_the_error_is_that_of_quantized_inputs_and_weights() -> None:
+    model = Pair()
+    weight, scales = model.one.weight, torch.linspace(0.5, 2, 16)
+    inputs = gather_reader_inputs(model.layers(), model, samples(), 4)["one"]
+    fit, x = (torch.cat(half) / scales for half in (inputs.fit, inputs.held_out))
+    low, high = fit.min().clamp(max=0), fit.max().clamp(min=0)
+    step = (high - low) / 15
+    zero = (-low / step).round()
+    quantized_x = ((x / step).round() + zero).clamp(0, 15).sub(zero) * step
+    columns = weight * scales
+    of_weight = columns.abs().amax(1, keepdim=True) / 7
+    out = (x * scales) @ weight.T
+    error = quantized_x @ ((columns / of_weight).round() * of_weight).T - out
+    expected = float(error.square().sum() / out.square().sum())
+    assert quantized_error(weight, inputs, scales, quantize().plan("one"), "one") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("part", ["weights", "activations"])
+def test_what_a_recipe_leaves_in_float_is_not_quantized(part: str) -> None:
+    model = Pair()
+    inputs = gather_reader_inputs(model.layers(), model, samples(), 4)["one"]
+    both, one = (
+        quantized_error(model.one.weight.detach(), inputs, torch.ones(16), quantize(**changes).plan("one"), "one")
+        for changes in ({}, {part: None})
+    )
+    assert 0 < one < both
+
+
+def test_a_row_is_figures_that_json_can_hold() -> None:
+    for alphas in ((0.5,), (0.3, 0.6)):
+        figures = json.loads(json.dumps(smoothed(Pair(), alphas).figures(), allow_nan=False))
+        assert figures.keys() == {"readers", "alpha", "range_over_mean", "error"}
+
+
+# Messages
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_names_layer_and_sample(bad: float) -> None:
+    model, data = Pair(), samples()
+    with torch.no_grad():
+        model.norm.bias[0] = bad
+    with pytest.raises(UserError, match="^calibration sample still 0 gives NaN or infinity at the input of one: check"):
+        gather_reader_inputs(model.layers(), model, data, 4)
+    assert not model.one._forward_pre_hooks
+
+
+def test_a_layer_that_no_sample_reached() -> None:
+    model = Pair()
+    with pytest.raises(UserError, match="^calibrate.smooth: calibration samples never reached two: give more clips$"):
+        gather_reader_inputs(model.layers(), lambda sample: model.one(sample.clip), samples(), 4)
