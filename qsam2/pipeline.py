@@ -34,6 +34,7 @@ from qsam2.layers.finalize import finalize
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, load_sam2
 from qsam2.models.scratch import initialise
+from qsam2.quantizers.kernels import choose_kernels
 from qsam2.recipe import Recipe
 from qsam2.report.overlays import contact_sheet
 from qsam2.report.page import write_report
@@ -252,6 +253,8 @@ def train(
         trainer = build_trainer(
             trainer_recipe, folder=folder.path, loggers=loggers, **training_options(recipe, learned)
         )
+        if learned:
+            choose_kernels(trainer_recipe.compile, trainer_recipe.max_steps, trainer.strategy.root_device)
         batches = trainer_recipe.max_steps * trainer_recipe.accumulate
         clips = ClipDataModule(
             sources,

@@ -9,7 +9,9 @@ from qsam2.cli import main
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["table"], ["benchmark"], ["benchmark", "quantizers"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["evaluate"], ["table"], ["benchmark"], ["benchmark", "quantizers"]]
+)
 def test_help_stands_in_the_command_line_page(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:

@@ -204,6 +204,11 @@ def _flat_view(x: Tensor, scale: Tensor) -> tuple[int, int, int]:
     return math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
 
 
+def _plain(x: Tensor, view: tuple[int, int, int]) -> Tensor:
+    """x in the kernels' shape, of which autograd does not know: a compiled kernel is compiled again for each base."""
+    return x.reshape(view).data
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -232,7 +237,7 @@ class _FakeQuantize(torch.autograd.Function):
             keep = "residual"
         elif not exact and not identity:
             keep = "mask"
-        out, byte = _kernels(x).quantize(x.reshape(ctx.view), scale, low, high, mid_rise, keep)
+        out, byte = _kernels(x).quantize(_plain(x, ctx.view), scale, low, high, mid_rise, keep)
         ctx.save_for_backward(x if exact else byte, scale, low, high)
         return out.view(x.shape)
 
@@ -246,8 +251,8 @@ class _FakeQuantize(torch.autograd.Function):
             return (grad * saved.view(grad.shape), *[None] * 9)
         needs_x, needs_scale, needs_zero_point = ctx.needs_input_grad[:3]
         grad_x, sum_side, sum_outside, sum_residual = _kernels(grad).gradients(
-            saved.reshape(ctx.view),
-            grad.reshape(ctx.view),
+            _plain(saved, ctx.view),
+            _plain(grad, ctx.view),
             scale,
             low,
             high,

@@ -150,6 +150,8 @@ class TrainerRecipe(Section):
     num_nodes: PositiveInt = 1
     strategy: str = "auto"
     precision: Precision = "32-true"
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Fake quantization through torch.compile; auto: where that is faster and the run is long enough to pay for it."""
     gradient_clip: NonNegative = 0.1
     accumulate: PositiveInt = 1
     checkpoint_every: PositiveInt = 200

@@ -103,6 +103,16 @@ def test_compiled_keeps_nan_and_shape_of_expanded_and_permuted_tensors(compiled:
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0, equal_nan=True)
 
 
+def test_sizes_and_ranks_are_dynamic(compiled: Kernels) -> None:
+    torch._dynamo.reset()
+    run(compiled, torch.randn(3, 50), torch.rand(3) + 0.1)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert before > 0
+    for shape in ((4, 60), (7, 33), (50, 8, 5)):
+        run(compiled, torch.randn(shape), torch.rand(shape[0]) + 0.1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("options", [{}, {"exact_gradient": False}, {"learned": False, "exact_gradient": False}])
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], per_channel: bool) -> None:

@@ -77,7 +77,10 @@ def test_overrides_go_before_those_above(tmp_path: Path) -> None:
 
 def test_every_float_model_has_a_run_that_only_scores(tmp_path: Path) -> None:
     runs = float_runs(table_runs(load_table(written(tmp_path)), tmp_path))
-    assert [(run.name, run.recipe.model.size) for run in runs] == [("float_nano", "nano"), ("float_heavy", "nano_heavy")]
+    assert [(run.name, run.recipe.model.size) for run in runs] == [
+        ("float_nano", "nano"),
+        ("float_heavy", "nano_heavy"),
+    ]
     assert all(run.recipe.quantize is None and run.recipe.train is None for run in runs)
     assert all(run.recipe.evaluate.float_cache == tmp_path / "float" for run in runs)
 
