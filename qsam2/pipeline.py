@@ -40,6 +40,7 @@ from qsam2.report.overlays import contact_sheet
 from qsam2.report.page import write_report
 from qsam2.report.wandb import log_results
 from qsam2.run_folder import RunFolder, is_first_rank
+from qsam2.tasks.block_by_block import reconstruct
 from qsam2.tasks.scoring import compare, score_float, score_videos
 from qsam2.tasks.segmentation import Predictions, VideoSegmentation
 from qsam2.tasks.trainer import LAST, build_loggers, build_trainer, training_options
@@ -85,6 +86,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         tracked["float"] = score(teacher, "float", videos, recipe, folder)
         calibrate(model, sources, recipe, folder)
         round_weights(model, sources, recipe, folder)
+        reconstruct_blocks(model, teacher, sources, recipe, folder)
         use_memory(model, recipe.memory)  # the float model above and the teacher read all of their memory
         if recipe.train is None or recipe.evaluate.after_calibration:
             tracked["ptq"] = score_ptq(model, layers, videos, recipe, folder, tracked["float"])
@@ -202,6 +204,29 @@ def round_weights(model: SAM2, sources: list[Source], recipe: Recipe, folder: Ru
     better = sum(row.error[1] < row.error[0] for row in rows)
     log.info("%s: %d of %d layers have other integers than the nearest", method.method, better, len(rows))
     folder.record("rounded", {"method": method.method, "layers": {row.name: row.figures() for row in rows}})
+
+
+def reconstruct_blocks(model: SAM2, teacher: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> None:
+    """Fit the rounding of weights and the steps of activations, block by block, to the float model."""
+    method = recipe.reconstruct
+    if method is None:
+        return
+    data = calibration_data(model, sources, recipe)
+    with folder.stage("reconstruct", f"{method.method}, {method.iterations} iterations a block"):
+        for network in (model, teacher):
+            place(network, recipe, folder)
+        done = reconstruct(
+            model,
+            teacher,
+            {"frame": data, "short": data, "long": data},
+            method,
+            recipe.trainer,
+            folder=folder.path,
+            seed=recipe.seed,
+            silent=not is_first_rank(),
+        )
+    log.log(logging.INFO if done.complete else logging.WARNING, "%s", done.summary)
+    folder.record("reconstruction", done.figures())
 
 
 def place(model: SAM2, recipe: Recipe, folder: RunFolder) -> None:

@@ -21,6 +21,7 @@ DEBUG_PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "data": {"num_frames": 2, "max_objects": 1, "num_workers": 0},
         "calibrate": {"stills": 2, "clips": 2, "num_frames": 2},
+        "reconstruct": {"iterations": 2},
         "trainer": {"max_steps": 2, "log_every": 1},
         "evaluate": {"videos": 1, "frames": 4},
         "log": {"wandb": "off"},
@@ -95,7 +96,10 @@ def build_recipe(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Re
     """A recipe from plain values, changed by `key=value` overrides (see `load_recipe`)."""
     given = parse_overrides(overrides)
     preset = given.get("debug", values.get("debug"))
-    merged = merge(values, DEBUG_PRESETS.get(preset, {}) if isinstance(preset, str) else {})
+    laid = DEBUG_PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    if not merge(values, given).get("reconstruct"):  # a preset changes a stage, it adds none
+        laid = {key: value for key, value in laid.items() if key != "reconstruct"}
+    merged = merge(values, laid)
     try:
         recipe = Recipe.model_validate(merge(merged, given))
     except ValidationError as error:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.reconstruct import ReconstructRecipe
 from qsam2.recipe.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -198,6 +199,8 @@ class Recipe(Section):
     data: DataRecipe = DataRecipe()
     calibrate: CalibrateRecipe = CalibrateRecipe()
     quantize: QuantizeRecipe | None = None
+    reconstruct: ReconstructRecipe | None = None
+    """Rounding and activation steps fitted block by block, after all calibration; null: not at all."""
     train: TrainRecipe | None = None
     trainer: TrainerRecipe = TrainerRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
@@ -219,6 +222,25 @@ class Recipe(Section):
             raise ValueError(
                 f"calibrate.rounding={calibrate.rounding.method} is for calibration alone, training moves the weights "
                 "again: give train=null, or null here"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reconstructs_what_it_quantizes(self) -> Recipe:
+        if self.reconstruct is None:
+            return self
+        method, quantize = self.reconstruct.method, self.quantize
+        if quantize is None or quantize.weights is None:
+            raise ValueError(f"reconstruct.method={method} fits the rounding of weights: give quantize.weights")
+        if method == "qdrop" and quantize.activations is None:
+            raise ValueError(
+                "reconstruct.method=qdrop drops the quantization of activations, but these are in float: "
+                "give quantize.activations, or method=brecq"
+            )
+        if self.train is not None:
+            raise ValueError(
+                f"reconstruct.method={method} is for calibration alone, training moves the weights again: "
+                "give train=null, or reconstruct=null"
             )
         return self
 

@@ -19,9 +19,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from tqdm import tqdm
 
+from qsam2.calibration.data import CalibrationData, Sample, encode
 from qsam2.calibration.reconstruction.blocks import Block, Scale, find_blocks
 from qsam2.calibration.reconstruction.capture import capture
-from qsam2.data.clips import Clip, collate_clips
+from qsam2.data.clips import collate_clips
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.recipe.reconstruct import ReconstructRecipe
@@ -67,8 +68,7 @@ class Reconstruction:
 def reconstruct(
     model: SAM2,
     teacher: SAM2,
-    frames: Sequence[Tensor],
-    clips: Mapping[Scale, Sequence[Clip]],
+    data: Mapping[Scale, CalibrationData],
     recipe: ReconstructRecipe,
     trainer_recipe: TrainerRecipe,
     *,
@@ -84,24 +84,24 @@ def reconstruct(
     Ctrl-C ends reconstruction and leaves a usable model, the second one the run.
 
     Args:
-        frames: single frames (1, 3, S, S) for blocks of the scale "frame".
-        clips: for the blocks of the scales "short" and "long".
+        data: stills and clips for the blocks of each scale; those of the scale "frame" see them frame by frame.
         folder: the run folder.
         silent: no progress bar.
     """
     groups = find_blocks(model, recipe)
     done = Reconstruction(sum(len(group) for group in groups))
     twins = dict(teacher.named_modules())
-    image_size = model.image_size
+    samples: list[Tensor] | list[Sample] = []
+    scale: Scale | None = None
 
-    def run(quantized: bool, sample: Tensor | tuple[Clip, bool]) -> None:
+    def run(quantized: bool, sample: Tensor | Sample) -> None:
         if stopped():
             raise _Stopped
         network = model if quantized else teacher
-        if isinstance(sample, Tensor):
-            network.forward_image(sample.to(network.device))
+        if isinstance(sample, Sample):
+            track_clip(network, sample)
         else:
-            track_clip(network, sample[0], points=sample[1])
+            network.forward_image(sample.to(network.device))
 
     with (
         _interruptible() as stopped,
@@ -116,12 +116,14 @@ def reconstruct(
                 bar.update(len(rows))
                 continue
             bar.set_postfix_str(f"{group[0].name}: inputs")
-            scale = group[0].scale
+            if group[0].scale != scale:
+                scale = group[0].scale
+                samples = _frames(data[scale]) if scale == "frame" else list(data[scale].clip_samples())
             calls = capture(
                 {block.name: block.module for block in group},
                 {block.name: twins[block.name] for block in group},
                 run,
-                frames if scale == "frame" else [(clip, points) for clip in clips[scale] for points in (False, True)],
+                samples,
                 budget_bytes=recipe.cache_gb * GIGABYTE,
                 one_call=scale == "frame",
             )
@@ -134,7 +136,7 @@ def reconstruct(
                     recipe,
                     trainer_recipe,
                     folder=folder,
-                    image_size=image_size,
+                    image_size=model.image_size,
                     seed=_seed(seed, index, number),
                     stopped=stopped,
                 )
@@ -147,16 +149,24 @@ def reconstruct(
 
 
 @torch.no_grad()
-def track_clip(model: SAM2, clip: Clip, *, points: bool) -> list[dict[str, Any]]:
-    """Track a clip in eval mode from masks, or from a click each; no correction clicks, which depend on the masks.
+def track_clip(model: SAM2, sample: Sample) -> list[list[dict[str, Any]]]:
+    """Track a clip in eval mode from masks, then from one click each; no corrections, which depend on the masks.
 
-    So the quantized and the float model get the same prompts. Returns a frame's outputs each.
+    So the quantized and the float model get the same prompts. Returns a frame's outputs each, for either prompt.
     """
-    batch = collate_clips([clip]).to(model.device)
-    model.prob_to_use_pt_input_for_eval = float(points)
-    prompted = model.prepare_prompt_inputs({"backbone_fpn": None, "vision_pos_enc": None}, batch)
-    prompted["frames_to_add_correction_pt"] = []
-    return model.forward_tracking(prompted, batch)
+    features, batch = encode(model, sample), collate_clips([sample.clip]).to(model.device)
+    outputs = []
+    for points in (False, True):
+        model.prob_to_use_pt_input_for_eval = float(points)
+        prompted = model.prepare_prompt_inputs({**features}, batch)
+        prompted["frames_to_add_correction_pt"] = []
+        outputs.append(model.forward_tracking(prompted, batch))
+    return outputs
+
+
+def _frames(data: CalibrationData) -> list[Tensor]:
+    """All frames of stills and clips, (1, 3, S, S) each."""
+    return [image for sample in data.samples() for image in sample.clip.images.split(1)]
 
 
 class _Stopped(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,9 +51,8 @@ def test_fits_the_schema(path: Path) -> None:
     resolved = recipe.model_dump(mode="json")
     assert given.keys() <= resolved.keys()
     bits = {part: spec["bits"] for part, spec in (given.get("quantize") or {}).items() if "bits" in spec}
-    weights, _, activations = path.stem.partition("_w")[2].partition("a")
-    if weights:
-        assert bits == {"weights": int(weights), "activations": int(activations)}
+    if named := re.search(r"_w(\d)a(\d)", path.stem):
+        assert bits == {"weights": int(named[1]), "activations": int(named[2])}
     if path.stem.startswith(("ptq", "qat")):
         assert (recipe.train is not None) == path.stem.startswith("qat")
 

@@ -10,6 +10,7 @@ from qsam2.quantizers.fake_quant import broadcast_shape
 
 STRETCH, SHIFT = 1.2, 0.1
 """The rectified sigmoid's: h reaches 0 and 1 at finite V."""
+SMALLEST = 1e-20
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 
 
@@ -58,7 +59,9 @@ class SoftRounding(nn.Module):
 
         With errors relative to the variance of the output, which average over its channels, the balance is theirs.
         """
-        return (1.0 - (2.0 * self.h - 1.0).abs().pow(beta)).sum() / self.v.shape[self.quantizer.channel_dim]
+        decided = (2.0 * self.h - 1.0).abs().clamp(min=SMALLEST)
+        power = (decided.log2() * beta).exp2()  # several times as fast as pow
+        return (1.0 - power).sum() / self.v.shape[self.quantizer.channel_dim]
 
 
 def beta_at(progress: float, warmup: float) -> float | None:
