@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +30,7 @@ EVALUATE_EPILOG = """examples:
   qsam2 evaluate runs/qat-w4a4 --data davis:/data/DAVIS:val --json scores.json
   qsam2 evaluate nano --data moving_objects:20:test --reference nano
   qsam2 evaluate tiny --data coco:/data/coco model.checkpoint=sam2.1_hiera_tiny.pt
+  qsam2 evaluate runs/qat-w4a4 --reference runs/qat-w4a4 memory.cache=true memory.sharing=adaptive memory.frames=3
   qsam2 evaluate --pred masks/ --gt /data/DAVIS/Annotations/480p --protocol davis
 
 MODEL is a run folder, a model.safetensors of qsam2, a checkpoint, or a size (nano, nano_heavy, tiny, small, base_plus,
@@ -51,6 +52,13 @@ QUANTIZERS_EPILOG = """examples:
 
 Fake-quantizes one weight and one activation, then takes whole training steps of SAM 2 at W4A4, ours and the peers' in
 turn, on the CPU. Peers: plain_lsq, aten (both come with PyTorch), brevitas, torchao (pip install -e ".[peers]")."""
+
+MEMORY_EPILOG = """examples:
+  qsam2 benchmark memory --json memory.json
+  qsam2 benchmark memory --size nano --objects 2 --precision bf16-mixed --device cuda
+
+Tracks noise with random weights behind a full memory bank, a frame each in turn: sam2 as it is, a bounded state, the
+cache of keys and values, adaptive sharing at 2, 3 and 4 frames, and at 3 frames what it is measured against."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,14 +253,20 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     quantizers.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of steps (default: 7)")
     quantizers.add_argument("--peers", nargs="*", metavar="NAME", help="whom to measure beside qsam2; default: all")
     quantizers.set_defaults(run=_benchmark_quantizers)
+    memory = kinds.add_parser("memory", **_texts("what remembered frames cost while tracking", MEMORY_EPILOG))
+    memory.add_argument("--json", type=Path, metavar="OUT", help="write the figures there")
+    memory.add_argument("--size", default="tiny", help="the model (default: tiny)")
+    memory.add_argument("--image-size", type=int, metavar="PX", help="default: the size's own")
+    memory.add_argument("--objects", type=int, default=1, metavar="N", help="default: 1")
+    memory.add_argument("--frames", type=int, default=8, metavar="N", help="before those measured (default: 8)")
+    memory.add_argument("--repeats", type=int, default=5, metavar="N", help="frames measured (default: 5)")
+    memory.add_argument("--precision", default="32-true", help="32-true or bf16-mixed (default: 32-true)")
+    memory.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    memory.set_defaults(run=_benchmark_memory)
 
 
 def _benchmark_quantizers(given: argparse.Namespace) -> None:
-    if given.overrides:
-        raise UserError(f"{given.overrides[0]!r} is a key of a recipe, and this benchmark reads none: leave it out")
-    if given.json:
-        _make_room(given.json)
-    _quiet_logs()
+    _prepare_benchmark(given)
     from qsam2.benchmarks.peers import PEERS
     from qsam2.benchmarks.quantizers import benchmark_quantizers, markdown_table
 
@@ -263,7 +277,28 @@ def _benchmark_quantizers(given: argparse.Namespace) -> None:
         repeats=given.repeats,
         peers=list(PEERS) if given.peers is None else given.peers,
     )
-    print(markdown_table(result))
+    _show_benchmark(given, markdown_table(result), result)
+
+
+def _benchmark_memory(given: argparse.Namespace) -> None:
+    _prepare_benchmark(given)
+    from qsam2.benchmarks.memory import benchmark_memory, markdown_table
+
+    flags = ("size", "image_size", "objects", "frames", "repeats", "precision", "device")
+    result = benchmark_memory(**{flag: getattr(given, flag) for flag in flags})
+    _show_benchmark(given, markdown_table(result), result)
+
+
+def _prepare_benchmark(given: argparse.Namespace) -> None:
+    if given.overrides:
+        raise UserError(f"{given.overrides[0]!r} is a key of a recipe, and this benchmark reads none: leave it out")
+    if given.json:
+        _make_room(given.json)
+    _quiet_logs()
+
+
+def _show_benchmark(given: argparse.Namespace, table: str, result: Mapping[str, Any]) -> None:
+    print(table)
     if given.json:
         from qsam2.run_folder import write_text
 

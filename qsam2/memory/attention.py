@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qsam2.layers.attention import join_heads, rotate, split_heads
 from qsam2.memory.bank import Bank
-from qsam2.memory.cache import Table, TemporalKeys, mixed, project, quantized, rotary_table
+from qsam2.memory.cache import FrameMemory, Table, TemporalKeys, mixed, project, quantized, rotary_table
 from qsam2.memory.sharing import KeySet
 
 
@@ -60,8 +60,8 @@ class MemoryReading:
         keys, values, stands = [], [], []
         for each in sets:
             k, v = self._keys_and_values(layer, attention, each, slots, table)
-            if each.share < 1:
-                k, v = _most_attended(layer, each, q, k, v)
+            if each.share is not None:
+                k, v = _most_attended(layer, each.frame, each.share, q, k, v)
             elif each.window != (1, 1):
                 k, v = (_averaged(part, each) for part in (k, v))
             keys.append(k)
@@ -114,14 +114,16 @@ def _averaged(x: Tensor, each: KeySet) -> Tensor:
     return windows.mean(dim=(3, 5)).flatten(2, 3)
 
 
-def _most_attended(layer: int, each: KeySet, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of tokens that were most attended when the frame was first read; then it is read whole."""
-    salience = each.frame.salience
+def _most_attended(
+    layer: int, frame: FrameMemory, share: float, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The share of a frame's tokens that were most attended when it was first read; that first time all of them."""
+    salience = frame.salience
     if layer not in salience:
         with torch.no_grad():
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
             salience[layer] = scores.softmax(dim=-1).mean(dim=(1, 2))  # (B, tokens)
         return k, v
-    count = max(round(each.share * k.shape[2]), 1)
+    count = max(round(share * k.shape[2]), 1)
     chosen = salience[layer].topk(count, dim=1).indices[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
     return k.gather(2, chosen), v.gather(2, chosen)

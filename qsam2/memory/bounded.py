@@ -55,29 +55,38 @@ class BoundedState:
             for time in [time for time in tracked if time in forgotten and not _whole(outputs, time)]:
                 del tracked[time]
 
-    def check_prompt(self, state: dict[str, Any], frame_idx: int) -> None:
-        """Raises UserError where a frame that is prompted has been forgotten."""
-        self._check(state, [frame_idx], f"prompting frame {frame_idx}")
+    def check_prompt(self, model: SAM2, state: dict[str, Any], frame_idx: int, *, corrected: int | None) -> None:
+        """Raises UserError where a frame that is prompted, or what a correction of that object reads, is forgotten."""
+        what = f"prompting frame {frame_idx}"
+        for index in state["output_dict_per_obj"]:
+            self._check(state, index, [frame_idx], what)
+        index = state["obj_id_to_idx"].get(corrected)
+        tracked = state["frames_tracked_per_obj"].get(index, {}).get(frame_idx)
+        if tracked is not None:
+            self._check(state, index, _read_from(model, frame_idx, tracked["reverse"]), what)
 
     def check_start(self, model: SAM2, state: dict[str, Any], start: int, *, reverse: bool) -> None:
         """Raises UserError where tracking from a frame on would read what has been forgotten."""
-        reach = range(1, memory_reach(model) + 1)
-        read = [start + back if reverse else start - back for back in reach]
-        self._check(state, read, f"tracking from frame {start}")
+        for index in state["output_dict_per_obj"]:
+            self._check(state, index, _read_from(model, start, reverse), f"tracking from frame {start}")
 
-    def _check(self, state: dict[str, Any], times: Iterable[int], what: str) -> None:
-        for index, outputs in state["output_dict_per_obj"].items():
-            lost = [time for time in times if time in outputs.get(FORGOTTEN, ()) and not _whole(outputs, time)]
-            if lost:
-                raise UserError(
-                    f"{what} needs frame {lost[0]} of object {state['obj_idx_to_id'][index]}, which memory.bounded=true"
-                    " has forgotten: start at a prompted frame, prompt the latest frames, or set memory.bounded=false"
-                )
+    def _check(self, state: dict[str, Any], index: int, times: Iterable[int], what: str) -> None:
+        outputs = state["output_dict_per_obj"][index]
+        lost = [time for time in times if time in outputs.get(FORGOTTEN, ()) and not _whole(outputs, time)]
+        if lost:
+            raise UserError(
+                f"{what} needs frame {lost[0]} of object {state['obj_idx_to_id'][index]}, which memory.bounded=true "
+                "has forgotten: start at a prompted frame, correct the latest frame, or set memory.bounded=false"
+            )
 
 
 def memory_reach(model: SAM2) -> int:
     """How many frames back the memory features are read."""
     return (model.num_maskmem - 1) * model.memory_temporal_stride_for_eval
+
+
+def _read_from(model: SAM2, frame_idx: int, reverse: bool) -> list[int]:
+    return [frame_idx + (back if reverse else -back) for back in range(1, memory_reach(model) + 1)]
 
 
 def _within(time: int, anchors: Iterable[int], reach: int) -> bool:

@@ -67,8 +67,8 @@ class FrameMemory:
     stored: dict[int, tuple[Stored, Stored]] = field(default_factory=dict)
     salience: dict[int, Tensor] = field(default_factory=dict)
     """By layer, (B, H * W): the attention that each token received when it was first read."""
-    similarity: tuple[FrameMemory, list[float]] | None = None
-    """The next older frame, and how similar it is, an object each."""
+    similarity: tuple[Tensor, list[float]] | None = None
+    """The next older frame's features, and how similar they are, an object each."""
 
     def tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Features and spatial position, each (1 or B, H * W, C)."""

@@ -34,14 +34,14 @@ class KeySet:
         positions: weights of the temporal positions, {slot: weight} an object.
         counts: how many frames it stands for, an object each; 0: that object does not read it.
         window: tokens (rows, columns) that are averaged into one.
-        share: of its tokens the most attended ones that are read.
+        share: of its tokens the most attended ones that are read once it has been read as a whole; None: all of them.
     """
 
     frame: FrameMemory
     positions: tuple[Mix, ...]
     counts: tuple[int, ...]
     window: tuple[int, int] = (1, 1)
-    share: float = 1.0
+    share: float | None = None
 
     @classmethod
     def whole(cls, frame: FrameMemory) -> KeySet:
@@ -63,7 +63,7 @@ def key_sets(bank: Bank, recipe: MemoryRecipe) -> list[KeySet]:
         return prompted
     if recipe.sharing == "adaptive":
         return prompted + adaptive(bank, budget, recipe.quantile)
-    if budget == len(bank.recent):
+    if budget == len(bank.recent) and recipe.sharing != "sparse":  # which remembers what was attended
         return prompted + [KeySet.whole(frame) for frame in bank.recent]
     return prompted + POLICIES[recipe.sharing](bank.recent, budget)
 
@@ -128,9 +128,9 @@ def sparse(frames: Sequence[FrameMemory], budget: int) -> list[KeySet]:
 
     The latest frame is read whole; the older ones share the rest of the budget.
     """
-    *older, latest = frames
-    share = max((budget - 1) / len(older), SPARSE_FLOOR)
-    return [replace(KeySet.whole(frame), share=share) for frame in older] + [KeySet.whole(latest)]
+    share = max((budget - 1) / max(len(frames) - 1, 1), SPARSE_FLOOR)
+    shares = [share] * (len(frames) - 1) + [1.0]
+    return [replace(KeySet.whole(frame), share=share) for frame, share in zip(frames, shares, strict=True)]
 
 
 def synthesis(frames: Sequence[FrameMemory], budget: int) -> list[KeySet]:
@@ -167,10 +167,10 @@ POLICIES: dict[Sharing, Callable[[Sequence[FrameMemory], int], list[KeySet]]] = 
 
 def _similarity(older: FrameMemory, newer: FrameMemory, remembered: Remembered) -> list[float]:
     """Cosine of the memory features, an object each: what keys and values are linear in. Once a pair."""
-    if newer.similarity is None or newer.similarity[0] is not older:
+    if newer.similarity is None or newer.similarity[0] is not older.features:
         with torch.no_grad():
             a, b = (frame.features.flatten(1).float() for frame in (older, newer))
-            newer.similarity = older, F.cosine_similarity(a, b).tolist()
+            newer.similarity = older.features, F.cosine_similarity(a, b).tolist()
         if not remembered.similarities:
             remembered.similarities.extend(deque(maxlen=HISTORY) for _ in newer.similarity[1])
         for history, value in zip(remembered.similarities, newer.similarity[1], strict=True):

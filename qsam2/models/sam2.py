@@ -108,7 +108,7 @@ class MemoryBound(Protocol):
     """Forgets what no later frame asks for; see `qsam2.memory`."""
 
     def forget(self, model: SAM2, state: dict[str, Any], frame_idx: int) -> None: ...
-    def check_prompt(self, state: dict[str, Any], frame_idx: int) -> None: ...
+    def check_prompt(self, model: SAM2, state: dict[str, Any], frame_idx: int, *, corrected: int | None) -> None: ...
     def check_start(self, model: SAM2, state: dict[str, Any], start: int, *, reverse: bool) -> None: ...
 
 
@@ -227,7 +227,7 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, *args: Any, **kwargs: Any
     ) -> tuple[int, list[int], Tensor]:
         """As in `sam2`; raises UserError where the frame or the state cannot be used."""
-        self._check_prompt(inference_state, frame_idx)
+        self._check_prompt(inference_state, frame_idx, corrected=obj_id)
         return super().add_new_points_or_box(inference_state, frame_idx, obj_id, *args, **kwargs)
 
     def add_new_mask(
@@ -257,10 +257,10 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         except EndOfStream:
             return
 
-    def _check_prompt(self, state: dict[str, Any], frame_idx: int) -> None:
+    def _check_prompt(self, state: dict[str, Any], frame_idx: int, corrected: int | None = None) -> None:
         self._check_owner(state)
         if self.memory_bound is not None:
-            self.memory_bound.check_prompt(state, frame_idx)
+            self.memory_bound.check_prompt(self, state, frame_idx, corrected=corrected)
 
     def _check_owner(self, state: dict[str, Any]) -> None:
         owner = state.get("model")
