@@ -48,8 +48,7 @@ def score_against(model: SAM2, reference: SAM2 | None, recipe: Recipe) -> dict[s
     videos = open_val(recipe)
     use_memory(model, recipe.memory)
     if reference is None:
-        score = score_any if model.memory_reader else score_float  # scores that are kept know of no other memory
-        return score(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)[0]
+        return score_float(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)[0]
     their_block, their_masks = score_float(reference, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
     block, _ = score_any(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER, reference=their_masks)
     return {**block, "versus_reference": compare(block, their_block)}

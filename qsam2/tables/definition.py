@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from qsam2.errors import UserError
-from qsam2.recipe import Recipe, load_recipe
-from qsam2.recipe.load import read_yaml
+from qsam2.recipe import Recipe, build_recipe
+from qsam2.recipe.load import merge, parse_overrides, read_yaml
 from qsam2.recipe.section import Section
 
 Overrides = dict[str, Any]
@@ -85,6 +85,8 @@ class TableRun:
     method: str
     setting: str
     start: str
+    values: dict[str, Any]
+    """What of the recipe was given and changes a score; no defaults, which differ between versions of qsam2."""
     recipe: Recipe
 
 
@@ -135,7 +137,8 @@ def float_runs(runs: Iterable[TableRun]) -> list[TableRun]:
         recipe, name = run.recipe, f"float_{_slug(run.model)}"
         given = {"model": recipe.model, "data": recipe.data, "trainer": recipe.trainer, "evaluate": recipe.evaluate}
         alone = Recipe(name=name, output=recipe.run_folder.parent / name, **given)
-        floats.setdefault(run.model, TableRun(name, run.model, FLOAT, "", "", alone))
+        values = {key: run.values.get(key) for key in ("model", "evaluate")}
+        floats.setdefault(run.model, TableRun(name, run.model, FLOAT, "", "", values, alone))
     return list(floats.values())
 
 
@@ -151,18 +154,20 @@ def _table_run(
 ) -> TableRun:
     name = "_".join(_slug(part) for part in (*names, f"s{seed}") if part)
     chosen = [table.common, *(table.axis(axis)[given] for axis, given in zip(AXES, names, strict=True))]
-    own = {"name": f"{table.name}_{name}", "output": str(output / name), "seed": seed}
-    own["evaluate.float_cache"] = str(output / "float")
+    own = {"name": f"{table.name}_{name}", "output": str(output / name), "evaluate.float_cache": str(output / "float")}
     first = next(iter(table.sets.values()))
-    given = [text for values in chosen for text in _as_text(values)]
     try:
-        recipe = load_recipe(table.recipe, [*given, *first.overrides, *overrides, *_as_text(own)])
+        texts = [text for values in chosen for text in _as_text(values)]
+        given = parse_overrides([*texts, *first.overrides, *overrides, f"seed={seed}"])
+        values = merge(read_yaml(table.recipe, "recipe", "recipes/"), given)
+        recipe = build_recipe(values, _as_text(own))
     except UserError as error:
         raise UserError(f"table {table.name}, {', '.join(part for part in names if part)}: {error}") from error
     if recipe.quantize is None:
         raise UserError(f"table {table.name}: {table.recipe} quantizes nothing; a table compares quantized models")
     model, method, setting, start = names
-    return TableRun(name, model, method, setting, start, recipe)
+    values = {key: value for key, value in values.items() if key not in ("name", "output", "log")}
+    return TableRun(name, model, method, setting, start, values, recipe)
 
 
 def _slug(name: str) -> str:

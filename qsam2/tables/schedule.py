@@ -22,6 +22,8 @@ from qsam2.tasks.kept import weights_digest
 LOG = "log.txt"
 """In a run's folder: what it said."""
 
+QSAM2 = (sys.executable, "-m", "qsam2.cli")
+
 log = logging.getLogger("qsam2")
 
 
@@ -102,7 +104,7 @@ class _Batch:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / LOG).open("ab") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "qsam2.cli", *self.command, "--only", run.name],
+                    [*QSAM2, *self.command, "--only", run.name],
                     stdout=output,
                     stderr=output,
                     env={"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.jobs, 1)), **os.environ},

@@ -19,14 +19,13 @@ from qsam2.evaluate import score_against
 from qsam2.loading import load_model
 from qsam2.pipeline import load_float
 from qsam2.pipeline import run as run_recipe
-from qsam2.recipe import Recipe, build_recipe
-from qsam2.recipe.recipe import LogRecipe
+from qsam2.recipe import build_recipe
 from qsam2.run_folder import is_first_rank, write_text
 from qsam2.tables.definition import TableDefinition, TableRun
 from qsam2.tasks.kept import weights_digest
 
 SCORES = "scores.json"
-"""In a run's folder: {"recipe", "weights" (hash of the float model), "version", "seconds", "error",
+"""In a run's folder: {"recipe" (what was given), "weights" (hash of the float model), "version", "seconds", "error",
 "sets": {SET: {"set", "block"}}}."""
 
 log = logging.getLogger("qsam2")
@@ -50,7 +49,7 @@ def is_finished(table: TableDefinition, run: TableRun, weights: str | None = Non
         return False
     given = {name: each.model_dump() for name, each in table.sets.items()}
     changed = {
-        "recipe": _essential(build_recipe(scores["recipe"])) != _essential(run.recipe),
+        "recipe": scores["recipe"] != run.values,
         "data": any(scored["set"] != given.get(name, scored["set"]) for name, scored in scores["sets"].items()),
         "float weights": weights is not None and scores["weights"] != weights,
     }
@@ -100,7 +99,7 @@ def carry_out(table: TableDefinition, run: TableRun) -> None:
 def begin_scores(run: TableRun, error: str | None = None) -> dict[str, Any]:
     """A run's scores so far, with what is known before it is carried out."""
     scores = read_scores(run) or {"weights": None, "seconds": 0.0, "sets": {}}
-    return scores | {"recipe": run.recipe.model_dump(mode="json"), "version": code_version(), "error": error}
+    return scores | {"recipe": run.values, "version": code_version(), "error": error}
 
 
 def save_scores(run: TableRun, scores: dict[str, Any]) -> None:
@@ -125,9 +124,3 @@ def code_version() -> str:
 def _add(table: TableDefinition, run: TableRun, scores: dict[str, Any], name: str, block: dict[str, Any]) -> None:
     scores["sets"][name] = {"set": table.sets[name].model_dump(), "block": block}
     save_scores(run, scores)
-
-
-def _essential(recipe: Recipe) -> Recipe:
-    """The recipe without what changes no score."""
-    evaluate = recipe.evaluate.model_copy(update={"float_cache": None})
-    return recipe.model_copy(update={"name": "run", "output": None, "log": LogRecipe(), "evaluate": evaluate})

@@ -34,8 +34,8 @@ def weights_digest(model: SAM2) -> str:
 def kept(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe, compute: Callable[[], Scored]) -> Scored:
     """What `compute` gives, from `evaluation.float_cache` if it is there; with no such folder it is computed.
 
-    The file's name is the hash of the weights, of the settings, and of name, length, first frame and its masks of every
-    video. It does not know of changes to the evaluator: a new version of qsam2 wants a new folder.
+    The file's name is the hash of the weights, of how memory is read, of the settings, and of name, length, first frame
+    and its masks of every video. It does not know of changes to the evaluator: a new version wants a new folder.
 
     Raises:
         UserError: a file of the folder is damaged.
@@ -58,7 +58,8 @@ def kept(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe, compu
 
 def _key(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe) -> str:
     settings = evaluation.model_dump_json(include={"protocol", "precision", "frames"})
-    digest = hashlib.sha256(f"{weights_digest(model)} {settings}".encode())
+    memory = model.memory_reader.recipe.model_dump_json() if model.memory_reader else ""
+    digest = hashlib.sha256(f"{weights_digest(model)} {settings} {memory}".encode())
     for video in videos:
         digest.update(f"{video.name} {len(video)} {video.size}".encode())
         digest.update(video.frame(0).tobytes())
