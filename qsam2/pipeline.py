@@ -20,7 +20,7 @@ from qsam2.calibration.gram import gather_inputs, gram_bytes
 from qsam2.calibration.ranges import calibrate_sam2
 from qsam2.calibration.smooth import gather_reader_inputs, norms_and_readers, smooth
 from qsam2.calibration.weights import CalibratedLayer, calibrate_weights, choose_layers, input_quantizers
-from qsam2.data.clips import ClipDataset, Source
+from qsam2.data.clips import Source
 from qsam2.data.datamodule import ClipDataModule
 from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
@@ -244,11 +244,6 @@ def calibration_data(model: SAM2, sources: list[Source], recipe: Recipe) -> Cali
         max_stride=recipe.data.max_stride,
         seed=recipe.seed,
     )
-
-
-def calibration_clips(model: SAM2, sources: list[Source], recipe: Recipe) -> ClipDataset:
-    """The clips alone."""
-    return calibration_data(model, sources, recipe).clips
 
 
 def train(
