@@ -139,7 +139,7 @@ def test_weights_alone_need_no_batches():
 
 
 def test_only_the_part_is_calibrated_and_the_rest_stays_as_it_is():
-    model = stack()
+    model = stack().eval()
     calibrate_ranges(model, model, batches())
     kept = {name: quantizer.scale.clone() for name, quantizer in quantizers(model)}
     calibrate_ranges(model, lambda batch: model(2 * batch), batches(), lambda name: name.startswith("second."))
@@ -149,7 +149,7 @@ def test_only_the_part_is_calibrated_and_the_rest_stays_as_it_is():
 
 
 def test_a_part_sees_what_the_quantized_rest_gives():
-    model, x = stack(), torch.cat(batches())
+    model, x = stack().eval(), torch.cat(batches())
     calibrate_ranges(model, model, batches(), lambda name: name.startswith("first."))
     first = model.first(x).relu()
     assert not torch.equal(first, torch.nn.functional.linear(x, model.first.weight, model.first.bias).relu())
@@ -231,6 +231,6 @@ def test_nan_in_a_sample_names_layer_and_sample():
     model, given = sam2(), data()
     with torch.no_grad():
         model.image_encoder.trunk.blocks[0].norm1.bias[0] = float("nan")
-    message = r"^calibration sample still 0 \(.+\): .*NaN or infinity at image_encoder.trunk.blocks.0.attn.qkv"
+    message = r"^calibration sample clip 0 \(.+\): .*NaN or infinity at image_encoder.trunk.blocks.0.attn.qkv"
     with pytest.raises(UserError, match=message):
         calibrate_sam2(model, given, progress=False)
