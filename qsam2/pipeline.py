@@ -18,6 +18,9 @@ from qsam2.calibration.data import CalibrationData, encode, run_sample
 from qsam2.calibration.gptq import round_sam2
 from qsam2.calibration.gram import gather_inputs, gram_bytes
 from qsam2.calibration.ranges import calibrate_sam2
+from qsam2.calibration.reconstruction.blocks import Scale
+from qsam2.calibration.reconstruction.ranges import HierarchicalData
+from qsam2.calibration.reconstruction.scales import time_scales
 from qsam2.calibration.smooth import gather_reader_inputs, norms_and_readers, smooth
 from qsam2.calibration.weights import CalibratedLayer, calibrate_weights, choose_layers, input_quantizers
 from qsam2.data.clips import Source
@@ -187,6 +190,8 @@ def convert_layers(model: SAM2, recipe: Recipe, folder: RunFolder) -> list[Conve
 def calibrate(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> None:
     """Find the ranges of all quantizers."""
     amount, data = recipe.calibrate, calibration_data(model, sources, recipe)
+    if recipe.reconstruct is not None and recipe.reconstruct.video is not None:
+        data = HierarchicalData(model, data)
     what = f"{amount.stills} stills, {amount.clips} clips of {amount.num_frames} frames"
     with folder.stage("calibrate", what):
         place(model, recipe, folder)
@@ -212,13 +217,17 @@ def reconstruct_blocks(model: SAM2, teacher: SAM2, sources: list[Source], recipe
     if method is None:
         return
     data = calibration_data(model, sources, recipe)
+    scales: dict[Scale, CalibrationData] = {"frame": data, "short": data, "long": data}
+    if method.video is not None:
+        size = {"image_size": model.image_size, "max_objects": recipe.data.max_objects}
+        scales = time_scales(sources, data, recipe.calibrate, **size, seed=recipe.seed)
     with folder.stage("reconstruct", f"{method.method}, {method.iterations} iterations a block"):
         for network in (model, teacher):
             place(network, recipe, folder)
         done = reconstruct(
             model,
             teacher,
-            {"frame": data, "short": data, "long": data},
+            scales,
             method,
             recipe.trainer,
             folder=folder.path,

@@ -143,6 +143,13 @@ class Quantizer(nn.Module):
         self._state = state
         self.state_code.fill_(state.value)
 
+    def limit_observed(self, lower: float, upper: float) -> None:
+        """While in OBSERVE: what was seen beyond these bounds counts as at them. Needs a range a tensor."""
+        observer = self._observer
+        if observer is None:
+            raise UserError(f"quantizer {self._label}: is {self._state.name}, only what is observed can be limited")
+        observer.minimum, observer.maximum = observer.minimum.clamp(min=lower), observer.maximum.clamp(max=upper)
+
     def finish_observing(self) -> None:
         """OBSERVE -> QUANTIZE: sets the range from what all ranks observed. UserError if that is nothing."""
         if self._observer is None:

@@ -14,20 +14,20 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qsam2.calibration.data import CalibrationData, Sample, encode
 from qsam2.calibration.reconstruction.blocks import Block, Scale, find_blocks
 from qsam2.calibration.reconstruction.capture import capture
-from qsam2.data.clips import collate_clips
+from qsam2.layers.convert import quantizers
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.recipe.reconstruct import ReconstructRecipe
 from qsam2.tasks.reconstruction import ReconstructedBlock, fit_block
 from qsam2.tasks.trainer import SafeCheckpointIO
+from qsam2.tasks.video_hierarchy import fit_video, track_clip
 
 GIGABYTE = 1e9
 STORED = "reconstruction"
@@ -41,12 +41,16 @@ class Reconstruction:
 
     total: int
     """Blocks to reconstruct."""
+    fits_video: bool = False
+    """Whether steps were to be fitted on video after the blocks."""
     blocks: list[ReconstructedBlock] = field(default_factory=list)
+    video: tuple[float, float] | None = None
+    """Summed loss on video before and after that."""
 
     @property
     def complete(self) -> bool:
         """False where it was stopped: the other blocks are rounded to the nearest."""
-        return len(self.blocks) == self.total
+        return len(self.blocks) == self.total and (self.video is not None or not self.fits_video)
 
     @property
     def summary(self) -> str:
@@ -58,11 +62,18 @@ class Reconstruction:
             f"{len(self.blocks)} of {self.total} blocks reconstructed, "
             f"{len(better)} are better than nearest rounding, their error x {ratio:.2f} (geometric mean)"
         )
-        return text if self.complete else f"{text}; STOPPED EARLY, the other blocks are rounded to the nearest"
+        if self.video is not None:
+            text += f"; loss on video {self.video[0]:.4f} -> {self.video[1]:.4f}"
+        return text if self.complete else f"{text}; STOPPED EARLY, what is left is as calibration made it"
 
     def figures(self) -> dict[str, Any]:
         """What `metrics.json` holds."""
-        return {"complete": self.complete, "total": self.total, "blocks": [asdict(block) for block in self.blocks]}
+        return {
+            "complete": self.complete,
+            "total": self.total,
+            "blocks": [asdict(block) for block in self.blocks],
+            "video": self.video,
+        }
 
 
 def reconstruct(
@@ -80,88 +91,129 @@ def reconstruct(
 
     A block sees what the quantized model gives it, with all blocks before it reconstructed and those behind it rounded
     to the nearest; tracking blocks see a memory that the quantized model filled. Its target is the output of the
-    teacher's block on the same sample. Finished blocks are stored: a run that was killed goes on behind them. The first
-    Ctrl-C ends reconstruction and leaves a usable model, the second one the run.
+    teacher's block on the same sample. With `recipe.video` the steps of all blocks are then fitted together. What is
+    finished is stored: a run that was killed goes on behind it. The first Ctrl-C ends reconstruction and leaves a
+    usable model, the second one the run.
 
     Args:
         data: stills and clips for the blocks of each scale; those of the scale "frame" see them frame by frame.
         folder: the run folder.
         silent: no progress bar.
+
+    Raises:
+        UserError: see `find_blocks` and `capture`; a loss is not finite, the disk is full.
     """
-    groups = find_blocks(model, recipe)
-    done = Reconstruction(sum(len(group) for group in groups))
-    twins = dict(teacher.named_modules())
-    samples: list[Tensor] | list[Sample] = []
+    video = recipe.video
+    scales = [scale for scale in data if video is None or getattr(video, scale) > 0]
+    groups = [group for group in find_blocks(model, recipe) if group[0].scale in scales]
+    fits_video = video is not None and video.iterations > 0
+    done = Reconstruction(sum(len(group) for group in groups), fits_video)
+    samples: Sequence[Tensor] | Sequence[Sample] = ()
     scale: Scale | None = None
-
-    def run(quantized: bool, sample: Tensor | Sample) -> None:
-        if stopped():
-            raise _Stopped
-        network = model if quantized else teacher
-        if isinstance(sample, Sample):
-            track_clip(network, sample)
-        else:
-            network.forward_image(sample.to(network.device))
-
     with (
         _interruptible() as stopped,
-        tqdm(total=done.total, desc="reconstruct", disable=silent) as bar,
+        tqdm(total=done.total + fits_video, desc="reconstruct", disable=silent) as bar,
         contextlib.suppress(_Stopped),
     ):
+        run = _Run(model, teacher, recipe, trainer_recipe, folder, stopped, bar)
         for index, group in enumerate(groups):
-            file = folder / "checkpoints" / STORED / f"{index:03d}.ckpt"
-            if file.is_file():
-                rows = _load(file, group)
-                done.blocks += rows
-                bar.update(len(rows))
+            stored = _load(run.file(f"{index:03d}"), {block.name: block.module for block in group})
+            if stored is not None:
+                done.blocks += [ReconstructedBlock(**row) for row in stored]
+                bar.update(len(stored))
                 continue
-            bar.set_postfix_str(f"{group[0].name}: inputs")
             if group[0].scale != scale:
                 scale = group[0].scale
                 samples = _frames(data[scale]) if scale == "frame" else list(data[scale].clip_samples())
-            calls = capture(
-                {block.name: block.module for block in group},
-                {block.name: twins[block.name] for block in group},
-                run,
-                samples,
-                budget_bytes=recipe.cache_gb * GIGABYTE,
-                one_call=scale == "frame",
-            )
-            for number, block in enumerate(group):
-                bar.set_postfix_str(block.name)
-                row = fit_block(
-                    block.name,
-                    block.module,
-                    calls.pop(block.name),
-                    recipe,
-                    trainer_recipe,
-                    folder=folder,
-                    image_size=model.image_size,
-                    seed=_seed(seed, index, number),
-                    stopped=stopped,
-                )
-                if row is None:
-                    raise _Stopped
+            for row in run.fit_group(group, samples, seed=_seed(seed, index)):
                 done.blocks.append(row)
                 bar.update()
-            _save(file, group, done.blocks[-len(group) :])
+            rows = [asdict(row) for row in done.blocks[-len(group) :]]
+            _save(run.file(f"{index:03d}"), {block.name: block.module for block in group}, rows)
+        if fits_video:
+            done.video = run.fit_video({scale: list(data[scale].clip_samples()) for scale in scales})
+            bar.update()
     return done
 
 
-@torch.no_grad()
-def track_clip(model: SAM2, sample: Sample) -> list[list[dict[str, Any]]]:
-    """Track a clip in eval mode from masks, then from one click each; no corrections, which depend on the masks.
+@dataclass(frozen=True)
+class _Run:
+    """What all blocks of a run share."""
 
-    So the quantized and the float model get the same prompts. Returns a frame's outputs each, for either prompt.
-    """
-    features, batch = encode(model, sample), collate_clips([sample.clip]).to(model.device)
-    outputs = []
-    for points in (False, True):
-        model.prob_to_use_pt_input_for_eval = float(points)
-        prompted = model.prepare_prompt_inputs({**features}, batch)
-        prompted["frames_to_add_correction_pt"] = []
-        outputs.append(model.forward_tracking(prompted, batch))
-    return outputs
+    model: SAM2
+    teacher: SAM2
+    recipe: ReconstructRecipe
+    trainer_recipe: TrainerRecipe
+    folder: Path
+    stopped: Callable[[], bool]
+    bar: Any
+
+    def file(self, name: str) -> Path:
+        """Where something finished is stored."""
+        return self.folder / "checkpoints" / STORED / f"{name}.ckpt"
+
+    def fit_group(
+        self, group: Sequence[Block], samples: Sequence[Tensor] | Sequence[Sample], seed: int
+    ) -> Iterator[ReconstructedBlock]:
+        """Capture what the blocks of a group see, then fit one after another."""
+        self.bar.set_postfix_str(f"{group[0].name}: inputs")
+        calls = capture(
+            {block.name: block.module for block in group},
+            {block.name: self.teacher.get_submodule(block.name) for block in group},
+            self.forward,
+            samples,
+            budget_bytes=self.recipe.cache_gb * GIGABYTE,
+            one_call=group[0].scale == "frame",
+        )
+        for number, block in enumerate(group):
+            self.bar.set_postfix_str(block.name)
+            row = fit_block(
+                block.name,
+                block.module,
+                calls.pop(block.name),
+                self.recipe,
+                self.trainer_recipe,
+                folder=self.folder,
+                image_size=self.model.image_size,
+                seed=_seed(seed, number),
+                stopped=self.stopped,
+            )
+            if row is None:
+                raise _Stopped
+            yield row
+
+    def forward(self, quantized: bool, sample: Tensor | Sample) -> None:
+        """Pass a frame, or a clip twice, through the quantized or the float model."""
+        if self.stopped():
+            raise _Stopped
+        network = self.model if quantized else self.teacher
+        if not isinstance(sample, Sample):
+            network.forward_image(sample.to(network.device))
+            return
+        features = encode(network, sample)
+        for points in (False, True):
+            track_clip(network, sample, features, points=points)
+
+    def fit_video(self, samples: Mapping[Scale, Sequence[Sample]]) -> tuple[float, float]:
+        """See `qsam2.tasks.video_hierarchy`."""
+        self.bar.set_postfix_str("steps on " + ", ".join(samples))
+        activations = {name: q for name, q in quantizers(self.model) if q.role == "activation"}
+        if (stored := _load(self.file("video"), activations)) is not None:
+            return stored[0], stored[1]
+        assert self.recipe.video is not None
+        losses = fit_video(
+            self.model,
+            self.teacher,
+            samples,
+            self.recipe.video,
+            self.trainer_recipe,
+            folder=self.folder,
+            stopped=self.stopped,
+        )
+        if losses is None:
+            raise _Stopped
+        _save(self.file("video"), activations, list(losses))
+        return losses
 
 
 def _frames(data: CalibrationData) -> list[Tensor]:
@@ -195,16 +247,19 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 
 @rank_zero_only
-def _save(file: Path, group: Sequence[Block], rows: Sequence[ReconstructedBlock]) -> None:
-    state = {block.name: block.module.state_dict() for block in group}
-    SafeCheckpointIO().save_checkpoint({"rows": [asdict(row) for row in rows], "state": state}, file)
+def _save(file: Path, modules: Mapping[str, nn.Module], figures: list[Any]) -> None:
+    state = {name: module.state_dict() for name, module in modules.items()}
+    SafeCheckpointIO().save_checkpoint({"figures": figures, "state": state}, file)
 
 
-def _load(file: Path, group: Sequence[Block]) -> list[ReconstructedBlock]:
+def _load(file: Path, modules: Mapping[str, nn.Module]) -> list[Any] | None:
+    """The figures that were stored, the modules as they were then; None where nothing is."""
+    if not file.is_file():
+        return None
     stored = SafeCheckpointIO().load_checkpoint(file)
-    for block in group:
-        block.module.load_state_dict(stored["state"][block.name])
-    return [ReconstructedBlock(**row) for row in stored["rows"]]
+    for name, module in modules.items():
+        module.load_state_dict(stored["state"][name])
+    return stored["figures"]
 
 
 def _seed(*parts: int) -> int:

@@ -15,7 +15,14 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from qsam2.calibration.reconstruction.capture import Call, features
 from qsam2.calibration.reconstruction.rounding import beta_at
-from qsam2.calibration.reconstruction.soften import flipped_share, harden, learned_steps, soft_roundings, soften
+from qsam2.calibration.reconstruction.soften import (
+    flipped_share,
+    harden,
+    learn_steps,
+    learned_steps,
+    soft_roundings,
+    soften_weights,
+)
 from qsam2.errors import UserError
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.recipe.reconstruct import ReconstructRecipe
@@ -146,7 +153,9 @@ def fit_block(
 
     torch.manual_seed(seed)
     block.requires_grad_(False)
-    soften(block, learn_steps=recipe.method != "adaround", drop=recipe.drop if recipe.method == "qdrop" else 0.0)
+    soften_weights(block)
+    if recipe.method != "adaround":
+        learn_steps(block, drop=recipe.drop if recipe.method == "qdrop" else 0.0)
     module = BlockReconstruction(block, recipe, variances, image_size, stopped)
     count = recipe.iterations * recipe.batch_size
     sampler = RandomSampler(calls, replacement=True, num_samples=count, generator=torch.Generator().manual_seed(seed))

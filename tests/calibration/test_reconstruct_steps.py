@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from qsam2.calibration.ranges import calibrate_ranges
-from qsam2.calibration.reconstruction.soften import flipped_share, harden, learned_steps, soft_roundings, soften
+from qsam2.calibration.reconstruction.soften import (
+    flipped_share,
+    harden,
+    learn_steps,
+    learned_steps,
+    soft_roundings,
+    soften_weights,
+)
 from qsam2.calibration.reconstruction.steps import LearnedStep
 from qsam2.layers.convert import convert, quantized_weights, quantizers
 from qsam2.layers.finalize import finalize
@@ -84,7 +91,8 @@ def block() -> nn.Module:
 
 def test_soft_blocks_have_no_rounding_in_their_weights(block: nn.Module) -> None:
     weights = {name: layer.weight.clone() for name, layer, _ in quantized_weights(block)}
-    soften(block, learn_steps=True, drop=0.5)
+    soften_weights(block)
+    learn_steps(block, drop=0.5)
     assert len(soft_roundings(block)) == len(learned_steps(block)) == 2
     assert all(step.drop == 0.5 for step in learned_steps(block))
     for name, layer in block.named_modules():
@@ -92,11 +100,13 @@ def test_soft_blocks_have_no_rounding_in_their_weights(block: nn.Module) -> None
             assert torch.allclose(layer.quantized_weight(), weights[name], atol=1e-6)
 
 
-@pytest.mark.parametrize("learn_steps", [False, True])
-def test_hardening_an_untrained_block_gives_what_finalizing_gives(block: nn.Module, learn_steps: bool) -> None:
+@pytest.mark.parametrize("with_steps", [False, True])
+def test_hardening_an_untrained_block_gives_what_finalizing_gives(block: nn.Module, with_steps: bool) -> None:
     finalized, x = copy.deepcopy(block), torch.randn(5, 1, 8)
     finalize(finalized)
-    soften(block, learn_steps=learn_steps)
+    soften_weights(block)
+    if with_steps:
+        learn_steps(block)
     assert flipped_share(block) == 0.0
     harden(block)
     assert not soft_roundings(block) and not learned_steps(block)
@@ -110,7 +120,8 @@ def test_hardening_an_untrained_block_gives_what_finalizing_gives(block: nn.Modu
 
 
 def test_finalizing_keeps_what_was_learned(block: nn.Module) -> None:
-    soften(block, learn_steps=True)
+    soften_weights(block)
+    learn_steps(block)
     with torch.no_grad():
         for soft in soft_roundings(block):
             soft.v.copy_(torch.where(torch.rand_like(soft.v) < 0.5, -5.0, 5.0))
@@ -129,7 +140,8 @@ def test_finalizing_keeps_what_was_learned(block: nn.Module) -> None:
 
 def test_gradients_flow_to_rounding_and_steps_alone(block: nn.Module) -> None:
     block.requires_grad_(False)
-    soften(block, learn_steps=True)
+    soften_weights(block)
+    learn_steps(block)
     block(torch.randn(5, 1, 8)).square().sum().backward()
     reached = {name.rpartition(".")[2] for name, p in block.named_parameters() if p.grad is not None}
     assert reached == {"v", "log_scale"}

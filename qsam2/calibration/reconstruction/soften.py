@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
 from qsam2.calibration.reconstruction.rounding import SoftRounding
 from qsam2.calibration.reconstruction.steps import LearnedStep
 from qsam2.layers.convert import quantized_weights
-from qsam2.quantizers import Quantizer, QuantizerState
+from qsam2.quantizers import Quantizer
 
 
 @torch.no_grad()
-def soften(block: nn.Module, *, learn_steps: bool, drop: float = 0.0) -> None:
-    """Give all quantized weights of a calibrated block soft rounding, and with `learn_steps` activations learned steps.
-
-    All quantizers concerned are frozen: scales and zero points of weights are what they are now.
-    """
+def soften_weights(block: nn.Module) -> None:
+    """Give all quantized weights of a calibrated block soft rounding; their scales and zero points are frozen."""
     for _, layer, quantizer in list(quantized_weights(block)):
         quantizer.freeze(layer.weight)
         layer.weight_quantizer = SoftRounding(layer.weight, quantizer)  # type: ignore[assignment]
-    if learn_steps:
-        for parent, key, quantizer in _activations(block):
-            quantizer.freeze()
-            setattr(parent, key, LearnedStep(quantizer, drop))
+
+
+@torch.no_grad()
+def learn_steps(block: nn.Module, drop: float = 0.0) -> None:
+    """Give all quantized activations of a calibrated block learned steps, the quantizers frozen behind them."""
+    for parent in list(block.modules()):
+        for key, child in list(parent.named_children()):
+            if isinstance(child, Quantizer) and child.role == "activation":
+                child.freeze()
+                setattr(parent, key, LearnedStep(child, drop))
 
 
 @torch.no_grad()
@@ -61,10 +62,3 @@ def soft_roundings(block: nn.Module) -> list[SoftRounding]:
 def learned_steps(block: nn.Module) -> list[LearnedStep]:
     """All of a block."""
     return [module for module in block.modules() if isinstance(module, LearnedStep)]
-
-
-def _activations(block: nn.Module) -> Iterator[tuple[nn.Module, str, Quantizer]]:
-    for parent in list(block.modules()):
-        for key, child in list(parent.named_children()):
-            if isinstance(child, Quantizer) and child.role == "activation" and child.state is not QuantizerState.FLOAT:
-                yield parent, key, child

@@ -1,0 +1,57 @@
+"""The three time scales of calibration data: frames, successive frames, frames spread over whole videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qsam2.calibration.data import CalibrationData
+from qsam2.calibration.reconstruction.blocks import Scale
+from qsam2.data.clips import Source, annotated_frames
+from qsam2.data.video import Video
+from qsam2.recipe.calibrate import CalibrateRecipe
+
+
+class SpreadVideo(Video):
+    """Some frames of a video, evenly spread over all that are annotated."""
+
+    def __init__(self, video: Video, num_frames: int) -> None:
+        annotated = annotated_frames(video)
+        positions = np.linspace(0, len(annotated) - 1, min(num_frames, len(annotated))).round().astype(int)
+        self._video = video
+        self._frames = [annotated[int(position)] for position in positions]
+        self.name, self.size = video.name, video.size
+        self.frame_names = [video.frame_names[index] for index in self._frames]
+
+    def frame(self, index: int) -> np.ndarray:
+        return self._video.frame(self._frames[index])
+
+    def masks(self, index: int) -> dict[int, np.ndarray] | None:
+        return self._video.masks(self._frames[index])
+
+
+def time_scales(
+    sources: Sequence[Source],
+    frames: CalibrationData,
+    amount: CalibrateRecipe,
+    *,
+    image_size: int,
+    max_objects: int,
+    seed: int,
+) -> dict[Scale, CalibrationData]:
+    """The given stills and clips as single frames; clips of successive frames; clips spread over whole videos.
+
+    All clips are as long; there are no more spread ones than there are videos.
+    """
+    spread = [
+        Source([SpreadVideo(video, amount.num_frames) for video in source.videos], source.weight) for source in sources
+    ]
+    few = min(amount.clips, sum(len(source.videos) for source in sources))
+
+    def draw(sources: Sequence[Source], clips: int) -> CalibrationData:
+        only_clips = amount.model_copy(update={"clips": clips, "stills": 0})
+        size = {"image_size": image_size, "max_objects": max_objects}
+        return CalibrationData(sources, only_clips, **size, max_stride=1, seed=seed)
+
+    return {"frame": frames, "short": draw(sources, amount.clips), "long": draw(spread, few)}
