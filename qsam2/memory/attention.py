@@ -12,7 +12,7 @@ from sam2.modeling.sam.transformer import RoPEAttention
 from torch import Tensor
 
 from qsam2.layers.attention import join_heads, rotate, split_heads
-from qsam2.memory.bank import Bank
+from qsam2.memory.bank import Bank, Remembered
 from qsam2.memory.cache import FrameMemory, Table, TemporalKeys, mixed, project, quantized, rotary_table
 from qsam2.memory.sharing import KeySet
 
@@ -59,7 +59,7 @@ class MemoryReading:
         q = quantized(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
         keys, values, stands = [], [], []
         for each in sets:
-            k, v = self._keys_and_values(layer, attention, each, slots, table)
+            k, v = self._keys_and_values(layer, attention, each, slots, table, bank.remembered)
             if each.share is not None:
                 k, v = _most_attended(layer, each.frame, each.share, q, k, v)
             elif each.window != (1, 1):
@@ -80,14 +80,21 @@ class MemoryReading:
         return attention.out_proj(join_heads(out))
 
     def _keys_and_values(
-        self, layer: int, attention: RoPEAttention, each: KeySet, slots: Tensor, table: Table
+        self,
+        layer: int,
+        attention: RoPEAttention,
+        each: KeySet,
+        slots: Tensor,
+        table: Table,
+        remembered: Remembered,
     ) -> tuple[Tensor, Tensor]:
         """(B, heads, tokens, C / heads) each, temporal positions included."""
         if not self.cache:
             temporal = mixed(slots.flatten(1), each.positions).unsqueeze(1)
             return each.frame.recomputed_keys_and_values(attention, table, temporal)
         k, v = each.frame.keys_and_values(layer, attention, table)
-        return k + mixed(self.temporal_keys(layer, attention, slots, table), each.positions), v
+        temporal = self.temporal_keys(layer, attention, slots, table, remembered.temporal_keys)
+        return k + mixed(temporal, each.positions), v
 
     def _table(self, attention: RoPEAttention, tokens: int) -> Table:
         weight = attention.k_proj.weight

@@ -29,6 +29,8 @@ class Remembered:
     frames: dict[int, FrameMemory] = field(default_factory=dict)
     similarities: list[deque[float]] = field(default_factory=list)
     """The latest similarities of neighbouring frames, an object each."""
+    temporal_keys: dict[int, Tensor] = field(default_factory=dict)
+    """Of a training clip, by layer."""
 
 
 @dataclass(frozen=True)

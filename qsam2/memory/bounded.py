@@ -34,7 +34,8 @@ class Spans:
 class BoundedState:
     """Keeps of each object: its conditioning frames; everything of the frames that a tracked frame can still read,
     those within reach of the current frame or of a conditioning frame on either side, from where tracking can start in
-    the other direction; and object pointers as far as they are read.
+    the other direction; and object pointers as far as they are read. Bytes are constant where the windows of pointers
+    around the prompted and the current frame are apart, from 2 * (max_obj_ptrs_in_encoder - 1) + 1 frames on.
 
     What was forgotten cannot be prompted or read again, which is an error rather than another mask.
     """

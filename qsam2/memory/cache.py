@@ -3,7 +3,7 @@
 A key is rotary(k_proj(memory + spatial position + temporal position)). Kept is rotary(k_proj(memory + spatial
 position)); rotary(W_k temporal position), which no frame changes, is added when the key is read (ours). In a quantized
 model the two parts are quantized apart: kept keys and values by the attention's own quantizers, as integers; the
-temporal part by quantizers of the same specs whose ranges are those of the temporal positions themselves.
+temporal part at the same bits between its own minimum and maximum, which are known, as it is constant.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qsam2.layers.attention import QuantRoPEAttention, axial_rotary_table, rotate, split_heads
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
+from qsam2.recipe.quantizers import MinMaxSpec
 
 Table = tuple[Tensor, Tensor]
 CODES_A_BYTE = {2: 4, 3: 2, 4: 2}
@@ -96,15 +97,22 @@ class FrameMemory:
 
 
 class TemporalKeys:
-    """rotary(W_k temporal position) of all slots, kept while the weights stay as they are; not while training."""
+    """rotary(W_k temporal position) of all slots, kept while the weights stay as they are, or for a training step."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[object, Tensor]] = {}
 
-    def __call__(self, layer: int, attention: RoPEAttention, positions: Tensor, table: Table) -> Tensor:
-        """Of the model's parameter (slots, 1, 1, C): (slots, heads, H * W, C / heads)."""
+    def __call__(
+        self, layer: int, attention: RoPEAttention, positions: Tensor, table: Table, with_graph: dict[int, Tensor]
+    ) -> Tensor:
+        """Of the model's parameter (slots, 1, 1, C): (slots, heads, H * W, C / heads).
+
+        Where gradients are asked for, `with_graph` is what keeps them, by layer.
+        """
         if torch.is_grad_enabled():
-            return temporal_keys(attention, positions.flatten(1), table)
+            if layer not in with_graph:
+                with_graph[layer] = temporal_keys(attention, positions.flatten(1), table)
+            return with_graph[layer]
         device = positions.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         tensors = [positions, *attention.k_proj.parameters(), *attention.k_proj.buffers()]
@@ -195,6 +203,7 @@ def _quantized_apart(x: Tensor, quantizer: Quantizer | None) -> Tensor:
     # The layer's own range is that of whole keys: at 4 bits its step would round these small parts away.
     if quantizer is None or not quantizes(quantizer):
         return x
-    own = build_quantizer(quantizer.spec, "activation", name=f"{quantizer.name}.temporal").to(x.device).eval()
+    spec = MinMaxSpec(bits=quantizer.bits, symmetric=quantizer.grid.symmetric)
+    own = build_quantizer(spec, "activation", name=f"{quantizer.name}.temporal").to(x.device).eval()
     own.initialize_from(x)
     return own(x)
