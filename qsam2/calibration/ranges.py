@@ -28,9 +28,9 @@ def in_image_encoder(name: str) -> bool:
 def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True) -> None:
     """Find the ranges of a converted SAM2, in eval mode, part by part, earlier parts quantized already (ours).
 
-    First the image encoder, on all stills and clips. Then what fills the memory bank: prompt encoder, mask decoder and
-    memory encoder, on three frames of each clip, far apart. Last the memory attention, on whole clips, with a bank that
-    the quantized model has filled.
+    First the image encoder, on the stills and three frames of each clip, far apart. Then, on these clips, what fills
+    the memory bank: prompt encoder, mask decoder and memory encoder. Last the memory attention, on whole clips, with a
+    bank that the quantized model has filled.
 
     Raises:
         UserError: see `calibrate_ranges`; names the sample.
@@ -38,7 +38,7 @@ def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True)
 
     set_state(model, QuantizerState.FLOAT)
     stages: tuple[tuple[str, Callable[[str], bool], Callable[[Sample], object]], ...] = (
-        ("image encoder", in_image_encoder, lambda sample: encode(model, sample)),
+        ("image encoder", in_image_encoder, lambda sample: encode(model, far_apart(sample))),
         ("memory encoder and mask decoder", _fills_the_bank, lambda sample: run_sample(model, far_apart(sample))),
         ("memory attention", _in_memory_attention, lambda sample: run_sample(model, sample)),
     )
