@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["evaluate"], ["table"], ["benchmark"], ["benchmark", "quantizers"]]
+    "command",
+    [[], ["train"], ["evaluate"], ["table"], ["benchmark"], ["benchmark", "quantizers"], ["benchmark", "memory"]],
 )
 def test_help_stands_in_the_command_line_page(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "100")

@@ -90,7 +90,7 @@ def test_objects_of_a_batch_are_as_on_their_own(trained: SAM2, clip: BatchedVide
 def test_qat_with_sharing(trained: SAM2, clip: BatchedVideoDatapoint) -> None:
     """Steps of the key and value quantizers learn, and the cached keys of one step do not serve the next."""
     model = copy.deepcopy(trained).eval()
-    spec = LSQSpec(bits=4)
+    spec = LSQSpec(bits=4, range="minmax")
     convert(model, QuantizeRecipe(weights=spec, activations=spec))
     with torch.no_grad():
         calibrate_ranges(model, lambda points: prompted_forward(model, clip, points=points), (False,))
