@@ -79,9 +79,7 @@ def test_untrained_is_nearest_rounding(spec: dict[str, Any]) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(sorted(SPECS)), st.sampled_from([0, 1]))
-def test_hard_weights_are_their_own_integers_next_to_the_weight(
-    seed: int, name: str, channel_dim: int
-) -> None:
+def test_hard_weights_are_their_own_integers_next_to_the_weight(seed: int, name: str, channel_dim: int) -> None:
     weight, soft = rounding(SPECS[name], channel_dim, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

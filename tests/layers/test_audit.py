@@ -12,6 +12,9 @@ from small_sam2 import track_video
 from torch import Tensor, nn
 
 from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.reconstruction.rounding import SoftRounding
+from qsam2.calibration.reconstruction.soften import harden, learn_steps, soften_weights
+from qsam2.calibration.reconstruction.steps import LearnedStep
 from qsam2.layers.audit import AuditError, _most_levels, audit
 from qsam2.layers.convert import ConvertedLayer, convert, quantized_weights, quantizers
 from qsam2.layers.finalize import finalize
@@ -124,6 +127,36 @@ def _soft_rounding(model: SAM2) -> None:
     layer.weight.add_(0.3 * layer.weight_quantizer.scale[:, None] * torch.rand_like(layer.weight))
 
 
+def _mlp(model: SAM2) -> nn.Module:
+    return model.image_encoder.trunk.blocks[0].mlp
+
+
+def _qdrop_left_on(model: SAM2) -> None:
+    # Set by one pattern of names, reset by a narrower one: the block's quantizers are put back but for one
+    learn_steps(model.image_encoder.trunk.blocks[0], drop=0.5)
+    left = _mlp(model).layers[1].input_quantizer
+    harden(model)
+    _mlp(model).layers[1].input_quantizer = left
+
+
+def _qdrop_left_on_in_attention(model: SAM2) -> None:
+    attention = model.image_encoder.trunk.blocks[0].attn
+    attention.v_quantizer = LearnedStep(attention.v_quantizer, drop=0.5)
+
+
+def _only_the_first_layer_hardened(model: SAM2) -> None:
+    soften_weights(_mlp(model))
+    harden(_mlp(model).layers[0])
+
+
+def _soft_values_kept(model: SAM2) -> None:
+    # The same error one step later: quantizers are back, the weights are what soft rounding made of them
+    layer = _mlp(model).layers[1]
+    rounding = SoftRounding(layer.weight, layer.weight_quantizer)
+    rounding.v.add_(torch.randn_like(rounding.v))
+    layer.weight.copy_(rounding(layer.weight))
+
+
 def _one_value(model: SAM2) -> None:
     model.mask_downsample.weight[0, 0, 0, 0] *= 1 + 1e-6
 
@@ -194,6 +227,16 @@ def _extra_parameter(model: SAM2) -> None:
 VIOLATIONS: dict[str, tuple[Any, str]] = {
     "dropping quantizer": (_drop, r"obj_ptr_proj.layers.0: the table says bits \(3, 4\), the model has \(3, -1\)"),
     "soft rounding": (_soft_rounding, "obj_ptr_proj.layers.1.weight: is not its own dequantized integers"),
+    "QDrop left on": (_qdrop_left_on, r"mlp.layers.1: the table says bits \(3, 4\), the model has \(3, -1\)"),
+    "QDrop left on in attention": (
+        _qdrop_left_on_in_attention,
+        r"blocks.0.attn: the table says bits \(None, 4\), the model has \(None, -1\)",
+    ),
+    "soft rounding behind the first layer": (
+        _only_the_first_layer_hardened,
+        r"(?s)mlp.layers.1: the table says bits \(3, 4\), the model has \(-1, 4\).*weight_quantizer.v: is in float",
+    ),
+    "soft values shipped as hard": (_soft_values_kept, "mlp.layers.1.weight: is not its own dequantized integers"),
     "one value off its grid": (_one_value, "mask_downsample.weight: is not its own dequantized integers"),
     "stale cache": (_stale_cache, "obj_ptr_proj.layers.1: computes with another weight than its own"),
     "too many levels": (_too_many_levels, "layers.1.weight: has 10 levels in a channel, 3 bits allow 8"),
@@ -217,6 +260,20 @@ def test_each_planted_violation_is_refused(finalized, violate, message):
         violate(model)
     with pytest.raises(AuditError, match=message):
         audit(model, rows, RECIPE)
+
+
+def test_a_block_that_was_soft_passes_when_it_is_hard_and_finalized(calibrated):
+    model, rows = calibrated
+    block = model.image_encoder.trunk.blocks[0]
+    soften_weights(block)
+    learn_steps(block, drop=0.5)
+    with torch.no_grad():
+        for module in block.modules():
+            if isinstance(module, SoftRounding):
+                module.v.add_(torch.randn_like(module.v))
+    harden(block)
+    finalize(model)
+    audit(model, rows, RECIPE, lambda: track_video(model))
 
 
 def test_a_calibrated_model_that_is_not_finalized_is_refused(calibrated):
