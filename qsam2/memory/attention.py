@@ -100,7 +100,8 @@ class MemoryReading:
         weight = attention.k_proj.weight
         known = tokens, attention.internal_dim, attention.num_heads, weight.device
         if known not in self._tables:
-            self._tables[known] = rotary_table(attention, tokens)
+            with torch.inference_mode(False):  # it may serve training, too
+                self._tables[known] = rotary_table(attention, tokens)
         return self._tables[known]
 
 

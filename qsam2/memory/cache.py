@@ -97,7 +97,10 @@ class FrameMemory:
 
 
 class TemporalKeys:
-    """rotary(W_k temporal position) of all slots, kept while the weights stay as they are, or for a training step."""
+    """rotary(W_k temporal position) of all slots, kept while the weights stay as they are, or for a training clip.
+
+    A write through `weight.data` goes unseen, as it does in autograd.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[object, Tensor]] = {}

@@ -17,8 +17,8 @@ UNKNOWN_LENGTH = 2**31
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class EndOfStream(Exception):
-    """A frame past the last one of a stream was asked for."""
+class EndOfStream(UserError):
+    """A frame past the last one of a stream was asked for; tracking ends there."""
 
 
 class CheckedFrames:
@@ -50,7 +50,7 @@ class FrameStream:
             try:
                 frame = next(self.frames)
             except StopIteration:
-                raise EndOfStream(f"the stream has {self.count} frames") from None
+                raise EndOfStream(f"frame {index} is past the end: the stream has {self.count} frames") from None
             self.kept[self.count] = checked(frame, self.count, self.image_size)
             self.kept.pop(self.count - self.window, None)
             self.count += 1

@@ -166,6 +166,12 @@ def test_passed_frames_of_a_stream(model: SAM2) -> None:
     )
 
 
+def test_frames_past_the_end_of_a_stream(model: SAM2) -> None:
+    state = start(model, iter(video(3)))
+    expected = "frame 5 is past the end: the stream has 3 frames"
+    assert error_of(lambda: model.add_new_mask(state, 5, 1, box(4))) == expected
+
+
 def test_frames_of_changing_size(model: SAM2) -> None:
     frames = video(4)
     frames[2] = torch.zeros(3, SIZE_PX, 96)

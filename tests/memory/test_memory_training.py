@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_videos import SIZE_PX, random_nano
+from small_videos import SIZE_PX, distance, random_nano, track, track_with
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
@@ -85,6 +85,18 @@ def test_objects_of_a_batch_are_as_on_their_own(trained: SAM2, clip: BatchedVide
         alone.obj_to_frame_idx = clip.obj_to_frame_idx[:, item : item + 1]
         masks, _ = run(trained, alone, sharing="adaptive", frames=3, cache=True)
         assert (masks[1:, 0] - together[1:, item]).abs().max() < 1e-4
+
+
+def test_a_model_that_has_tracked_can_be_trained_and_copied(trained: SAM2, clip: BatchedVideoDatapoint) -> None:
+    """Nothing that tracking keeps in inference mode meets a gradient; a copy keeps tables of its own weights."""
+    model = copy.deepcopy(trained).eval()
+    before = track_with(model, 8, cache=True)
+    twin = copy.deepcopy(model)
+    assert distance(track(twin, 8), before) == 0
+    with torch.no_grad():
+        twin.maskmem_tpos_enc[0] += 1
+    assert distance(track(twin, 8), before) > 1e-5
+    torch.stack([frame["multistep_pred_masks"][:, 0] for frame in model.train()(clip)]).sum().backward()
 
 
 def test_qat_with_sharing(trained: SAM2, clip: BatchedVideoDatapoint) -> None:
