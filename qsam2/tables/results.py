@@ -105,6 +105,7 @@ def _budget(runs: Sequence[TableRun]) -> dict[str, Any]:
     for recipe in (run.recipe for run in runs):
         budget = {"data": list(recipe.data.train), "calibration clips": recipe.calibrate.clips}
         budget["frames a calibration clip"] = recipe.calibrate.num_frames
+        budget["calibration stills"] = recipe.calibrate.stills
         if recipe.train is not None:
             budget["steps"] = recipe.trainer.max_steps
             budget["clips a step"] = recipe.data.batch_size * recipe.trainer.accumulate

@@ -6,13 +6,13 @@ import logging
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import Popen
 
 from qsam2.pipeline import load_float
 from qsam2.tables.definition import TableDefinition, TableRun, float_runs
@@ -76,7 +76,7 @@ class _Batch:
         self.total, self.pending = total, pending
         self.begun = total - pending
         self.lock = threading.Lock()
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Popen[bytes]] = []
         self.stopped = False
 
     def carry_out(self, stages: Sequence[Sequence[TableRun]]) -> None:
@@ -103,7 +103,7 @@ class _Batch:
             folder = run.recipe.run_folder
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / LOG).open("ab") as output:
-                process = subprocess.Popen(
+                process = Popen(
                     [*QSAM2, *self.command, "--only", run.name],
                     stdout=output,
                     stderr=output,

@@ -1,0 +1,142 @@
+"""Figures of a table's cells, and the Markdown that shows them, in the README too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_table import scores, small_table, write
+
+import qsam2
+from qsam2.cli import main
+from qsam2.errors import UserError
+from qsam2.tables.definition import TableDefinition, TableRun, float_runs
+from qsam2.tables.markdown import extract, insert, render
+from qsam2.tables.results import Results, collect
+from qsam2.tables.scores import save_scores
+
+ROOT = Path(qsam2.__file__).parents[1]
+SCORES = {"nano_minmax_W4A4_s0": 45.0, "nano_mse_W4A4_s0": 46.0, "nano_mse_W4A4_s1": 48.0, "nano_mse_W2A4_s0": 20.0}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> tuple[TableDefinition, list[TableRun]]:
+    """Float 50; one run failed, the frobenius ones are to come."""
+    table, runs = small_table(tmp_path)
+    for run in float_runs(runs):
+        save_scores(run, scores(table, run, 50.0))
+    for run in runs:
+        if run.name in SCORES:
+            save_scores(run, scores(table, run, SCORES[run.name], version="1.1"))
+    failed = next(run for run in runs if run.name == "nano_minmax_W2A4_s0")
+    save_scores(failed, {**scores(table, failed, 0.0), "sets": {}, "error": "the loss is nan"})
+    return table, runs
+
+
+@pytest.fixture
+def results(table: tuple[TableDefinition, list[TableRun]]) -> Results:
+    return json.loads(json.dumps(collect(*table, "qsam2 table small.yaml")))
+
+
+def cell(results: Results, method: str, setting: str, start: str = "") -> dict[str, Any]:
+    (found,) = (c for c in results["cells"] if (c["method"], c["setting"], c["start"]) == (method, setting, start))
+    return found
+
+
+def test_seeds_are_averaged_and_their_spread_is_given(results: Results) -> None:
+    found = cell(results, "mse", "W4A4")
+    assert found["seeds"] == [0, 1]
+    assert found["sets"]["clips"] == {
+        "score": 48.0, "std": 1.414, "fidelity": 90.0, "difference": -3.0, "low": -3.0, "high": -3.0
+    }  # fmt: skip
+    assert found["sets"]["stills"]["score"] == 24.5 and found["sets"]["stills"]["difference"] == -1.5
+
+
+def test_one_seed_has_no_spread_and_what_did_not_end_no_score(results: Results) -> None:
+    assert cell(results, "minmax", "W4A4")["sets"]["clips"]["std"] is None
+    assert cell(results, "minmax", "W2A4") == {
+        "model": "nano", "method": "minmax", "start": "", "setting": "W2A4", "seeds": [], "failed": 1, "sets": {}
+    }  # fmt: skip
+    assert cell(results, "mse", "W4A4", "frobenius")["failed"] == 0
+    assert results["runs"] == {"all": 7, "finished": 4, "failed": 1, "median_seconds": 10.0}
+    assert results["float"] == {"nano": {"clips": 51.0, "stills": 26.0}}
+    assert results["versions"] == ["1.0 (abc)", "1.1"]
+
+
+def test_a_budget_that_differs_is_not_called_the_same(table: tuple[TableDefinition, list[TableRun]]) -> None:
+    (given, runs), budget = table, collect(*table, "")["budget"]
+    stills = {"calibration stills": 32}
+    assert budget == {"data": ["moving_objects"], "calibration clips": 8, "frames a calibration clip": 6, **stills}
+    first = runs[0].recipe
+    changed = first.model_copy(update={"calibrate": first.calibrate.model_copy(update={"clips": 5})})
+    others = [TableRun(**{**vars(runs[0]), "recipe": changed}), *runs[1:]]
+    assert "calibration clips" not in collect(given, others, "")["budget"]
+
+
+def test_without_the_float_model_there_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="table small: the float model 'nano' is not scored; run the table again"):
+        collect(*small_table(tmp_path), "")
+
+
+def test_markdown(results: Results) -> None:
+    text = render(results)
+    caption, _, rest = text.partition("\n\nOn clips")
+    assert caption.startswith(
+        "**A small table**\n\n    qsam2 table small.yaml\n\n4 runs of 10 s in the median, 1 failed"
+    )
+    assert ", 2 to come. The same for all: 8 calibration clips, 6 frames a calibration clip" in caption
+    assert "Seeds 0, 1; ± is the standard deviation" in caption and "qsam2 1.0 (abc), 1.1." in caption
+    assert rest.startswith(" (moving_objects:2:val, 4 frames, 3 objects): J&F:\n\n| nano, float")
+    assert [line for line in rest.partition("<details>")[0].splitlines() if line.startswith("|")] == [
+        "| nano, float 51.0 | start | W4A4 | W2A4 |",
+        "|---|---|---|---|",
+        "| minmax | | 46.0 (-5.0 to -5.0) 90 | failed |",
+        "| mse | | **48.0** ± 1.4 (-3.0 to -3.0) 90 | **21.0** (-30.0 to -30.0) 90 |",
+        "| mse | frobenius | - | |",
+    ]
+    assert "<details><summary>stills (coco:stills, 3 objects): mask IoU from a box</summary>\n\n| nano, float" in rest
+    assert rest.count("</details>") == 1
+
+
+def test_a_table_takes_its_place_between_the_markers(tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text("# A\n\n<!-- table:x -->\nold\n<!-- /table:x -->\n\nafter\n")
+    for _ in range(2):
+        insert(document, "x", "| new |")
+        assert document.read_text() == "# A\n\n<!-- table:x -->\n\n| new |\n\n<!-- /table:x -->\n\nafter\n"
+    assert extract(document, "x") == "| new |"
+    with pytest.raises(UserError, match="README.md lacks a place for the table: write the lines <!-- table:y --> and"):
+        insert(document, "y", "")
+    with pytest.raises(UserError, match=r"none.md does not exist; give a Markdown file that holds <!-- table:x -->"):
+        extract(tmp_path / "none.md", "x")
+
+
+def test_render_writes_what_is_finished_into_a_document(
+    table: tuple[TableDefinition, list[TableRun]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, document = write(tmp_path), tmp_path / "README.md"
+    given = ["table", str(file), "--output", "out", "--render", "--write", "README.md", "--jobs", "2"]
+    assert main(given) == 2
+    assert "README.md does not exist" in capsys.readouterr().err
+    document.write_text("<!-- table:small -->\n<!-- /table:small -->\n")
+    assert main(given) == 0
+    shown = extract(document, "small")
+    assert "    qsam2 table small.yaml --jobs 2 --write README.md\n" in shown
+    kept = json.loads((tmp_path / "docs" / "tables" / "small.json").read_text())
+    assert render(kept) == shown == capsys.readouterr().out.strip() == (tmp_path / "out" / "table.md").read_text()
+    assert str(tmp_path) not in shown + json.dumps(kept)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "tables").glob("*.json")), ids=lambda file: file.stem)
+def test_the_readme_shows_the_results_that_are_kept(file: Path) -> None:
+    assert extract(ROOT / "README.md", file.stem) == render(json.loads(file.read_text()))
+
+
+def test_every_table_of_the_readme_has_its_results() -> None:
+    names = [
+        line.split(":")[1].split()[0] for line in (ROOT / "README.md").read_text().splitlines() if "<!-- table:" in line
+    ]
+    assert sorted(names) == sorted(file.stem for file in (ROOT / "docs" / "tables").glob("*.json"))
