@@ -45,7 +45,8 @@ def is_finished(table: TableDefinition, run: TableRun, weights: str | None = Non
             that started from other weights.
     """
     scores = read_scores(run)
-    if scores is None or not scores["sets"]:  # what failed earlier may be put right
+    begun = scores is not None and (scores["sets"] or (run.recipe.run_folder / "metrics.json").is_file())
+    if scores is None or not begun:  # what failed earlier may be put right
         return False
     given = {name: each.model_dump() for name, each in table.sets.items()}
     changed = {

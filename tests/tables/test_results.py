@@ -14,17 +14,22 @@ from qsam2.cli import main
 from qsam2.errors import UserError
 from qsam2.tables.definition import TableDefinition, TableRun, float_runs
 from qsam2.tables.markdown import extract, insert, render
-from qsam2.tables.results import Results, collect
+from qsam2.tables.results import Results, _budget, collect
 from qsam2.tables.scores import save_scores
 
 ROOT = Path(qsam2.__file__).parents[1]
 SCORES = {"nano_minmax_W4A4_s0": 45.0, "nano_mse_W4A4_s0": 46.0, "nano_mse_W4A4_s1": 48.0, "nano_mse_W2A4_s0": 20.0}
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> tuple[TableDefinition, list[TableRun]]:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("table")
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path) -> tuple[TableDefinition, list[TableRun]]:
     """Float 50; one run failed, the frobenius ones are to come."""
-    table, runs = small_table(tmp_path)
+    table, runs = small_table(folder)
     for run in float_runs(runs):
         save_scores(run, scores(table, run, 50.0))
     for run in runs:
@@ -35,7 +40,7 @@ def table(tmp_path: Path) -> tuple[TableDefinition, list[TableRun]]:
     return table, runs
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def results(table: tuple[TableDefinition, list[TableRun]]) -> Results:
     return json.loads(json.dumps(collect(*table, "qsam2 table small.yaml")))
 
@@ -65,14 +70,20 @@ def test_one_seed_has_no_spread_and_what_did_not_end_no_score(results: Results) 
     assert results["versions"] == ["1.0 (abc)", "1.1"]
 
 
-def test_a_budget_that_differs_is_not_called_the_same(table: tuple[TableDefinition, list[TableRun]]) -> None:
-    (given, runs), budget = table, collect(*table, "")["budget"]
-    stills = {"calibration stills": 32}
-    assert budget == {"data": ["moving_objects"], "calibration clips": 8, "frames a calibration clip": 6, **stills}
+def test_a_budget_that_differs_is_not_called_the_same(
+    table: tuple[TableDefinition, list[TableRun]], results: Results
+) -> None:
+    runs, stills = table[1], {"calibration stills": 32}
+    assert results["budget"] == {
+        "data": ["moving_objects"],
+        "calibration clips": 8,
+        "frames a calibration clip": 6,
+        **stills,
+    }
     first = runs[0].recipe
     changed = first.model_copy(update={"calibrate": first.calibrate.model_copy(update={"clips": 5})})
     others = [TableRun(**{**vars(runs[0]), "recipe": changed}), *runs[1:]]
-    assert "calibration clips" not in collect(given, others, "")["budget"]
+    assert "calibration clips" not in _budget(others) and "calibration stills" in _budget(others)
 
 
 def test_without_the_float_model_there_is_no_table(tmp_path: Path) -> None:
@@ -114,10 +125,10 @@ def test_a_table_takes_its_place_between_the_markers(tmp_path: Path) -> None:
 
 
 def test_render_writes_what_is_finished_into_a_document(
-    table: tuple[TableDefinition, list[TableRun]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    table: tuple[TableDefinition, list[TableRun]], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    file, document = write(tmp_path), tmp_path / "README.md"
+    monkeypatch.chdir(folder)
+    file, document = write(folder), folder / "README.md"
     given = ["table", str(file), "--output", "out", "--render", "--write", "README.md", "--jobs", "2"]
     assert main(given) == 2
     assert "README.md does not exist" in capsys.readouterr().err
@@ -125,9 +136,9 @@ def test_render_writes_what_is_finished_into_a_document(
     assert main(given) == 0
     shown = extract(document, "small")
     assert "    qsam2 table small.yaml --jobs 2 --write README.md\n" in shown
-    kept = json.loads((tmp_path / "docs" / "tables" / "small.json").read_text())
-    assert render(kept) == shown == capsys.readouterr().out.strip() == (tmp_path / "out" / "table.md").read_text()
-    assert str(tmp_path) not in shown + json.dumps(kept)
+    kept = json.loads((folder / "docs" / "tables" / "small.json").read_text())
+    assert render(kept) == shown == capsys.readouterr().out.strip() == (folder / "out" / "table.md").read_text()
+    assert str(folder) not in shown + json.dumps(kept)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "tables").glob("*.json")), ids=lambda file: file.stem)

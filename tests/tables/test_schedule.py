@@ -17,7 +17,7 @@ from small_table import Runs, scores, small_table
 from qsam2.errors import UserError
 from qsam2.tables.definition import TableDefinition, TableRun, float_runs
 from qsam2.tables.schedule import estimate_s, list_runs, run_table
-from qsam2.tables.scores import is_finished, read_scores
+from qsam2.tables.scores import is_finished, read_scores, save_scores
 
 
 @pytest.fixture
@@ -115,6 +115,16 @@ def test_other_float_weights_are_refused(runs: Runs, tmp_path: Path, monkeypatch
     monkeypatch.setattr("qsam2.tables.schedule.weights_digest", lambda model: "trained anew")
     with pytest.raises(UserError, match="float_nano holds a run that differs from the table's .its float weights"):
         carry_out(table, some, tmp_path)
+
+
+def test_a_run_that_was_cut_off_does_not_go_on_from_other_float_weights(tmp_path: Path) -> None:
+    table, (run, *_) = small_table(tmp_path)
+    save_scores(run, {**scores(table, run, 0.0), "sets": {}})
+    assert not is_finished(table, run, "trained anew")
+    (run.recipe.run_folder / "metrics.json").write_text("{}")
+    assert not is_finished(table, run, "w")
+    with pytest.raises(UserError, match="its float weights"):
+        is_finished(table, run, "trained anew")
 
 
 def test_what_failed_before_it_scored_may_be_put_right_in_the_table(runs: Runs, tmp_path: Path) -> None:
