@@ -118,8 +118,8 @@ def encode(model: SAM2, sample: Sample) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def run_sample(model: SAM2, sample: Sample) -> None:
-    """Encode the sample's images, and track a clip twice: from masks, and from a click and one correction.
+def run_sample(model: SAM2, sample: Sample, prompts: Sequence[bool] = (False, True)) -> None:
+    """Encode the sample's images, and track a clip: from masks (False), and from a click and one correction (True).
 
     Both share the image features. The model is in eval mode; prompts are the same each time.
 
@@ -131,7 +131,7 @@ def run_sample(model: SAM2, sample: Sample) -> None:
         return
     batch = collate_clips([sample.clip]).to(model.device)
     model.num_correction_pt_per_frame = 1
-    for points in (False, True):
+    for points in prompts:
         model.prob_to_use_pt_input_for_eval = float(points)
         _named(sample, model.forward_tracking, model.prepare_prompt_inputs({**features}, batch), batch)
 

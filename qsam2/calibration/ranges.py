@@ -29,8 +29,8 @@ def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True)
     """Find the ranges of a converted SAM2, in eval mode, part by part, earlier parts quantized already (ours).
 
     First the image encoder, on the stills and three frames of each clip, far apart. Then, on these clips, what fills
-    the memory bank: prompt encoder, mask decoder and memory encoder. Last the memory attention, on whole clips, with a
-    bank that the quantized model has filled.
+    the memory bank: prompt encoder, mask decoder and memory encoder. Last the memory attention, on whole clips, every
+    other one from points, with a bank that the quantized model has filled.
 
     Raises:
         UserError: see `calibrate_ranges`; names the sample.
@@ -40,7 +40,7 @@ def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True)
     stages: tuple[tuple[str, Callable[[str], bool], Callable[[Sample], object]], ...] = (
         ("image encoder", in_image_encoder, lambda sample: encode(model, far_apart(sample))),
         ("memory encoder and mask decoder", _fills_the_bank, lambda sample: run_sample(model, far_apart(sample))),
-        ("memory attention", _in_memory_attention, lambda sample: run_sample(model, sample)),
+        ("memory attention", _in_memory_attention, lambda sample: run_sample(model, sample, (_from_points(sample),))),
     )
     for what, part, run in stages:
         samples, count = data.clip_samples(), len(data.clips)
@@ -49,6 +49,10 @@ def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True)
         if not any(quantizer.role == "activation" and part(name) for name, quantizer in quantizers(model)):
             samples, count = iter(()), 0  # weights have their ranges of themselves
         calibrate_ranges(model, run, tqdm(samples, f"ranges, {what}", count, disable=not progress), part)
+
+
+def _from_points(sample: Sample) -> bool:
+    return sample.clip.index % 2 == 1
 
 
 def _in_memory_attention(name: str) -> bool:

@@ -168,7 +168,8 @@ class Watch:
 
     def __init__(self, model: SAM2, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[dict[str, set[QuantizerState]]] = []
-        self.tracked: list[int] = []
+        self.tracked: list[tuple[int, bool]] = []
+        """Frames, and whether from points, of each clip that is tracked."""
         self.model = model
         forward_tracking = model.forward_tracking
 
@@ -178,7 +179,7 @@ class Watch:
                 part = "image_encoder" if in_image_encoder(name) else name.split(".")[0]
                 states.setdefault(part, set()).add(quantizer.state)
             self.seen.append(states)
-            self.tracked.append(batch.num_frames)
+            self.tracked.append((batch.num_frames, features["use_pt_input"]))
             return forward_tracking(features, batch)
 
         monkeypatch.setattr(model, "forward_tracking", watched)
@@ -201,10 +202,10 @@ def data(**amount: int) -> CalibrationData:
 def test_the_quantized_model_fills_the_bank_that_memory_attention_is_calibrated_on(monkeypatch):
     model = sam2()
     watch = Watch(model, monkeypatch)
-    calibrate_sam2(model, data(), progress=False)
+    calibrate_sam2(model, data(clips=2), progress=False)
     assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
-    assert watch.tracked == [3, 3, 5, 5]  # frames far apart, then whole clips; from masks and from points
-    fills, attends = watch.seen[0], watch.seen[2]
+    assert watch.tracked == [(3, False), (3, True), (3, False), (3, True), (5, False), (5, True)]
+    fills, attends = watch.seen[0], watch.seen[4]
     quantized, observing = {QuantizerState.QUANTIZE}, {QuantizerState.OBSERVE, QuantizerState.FLOAT}
     assert fills["image_encoder"] == attends["image_encoder"] == quantized
     assert fills["memory_encoder"] == fills["sam_mask_decoder"] == observing  # activations, weights
