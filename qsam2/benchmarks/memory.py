@@ -97,7 +97,8 @@ class _Tracking:
         self.keys = 0
         use_memory(self.model, memory)
         read = self.model._prepare_memory_conditioned_features
-        self.model._prepare_memory_conditioned_features = lambda *given, **named: self._timed(read, given, named)
+        timed: Any = lambda *given, **named: self._timed(read, given, named)  # noqa: E731
+        object.__setattr__(self.model, "_prepare_memory_conditioned_features", timed)
         side = model.image_size
         length = 1 + frames + more
         # sam2 decodes a whole video before it starts; a bounded state is given a stream

@@ -61,7 +61,7 @@ class MemoryReading:
         for each in sets:
             k, v = self._keys_and_values(layer, attention, each, slots, table, bank.remembered)
             if each.share is not None:
-                k, v = _most_attended(layer, each.frame, each.share, q, k, v)
+                k, v = _most_attended(layer, each.frames[0], each.share, q, k, v)
             elif each.window != (1, 1):
                 k, v = (_averaged(part, each) for part in (k, v))
             keys.append(k)
@@ -89,12 +89,15 @@ class MemoryReading:
         remembered: Remembered,
     ) -> tuple[Tensor, Tensor]:
         """(B, heads, tokens, C / heads) each, temporal positions included."""
-        if not self.cache:
+        if not self.cache:  # as sam2: the temporal position is added before the projection
+            tokens = [frame.tokens(table[0].device) for frame in each.frames]
+            features, position = _weighted([values for values, _ in tokens], each.weights), tokens[-1][1]
             temporal = mixed(slots.flatten(1), each.positions).unsqueeze(1)
-            return each.frame.recomputed_keys_and_values(attention, table, temporal)
-        k, v = each.frame.keys_and_values(layer, attention, table)
+            k, v = project(attention, features + position + temporal, features)
+            return quantized(rotate(k, *table), attention, "k"), quantized(v, attention, "v")
+        keys, values = zip(*(frame.keys_and_values(layer, attention, table) for frame in each.frames), strict=True)
         temporal = self.temporal_keys(layer, attention, slots, table, remembered.temporal_keys)
-        return k + mixed(temporal, each.positions), v
+        return _weighted(keys, each.weights) + mixed(temporal, each.positions), _weighted(values, each.weights)
 
     def _table(self, attention: RoPEAttention, tokens: int) -> Table:
         weight = attention.k_proj.weight
@@ -115,9 +118,18 @@ def _raised(stands: Sequence[tuple[int, Sequence[int]]], q: Tensor) -> Tensor | 
     return logs.repeat_interleave(lengths, dim=0).T[:, None, None]
 
 
+def _weighted(parts: Sequence[Tensor], weights: Tensor | None) -> Tensor:
+    """The average of tensors (B, ...) by weights (parts, B); None for a single one."""
+    if weights is None:
+        return parts[0]
+    shape = (-1, *[1] * (parts[0].ndim - 1))
+    shares = [weight.to(parts[0]).view(shape) for weight in weights]
+    return sum((share * part for share, part in zip(shares[1:], parts[1:], strict=True)), shares[0] * parts[0])
+
+
 def _averaged(x: Tensor, each: KeySet) -> Tensor:
     """(B, heads, H * W, C) averaged over the set's windows."""
-    height, width = each.frame.features.shape[-2:]
+    height, width = each.frames[0].features.shape[-2:]
     rows, columns = each.window
     windows = x.unflatten(2, (height // rows, rows, width // columns, columns))
     return windows.mean(dim=(3, 5)).flatten(2, 3)

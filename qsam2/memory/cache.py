@@ -50,7 +50,7 @@ class Stored:
         return quantizer.dequantize(codes, self.dtype)
 
 
-@dataclass
+@dataclass(eq=False)
 class FrameMemory:
     """A remembered frame of one object or a batch of them, with its keys and values by layer.
 
@@ -84,16 +84,8 @@ class FrameMemory:
             features, position = self.tokens(table[0].device)
             k, v = project(attention, features + position, features)
             self.stored[layer] = Stored.of(rotate(k, *table), k_quantizer), Stored.of(v, v_quantizer)
-        k, v = self.stored[layer]
-        return k.load(k_quantizer), v.load(v_quantizer)
-
-    def recomputed_keys_and_values(
-        self, attention: RoPEAttention, table: Table, temporal: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As sam2 computes them, the temporal position (B, 1, C) added before the projection; nothing is kept."""
-        features, position = self.tokens(table[0].device)
-        k, v = project(attention, features + position + temporal, features)
-        return quantized(rotate(k, *table), attention, "k"), quantized(v, attention, "v")
+        keys, values = self.stored[layer]
+        return keys.load(k_quantizer), values.load(v_quantizer)
 
 
 class TemporalKeys:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from qsam2.memory.bank import HISTORY, Bank, Remembered
 from qsam2.memory.cache import FrameMemory
@@ -27,17 +28,19 @@ SYNTHESIZED = 3
 
 @dataclass(frozen=True)
 class KeySet:
-    """A remembered frame as attention reads it, for a batch of objects.
+    """The keys and values of a remembered frame, or of an average of several, as attention reads them for B objects.
 
     Args:
-        frame: whose keys and values.
+        frames: whose keys and values, the latest last.
+        weights: (frames, B) of the average; None for a single frame.
         positions: weights of the temporal positions, {slot: weight} an object.
         counts: how many frames it stands for, an object each; 0: that object does not read it.
         window: tokens (rows, columns) that are averaged into one.
         share: of its tokens the most attended ones that are read once it has been read as a whole; None: all of them.
     """
 
-    frame: FrameMemory
+    frames: tuple[FrameMemory, ...]
+    weights: Tensor | None
     positions: tuple[Mix, ...]
     counts: tuple[int, ...]
     window: tuple[int, int] = (1, 1)
@@ -47,7 +50,16 @@ class KeySet:
     def whole(cls, frame: FrameMemory) -> KeySet:
         """The frame as it is."""
         objects = len(frame.features)
-        return cls(frame, ({frame.slot: 1.0},) * objects, (1,) * objects)
+        return cls((frame,), None, ({frame.slot: 1.0},) * objects, (1,) * objects)
+
+    @classmethod
+    def average(cls, frames: Sequence[FrameMemory], weights: Tensor, counts: Sequence[int]) -> KeySet:
+        """By weights (frames, B); frames that no object takes part of are left out."""
+        columns = weights.T.tolist()
+        used = [index for index in range(len(frames)) if any(column[index] for column in columns)]
+        positions = tuple({frames[index].slot: column[index] for index in used if column[index]} for column in columns)
+        single = len(used) == 1
+        return cls(tuple(frames[index] for index in used), None if single else weights[used], positions, tuple(counts))
 
 
 def key_sets(bank: Bank, recipe: MemoryRecipe) -> list[KeySet]:
@@ -69,37 +81,43 @@ def key_sets(bank: Bank, recipe: MemoryRecipe) -> list[KeySet]:
 
 
 def adaptive(bank: Bank, budget: int, quantile: float | None) -> list[KeySet]:
-    """Runs of similar neighbours share the keys of their latest frame, its scores raised by the log of their number.
+    """Runs of similar neighbours share one set of keys, their average, its scores raised by the log of their number.
 
     The most similar neighbours are joined until the budget holds; with a quantile also all that are at least as similar
-    as that quantile of the object's similarities so far. Frames on two sides of a prompted frame are never joined. The
-    run's keys have the mean of its temporal positions: of identical frames full attention is matched up to the spread
-    of scores within the run that temporal positions cause, exactly where they agree (ours, after Q-MiniSAM2).
+    as that quantile of the object's similarities so far. Frames on two sides of a prompted frame are never joined.
+    Temporal positions are averaged, too: of identical frames full attention is matched exactly where these agree, else
+    up to the spread of the scores that they cause (ours, after Q-MiniSAM2).
     """
-    frames = bank.recent
-    edges = [_similarity(older, newer, bank.remembered) for older, newer in zip(frames, frames[1:], strict=False)]
+    frames, objects = bank.recent, len(bank.recent[0].features)
+    neighbours = list(zip(frames, frames[1:], strict=False))
+    edges = [_similarity(older, newer, bank.remembered) for older, newer in neighbours]
     allowed = [
         index
-        for index, (older, newer) in enumerate(zip(frames, frames[1:], strict=False))
+        for index, (older, newer) in enumerate(neighbours)
         if not any(min(older.time, newer.time) <= time <= max(older.time, newer.time) for time in bank.prompted_times)
     ]
-    positions: list[list[Mix]] = [[] for _ in frames]
-    counts: list[list[int]] = [[] for _ in frames]
-    for item in range(len(frames[0].features)):
+    weights = torch.zeros(len(frames), len(frames), objects)  # (run by its last frame, frame, object)
+    counts = [[0] * objects for _ in frames]
+    for item in range(objects):
         ranked = sorted(allowed, key=lambda index: edges[index][item], reverse=True)
         joined = set(ranked[: len(frames) - budget])
-        if quantile is not None:
-            threshold = _quantile(bank.remembered.similarities[item], quantile) if allowed else 0.0
+        if quantile is not None and allowed:
+            threshold = _quantile(bank.remembered.similarities[item], quantile)
             joined |= {index for index in allowed if edges[index][item] >= threshold}
         run: list[int] = []
-        for index, frame in enumerate(frames):
-            run.append(frame.slot)
-            ends = index not in joined
-            positions[index].append({slot: 1 / len(run) for slot in run} if ends else {frame.slot: 1.0})
-            counts[index].append(len(run) if ends else 0)
-            run = [] if ends else run
-    shared = zip(frames, positions, counts, strict=True)
-    return [KeySet(frame, tuple(mixes), tuple(stands)) for frame, mixes, stands in shared if any(stands)]
+        for index in range(len(frames)):
+            run.append(index)
+            if index in joined:
+                continue
+            weights[index, run, item] = 1 / len(run)
+            counts[index][item] = len(run)
+            run = []
+    sets = []
+    for index, stands in enumerate(counts):
+        if any(stands):
+            weights[index, index, [item for item in range(objects) if not stands[item]]] = 1.0  # read by other objects
+            sets.append(KeySet.average(frames, weights[index], stands))
+    return sets
 
 
 def oldest(frames: Sequence[FrameMemory], budget: int) -> list[KeySet]:
@@ -140,20 +158,14 @@ def synthesis(frames: Sequence[FrameMemory], budget: int) -> list[KeySet]:
     """
     kept = frames[len(frames) - budget + 1 :]
     others = frames[: len(frames) - budget + 1]
-    latest = frames[-1].features.flatten(1).float()
-    similarities = torch.stack([F.cosine_similarity(frame.features.flatten(1).float(), latest) for frame in others])
+    latest = frames[-1].features.detach().flatten(1).float()
+    similarities = torch.stack(
+        [F.cosine_similarity(frame.features.detach().flatten(1).float(), latest) for frame in others]
+    ).cpu()
     top = similarities.topk(min(SYNTHESIZED, len(others)), dim=0)  # (frames, B)
-    weights = torch.zeros_like(similarities).scatter(0, top.indices, top.values.softmax(dim=0)).detach()
-    features = sum(
-        weight.view(-1, 1, 1, 1) * frame.features.float() for weight, frame in zip(weights, others, strict=True)
-    )
-    assert isinstance(features, torch.Tensor)
-    average = FrameMemory(others[-1].time, others[-1].slot, features, others[-1].position)
-    positions = tuple(
-        {frame.slot: weight for frame, weight in zip(others, column, strict=True) if weight}
-        for column in weights.T.tolist()
-    )
-    return [KeySet(average, positions, (1,) * len(positions))] + [KeySet.whole(frame) for frame in kept]
+    weights = torch.zeros_like(similarities).scatter(0, top.indices, top.values.softmax(dim=0))
+    average = KeySet.average(others, weights, [1] * weights.shape[1])
+    return [average] + [KeySet.whole(frame) for frame in kept]
 
 
 POLICIES: dict[Sharing, Callable[[Sequence[FrameMemory], int], list[KeySet]]] = {

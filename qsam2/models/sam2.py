@@ -193,8 +193,8 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
             folder = JpegFolder(video_path, self.image_size)
             video_path, video_size = folder, folder.size
         if isinstance(video_path, (str, bytes)):
-            state = super().init_state(video_path, offload_video_to_cpu, offload_state_to_cpu, async_loading_frames)
-            return {**state, "model": weakref.ref(self)}
+            started = super().init_state(video_path, offload_video_to_cpu, offload_state_to_cpu, async_loading_frames)
+            return {**started, "model": weakref.ref(self)}
         if video_size is None:
             raise ValueError("video_size=(height, width) is needed when the video is given as a sequence of frames")
         is_sequence = hasattr(video_path, "__getitem__") and hasattr(video_path, "__len__")

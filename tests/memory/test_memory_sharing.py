@@ -45,7 +45,7 @@ def angles(*degrees: float) -> Tensor:
 
 def runs(sets: list[KeySet], item: int = 0) -> list[tuple[int, int]]:
     """(time of the frame whose keys are read, how many it stands for)."""
-    return [(each.frame.time, each.counts[item]) for each in sets]
+    return [(each.frames[-1].time, each.counts[item]) for each in sets]
 
 
 # Adaptive sharing
@@ -55,7 +55,8 @@ def test_the_most_similar_neighbours_share() -> None:
     sets = adaptive(bank(angles(0, 1, 40, 42, 90, 91.5)), 4, None)
     assert runs(sets) == [(2, 2), (3, 1), (4, 1), (6, 2)]
     assert sets[0].positions[0] == {5: 0.5, 4: 0.5}  # the mean of its slots
-    assert sets[1].positions[0] == {3: 1.0}
+    assert sets[0].weights.tolist() == [[0.5], [0.5]] and [frame.time for frame in sets[0].frames] == [1, 2]
+    assert sets[1].positions[0] == {3: 1.0} and sets[1].weights is None
     assert runs(adaptive(bank(angles(0, 1, 40, 42, 90, 91.5)), 2, None)) == [(4, 4), (6, 2)]
     assert runs(adaptive(bank(angles(0, 1, 40, 42, 90, 91.5)), 1, None)) == [(6, 6)]
 
@@ -76,6 +77,8 @@ def test_each_object_has_its_own_runs() -> None:
     sets = adaptive(bank(features), 3, None)
     assert [run for run in runs(sets, 0) if run[1]] == [(2, 2), (3, 1), (4, 1)]
     assert [run for run in runs(sets, 1) if run[1]] == [(1, 1), (2, 1), (4, 2)]
+    by_time = {each.frames[-1].time: each for each in sets}
+    assert by_time[2].weights.tolist() == [[0.5, 0.0], [0.5, 1.0]]  # an average for one, a frame for the other
 
 
 @pytest.mark.parametrize("prompted", [(3,), (2, 3)])
@@ -189,7 +192,7 @@ def test_a_budget_leaves_the_latest_frame_however_many_were_prompted() -> None:
     crowded = bank(angles(0, 10, 20, 30, 40, 50), prompted=(0, 20, 30, 40))
     for sharing in ("adaptive", "oldest", "stride"):
         sets = key_sets(crowded, MemoryRecipe(sharing=sharing, frames=3))
-        assert [each.frame.time for each in sets] == [0, 20, 30, 40, 6]
+        assert [each.frames[-1].time for each in sets] == [0, 20, 30, 40, 6]
     assert len(key_sets(crowded, MemoryRecipe(sharing="oldest", frames=1))) == 4
 
 
@@ -208,7 +211,7 @@ def test_a_budget_leaves_the_latest_frame_however_many_were_prompted() -> None:
 )
 def test_frames_that_are_read(sharing: Any, frames: int, times: list[int]) -> None:
     sets = key_sets(bank(angles(0, 10, 20, 30, 40, 50)), MemoryRecipe(sharing=sharing, frames=frames))
-    assert [each.frame.time for each in sets] == [0, *times]
+    assert [each.frames[-1].time for each in sets] == [0, *times]
 
 
 def test_windows_divide_the_feature_map() -> None:
@@ -248,9 +251,9 @@ def test_sparse_shares_have_a_floor() -> None:
 
 def test_synthesis_weighs_the_most_similar() -> None:
     average, latest = synthesis(bank(angles(0, 60, 70, 80, 85, 90)).recent, 2)
-    assert latest.frame.time == 6
+    assert latest.frames[-1].time == 6
     assert set(average.positions[0]) == {1, 2, 3}  # slots of 85, 80 and 70 degrees
     weights = torch.tensor([20.0, 10.0, 5.0]).deg2rad().cos().softmax(0)
-    expected = (weights.view(3, 1, 1, 1, 1) * angles(70, 80, 85)).sum(0)
-    torch.testing.assert_close(average.frame.features, expected)
+    assert [frame.time for frame in average.frames] == [3, 4, 5]
+    torch.testing.assert_close(average.weights, weights[:, None])
     assert [average.positions[0][slot] for slot in (3, 2, 1)] == pytest.approx(weights.tolist())
