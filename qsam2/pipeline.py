@@ -21,7 +21,7 @@ from qsam2.calibration.ranges import calibrate_sam2
 from qsam2.calibration.reconstruction.blocks import Scale
 from qsam2.calibration.reconstruction.ranges import HierarchicalData
 from qsam2.calibration.reconstruction.scales import time_scales
-from qsam2.calibration.smooth import gather_reader_inputs, norms_and_readers, smooth
+from qsam2.calibration.smooth import gather_reader_inputs, norms_and_readers, reader_layers, smooth
 from qsam2.calibration.weights import CalibratedLayer, calibrate_weights, choose_layers, input_quantizers
 from qsam2.data.clips import Source
 from qsam2.data.datamodule import ClipDataModule
@@ -170,7 +170,7 @@ def smooth_norms(model: SAM2, sources: list[Source], recipe: Recipe, folder: Run
     norms, data = norms_and_readers(model, recipe.quantize), calibration_data(model, sources, recipe)
     with folder.stage("smooth", f"SmoothQuant, {len(norms)} norms"):
         place(model, recipe, folder)
-        readers = {name: model.get_submodule(name) for names in norms.values() for name in names}
+        readers = reader_layers(model, (name for names in norms.values() for name in names))
         shown = tqdm(data.samples(), "gather inputs", len(data), disable=not is_first_rank())
         inputs = gather_reader_inputs(readers, lambda sample: run_sample(model, sample), shown, len(data))
         rows = list(smooth(model, norms, inputs, recipe.quantize, alphas))

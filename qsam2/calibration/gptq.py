@@ -81,7 +81,8 @@ def round_sam2(model: SAM2, data: CalibrationData, damping: float, *, progress: 
     Inputs are those of the quantized model, but for the weights that the same pass will round: these are still in
     float, which rounded ones come nearer to than the nearest integers do (ours; GPTQ has a pass a block).
     """
-    layers, rows = rounded_layers(model), []
+    layers = rounded_layers(model)
+    rows: list[RoundedLayer] = []
     passes: tuple[tuple[str, bool, Callable[[Sample], object], Iterator[Sample], int], ...] = (
         ("image encoder", True, lambda sample: encode(model, sample), data.samples(), len(data)),
         ("other layers", False, lambda sample: run_sample(model, sample), data.clip_samples(), len(data.clips)),

@@ -70,9 +70,9 @@ class LayerInputs:
     @classmethod
     def of(cls, layer: nn.Module, quantizer: Quantizer | None) -> LayerInputs:
         """Nothing seen yet of a linear layer or an ungrouped convolution."""
-        device = layer.weight.device
+        device = _weight(layer).device
         place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        size = layer.weight[0].numel()
+        size = _weight(layer)[0].numel()
         noise = torch.zeros(size, dtype=torch.float64, device=place)
         return cls(Moments(size, place), Moments(size, place), noise, quantizer and quantizer.to(device).eval())
 
@@ -94,6 +94,7 @@ class LayerInputs:
 def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
     """What a layer multiplies its weight (m, n) with, (N, n), from its input: patches where it is a convolution."""
     if isinstance(layer, nn.Conv2d):
+        assert not isinstance(layer.padding, str)
         patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, n, positions)
         return patches.transpose(1, 2).flatten(0, 1)
     return x.flatten(0, -2)
@@ -101,7 +102,12 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 def gram_bytes(layers: Iterable[nn.Module]) -> int:
     """Bytes of the matrices that `gather_inputs` holds: two of float64 a layer."""
-    return sum(2 * 8 * layer.weight[0].numel() ** 2 for layer in layers)
+    return sum(2 * 8 * _weight(layer)[0].numel() ** 2 for layer in layers)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
 
 
 @torch.no_grad()

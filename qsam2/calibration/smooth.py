@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sam2.modeling.memory_attention import MemoryAttentionLayer
@@ -82,6 +82,11 @@ def norms_and_readers(model: SAM2, quantize: QuantizeRecipe) -> dict[str, list[s
     }
 
 
+def reader_layers(model: SAM2, names: Iterable[str]) -> dict[str, nn.Linear]:
+    """The layers of these names."""
+    return {name: cast("nn.Linear", model.get_submodule(name)) for name in names}
+
+
 @torch.no_grad()
 def gather_reader_inputs(
     layers: Mapping[str, nn.Linear], run: Callable[[Sample], object], samples: Iterable[Sample], count: int
@@ -130,15 +135,15 @@ def smooth(
 ) -> Iterator[SmoothedNorm]:
     """Smooth each norm and its readers, in place, and say what became of them."""
     for norm, readers in norms.items():
-        layers = {name: model.get_submodule(name) for name in readers}
-        yield smooth_norm(norm, model.get_submodule(norm), layers, inputs, quantize, alphas)
+        layer = cast("nn.LayerNorm", model.get_submodule(norm))
+        yield smooth_norm(norm, layer, reader_layers(model, readers), inputs, quantize, alphas)
 
 
 @torch.no_grad()
 def smooth_norm(
     name: str,
-    norm: nn.Module,
-    readers: Mapping[str, nn.Module],
+    norm: nn.LayerNorm,
+    readers: Mapping[str, nn.Linear],
     inputs: Mapping[str, ReaderInputs],
     quantize: QuantizeRecipe,
     alphas: Sequence[float],
@@ -149,25 +154,31 @@ def smooth_norm(
     """
     weights = {reader: layer.weight.detach() for reader, layer in readers.items()}
     largest = torch.stack([inputs[reader].largest for reader in readers]).amax(dim=0)
-    candidates = {alpha: smoothing_scales(largest, list(weights.values()), alpha) for alpha in alphas}
-    errors, alpha = None, alphas[0] if len(alphas) == 1 else None
+    candidates: dict[float | None, Tensor] = {None: torch.ones_like(largest)}
+    candidates |= {alpha: smoothing_scales(largest, list(weights.values()), alpha) for alpha in alphas}
+    chosen: float | None = alphas[0]
+    errors = None
     if len(alphas) > 1:
-        found: dict[float | None, float] = {
-            key: sum(
+        found = {
+            alpha: sum(
                 quantized_error(weight, inputs[reader], scales, quantize.plan(reader), reader)
                 for reader, weight in weights.items()
             )
-            for key, scales in {None: torch.ones_like(largest), **candidates}.items()
+            for alpha, scales in candidates.items()
         }
-        alpha = min(found, key=found.__getitem__)
-        errors = found[None], found[alpha]
-    scales = torch.ones_like(largest) if alpha is None else candidates[alpha]
+        chosen = min(found, key=found.__getitem__)
+        errors = found[None], found[chosen]
+    scales = candidates[chosen]
     norm.weight.div_(scales)
     norm.bias.div_(scales)
     for layer in readers.values():
         layer.weight.mul_(scales)
-    spread = tuple(float(each.max() / each.mean().clamp(min=1e-30)) for each in (largest, largest / scales))
-    return SmoothedNorm(name, tuple(readers), alpha, spread, errors)  # type: ignore[arg-type]
+    spread = _range_over_mean(largest), _range_over_mean(largest / scales)
+    return SmoothedNorm(name, tuple(readers), chosen, spread, errors)
+
+
+def _range_over_mean(largest: Tensor) -> float:
+    return float(largest.max() / largest.mean().clamp(min=1e-30))
 
 
 def smoothing_scales(largest: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
