@@ -30,6 +30,7 @@ from qsam2.tasks.trainer import SafeCheckpointIO
 from qsam2.tasks.video_hierarchy import fit_video, track_clip
 
 GIGABYTE = 1e9
+SMALLEST = 1e-9
 STORED = "reconstruction"
 """Folder, in a run's `checkpoints/`, of the blocks that are finished."""
 log = logging.getLogger("qsam2")
@@ -56,7 +57,7 @@ class Reconstruction:
     def summary(self) -> str:
         """One line."""
         better = [block for block in self.blocks if block.kept]
-        ratios = [math.log(block.error[1] / block.error[0]) for block in better]
+        ratios = [math.log(max(block.error[1] / block.error[0], SMALLEST)) for block in better]
         ratio = math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
         text = (
             f"{len(self.blocks)} of {self.total} blocks reconstructed, "
@@ -108,7 +109,7 @@ def reconstruct(
     groups = [group for group in find_blocks(model, recipe) if group[0].scale in scales]
     fits_video = video is not None and video.iterations > 0
     done = Reconstruction(sum(len(group) for group in groups), fits_video)
-    samples: Sequence[Tensor] | Sequence[Sample] = ()
+    samples: Sequence[Tensor | Sample] = ()
     scale: Scale | None = None
     with (
         _interruptible() as stopped,
@@ -153,7 +154,7 @@ class _Run:
         return self.folder / "checkpoints" / STORED / f"{name}.ckpt"
 
     def fit_group(
-        self, group: Sequence[Block], samples: Sequence[Tensor] | Sequence[Sample], seed: int
+        self, group: Sequence[Block], samples: Sequence[Tensor | Sample], seed: int
     ) -> Iterator[ReconstructedBlock]:
         """Capture what the blocks of a group see, then fit one after another."""
         self.bar.set_postfix_str(f"{group[0].name}: inputs")

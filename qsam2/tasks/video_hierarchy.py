@@ -175,7 +175,7 @@ def fit_video(
     Returns the summed loss before and after on some of the samples; steps that are no better are not kept. None, and
     the model as it was, where `stopped` became true meanwhile.
     """
-    options = {"max_steps": recipe.iterations, "limit_val_batches": 0, "enable_checkpointing": False}
+    options: dict[str, Any] = {"max_steps": recipe.iterations, "limit_val_batches": 0, "enable_checkpointing": False}
     trainer = build_trainer(trainer_recipe, folder=folder, **options)
     device = trainer.strategy.root_device
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
