@@ -223,7 +223,7 @@ def test_too_few_frames(refused: Refused, davis: Path) -> None:
 def test_damaged_training_data(refused: Refused, davis: Path, recipe: Path) -> None:
     frame = davis / "JPEGImages/cat/00001.jpg"
     frame.write_bytes(b"")
-    training = [f"data.train=davis:{davis}:val", "calibrate.num_frames=4"]
+    training = [f"data.train=davis:{davis}:val", "calibrate.clips=1", "calibrate.num_frames=4"]
     assert refused("train", recipe, *FAST, *training).startswith(f"{frame}: cannot be read as a picture (")
 
 
