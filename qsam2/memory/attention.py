@@ -123,8 +123,10 @@ def _weighted(parts: Sequence[Tensor], weights: Tensor | None) -> Tensor:
     if weights is None:
         return parts[0]
     shape = (-1, *[1] * (parts[0].ndim - 1))
-    shares = [weight.to(parts[0]).view(shape) for weight in weights]
-    return sum((share * part for share, part in zip(shares[1:], parts[1:], strict=True)), shares[0] * parts[0])
+    shares = [weight.to(parts[0].device).view(shape) for weight in weights]
+    # In float32: three thirds of bfloat16 are 1.002.
+    total = sum((share * part for share, part in zip(shares[1:], parts[1:], strict=True)), shares[0] * parts[0])
+    return total.to(parts[0].dtype)
 
 
 def _averaged(x: Tensor, each: KeySet) -> Tensor:

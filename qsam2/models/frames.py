@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import overload
 
 import torch
 from sam2.utils.misc import _load_img_as_tensor
@@ -24,7 +23,7 @@ class EndOfStream(UserError):
 class CheckedFrames:
     """A sequence of normalised frames, each float (3, image_size, image_size), read when they are asked for."""
 
-    def __init__(self, frames: Sequence[Tensor], image_size: int) -> None:
+    def __init__(self, frames: Sequence[Tensor] | JpegFolder, image_size: int) -> None:
         self.frames, self.image_size = frames, image_size
 
     def __len__(self) -> int:
@@ -62,7 +61,7 @@ class FrameStream:
         return self.kept[index]
 
 
-class JpegFolder(Sequence[Tensor]):
+class JpegFolder:
     """`sam2`'s folder of JPEG files named by their numbers, read when they are asked for.
 
     Attributes:
@@ -79,12 +78,7 @@ class JpegFolder(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        assert isinstance(index, int)
+    def __getitem__(self, index: int) -> Tensor:
         frame, size = self._read(index)
         if size != self.size:
             raise UserError(f"{self.files[index]} is {size} pixels, the first frame {self.size}: make them the same")

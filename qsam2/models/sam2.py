@@ -149,16 +149,21 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         num_frames: int,
         track_in_reverse: bool = False,
     ) -> Tensor:
-        features, positions = current_vision_feats[-1], current_vision_pos_embeds[-1]
         if self.memory_reader is None or is_init_cond_frame:
-            frame = (current_vision_feats, current_vision_pos_embeds, feat_sizes, output_dict, num_frames)
             return super()._prepare_memory_conditioned_features(
-                frame_idx, is_init_cond_frame, *frame, track_in_reverse
+                frame_idx,
+                is_init_cond_frame,
+                current_vision_feats,
+                current_vision_pos_embeds,
+                feat_sizes,
+                output_dict,
+                num_frames,
+                track_in_reverse,
             )
         known = self.memory_reader.condition(
             self,
-            features,
-            positions,
+            current_vision_feats[-1],
+            current_vision_pos_embeds[-1],
             output_dict,
             frame_idx=frame_idx,
             num_frames=num_frames,

@@ -34,7 +34,9 @@ class MemoryRecipe(Section):
         if self.quantile is not None and self.sharing != "adaptive":
             raise ValueError(f"quantile={self.quantile} is for sharing=adaptive, not {self.sharing}: give null")
         if self.sharing == "none" and self.frames is not None:
-            raise ValueError(f"frames={self.frames} is a budget of sharing, which is none: give sharing=adaptive, or null")
+            raise ValueError(
+                f"frames={self.frames} is a budget of sharing, which is none: give sharing=adaptive, or null"
+            )
         if self.sharing != "none" and self.frames is None and self.quantile is None:
             also = " or quantile=Q" if self.sharing == "adaptive" else ""
             raise ValueError(f"sharing={self.sharing} needs a key budget in frames: give frames=N{also}")
