@@ -21,7 +21,7 @@ DEBUG_PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "data": {"num_frames": 2, "max_objects": 1, "num_workers": 0},
         "calibrate": {"stills": 2, "clips": 2, "num_frames": 2},
-        "reconstruct": {"iterations": 2},
+        "reconstruct": {"iterations": 2, "video": {"iterations": 2}},
         "trainer": {"max_steps": 2, "log_every": 1},
         "evaluate": {"videos": 1, "frames": 4},
         "log": {"wandb": "off"},
@@ -39,6 +39,9 @@ DEBUG_PRESETS: dict[str, dict[str, Any]] = {
         "log": {"wandb": "off"},
     },
 }
+
+OPTIONAL = ("reconstruct", "video")
+"""Parts of a recipe that are null by default, to which presets have values."""
 
 # YAML 1.2's plain scalars: 1e-4 is a number, `off` and 1:30 are text (PyYAML reads 1.1).
 _SCALARS = {
@@ -97,9 +100,7 @@ def build_recipe(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Re
     given = parse_overrides(overrides)
     preset = given.get("debug", values.get("debug"))
     laid = DEBUG_PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-    if not merge(values, given).get("reconstruct"):  # a preset changes a stage, it adds none
-        laid = {key: value for key, value in laid.items() if key != "reconstruct"}
-    merged = merge(values, laid)
+    merged = merge(values, _without_absent(laid, merge(values, given)))
     try:
         recipe = Recipe.model_validate(merge(merged, given))
     except ValidationError as error:
@@ -131,6 +132,16 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def _without_absent(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset without the optional stages that `values` has not: it changes them, it adds none."""
+    kept = {key: value for key, value in preset.items() if key not in OPTIONAL or values.get(key) is not None}
+    below = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    return {
+        key: _without_absent(value, below.get(key, {})) if isinstance(value, Mapping) else value
+        for key, value in kept.items()
+    }
 
 
 def save_recipe(recipe: Recipe) -> str:

@@ -129,4 +129,6 @@ def test_reconstruction_of_weights_alone_is_possible() -> None:
 def test_the_fast_preset_shortens_reconstruction_but_adds_none() -> None:
     assert build_recipe({"debug": "fast"}).reconstruct is None
     recipe = build_recipe({"debug": "fast", "quantize": W4A4}, ["reconstruct.method=brecq"])
-    assert recipe.reconstruct is not None and recipe.reconstruct.iterations == 2
+    assert recipe.reconstruct is not None and recipe.reconstruct.iterations == 2 and recipe.reconstruct.video is None
+    video = build_recipe({"debug": "fast", "quantize": W4A4, "reconstruct": {"video": {"long": 0}}}).reconstruct
+    assert video is not None and video.video is not None and (video.video.iterations, video.video.long) == (2, 0)

@@ -59,7 +59,9 @@ def test_fits_the_schema(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_runs_for_two_steps(path: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(path, [*SMALL, f"output={tmp_path}"])
+    reconstructs = load_recipe(path).reconstruct is not None
+    few = ["reconstruct.blocks=[image_encoder.neck, obj_ptr_proj]"] if reconstructs else []
+    recipe = load_recipe(path, [*SMALL, *few, f"output={tmp_path}"])
     assert recipe.trainer.max_steps == 2
     metrics = run(recipe)
     models = {"float", "ptq", "quantized"} if recipe.quantize else {"float"}
