@@ -135,8 +135,14 @@ def float_runs(runs: Iterable[TableRun]) -> list[TableRun]:
     floats: dict[str, TableRun] = {}
     for run in runs:
         recipe, name = run.recipe, f"float_{_slug(run.model)}"
-        given = {"model": recipe.model, "data": recipe.data, "trainer": recipe.trainer, "evaluate": recipe.evaluate}
-        alone = Recipe(name=name, output=recipe.run_folder.parent / name, **given)
+        alone = Recipe(
+            name=name,
+            output=recipe.run_folder.parent / name,
+            model=recipe.model,
+            data=recipe.data,
+            trainer=recipe.trainer,
+            evaluate=recipe.evaluate,
+        )
         values = {key: run.values.get(key) for key in ("model", "evaluate")}
         floats.setdefault(run.model, TableRun(name, run.model, FLOAT, "", "", values, alone))
     return list(floats.values())
@@ -183,7 +189,8 @@ def _describe(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         *parents, last = first["loc"]
-        holder = {"sets": ScoredSet, "runs": Cross}.get(str(parents[0]) if parents else "", TableDefinition)
+        sections: dict[str, type[Section]] = {"sets": ScoredSet, "runs": Cross}
+        holder = sections.get(str(parents[0]) if parents else "", TableDefinition)
         near = get_close_matches(str(last), holder.model_fields, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"unknown key {key!r}: there are {', '.join(holder.model_fields)}{hint}"
