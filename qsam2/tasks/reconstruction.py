@@ -173,4 +173,5 @@ def fit_block(
         block.load_state_dict(before)
     if stopped():
         return None
-    return ReconstructedBlock(name, len(calls), (nearest, min(fitted, nearest)), kept, flipped if kept else 0.0)
+    after, share = (fitted, flipped) if kept else (nearest, 0.0)
+    return ReconstructedBlock(name, len(calls), (nearest, after), kept, share)

@@ -119,7 +119,7 @@ def _calls(name: str, inputs: Kept, targets: Kept) -> list[Call]:
     if inputs.count != targets.count:
         raise RuntimeError(f"{name} was called {inputs.count} times, in the float model {targets.count} times")
     kept = inputs.values[:: targets.stride // inputs.stride]
-    calls = [Call(*given, wanted) for given, wanted in zip(kept, targets.values, strict=True)]
+    calls = [Call(args, kwargs, wanted) for (args, kwargs), wanted in zip(kept, targets.values, strict=True)]
     if not all(tensor.isfinite().all() for tensor in tensors(calls) if tensor.is_floating_point()):
         raise UserError(f"the inputs or float outputs of {name} contain NaN or infinity: check the clips and the model")
     return calls

@@ -8,6 +8,7 @@ from torch import nn
 from qsam2.calibration.reconstruction.rounding import SoftRounding
 from qsam2.calibration.reconstruction.steps import LearnedStep
 from qsam2.layers.convert import quantized_weights
+from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer
 
 
@@ -34,11 +35,11 @@ def harden(block: nn.Module) -> None:
     """Round every soft weight of a block for good and put all quantizers, FROZEN, back in their places."""
     for layer in list(block.modules()):
         for key, child in list(layer.named_children()):
-            if isinstance(child, SoftRounding):
-                layer.weight.copy_(child.hard(layer.weight.dtype))  # type: ignore[operator, union-attr]
-                setattr(layer, key, child.quantizer)
-            elif isinstance(child, LearnedStep):
+            if isinstance(child, LearnedStep):
                 setattr(layer, key, child.store())
+            elif isinstance(child, SoftRounding) and isinstance(layer, QuantizedLayer):
+                layer.weight.copy_(child.hard(layer.weight.dtype))
+                layer.weight_quantizer = child.quantizer
 
 
 @torch.no_grad()
