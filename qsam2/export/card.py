@@ -35,9 +35,11 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         "training_steps": recipe.trainer.max_steps if recipe.train else 0,
         "calibration": {
             "sources": list(recipe.data.train),
+            "stills": recipe.calibrate.stills,
             "clips": recipe.calibrate.clips,
             "frames_a_clip": recipe.calibrate.num_frames,
             "seed": recipe.seed,
+            "fitted": _fitted(recipe),
         },
         "evaluation": {
             "data": recipe.data.scored,
@@ -74,8 +76,9 @@ def render(card: dict[str, Any]) -> str:
             "",
             f"- Source checkpoint: {source['checkpoint']}, SHA-256 {source['sha256']}",
             f"- Licence: {card['licence']}",
-            f"- Calibration: {calibration['clips']} clips of {calibration['frames_a_clip']} frames from "
-            f"{', '.join(calibration['sources'])}, seed {calibration['seed']}",
+            f"- Calibration: {calibration['stills']} stills and {calibration['clips']} clips of "
+            f"{calibration['frames_a_clip']} frames from {', '.join(calibration['sources'])}, "
+            f"seed {calibration['seed']}; fitted: {', '.join(calibration['fitted'])}",
             f"- Evaluation: {card['evaluation']['data']}, {card['evaluation']['protocol']} protocol, "
             f"{card['evaluation']['evaluator']}",
             f"- Format: {card['format']}",
@@ -94,6 +97,18 @@ def render(card: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _fitted(recipe: Recipe) -> list[str]:
+    """What calibration and reconstruction fitted, in their order."""
+    calibrate, reconstruct = recipe.calibrate, recipe.reconstruct
+    return [
+        *([f"weights ({calibrate.weights.method})"] if calibrate.weights else []),
+        *(["scales of LayerNorms (smoothquant)"] if calibrate.smooth else []),
+        "ranges",
+        *([f"rounding ({calibrate.rounding.method})"] if calibrate.rounding else []),
+        *([f"rounding and activation steps ({reconstruct.method})"] if reconstruct else []),
+    ]
 
 
 def _source(recipe: Recipe) -> dict[str, Any]:

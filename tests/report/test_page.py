@@ -113,6 +113,34 @@ def test_a_calibrated_run_and_a_float_run() -> None:
     assert "SAM 2.1 nano, not trained" in page_of(build_recipe({}), FLOAT_METRICS, []).text
 
 
+def test_what_calibration_and_reconstruction_fitted() -> None:
+    norm = {"readers": ["qkv", "proj"], "range_over_mean": [8.04, 2.0]}
+    fitted = {
+        "smoothed": {
+            "norm1": {**norm, "alpha": 0.5, "error": [0.02, 0.01]},
+            "norm2": {**norm, "alpha": None, "error": None},
+        },
+        "rounded": {"method": "gptq", "layers": {"qkv": {"bits": 4, "inputs": 8, "error": [0.03, 0.0012]}}},
+        "reconstruction": {
+            "complete": False, "total": 3, "video": None,
+            "blocks": [
+                {"name": "blocks.0", "calls": 4, "error": [0.1, 0.05], "kept": True, "flipped": 0.125},
+                {"name": "blocks.1", "calls": 4, "error": [0.1, 0.1], "kept": False, "flipped": 0.0},
+            ],
+        },
+    }  # fmt: skip
+    page = page_of(build_recipe(QUANTIZED), {**METRICS, **fitted}, LAYERS)
+    assert ["norm1", "qkv, proj", "0.5", "8.0 → 2.0", "2.00 → 1.00"] in page.rows
+    assert ["norm2", "qkv, proj", "not smoothed", "8.0 → 2.0", ""] in page.rows
+    assert ["qkv", "4", "3.00 → 0.12"] in page.rows
+    assert "2 of 3 blocks, stopped early: the rest is as calibration made it." in page.text
+    assert ["blocks.0", "10.00 → 5.00", "12.5 %", "fitted"] in page.rows
+    assert ["blocks.1", "10.00 → 10.00", "0.0 %", "nearest"] in page.rows
+    without = page_of(build_recipe(QUANTIZED), METRICS, LAYERS).text
+    for absent in ("Smoothed LayerNorms", "Rounded weights", "Reconstructed blocks"):
+        assert absent not in without
+
+
 def test_the_page_needs_nothing_but_itself() -> None:
     html = render(METRICS, build_recipe(QUANTIZED), LAYERS, [picture(), picture("blue")])
     page = Page(html)
