@@ -125,7 +125,9 @@ def _weighted(parts: Sequence[Tensor], weights: Tensor | None) -> Tensor:
     shape = (-1, *[1] * (parts[0].ndim - 1))
     shares = [weight.to(parts[0].device).view(shape) for weight in weights]
     # In float32: three thirds of bfloat16 are 1.002.
-    total = sum((share * part for share, part in zip(shares[1:], parts[1:], strict=True)), shares[0] * parts[0])
+    total = shares[0] * parts[0]
+    for share, part in zip(shares[1:], parts[1:], strict=True):
+        total = torch.addcmul(total, share, part)
     return total.to(parts[0].dtype)
 
 

@@ -136,7 +136,9 @@ def mixed(of_slots: Tensor, mixes: Sequence[Mapping[int, float]]) -> Tensor:
     for mix in different:
         (first, weight), *others = mix.items()
         total = of_slots[first] if weight == 1 else weight * of_slots[first]
-        sums.append(sum((share * of_slots[slot] for slot, share in others), total))
+        for slot, share in others:
+            total = torch.add(total, of_slots[slot], alpha=share)
+        sums.append(total)
     return sums[0].unsqueeze(0) if len(sums) == 1 else torch.stack(sums)
 
 
