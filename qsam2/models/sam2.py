@@ -174,7 +174,7 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
     @torch.inference_mode()
     def init_state(
         self,
-        video_path: str | bytes | Sequence[Tensor] | Iterable[Tensor],
+        video_path: str | bytes | Sequence[Tensor] | Iterable[Tensor] | JpegFolder,
         offload_video_to_cpu: bool = False,
         offload_state_to_cpu: bool = False,
         async_loading_frames: bool = False,
@@ -206,7 +206,7 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         images = (
             CheckedFrames(video_path, self.image_size)  # type: ignore[arg-type]
             if is_sequence
-            else FrameStream(video_path, self.image_size, max(self.num_maskmem, 1))
+            else FrameStream(video_path, self.image_size, max(self.num_maskmem, 1))  # type: ignore[arg-type]
         )
         state: dict[str, Any] = {
             "model": weakref.ref(self),
