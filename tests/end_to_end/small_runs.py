@@ -39,7 +39,7 @@ FLOAT = {
         "max_objects": 1,
         "num_workers": 0,
     },
-    "calibrate": {"clips": 1, "num_frames": 2},
+    "calibrate": {"stills": 2, "clips": 1, "num_frames": 2},
     "trainer": {"max_steps": 2, "log_every": 1, "accelerator": "cpu", "devices": 1},
     "evaluate": {"frames": 4},
     "log": {"wandb": "off"},
