@@ -298,7 +298,7 @@ def test_nan_in_a_calibration_batch_names_the_layer(
 ) -> None:
     layer = "image_encoder.trunk.blocks.3.mlp.layers.0"
     broken = {name: tensor.clone() for name, tensor in state.items()}
-    broken[f"{layer}.bias"][0] = torch.nan
+    broken[f"{layer}.weight"] *= 1e38  # finite, but its outputs are not
     path = tmp_path / "c.pt"
     torch.save({"model": broken}, path)
     message = refused("train", recipe, *FAST, f"model.checkpoint={path}")
@@ -313,7 +313,7 @@ def test_nan_in_a_weight_names_the_layer(
     path = tmp_path / "c.pt"
     torch.save({"model": broken}, path)
     message = refused("train", recipe, *FAST, f"model.checkpoint={path}", "quantize.activations=null")
-    assert "obj_ptr_tpos_proj" in message
+    assert message == f"checkpoint {path} has NaN or infinite values in obj_ptr_tpos_proj.weight; it is of no use"
 
 
 def test_loss_that_is_not_finite(refused: Refused, tmp_path: Path) -> None:
