@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,15 @@ def test_a_set_that_is_added_is_all_that_is_still_to_score(runs: Runs, tmp_path:
     assert not any(is_finished(table, run, "w") for run in some)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a terminal gives; a shell that starts a process in the background makes it ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_reaches_the_run_once_and_stops_the_table(runs: Runs, tmp_path: Path) -> None:
     table, some = small_table(tmp_path)
     runs.tell(everything(table, some), **{some[0].name: "long"})
