@@ -22,6 +22,7 @@ from training.model.sam2 import SAM2Train
 
 from qsam2.errors import UserError
 from qsam2.models.frames import CheckedFrames, EndOfStream, FrameStream, JpegFolder
+from qsam2.recipe.memory import MemoryRecipe
 
 STRIDE_PX = 32
 """Image sizes are multiples of this: Hiera's coarsest stride, and eight tokens of its finest."""
@@ -88,6 +89,8 @@ NANO = {
 
 class MemoryReader(Protocol):
     """Reads the memory bank in place of `sam2`; see `qsam2.memory`."""
+
+    recipe: MemoryRecipe
 
     def condition(
         self,

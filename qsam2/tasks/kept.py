@@ -27,7 +27,7 @@ def weights_digest(model: SAM2) -> str:
     digest = hashlib.sha256(str(model.image_size).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()))
+        digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -70,7 +70,7 @@ def _key(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe) -> st
 
 def _write(file: Path, scored: Scored) -> None:
     block, masks = scored
-    arrays = {str(index): packed for index, packed in enumerate(masks.values())}
+    arrays: dict[str, Any] = {str(index): packed for index, packed in enumerate(masks.values())}
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
