@@ -1,0 +1,48 @@
+"""What commands share: the look of their help, quiet libraries, room for what they write."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from qsam2.errors import UserError
+
+log = logging.getLogger("qsam2")
+
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
+
+
+def texts(summary: str, epilog: str) -> dict[str, Any]:
+    """Arguments of `add_parser`: the line in the list of commands, the description, the examples below the flags."""
+    return {
+        "help": summary,
+        "description": summary[0].upper() + summary[1:] + ".",
+        "epilog": epilog,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def make_room(file: Path) -> None:
+    """Make the folder of an output before the work, so that a wrong path is not found after it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--json {file}: its folder cannot be made ({error.strerror}); give another path") from error
+    if file.is_dir():
+        raise UserError(f"--json {file}: is a folder; give the path of a file")
+
+
+def quiet_logs() -> None:
+    """Our log as plain lines, that of the libraries only where something is wrong."""
+    import lightning.pytorch  # noqa: F401  (sets its loggers up, so they are quieted after it)
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", module=r"(lightning|torch|training|sam2|tensordict|albumentations|brevitas|torchao)(\..*)?"
+    )

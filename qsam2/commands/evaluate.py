@@ -1,0 +1,77 @@
+"""`qsam2 evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from qsam2.commands.common import Commands, make_room, quiet_logs, texts
+from qsam2.errors import UserError
+
+EPILOG = """examples:
+  qsam2 evaluate runs/qat-w4a4 --data davis:/data/DAVIS:val --json scores.json
+  qsam2 evaluate nano --data moving_objects:20:test --reference nano
+  qsam2 evaluate tiny --data coco:/data/coco model.checkpoint=sam2.1_hiera_tiny.pt
+  qsam2 evaluate runs/qat-w4a4 --reference runs/qat-w4a4 memory.cache=true memory.sharing=adaptive memory.frames=3
+  qsam2 evaluate --pred masks/ --gt /data/DAVIS/Annotations/480p --protocol davis
+
+MODEL is a run folder, a model.safetensors of qsam2, a checkpoint, or a size (nano, nano_heavy, tiny, small, base_plus,
+large).
+Videos give J&F of semi-supervised tracking, stills the mask IoU of point and box prompts; all scores in percent."""
+
+
+def add_evaluate(commands: Commands) -> None:
+    """The parser of `qsam2 evaluate`."""
+    parser = commands.add_parser("evaluate", **texts("score a model or masks on disk", EPILOG))
+    parser.usage = """%(prog)s [-h] MODEL [--data KIND:ROOT:SPLIT] [--reference MODEL] [options] [key=value ...]
+       %(prog)s [-h] --pred DIR --gt DIR [--protocol {davis,sav}] [--json OUT]"""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder, file or size")
+    parser.add_argument("--data", metavar="KIND:ROOT:SPLIT", help="what to score on; default: the recipe's data.val")
+    parser.add_argument("--protocol", choices=("davis", "sav"), help="default: the recipe's, davis without one")
+    parser.add_argument("--frames", type=int, metavar="N", help="the first N frames of each video")
+    parser.add_argument("--videos", type=int, metavar="N", help="the first N videos")
+    parser.add_argument("--reference", metavar="MODEL", help="compare with this model: fidelity, difference in J&F")
+    parser.add_argument("--pred", type=Path, metavar="DIR", help="score these masks instead of a model")
+    parser.add_argument("--gt", type=Path, metavar="DIR", help="true masks for --pred")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from qsam2.report.table import score_line
+
+    if given.json:
+        make_room(given.json)
+    block = _score_masks(given) if given.pred or given.gt else _score_model(given)
+    print(score_line(block))
+    if given.json:
+        from qsam2.run_folder import write_text
+
+        write_text(given.json, json.dumps(block, indent=1))
+
+
+def _score_masks(given: argparse.Namespace) -> dict[str, Any]:
+    if given.model or not (given.pred and given.gt):
+        raise UserError("--pred DIR and --gt DIR go together, without a MODEL")
+    flags = [f"--{flag}" for flag in ("data", "frames", "videos", "reference") if getattr(given, flag) is not None]
+    if idle := [*flags, *given.overrides]:
+        raise UserError(f"{idle[0]} does nothing with --pred and --gt, which are scored as they are: leave it out")
+    quiet_logs()
+    from qsam2.metrics.folders import score_folders
+
+    block = score_folders(given.pred, given.gt, given.protocol or "davis")
+    return block | {"seconds_per_frame": None, "model": str(given.pred), "fidelity": None}
+
+
+def _score_model(given: argparse.Namespace) -> dict[str, Any]:
+    if not given.model:
+        raise UserError("nothing to score: give a MODEL (run folder, file or size), or --pred DIR --gt DIR")
+    values = {"data.val": given.data, "evaluate.protocol": given.protocol}
+    values |= {"evaluate.frames": given.frames, "evaluate.videos": given.videos}
+    overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
+    quiet_logs()
+    from qsam2.evaluate import evaluate_model
+
+    return evaluate_model(given.model, [*given.overrides, *overrides], reference=given.reference)

@@ -1,0 +1,80 @@
+"""`qsam2 table`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from pathlib import Path
+
+from qsam2.commands.common import Commands, quiet_logs, texts
+from qsam2.errors import UserError
+
+EPILOG = """examples:
+  qsam2 table recipes/tables/qat.yaml --dry-run
+  qsam2 table recipes/tables/qat.yaml --jobs 2 --write README.md
+  qsam2 table recipes/tables/qat.yaml --output runs/tables/long trainer.max_steps=2000
+
+Each run is a process of its own, with its log in its folder. The same command goes on where it was stopped: finished
+runs are not repeated, one that was cut off resumes, a failed one is marked in the table and tried again. --write puts
+the table between <!-- table:NAME --> and <!-- /table:NAME -->, its figures into docs/tables/NAME.json beside."""
+
+
+def add_table(commands: Commands) -> None:
+    """The parser of `qsam2 table`."""
+    parser = commands.add_parser("table", **texts("carry out the runs of a table and write it", EPILOG))
+    parser.usage = """%(prog)s [-h] TABLE [--output DIR] [--jobs N] [--write DOCUMENT] [--render] [key=value ...]
+       %(prog)s [-h] TABLE [--output DIR] {--dry-run,--only RUN} [key=value ...]"""
+    parser.add_argument("table", type=Path, metavar="TABLE", help="a YAML file, as in recipes/tables/")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs (default: runs/tables/NAME)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="put the table into this Markdown file")
+    parser.add_argument("--render", action="store_true", help="write what is finished, run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and estimate their time")
+    parser.add_argument("--only", metavar="RUN", help="carry out this one run, in this process")
+    parser.set_defaults(run=_table)
+
+
+def _table(given: argparse.Namespace) -> None:
+    from qsam2.tables.definition import float_runs, load_table, table_runs
+
+    if given.jobs < 1:
+        raise UserError(f"--jobs {given.jobs}: give at least 1")
+    table = load_table(given.table)
+    output = given.output or Path("runs", "tables", table.name)
+    runs = table_runs(table, output, given.overrides)
+    quiet_logs()
+    from qsam2.tables.scores import carry_out
+
+    if given.only:
+        named = {run.name: run for run in [*float_runs(runs), *runs]}
+        if given.only not in named:
+            raise UserError(f"--only {given.only}: no such run; --dry-run lists them")
+        carry_out(table, named[given.only])
+        return
+    from qsam2.tables.markdown import extract, insert, render
+    from qsam2.tables.results import collect
+    from qsam2.tables.schedule import list_runs, run_table
+
+    if given.dry_run:
+        print(list_runs(table, runs, given.jobs))
+        return
+    if given.write:
+        extract(given.write, table.name)  # a document without the markers shows before the work
+    name = os.path.relpath(given.table)
+    if not given.render:
+        command = ["table", str(given.table), "--output", str(output), *given.overrides]
+        run_table(table, runs, command=command, jobs=given.jobs)
+    jobs = ["--jobs", str(given.jobs)] if given.jobs > 1 else []
+    write = ["--write", given.write.name] if given.write else []
+    results = collect(table, runs, shlex.join(["qsam2", "table", name, *jobs, *write, *given.overrides]))
+    text = render(results)
+    from qsam2.run_folder import write_text
+
+    write_text(output / "table.json", json.dumps(results, indent=1))
+    write_text(output / "table.md", text)
+    if given.write:
+        write_text(given.write.parent / "docs" / "tables" / f"{table.name}.json", json.dumps(results, indent=1) + "\n")
+        insert(given.write, table.name, text)
+    print(text)

@@ -1,0 +1,39 @@
+"""`qsam2 train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qsam2.commands.common import Commands, quiet_logs, texts
+
+EPILOG = """examples:
+  qsam2 train recipes/demo.yaml
+  qsam2 train recipes/qat_w4a4.yaml data.train=davis data.root=/data/DAVIS trainer.max_steps=2000
+  qsam2 train recipes/qat_w4a4.yaml debug=fast
+
+Every key of a recipe can be set as key=value with dots; qsam2/recipe/ documents them. The same command resumes a run
+that was stopped. debug=fast runs two steps of everything, debug=overfit one clip, debug=profile shows the time."""
+
+
+def add_train(commands: Commands) -> None:
+    """The parser of `qsam2 train`."""
+    parser = commands.add_parser("train", **texts("carry out a recipe: quantize, train, score", EPILOG))
+    parser.usage = "%(prog)s [-h] RECIPE [key=value ...]"
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, as in recipes/")
+    parser.set_defaults(run=_train)
+
+
+def _train(given: argparse.Namespace) -> None:
+    from qsam2.recipe import load_recipe
+
+    recipe = load_recipe(given.recipe, given.overrides)
+    quiet_logs()
+    from qsam2.pipeline import run  # imports torch: a mistake in the recipe should not wait for it
+    from qsam2.report.table import results_table
+    from qsam2.run_folder import is_first_rank
+
+    metrics = run(recipe)
+    if is_first_rank():
+        print(results_table(metrics))
+        print(recipe.run_folder / "report.html")
