@@ -17,7 +17,7 @@ MAX_LINES = 450
 
 # A part may import itself and those of the lines above its own.
 LEVELS = (
-    ("errors",),
+    ("errors", "processes"),
     ("recipe",),
     ("metrics", "data", "models", "quantizers"),
     ("layers",),
@@ -26,8 +26,8 @@ LEVELS = (
     ("run_folder",),
     ("export", "report"),
     ("pipeline", "loading"),
-    ("evaluate", "benchmarks"),
-    ("tables",),
+    ("evaluate", "benchmarks", "predictors"),
+    ("tables", "sweeps"),
     ("commands",),
     ("cli",),
 )

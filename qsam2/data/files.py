@@ -23,7 +23,12 @@ def list_pictures(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> l
     if not folder.is_dir():
         return []
     pictures = (path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith("."))
-    return sorted(pictures, key=lambda path: (len(path.stem), path.stem))
+    return sorted(pictures, key=_frame_order)
+
+
+def _frame_order(path: Path) -> tuple[int, int, str]:
+    stem = path.stem
+    return (0, int(stem), stem) if stem.isdecimal() else (1, len(stem), stem)
 
 
 def subfolders(folder: Path) -> list[str]:

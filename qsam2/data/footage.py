@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ class FrameFolder(Video):
     """The pictures of a folder, in the order of their numbers.
 
     Raises:
-        UserError: there are none; on reading, one is damaged or of another size than the first.
+        UserError: there are none, or two of one name; on reading, one is damaged or of another size than the first.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -32,6 +33,8 @@ class FrameFolder(Video):
             raise UserError(f"{folder}: holds no frames (.jpg or .png); each video needs a folder of them")
         self.name = Path(folder).name
         self.frame_names = [path.stem for path in self._paths]
+        if twice := [name for name, count in Counter(self.frame_names).items() if count > 1]:
+            raise UserError(f"{folder}: holds two pictures named {twice[0]}; a folder of frames has one file a frame")
 
     @cached_property
     def size(self) -> tuple[int, int]:  # type: ignore[override]

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import importlib.resources
-import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from sam2.modeling.sam.transformer import TwoWayTransformer
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_video_predictor import SAM2VideoPredictor
-from torch import Tensor
+from torch import Tensor, nn
 from training.model.sam2 import SAM2Train
 
 from qsam2.errors import UserError
-from qsam2.models.frames import CheckedFrames, EndOfStream, FrameStream, JpegFolder
+from qsam2.models.frames import CheckedFrames, EndOfStream, FrameStream
 from qsam2.recipe.memory import MemoryRecipe
 
 STRIDE_PX = 32
@@ -115,19 +116,25 @@ class MemoryBound(Protocol):
     def check_start(self, model: SAM2, state: dict[str, Any], start: int, *, reverse: bool) -> None: ...
 
 
+VideoReader: TypeAlias = Callable[[str | Path, int], tuple[Sequence[Tensor], tuple[int, int]]]
+"""Opens a path for an image size: normalised frames that are read when they are asked for, their (height, width)."""
+
+
 class SAM2(SAM2VideoPredictor, SAM2Train):
     """One model that trains as Meta's `SAM2Train` and tracks as `sam2`'s `SAM2VideoPredictor`, with the same weights.
 
-    State-dict keys are those of the official checkpoints. `memory_reader` and `memory_bound`, both off by default, are
-    set by `qsam2.memory.reader.use_memory`.
+    State-dict keys are those of the official checkpoints. Off by default: `memory_reader` and `memory_bound`, set by
+    `qsam2.memory.reader.use_memory`; `video_reader`, set by `qsam2.video_predictor`.
     """
 
     memory_reader: MemoryReader | None = None
     memory_bound: MemoryBound | None = None
+    video_reader: VideoReader | None = None
 
     def __init__(self, decoder_mlp_dim: int = 2048, **kwargs: Any) -> None:
         self.decoder_mlp_dim = decoder_mlp_dim
         super().__init__(**kwargs)
+        self.memory_attention.register_forward_pre_hook(_memory_in_own_dtype, with_kwargs=True)
 
     def _build_sam_heads(self) -> None:
         super()._build_sam_heads()
@@ -177,16 +184,16 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
     @torch.inference_mode()
     def init_state(
         self,
-        video_path: str | bytes | Sequence[Tensor] | Iterable[Tensor] | JpegFolder,
+        video_path: str | Path | bytes | Sequence[Tensor] | Iterable[Tensor],
         offload_video_to_cpu: bool = False,
         offload_state_to_cpu: bool = False,
         async_loading_frames: bool = False,
         *,
         video_size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
-        """Start a video: what `sam2` accepts (JPEG folder, mp4), or frames that are read when they are asked for.
+        """Start a video: a path, or frames that are read when they are asked for.
 
-        With a bounded memory a JPEG folder is read frame by frame, too; `sam2` decodes an mp4 as a whole.
+        Paths are opened by `video_reader`; without one `sam2` reads a JPEG folder or an mp4 as a whole.
 
         Args:
             video_path: a path, or normalised frames, each float (3, image_size, image_size): a sequence, or a stream
@@ -197,11 +204,11 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         Raises:
             UserError, now or while tracking: a frame has another size.
         """
-        if isinstance(video_path, str) and self.memory_bound is not None and os.path.isdir(video_path):
-            folder = JpegFolder(video_path, self.image_size)
-            video_path, video_size = folder, folder.size
-        if isinstance(video_path, (str, bytes)):
-            started = super().init_state(video_path, offload_video_to_cpu, offload_state_to_cpu, async_loading_frames)
+        if isinstance(video_path, (str, Path)) and self.video_reader is not None:
+            video_path, video_size = self.video_reader(video_path, self.image_size)
+        if isinstance(video_path, (str, Path, bytes)):
+            source = str(video_path) if isinstance(video_path, Path) else video_path
+            started = super().init_state(source, offload_video_to_cpu, offload_state_to_cpu, async_loading_frames)
             return {**started, "model": weakref.ref(self)}
         if video_size is None:
             raise ValueError("video_size=(height, width) is needed when the video is given as a sequence of frames")
@@ -239,7 +246,7 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         return super().add_new_points_or_box(inference_state, frame_idx, obj_id, *args, **kwargs)
 
     def add_new_mask(
-        self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, mask: Tensor
+        self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, mask: Tensor | np.ndarray
     ) -> tuple[int, list[int], Tensor]:
         """As in `sam2`; raises UserError where the frame or the state cannot be used."""
         self._check_prompt(inference_state, frame_idx)
@@ -274,6 +281,17 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         owner = state.get("model")
         if owner is None or owner() is not self:
             raise UserError("this state was started by another model: start one with this model's init_state")
+
+
+def _memory_in_own_dtype(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    # sam2 keeps memory in bfloat16; joined by no object pointer, as before an object's first prompt, it stays that
+    memory = kwargs.get("memory")
+    dtype = next(attention.parameters()).dtype
+    if memory is None or memory.dtype == dtype or torch.is_autocast_enabled(memory.device.type):
+        return None
+    return args, {**kwargs, "memory": memory.to(dtype)}
 
 
 def build_sam2(

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from small_videos import SIZE_PX, box, distance, track, video
 from torch import Tensor
 
@@ -188,28 +185,3 @@ def test_a_state_of_another_model(model: SAM2) -> None:
     assert error_of(lambda: other.add_new_mask(state, 0, 1, box(4))) == expected
     assert error_of(lambda: other.add_new_points_or_box(state, 0, 1, points=[[1.0, 1.0]], labels=[1])) == expected
     assert error_of(lambda: list(other.propagate_in_video(state))) == expected
-
-
-# Folders
-
-
-def test_a_folder_is_read_frame_by_frame(model: SAM2, tmp_path: Path) -> None:
-    noise = np.random.default_rng(0)
-    for index in range(4):
-        Image.fromarray(noise.integers(0, 255, (48, 80, 3), dtype=np.uint8)).save(tmp_path / f"{index}.jpg")
-    results = []
-    for bounded in (False, True):
-        use_memory(model, MemoryRecipe(bounded=bounded))
-        state = model.init_state(str(tmp_path))
-        model.add_new_mask(state, 0, 1, torch.ones(48, 80))
-        results.append({("", i): m for i, _, m in model.propagate_in_video(state)})
-    assert next(iter(results[1].values())).shape[-2:] == (48, 80)
-    assert distance(*results) == 0
-    Image.new("RGB", (50, 50)).save(tmp_path / "2.jpg")
-    state = model.init_state(str(tmp_path))
-    model.add_new_mask(state, 0, 1, torch.ones(48, 80))
-    message = error_of(lambda: list(model.propagate_in_video(state)))
-    assert message.endswith("2.jpg is (50, 50) pixels, the first frame (48, 80): make them the same")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert "no JPEG files" in error_of(lambda: model.init_state(str(empty)))
