@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import statistics
-import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from subprocess import Popen
 
 from qsam2.pipeline import load_float
+from qsam2.processes import LOG, QSAM2, Processes, duration, failure
 from qsam2.tables.definition import TableDefinition, TableRun, float_runs
 from qsam2.tables.scores import begin_scores, is_finished, read_scores, save_scores
 from qsam2.tasks.kept import weights_digest
-
-LOG = "log.txt"
-"""In a run's folder: what it said."""
-
-QSAM2 = (sys.executable, "-m", "qsam2.cli")
 
 log = logging.getLogger("qsam2")
 
@@ -72,68 +61,38 @@ class _Batch:
         total: int,
         pending: int,
     ) -> None:
-        self.table, self.runs, self.command, self.jobs = table, runs, command, jobs
+        self.table, self.runs, self.command = table, runs, command
         self.total, self.pending = total, pending
         self.begun = total - pending
-        self.lock = threading.Lock()
-        self.processes: list[Popen[bytes]] = []
-        self.stopped = False
+        self.processes = Processes(jobs)
 
     def carry_out(self, stages: Sequence[Sequence[TableRun]]) -> None:
         log.info("%d runs, %d of them finished%s", self.total, self.begun, self._rest())
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                for stage in stages:
-                    list(pool.map(self._run, stage))
-            except KeyboardInterrupt:
-                self.stopped = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in self.processes:
-                    if process.poll() is None:
-                        process.send_signal(signal.SIGINT)
-                raise
+        for stage in stages:
+            self.processes.each(self._run, stage)
 
     def _run(self, run: TableRun) -> None:
-        with self.lock:
-            if self.stopped:
+        folder = run.recipe.run_folder
+        with self.processes.lock:
+            if self.processes.stopped:
                 return
             self.begun += 1
             number = f"run {self.begun} of {self.total}: {run.name}"
             log.info("%s ...", number)
-            folder = run.recipe.run_folder
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / LOG).open("ab") as output:
-                process = Popen(
-                    [*QSAM2, *self.command, "--only", run.name],
-                    stdout=output,
-                    stderr=output,
-                    env={"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.jobs, 1)), **os.environ},
-                    start_new_session=True,  # Ctrl-C reaches it once, from here
-                )
-            self.processes.append(process)
+            process = self.processes.start([*QSAM2, *self.command, "--only", run.name], folder)
         started = time.monotonic()
         status = process.wait()
-        if self.stopped:
+        if self.processes.stopped:
             return
-        with self.lock:
+        with self.processes.lock:
             self.pending -= 1
             if status == 0:
                 log.info("%s: %.0f s%s", number, time.monotonic() - started, self._rest())
                 return
-            error = _last_line(folder / LOG) if status > 0 else f"killed by signal {-status}"
+            error = failure(status, folder)
             save_scores(run, begin_scores(run, error))
             log.warning("%s failed: %s; see %s", number, error, folder / LOG)
 
     def _rest(self) -> str:
-        seconds = estimate_s(self.table, self.runs, self.pending, self.jobs)
+        seconds = estimate_s(self.table, self.runs, self.pending, self.processes.jobs)
         return f"; about {duration(seconds)} left" if self.pending else ""
-
-
-def duration(seconds: float) -> str:
-    """Hours or minutes as text."""
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
-
-
-def _last_line(file: Path) -> str:
-    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip().removeprefix("error: ") if lines else "it said nothing"
