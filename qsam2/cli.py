@@ -10,6 +10,7 @@ from typing import NoReturn
 from qsam2 import __version__
 from qsam2.commands.benchmark import add_benchmark
 from qsam2.commands.evaluate import add_evaluate
+from qsam2.commands.predict import add_predict
 from qsam2.commands.sweep import add_sweep
 from qsam2.commands.table import add_table
 from qsam2.commands.train import add_train
@@ -44,6 +45,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands)
     add_evaluate(commands)
+    add_predict(commands)
     add_sweep(commands)
     add_table(commands)
     add_benchmark(commands)

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,12 @@ class FrameFolder(Video):
 
 @dataclass(frozen=True)
 class _Index:
-    """Of a video file: time stamps of the frames, (shown, decoded) times of the key frames, (height, width)."""
+    """Of a video file: time stamps of the frames, (shown, decoded) times of the key frames, (height, width), rate."""
 
     stamps: list[int]
     keys: list[tuple[int, int]]
     size: tuple[int, int]
+    rate: Fraction | None
 
 
 class VideoFile(Video):
@@ -78,7 +80,7 @@ class VideoFile(Video):
                 if not container.streams.video:
                     raise UserError(f"{self.path}: holds no video stream; give a video file such as an mp4")
                 stream = container.streams.video[0]
-                declared, size = stream.frames, (stream.height, stream.width)
+                declared, size, rate = stream.frames, (stream.height, stream.width), stream.average_rate
                 packets = [packet for packet in container.demux(stream) if packet.size]
         except (av.FFmpegError, OSError) as error:
             raise self._damaged(error) from error
@@ -88,7 +90,7 @@ class VideoFile(Video):
         if len(times) < len(packets):
             raise UserError(f"{self.path}: has frames without a time stamp; re-encode it as mp4")
         stamps = sorted(pts for pts, _, packet in times if not packet.is_discard)
-        return _Index(stamps, sorted((pts, dts) for pts, dts, packet in times if packet.is_keyframe), size)
+        return _Index(stamps, sorted((pts, dts) for pts, dts, packet in times if packet.is_keyframe), size, rate)
 
     @cached_property
     def frame_names(self) -> list[str]:  # type: ignore[override]
@@ -97,6 +99,11 @@ class VideoFile(Video):
     @cached_property
     def size(self) -> tuple[int, int]:  # type: ignore[override]
         return self._index.size
+
+    @property
+    def frames_per_second(self) -> Fraction | None:
+        """On average; None where the file does not say."""
+        return self._index.rate
 
     def frame(self, index: int) -> np.ndarray:
         target = self._index.stamps[index]

@@ -101,7 +101,7 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     for stem in ("10", "2", "1"):
         picture().save(tmp_path / f"JPEGImages/bear/{stem}.jpg")
         index_mask(two_objects()).save(tmp_path / f"Annotations/bear/{stem}.png")
-    assert davis_videos(tmp_path, "all")[0].frame_names == ["1", "2", "10", "00000"]
+    assert davis_videos(tmp_path, "all")[0].frame_names == ["00000", "1", "2", "10"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Prompts and a picture or a video in, masks and an overlay out."""

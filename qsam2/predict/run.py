@@ -1,0 +1,89 @@
+"""`qsam2 predict` from its arguments to its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from qsam2.data.files import IMAGE_SUFFIXES, picture_size, read_frame
+from qsam2.data.footage import VideoFile
+from qsam2.data.video import Video
+from qsam2.predict.files import outputs, read_ids, write_ids, write_overlay, write_overlay_video
+from qsam2.predict.masks import segment_picture, track_objects
+from qsam2.predict.prompts import Prompts, Word, read_prompts
+from qsam2.predictors import image_predictor, open_video, video_predictor
+
+FRAMES_PER_SECOND = Fraction(24)
+"""Of the overlay of a folder of frames."""
+
+
+class Picture(Video):
+    """A picture file as a video of one frame."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name, self.frame_names = path, path.stem, [path.stem]
+        self.size = picture_size(path)
+
+    def frame(self, index: int) -> np.ndarray:
+        return read_frame(self.path, self.size)
+
+    def masks(self, index: int) -> None:
+        return None
+
+
+def predict(
+    model: str,
+    source: Path,
+    words: Sequence[Word],
+    *,
+    out: Path,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    force: bool = False,
+) -> list[Path]:
+    """Segment a picture (`mask.png`, `overlay.png`) or track through a video (`masks/`, `overlay.mp4`) into `out`.
+
+    Args:
+        model: run folder, file or size.
+        source: a picture, a folder of frames or a video file.
+        words: see `qsam2.predict.prompts`.
+        overrides: `key=value` on top of the model's own recipe.
+        force: replace what is there.
+
+    Returns:
+        what was written
+
+    Raises:
+        UserError: anything of this cannot be used; nothing is written then.
+    """
+    if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+        picture = Picture(source)
+        prompts = read_prompts(words, picture)
+        with outputs(out, ("mask.png", "overlay.png"), replace=force) as folder:
+            ids = segment_picture(image_predictor(model, overrides, device=device), picture, prompts)
+            write_ids(folder / "mask.png", ids, list(prompts))
+            write_overlay(folder / "overlay.png", picture.frame(0), ids, list(prompts))
+        return [out / "mask.png", out / "overlay.png"]
+    video = open_video(source)
+    prompts = read_prompts(words, video)
+    with outputs(out, ("masks", "overlay.mp4"), replace=force) as folder:
+        _track(model, video, prompts, folder, overrides=overrides, device=device)
+    return [out / "masks", out / "overlay.mp4"]
+
+
+def _track(model: str, video: Video, prompts: Prompts, folder: Path, *, overrides: Sequence[str], device: str) -> None:
+    object_ids = sorted(prompts)
+    masks = folder / "masks"
+    masks.mkdir()
+    predictor = video_predictor(model, overrides, device=device)
+    for index, ids in track_objects(predictor, video, prompts):
+        path = masks / f"{video.frame_names[index]}.png"
+        if path.exists():  # of objects that were prompted on an earlier frame, whose pixels stay theirs
+            before = read_ids(path)
+            ids[before > 0] = before[before > 0]
+        write_ids(path, ids, object_ids)
+    rate = video.frames_per_second if isinstance(video, VideoFile) else None
+    write_overlay_video(folder / "overlay.mp4", video, masks, object_ids, rate or FRAMES_PER_SECOND)
