@@ -27,6 +27,7 @@ LEVELS = (
     ("export", "report"),
     ("pipeline", "loading"),
     ("evaluate", "benchmarks", "predictors"),
+    ("predict",),
     ("tables", "sweeps"),
     ("commands",),
     ("cli",),
