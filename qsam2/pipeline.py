@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 from tqdm import tqdm
 
+from qsam2.calibration.allocation import allocatable, allocate, importance, importance_costs, measured_costs
 from qsam2.calibration.data import CalibrationData, encode, run_sample
 from qsam2.calibration.gptq import round_sam2
 from qsam2.calibration.gram import gather_inputs, gram_bytes
@@ -83,6 +85,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         tracked["float"] = score(model, "float", videos, recipe, folder)
     else:
         teacher = copy.deepcopy(model)
+        recipe = allocate_bits(model, sources, recipe, folder)
         calibrated = calibrate_layers(model, sources, recipe, folder)
         smooth_norms(model, sources, recipe, folder)
         layers = convert_layers(model, recipe, folder)  # before the scores: a wrong rule shows at once
@@ -134,6 +137,31 @@ def load_float(recipe: Recipe) -> SAM2:
     if recipe.model.checkpoint is None:
         initialise(model, recipe.seed)
     return model
+
+
+def allocate_bits(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> Recipe:
+    """Give each layer its bits under the recipe's budget: the recipe with rules that say so."""
+    quantize = recipe.quantize
+    if quantize is None or quantize.allocate is None:
+        return recipe
+    budget, layers = quantize.allocate, allocatable(model, quantize)
+    by = "importance" if budget.sensitivity is None else "measured sensitivity"
+    with folder.stage("allocate bits", f"{budget.average_bits:g} on average, by {by}"):
+        if budget.sensitivity is None:
+            place(model, recipe, folder)
+            data = calibration_data(model, sources, recipe)
+            shown = tqdm(data.clip_samples(), "importance", len(data.clips), disable=not is_first_rank())
+            found = importance(layers, lambda sample: run_sample(model, sample), shown)
+            costs = importance_costs(found, budget.choices)
+        else:
+            costs = measured_costs(budget.sensitivity, layers, budget.choices)
+        allocation = allocate(layers, costs, budget.average_bits)
+    counts = Counter(allocation.bits.values())
+    told = ", ".join(f"{counts[bits]} at {bits}" for bits in sorted(counts))
+    log.info("%.2f bits on average: %s bits", allocation.average_bits, told)
+    folder.record("allocated_bits", {"by": by, "average": allocation.average_bits, "layers": allocation.bits})
+    rules = (*quantize.rules, *allocation.rules(f"allocated by {by}"))
+    return recipe.model_copy(update={"quantize": quantize.model_copy(update={"rules": rules, "allocate": None})})
 
 
 def calibrate_layers(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> list[CalibratedLayer]:

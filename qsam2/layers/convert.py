@@ -19,6 +19,7 @@ from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.recipe.quantize import LayerPlan, QuantizeRecipe
 from qsam2.recipe.quantizers import QuantizerSpec
+from qsam2.text import aligned
 
 WEIGHT_TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantLinear,
@@ -98,9 +99,7 @@ def conversion_table(rows: Sequence[ConvertedLayer]) -> str:
     """The rows as text: layer, kind, bits of weights and activations (- is float), reason."""
     cells: list[tuple[str, ...]] = [("layer", "kind", "weights", "activations", "reason")]
     cells += [tuple("-" if value is None else str(value) for value in astuple(row)) for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(cells)
 
 
 def _quantized_layer(name: str, layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:

@@ -8,10 +8,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from qsam2.recipe.allocate import AllocateRecipe, Bits
 from qsam2.recipe.quantizers import AnyQuantizerSpec, QuantizerSpec
 from qsam2.recipe.section import Section
-
-Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 class Rule(Section):
@@ -81,6 +80,8 @@ class QuantizeRecipe(Section):
     weights: AnyQuantizerSpec | None = None
     activations: AnyQuantizerSpec | None = None
     rules: tuple[Rule, ...] = ()
+    allocate: AllocateRecipe | None = None
+    """Other bits for the weights of each layer, under a budget; null in a packed model, whose rules hold them."""
 
     @model_validator(mode="after")
     def _quantizes_something(self) -> QuantizeRecipe:
@@ -88,6 +89,8 @@ class QuantizeRecipe(Section):
             raise ValueError(
                 "neither weights nor activations are given: give one, or quantize=null for the float model"
             )
+        if self.allocate is not None and self.weights is None:
+            raise ValueError("allocate shares out the bits of weights, but weights is null: give it a quantizer")
         for rule in self.rules:
             for part in ("weight", "activation"):
                 if getattr(rule, f"{part}_bits") is not None and getattr(self, f"{part}s") is None:

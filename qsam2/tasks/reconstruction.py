@@ -142,9 +142,7 @@ def fit_block(
     None, and the block as it was, where `stopped` became true meanwhile.
     """
     options: dict[str, Any] = {"max_steps": recipe.iterations, "limit_val_batches": 0, "enable_checkpointing": False}
-    trainer = build_trainer(trainer_recipe, folder=folder, **options)
-    assert trainer.progress_bar_callback is not None
-    trainer.progress_bar_callback.disable()  # there is one over all blocks
+    trainer = build_trainer(trainer_recipe, folder=folder, silent=True, **options)
     device = trainer.strategy.root_device
     variances = target_variances(calls)
     nearest = mean_error(block, calls, variances, device)

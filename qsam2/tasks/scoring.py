@@ -59,11 +59,13 @@ def score_videos(
     *,
     folder: Path,
     reference: Predictions | None = None,
+    silent: bool = False,
 ) -> Scored:
     """J&F of semi-supervised tracking by the recipe's protocol, and the masks that were tracked.
 
     Args:
         reference: the float model's masks on the same videos; with them the block holds `fidelity`.
+        silent: whether it shows no progress.
 
     Returns:
         (score block as design.md has it, in percent; this rank's predictions)
@@ -71,7 +73,7 @@ def score_videos(
     module = VideoSegmentation(model, None, evaluation, reference=reference)
     loader = DataLoader(_Videos(videos), batch_size=None, sampler=_RankSampler(len(videos)))
     precise = trainer.model_copy(update={"precision": evaluation.precision})
-    build_trainer(precise, folder=folder).validate(module, loader, verbose=False)
+    build_trainer(precise, folder=folder, silent=silent).validate(module, loader, verbose=False)
     return module.block, module.predictions
 
 

@@ -100,18 +100,22 @@ def build_trainer(
     folder: Path,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
+    silent: bool = False,
     **more: Any,
 ) -> L.Trainer:
     """A Trainer with the recipe's devices and precision.
 
     Args:
         folder: the run folder; profiles go there.
+        silent: whether it shows no progress, as where many short fits or scorings share a bar.
         more: what one stage needs beyond that, passed to Lightning.
 
     Raises:
         UserError: there are no such devices, accelerator or strategy.
     """
     bar = ProgressBar(refresh_rate=max(recipe.log_every // 2, 1))
+    if silent:
+        bar.disable()
     try:
         return L.Trainer(
             callbacks=[bar, *callbacks],

@@ -1,0 +1,190 @@
+"""Mixed precision: which layer gets how many bits under a budget.
+
+minimise sum_l cost_l(b_l)  subject to  sum_l n_l b_l <= B sum_l n_l,  n_l weights of layer l, B the average bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor, nn
+
+from qsam2.errors import UserError
+from qsam2.layers.convert import WEIGHT_TWINS
+from qsam2.recipe.quantize import QuantizeRecipe, Rule
+
+Sample = TypeVar("Sample")
+Costs = dict[str, dict[int, float]]
+"""{layer or group: {bits: cost}}."""
+GROUP = re.compile(
+    r"image_encoder\.trunk\.(blocks\.\d+|patch_embed)|image_encoder\.neck|memory_attention\.layers\.\d+|"
+    r"sam_mask_decoder\.transformer|[^.]+"
+)
+"""The parts of SAM 2 whose sensitivity is measured: a block of the trunk, a layer of the memory attention, ..."""
+UNMEASURED = "quantize.allocate.sensitivity: {file} {problem}; run qsam2 sensitivity on this model and give its JSON"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bits of each layer, and the mean over their weights."""
+
+    bits: dict[str, int]
+    average_bits: float
+
+    def rules(self, reason: str) -> tuple[Rule, ...]:
+        """The same as rules of a recipe."""
+        return tuple(Rule(match=name, weight_bits=bits, reason=reason) for name, bits in self.bits.items())
+
+
+def group_of(layer: str) -> str:
+    """The group that a layer of SAM 2 belongs to."""
+    match = GROUP.match(layer)
+    assert match is not None
+    return match.group()
+
+
+def allocatable(model: nn.Module, quantize: QuantizeRecipe) -> dict[str, nn.Module]:
+    """The layers of a float model whose bits no rule of the recipe decides."""
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in WEIGHT_TWINS}
+    return {name: layer for name, layer in layers.items() if quantize.rule_for(name) is None}
+
+
+def solve(costs: Costs, sizes: Mapping[str, int], average_bits: float) -> dict[str, int]:
+    """The bits of least total cost in the budget, exactly: a mixed-integer program (HiGHS through SciPy).
+
+    Args:
+        costs: of each layer at each number of bits that it may have.
+        sizes: number of weights of each layer.
+    """
+    chosen = [(name, bits) for name, by_bits in costs.items() for bits in by_bits]
+    cost = np.array([costs[name][bits] for name, bits in chosen])
+    used = np.array([sizes[name] * bits for name, bits in chosen], dtype=float)
+    one_each = np.array([[name == other for other, _ in chosen] for name in costs], dtype=float)
+    total = sum(sizes[name] for name in costs)
+    scale = cost.max() or 1.0  # the solver's tolerances are absolute
+    result = milp(
+        cost / scale,
+        integrality=np.ones(len(chosen)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(used[None] / total, -np.inf, average_bits + 1e-9),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    assert result.success, result.message  # the least bits always fit: the recipe checks that
+    return {name: bits for (name, bits), taken in zip(chosen, result.x, strict=True) if taken > 0.5}
+
+
+def allocate(layers: Mapping[str, nn.Module], costs: Costs, average_bits: float) -> Allocation:
+    """Bits of least cost in the budget; costs are of the layers, or of their groups, whose layers share bits."""
+    key = {name: name if name in costs else group_of(name) for name in layers}
+    sizes: dict[str, int] = dict.fromkeys(costs, 0)
+    count = {name: _weight(layer).numel() for name, layer in layers.items()}
+    for name in layers:
+        sizes[key[name]] += count[name]
+    given = solve({name: costs[name] for name, size in sizes.items() if size}, sizes, average_bits)
+    bits = {name: given[key[name]] for name in layers}
+    return Allocation(bits, sum(bits[name] * count[name] for name in layers) / sum(count.values()))
+
+
+@torch.no_grad()
+def importance(
+    layers: Mapping[str, nn.Module], run: Callable[[Sample], object], samples: Iterable[Sample]
+) -> dict[str, float]:
+    """S_l = mean_ij |W_ij| |X_j|_2 of each layer, j its input features or channels (Mix-QSAM2; methods.md section 6).
+
+    Raises:
+        UserError: no sample reached a layer.
+    """
+    energy: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().float()
+            channel = x.ndim - 1 if isinstance(layer, nn.Linear) else x.ndim - 3
+            squares = x.square().sum(dim=[dim for dim in range(x.ndim) if dim != channel], dtype=torch.float64)
+            energy[name] = energy.get(name, torch.zeros_like(squares)) + squares
+
+        return record
+
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        for sample in samples:
+            run(sample)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if missed := [name for name in layers if name not in energy]:
+        raise UserError(f"no calibration sample reached {missed[0]}: give more clips, or a rule for it")
+    return {name: float((_by_input(layer) * energy[name].sqrt()).mean()) for name, layer in layers.items()}
+
+
+def importance_costs(importances: Mapping[str, float], choices: Sequence[int]) -> Costs:
+    """S_l 2^-b (Mix-QSAM2)."""
+    return {name: {bits: value * 2.0**-bits for bits in choices} for name, value in importances.items()}
+
+
+def measured_costs(file: Path, layers: Iterable[str], choices: Sequence[int]) -> Costs:
+    """What `qsam2 sensitivity` measured of the groups of these layers, as a cost for each number of bits (ours).
+
+    Between measured bits the logarithm of the loss goes in a straight line; beyond them noise power falls fourfold a
+    bit. More bits never cost more.
+
+    Raises:
+        UserError: no such file, another kind of file, or a group was not measured.
+    """
+    try:
+        rows = json.loads(file.read_text())["groups"]
+        measured: Costs = {}
+        for row in rows:
+            if row["part"] == "weights":
+                measured.setdefault(row["group"], {})[int(row["bits"])] = max(float(row["loss"]), 0.0)
+    except OSError as error:
+        raise UserError(UNMEASURED.format(file=file, problem=f"cannot be read ({error.strerror})")) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(UNMEASURED.format(file=file, problem="is no result of a sensitivity measurement")) from error
+    groups = dict.fromkeys(group_of(name) for name in layers)
+    if lacking := [group for group in groups if group not in measured]:
+        raise UserError(UNMEASURED.format(file=file, problem=f"lacks {lacking[0]}"))
+    return {group: _filled(measured[group], choices) for group in groups}
+
+
+def _filled(measured: Mapping[int, float], choices: Sequence[int]) -> dict[int, float]:
+    known = sorted(measured)
+    floor = 1e-6
+    filled = {}
+    for bits in sorted(choices):
+        nearest = min(max(bits, known[0]), known[-1])
+        log_loss = np.interp(nearest, known, [math.log(max(measured[each], floor)) for each in known])
+        filled[bits] = math.exp(log_loss) * 4.0 ** (nearest - bits)
+    falling = np.maximum.accumulate(list(filled.values())[::-1])[::-1]
+    return dict(zip(filled, falling.tolist(), strict=True))
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
+def _by_input(layer: nn.Module) -> Tensor:
+    """|W| as (outputs, inputs): a convolution's taps are averaged, a grouped one's inputs are its own alone."""
+    weight = _weight(layer).detach().double().abs()
+    if isinstance(layer, nn.Linear):
+        return weight
+    taps = weight.flatten(2).mean(dim=2)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return taps.T
+    assert isinstance(layer, nn.Conv2d)
+    if layer.groups == 1:
+        return taps
+    return taps.view(layer.groups, -1, taps.shape[1]).transpose(0, 1).flatten(1)

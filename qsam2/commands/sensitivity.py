@@ -1,0 +1,53 @@
+"""`qsam2 sensitivity`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qsam2.commands.common import Commands, make_room, quiet_logs, texts
+from qsam2.errors import UserError
+
+EPILOG = """examples:
+  qsam2 sensitivity nano --json sensitivity.json
+  qsam2 sensitivity runs/ptq-w4a4 --bits 2 3 4
+  qsam2 sensitivity tiny --data davis:/data/DAVIS:train --videos 4 --frames 8
+  qsam2 train recipes/qat_mixed.yaml quantize.allocate.sensitivity=sensitivity.json
+
+One group of layers at a time (a block of the trunk, a layer of the memory attention, ...) has its weights quantized,
+then its activations if the recipe quantizes these, and videos are tracked. The loss is 100 - fidelity, in percent of
+mask IoU with the float model. It is measured on training videos, so that bits chosen by it are not tuned on what is
+reported. The same command goes on where it was stopped. MODEL is a run folder (its quantizers, the float model that it
+started from; the result goes into it), a checkpoint or a size."""
+
+
+def add_sensitivity(commands: Commands) -> None:
+    """The parser of `qsam2 sensitivity`."""
+    parser = commands.add_parser("sensitivity", **texts("rank groups of layers by what quantizing them costs", EPILOG))
+    parser.usage = "%(prog)s [-h] MODEL [--bits B ...] [--data KIND:ROOT:SPLIT] [options] [key=value ...]"
+    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or size")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4], metavar="B", help="of weights (default: 2 4)")
+    parser.add_argument("--data", metavar="KIND:ROOT:SPLIT", help="default: train split of the recipe's first source")
+    parser.add_argument("--videos", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--frames", type=int, default=16, metavar="N", help="of each video (default: 16)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="default: sensitivity.json, of a run in its folder")
+    parser.set_defaults(run=_sensitivity)
+
+
+def _sensitivity(given: argparse.Namespace) -> None:
+    if wrong := [bits for bits in given.bits if not 2 <= bits <= 8]:
+        raise UserError(f"--bits {wrong[0]}: give numbers from 2 to 8")
+    for flag in ("videos", "frames"):
+        if getattr(given, flag) < 1:
+            raise UserError(f"--{flag} {getattr(given, flag)}: give at least 1")
+    folder = Path(given.model) if Path(given.model).is_dir() else Path()
+    output = given.json or folder / "sensitivity.json"
+    make_room(output)
+    quiet_logs()
+    from qsam2.sensitivity import measure_sensitivity, ranking
+
+    flags = ("bits", "data", "videos", "frames")
+    chosen = {flag: getattr(given, flag) for flag in flags}
+    result = measure_sensitivity(given.model, given.overrides, **chosen, output=output)
+    print(ranking(result))
+    print(output)

@@ -1,0 +1,165 @@
+"""Bits under a budget: the optimum against all combinations, importance against NumPy, costs from measurements."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qsam2.calibration.allocation import (
+    allocatable,
+    allocate,
+    group_of,
+    importance,
+    importance_costs,
+    measured_costs,
+    solve,
+)
+from qsam2.errors import UserError
+from qsam2.models import build_sam2
+from qsam2.recipe.quantize import QuantizeRecipe
+
+CHOICES = (2, 3, 4, 6)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.lists(st.floats(0, 10), min_size=4, max_size=4)), min_size=1, max_size=4),
+    st.floats(2, 6),
+)
+def test_no_combination_in_the_budget_costs_less(layers: list[tuple[int, list[float]]], average: float) -> None:
+    sizes = {str(index): size for index, (size, _) in enumerate(layers)}
+    costs = {str(index): dict(zip(CHOICES, cost, strict=True)) for index, (_, cost) in enumerate(layers)}
+    chosen = solve(costs, sizes, average)
+    budget = average * sum(sizes.values()) + 1e-6
+
+    def used(bits: dict[str, int]) -> float:
+        return sum(sizes[name] * each for name, each in bits.items())
+
+    def cost(bits: dict[str, int]) -> float:
+        return sum(costs[name][each] for name, each in bits.items())
+
+    everything = (dict(zip(sizes, each, strict=True)) for each in itertools.product(CHOICES, repeat=len(sizes)))
+    best = min(cost(bits) for bits in everything if used(bits) <= budget)
+    assert used(chosen) <= budget
+    assert cost(chosen) == pytest.approx(best, abs=1e-5)
+
+
+def test_the_important_layer_gets_the_bits() -> None:
+    layers: dict[str, nn.Module] = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}
+    found = allocate(layers, importance_costs({"a": 100.0, "b": 1.0}, (2, 4, 6)), 4.0)
+    assert found.bits == {"a": 6, "b": 2} and found.average_bits == 4.0
+    rules = found.rules("allocated")
+    assert [(rule.match, rule.weight_bits, rule.activation_bits) for rule in rules] == [("a", 6, None), ("b", 2, None)]
+
+
+def test_layers_of_a_group_share_its_bits() -> None:
+    names = [f"memory_attention.layers.{index}.linear{part}" for index in (0, 1) for part in (1, 2)]
+    layers: dict[str, nn.Module] = {name: nn.Linear(4, 4) for name in names}
+    costs = {"memory_attention.layers.0": {2: 9.0, 6: 0.0}, "memory_attention.layers.1": {2: 1.0, 6: 0.0}}
+    assert list(allocate(layers, costs, 4.0).bits.values()) == [6, 6, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Linear(5, 3), (2, 7, 5)),
+        (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5)),
+        (nn.Conv2d(4, 4, 3, groups=4), (2, 4, 5, 5)),
+        (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
+        (nn.ConvTranspose2d(4, 6, 2, 2), (2, 4, 5, 5)),
+    ],
+    ids=["linear", "conv", "depthwise", "grouped", "transposed"],
+)
+def test_importance_is_that_of_its_equation(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(shape) for _ in range(3)]
+    found = importance({"layer": layer}, layer, batches)["layer"]
+
+    x = np.stack([np.moveaxis(batch.numpy(), -1 if len(shape) == 3 else 1, -1) for batch in batches])
+    norms = np.sqrt((x.reshape(-1, x.shape[-1]).astype(float) ** 2).sum(axis=0))
+    weight = np.abs(layer.weight.detach().numpy().astype(float))
+    terms = []
+    for index in np.ndindex(weight.shape):
+        if isinstance(layer, nn.ConvTranspose2d):
+            channel = index[0]
+        elif isinstance(layer, nn.Conv2d):  # an output's inputs are those of its group
+            channel = index[0] // (layer.out_channels // layer.groups) * weight.shape[1] + index[1]
+        else:
+            channel = index[1]
+        terms.append(weight[index] * norms[channel])
+    assert found == pytest.approx(np.mean(terms), rel=1e-9)
+
+
+def test_a_layer_that_no_sample_reaches() -> None:
+    with pytest.raises(UserError, match="no calibration sample reached b: give more clips, or a rule for it"):
+        importance({"b": nn.Linear(2, 2)}, lambda sample: None, [1])
+
+
+def test_groups_are_the_parts_of_sam2() -> None:
+    quantize = QuantizeRecipe.model_validate({"weights": {"method": "minmax", "bits": 4}})
+    names = allocatable(build_sam2("nano"), quantize)
+    groups = dict.fromkeys(group_of(name) for name in names)
+    assert list(groups) == [
+        *(f"image_encoder.trunk.blocks.{index}" for index in range(9)),
+        *("image_encoder.neck", "memory_attention.layers.0", "memory_attention.layers.1", "memory_encoder"),
+        *(
+            "sam_prompt_encoder",
+            "sam_mask_decoder.transformer",
+            "sam_mask_decoder",
+            "obj_ptr_proj",
+            "obj_ptr_tpos_proj",
+        ),
+    ]
+    assert not any(quantize.rule_for(name) for name in names)
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    file = folder / "sensitivity.json"
+    file.write_text(json.dumps({"groups": rows}))
+    return file
+
+
+def test_costs_between_and_beyond_what_was_measured(tmp_path: Path) -> None:
+    rows = [{"group": "g", "part": "weights", "bits": bits, "loss": loss} for bits, loss in ((3, 8.0), (5, 2.0))]
+    rows.append({"group": "g", "part": "activations", "bits": 4, "loss": 99.0})
+    costs = measured_costs(write(tmp_path, rows), ["g.a", "g.b"], (2, 3, 4, 5, 6, 8))
+    assert costs == {"g": pytest.approx({2: 32.0, 3: 8.0, 4: 4.0, 5: 2.0, 6: 0.5, 8: 0.03125})}
+
+
+def test_more_bits_never_cost_more(tmp_path: Path) -> None:
+    rows = [
+        {"group": "g", "part": "weights", "bits": bits, "loss": loss} for bits, loss in ((2, 1.0), (4, 3.0), (6, -1))
+    ]
+    costs = list(measured_costs(write(tmp_path, rows), ["g.a"], (2, 4, 6))["g"].values())
+    assert costs == sorted(costs, reverse=True) and costs[0] == pytest.approx(3.0) and costs[-1] > 0
+
+
+def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
+    missing = tmp_path / "none.json"
+    with pytest.raises(UserError, match=r"none\.json cannot be read \(No such file.*; run qsam2 sensitivity on this"):
+        measured_costs(missing, ["g.a"], CHOICES)
+    file = write(tmp_path, [{"group": "g", "part": "weights", "bits": 4, "loss": 1.0}])
+    with pytest.raises(UserError, match=r"sensitivity\.json lacks h; run qsam2 sensitivity"):
+        measured_costs(file, ["g.a", "h.a"], CHOICES)
+    for text in ("[]", "{", '{"groups": [{"group": "g"}]}', '{"groups": 3}'):
+        file.write_text(text)
+        with pytest.raises(UserError, match="is no result of a sensitivity measurement"):
+            measured_costs(file, ["g.a"], CHOICES)
+
+
+def test_a_budget_below_all_choices_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"average_bits=2 is below the least of choices, 3: raise one or lower"):
+        QuantizeRecipe.model_validate(
+            {"weights": {"method": "minmax", "bits": 4}, "allocate": {"average_bits": 2, "choices": [3]}}
+        )
+    with pytest.raises(ValueError, match="allocate shares out the bits of weights, but weights is null"):
+        QuantizeRecipe.model_validate({"activations": {"method": "minmax", "bits": 4}, "allocate": {}})
