@@ -1,0 +1,164 @@
+"""Our grids in ONNX: QuantizeLinear and DequantizeLinear with our scales, zero points and integers.
+
+Quantizers of a finalized model are replaced by modules that call two operations of our own, which the exporter
+translates: nothing is measured or rounded again. Activations of 2-8 bits, weights of 2-8 bits. ONNX has integers of 4
+and 8 bits (opset 21); what lies between is expressed exactly:
+  activation of 2, 3, 5, 6, 7 bits   clipped to the outer levels of our grid, then the next wider integer
+  weight of 2, 3, 5, 6, 7 bits       the next wider integer
+  weight on a mid-rise grid          scale * (code + 1/2) = scale/2 * (2 code + 1): 4-bit integers to 3 bits, 8-bit
+                                     ones to 7, 16-bit ones at 8
+Activations on a mid-rise grid are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsam2.errors import UserError
+from qsam2.layers.convert import quantized_weights, quantizers
+from qsam2.layers.weight import QuantizedLayer
+from qsam2.quantizers import Quantizer
+from qsam2.quantizers.fake_quant import to_levels
+
+FOUR_BITS = "codes_4bit"
+"""Name of the codes that `narrow` stores as 4-bit integers: PyTorch has none."""
+
+
+@torch.library.custom_op("qsam2::quantize_dequantize", mutates_args=())
+def quantize_dequantize(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int) -> Tensor:
+    """x of any shape on the grid scale * (qmin - zero_point .. qmax - zero_point)."""
+    step, low, high = (x.new_tensor([value]) for value in (scale, qmin - zero_point, qmax - zero_point))
+    return to_levels(x, step, low, high, mid_rise=False).mul_(step)
+
+
+@torch.library.custom_op("qsam2::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    """scale * (codes - zero_point), scale and zero point (C,) along `axis`, the zero point of the codes' dtype."""
+    shape = [-1 if dim == axis else 1 for dim in range(codes.ndim)]
+    values = codes.float()
+    if zero_point is not None:
+        values -= zero_point.float().view(shape)
+    return values * scale.view(shape)
+
+
+@quantize_dequantize.register_fake
+def _(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+class ActivationGrid(nn.Module):
+    """Stands in for the quantizer of an activation. Raises UserError where ONNX has no such grid."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        if quantizer.grid.mid_rise:
+            raise UserError(
+                f"{quantizer.name}: ONNX has no mid-rise grid for activations; "
+                "use grid=mid_tread or auto for them, or give --format packed"
+            )
+        self.scale, self.zero_point = quantizer.scale.item(), int(quantizer.zero_point.item())
+        self.qmin, self.qmax = quantizer.qmin, quantizer.qmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.qsam2.quantize_dequantize(x, self.scale, self.zero_point, self.qmin, self.qmax)
+
+
+class WeightCodes(nn.Module):
+    """Stands in for the quantizer of a weight: holds the weight's integers, whatever tensor it is given."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, quantizer: Quantizer, weight: Tensor, axis: int) -> None:
+        super().__init__()
+        codes, bits = quantizer.to_int(weight), quantizer.bits
+        scale = quantizer.scale.expand(weight.shape[axis]).clone()
+        zero_point = None
+        if quantizer.grid.mid_rise:
+            codes, scale, bits = 2 * codes + 1, scale / 2, bits + 1
+        elif not quantizer.grid.symmetric:
+            zero_point = quantizer.zero_point.expand(weight.shape[axis]).to(torch.uint8)
+        dtype = torch.int16 if bits > 8 else torch.int8 if quantizer.grid.symmetric else torch.uint8
+        self.axis = axis
+        self.codes_name = FOUR_BITS if bits <= 4 else "codes"
+        self.register_buffer(self.codes_name, codes.to(dtype))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.ops.qsam2.dequantize(getattr(self, self.codes_name), self.scale, self.zero_point, self.axis)
+
+
+@torch.no_grad()
+def use_onnx_grids(model: nn.Module) -> None:
+    """Replace the quantizers of a finalized model, in place. Raises UserError where ONNX lacks a grid."""
+    weights = {id(quantizer): layer for _, layer, quantizer in quantized_weights(model)}
+    for name, quantizer in list(quantizers(model)):
+        layer = weights.get(id(quantizer))
+        stand_in = ActivationGrid(quantizer) if layer is None else _weight_codes(quantizer, layer)
+        model.set_submodule(name, stand_in)
+
+
+def _weight_codes(quantizer: Quantizer, layer: QuantizedLayer) -> WeightCodes:
+    return WeightCodes(quantizer, layer.weight.detach(), layer.channel_dim)
+
+
+def translations() -> dict[Any, Any]:
+    """How the exporter writes our two operations; needs onnxscript."""
+    import ml_dtypes
+    import numpy as np
+    import onnx_ir as ir
+    import onnxscript
+    from onnxscript import FLOAT
+
+    op: Any = onnxscript.opset21
+
+    def quantize_dequantize_onnx(x: FLOAT, scale: float, zero_point: int, qmin: int, qmax: int) -> FLOAT:
+        step = np.float32(scale)
+        levels = qmax - qmin + 1
+        four, eight = (ml_dtypes.int4, np.int8) if qmin < 0 else (ml_dtypes.uint4, np.uint8)
+        if levels not in (2**4, 2**8):
+            outer = [np.float32(level - zero_point) * step for level in (qmin, qmax)]
+            x = op.Clip(x, *(op.Constant(value=ir.tensor(value)) for value in outer))
+        scale_onnx = op.Constant(value=ir.tensor(step))
+        zero_point_onnx = op.Constant(value=ir.Tensor(np.array(zero_point, four if levels <= 2**4 else eight)))
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale_onnx, zero_point_onnx), scale_onnx, zero_point_onnx)
+
+    def dequantize_onnx(codes, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
+        return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+    return {
+        torch.ops.qsam2.quantize_dequantize.default: quantize_dequantize_onnx,
+        torch.ops.qsam2.dequantize.default: dequantize_onnx,
+    }
+
+
+def narrow(model: Any) -> None:
+    """Store the codes named `FOUR_BITS` of an onnx_ir model as INT4 or UINT4, with their zero points."""
+    import ml_dtypes
+    import onnx_ir as ir
+
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear" or not node.inputs[0].name.endswith(FOUR_BITS):
+            continue
+        for index in (0, 2):
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is None:
+                continue
+            integers = value.const_value.numpy()
+            four = ml_dtypes.int4 if integers.dtype.kind == "i" else ml_dtypes.uint4
+            name = f"{node.inputs[0].name}.{index}"
+            tensor = ir.Tensor(integers.astype(four), name=name)
+            narrowed = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=value.shape, const_value=tensor)
+            model.graph.initializers[name] = narrowed
+            node.replace_input_with(index, narrowed)
+            if not value.uses():
+                del model.graph.initializers[value.name]
