@@ -226,6 +226,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_a_teacher(self) -> Recipe:
+        if self.quantize is None and self.train is not None and self.train.distill.needs_teacher:
+            raise ValueError(
+                "train.distill.mask_logits and image_embeddings follow the float model, but quantize=null trains just "
+                "that: set both to 0, or give quantize"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reconstructs_what_it_quantizes(self) -> Recipe:
         if self.reconstruct is None:
             return self
