@@ -12,6 +12,7 @@ from qsam2.commands.benchmark import add_benchmark
 from qsam2.commands.evaluate import add_evaluate
 from qsam2.commands.predict import add_predict
 from qsam2.commands.sweep import add_sweep
+from qsam2.commands.report import add_report
 from qsam2.commands.sensitivity import add_sensitivity
 from qsam2.commands.table import add_table
 from qsam2.commands.train import add_train
@@ -50,6 +51,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_sweep(commands)
     add_table(commands)
     add_sensitivity(commands)
+    add_report(commands)
     add_benchmark(commands)
     before = ["", *arguments]
     overrides = [word for flag, word in zip(before, arguments, strict=False) if _is_override(word, flag)]

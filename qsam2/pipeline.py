@@ -16,7 +16,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from qsam2.calibration.allocation import allocatable, allocate, importance, importance_costs, measured_costs
-from qsam2.calibration.data import CalibrationData, encode, run_sample
+from qsam2.calibration.data import CalibrationData, encode, far_apart, run_sample
 from qsam2.calibration.gptq import round_sam2
 from qsam2.calibration.gram import gather_inputs, gram_bytes
 from qsam2.calibration.ranges import calibrate_sam2
@@ -24,7 +24,7 @@ from qsam2.calibration.reconstruction.blocks import Scale
 from qsam2.calibration.reconstruction.ranges import HierarchicalData
 from qsam2.calibration.reconstruction.scales import time_scales
 from qsam2.calibration.smooth import gather_reader_inputs, norms_and_readers, reader_layers, smooth
-from qsam2.calibration.weights import CalibratedLayer, calibrate_weights, choose_layers, input_quantizers
+from qsam2.calibration.weights import calibrate_weights, choose_layers, input_quantizers
 from qsam2.data.clips import Source
 from qsam2.data.datamodule import ClipDataModule
 from qsam2.data.sources import open_videos
@@ -41,6 +41,10 @@ from qsam2.models import SAM2, load_sam2
 from qsam2.models.scratch import initialise
 from qsam2.quantizers.kernels import choose_kernels
 from qsam2.recipe import Recipe
+from qsam2.report.clips import keep_clips
+from qsam2.report.kept import LAYERS, MEMORY, keep
+from qsam2.report.measure import latent_weights, measure_layers
+from qsam2.report.memory import memory_use
 from qsam2.report.overlays import contact_sheet
 from qsam2.report.page import write_report
 from qsam2.report.wandb import log_results
@@ -76,7 +80,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
     config = recipe.model_dump(mode="json")
     loggers = build_loggers(recipe.log, folder=folder.path, name=recipe.name, config=config)
     layers: list[ConvertedLayer] = []
-    calibrated: list[CalibratedLayer] = []
     tracked: dict[str, Predictions] = {}
 
     if recipe.quantize is None:
@@ -86,25 +89,29 @@ def run(recipe: Recipe) -> dict[str, Any]:
     else:
         teacher = copy.deepcopy(model)
         recipe = allocate_bits(model, sources, recipe, folder)
-        calibrated = calibrate_layers(model, sources, recipe, folder)
+        calibrate_layers(model, sources, recipe, folder)
         smooth_norms(model, sources, recipe, folder)
         layers = convert_layers(model, recipe, folder)  # before the scores: a wrong rule shows at once
         tracked["float"] = score(teacher, "float", videos, recipe, folder)
         calibrate(model, sources, recipe, folder)
+        latent = latent_weights(model)
         round_weights(model, sources, recipe, folder)
         reconstruct_blocks(model, teacher, sources, recipe, folder)
         use_memory(model, recipe.memory)  # the float model above and the teacher read all of their memory
         if recipe.train is None or recipe.evaluate.after_calibration:
             tracked["ptq"] = score_ptq(model, layers, videos, recipe, folder, tracked["float"])
         train(model, sources, recipe, folder, loggers, teacher)
+        if recipe.train is not None:
+            latent = latent_weights(model)
         finalize(model)
         if recipe.train is None:  # nothing has changed since
             tracked["quantized"] = tracked["ptq"]
             folder.record("quantized", folder.metrics["ptq"])
         else:
             tracked["quantized"] = score(model, "quantized", videos, recipe, folder, tracked["float"], layers)
+        keep_layers(model, teacher, layers, latent, sources, recipe, folder)
     folder.record("bytes", model_bytes(model))
-    write_results(model, layers, calibrated, videos, tracked, recipe, folder, loggers)
+    write_results(model, layers, videos, tracked, recipe, folder, loggers)
     return folder.metrics
 
 
@@ -164,11 +171,11 @@ def allocate_bits(model: SAM2, sources: list[Source], recipe: Recipe, folder: Ru
     return recipe.model_copy(update={"quantize": quantize.model_copy(update={"rules": rules, "allocate": None})})
 
 
-def calibrate_layers(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> list[CalibratedLayer]:
+def calibrate_layers(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> None:
     """Give linear layers, in place, the weights that quantize best on the calibration data."""
     method = recipe.calibrate.weights
     if method is None:
-        return []
+        return
     assert recipe.quantize is not None
     layers = choose_layers(model, recipe.quantize, method.layers)
     run = encode if all(name.startswith("image_encoder.") for name in layers) else run_sample
@@ -186,7 +193,6 @@ def calibrate_layers(model: SAM2, sources: list[Source], recipe: Recipe, folder:
     log.info("%s: %d of %d layers have new weights", method.method, changed, len(calibrated))
     table = {row.name: row.figures() for row in calibrated}
     folder.record("calibrated_weights", {"method": method.method, "layers": table})
-    return calibrated
 
 
 def smooth_norms(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> None:
@@ -377,10 +383,27 @@ def score_ptq(
 
 
 @rank_zero_only
+def keep_layers(
+    model: SAM2,
+    teacher: SAM2,
+    layers: list[ConvertedLayer],
+    latent: dict[str, torch.Tensor],
+    sources: list[Source],
+    recipe: Recipe,
+    folder: RunFolder,
+) -> None:
+    """Measure, for the report, what quantization does to weights and to what passes the layers on one clip."""
+    sample = far_apart(next(calibration_data(model, sources, recipe).clip_samples(0, 1)))
+    for network in (model, teacher):
+        place(network, recipe, folder)
+    measured = measure_layers(layers, model, teacher, latent, lambda network: run_sample(network, sample, (False,)))
+    keep(folder.path, LAYERS, measured)
+
+
+@rank_zero_only
 def write_results(
     model: SAM2,
     layers: list[ConvertedLayer],
-    calibrated: list[CalibratedLayer],
     videos: list[Video],
     tracked: dict[str, Predictions],
     recipe: Recipe,
@@ -395,8 +418,12 @@ def write_results(
         save_packed(folder.model, model, values)
         write_card(folder, recipe, layers)
     pictures = draw_overlays(videos, tracked, recipe)
+    keep_clips(folder.path, videos, tracked, recipe.evaluate.frames)
+    if recipe.memory.sharing != "none":
+        place(model, recipe, folder)
+        keep(folder.path, MEMORY, memory_use(model, videos[0], recipe.evaluate))
     log_results(loggers, folder.metrics, layers, pictures)
-    write_report(folder, recipe, layers, pictures, calibrated)
+    write_report(folder.path)
 
 
 def draw_overlays(videos: list[Video], tracked: dict[str, Predictions], recipe: Recipe) -> list[Image]:

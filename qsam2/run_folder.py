@@ -73,7 +73,7 @@ class RunFolder:
                 before = load_recipe(file)  # keys that qsam2 had not yet get their defaults
             except UserError as error:
                 raise UserError(f"{self.path} holds a run of another version ({error}); give output=PATH") from error
-            old, new = (_flat(each.model_dump(mode="json")) for each in (before, recipe))
+            old, new = (flat(each.model_dump(mode="json")) for each in (before, recipe))
             changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
             if changed:
                 raise UserError(
@@ -96,7 +96,12 @@ def is_first_rank() -> bool:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file whole or not at all: to a temporary name, then renamed; folders are made.
+    """Write a text file, UTF-8, whole or not at all; see `write_bytes`."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all: to a temporary name, then renamed; folders are made.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -104,7 +109,7 @@ def write_text(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
+        temporary.write_bytes(data)
         os.replace(temporary, file)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -112,8 +117,9 @@ def write_text(file: Path, text: str) -> None:
         raise UserError(f"{file} could not be written: {error.strerror}; make room or give another path") from error
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
     if not isinstance(values, dict):
         return {prefix: values}
-    parts = [_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items()]
+    parts = [flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items()]
     return {key: value for part in parts for key, value in part.items()}

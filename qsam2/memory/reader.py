@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from qsam2.errors import UserError
 from qsam2.memory.attention import MemoryReading
-from qsam2.memory.bank import gather
+from qsam2.memory.bank import Bank, gather
 from qsam2.memory.bounded import BoundedState
-from qsam2.memory.sharing import key_sets
+from qsam2.memory.sharing import KeySet, key_sets
 from qsam2.recipe.memory import MemoryRecipe
 
 if TYPE_CHECKING:
@@ -30,10 +31,14 @@ def use_memory(model: SAM2, recipe: MemoryRecipe) -> None:
 
 
 class MemoryReader:
-    """Replaces sam2's reading of the memory bank."""
+    """Replaces sam2's reading of the memory bank.
+
+    `watch`, where set, is told of each frame an object is tracked on: its number, the bank, what is read of it.
+    """
 
     def __init__(self, recipe: MemoryRecipe) -> None:
         self.recipe = recipe
+        self.watch: Callable[[int, Bank, list[KeySet]], None] | None = None
         self.reading = MemoryReading(cache=recipe.cache)
 
     def condition(
@@ -52,4 +57,6 @@ class MemoryReader:
             model, output_dict, frame_idx=frame_idx, num_frames=num_frames, reverse=reverse, device=features.device
         )
         sets = key_sets(bank, self.recipe)
+        if self.watch is not None:
+            self.watch(frame_idx, bank, sets)
         return self.reading(model.memory_attention, features, positions, sets, bank, model.maskmem_tpos_enc)

@@ -1,42 +1,57 @@
-"""The weights of calibrated layers before and after, as pictures."""
+"""Weights and inputs of the layers that lose most, before and after, with the grid that quantizes them."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from qsam2.calibration.weights import CalibratedLayer
+from qsam2.report.svg import BLUE, GREEN, GREY, inline, new_figure
 
-SHOWN = 6
-"""How many layers are drawn: those with the heaviest tails before."""
-COLUMNS = 3
+COLUMNS = 2
+DRAWN_LEVELS = 32
+"""With more levels only the ends of the grid are drawn."""
 
 
-def draw_histograms(layers: Sequence[CalibratedLayer]) -> str:
-    """Histograms of the layers with the heaviest tails as an SVG element; x in standard deviations of before."""
-    shown = sorted(layers, key=lambda layer: -layer.max_over_std[0])[:SHOWN]
-    rows = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(9, 2.4 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for layer, place in zip(shown, axes, strict=False):
-        before, after = layer.histograms
-        edges = np.linspace(-1, 1, len(before) + 1) * layer.max_over_std[0]
-        place.stairs(before, edges, color="#8c8c8c", fill=True, alpha=0.6, label="before")
-        place.stairs(after, edges, color="#0072b2", linewidth=1.5, label="after")
-        place.set_title(layer.name.removeprefix("image_encoder.trunk."), fontsize=8)
-        place.set_yscale("log")
-        place.tick_params(labelsize=7)
-        place.spines[["top", "right"]].set_visible(False)
-    for place in list(axes)[len(shown) :]:
-        place.set_axis_off()
-    figure.supxlabel("weight, in standard deviations of before", fontsize=8)
-    figure.supylabel("share of the weights", fontsize=8)
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    label = f"Histograms of the weights of {len(shown)} layers before and after calibration, logarithmic"
-    return f'<svg role="img" aria-label="{label}" ' + svg[svg.index("<svg") + len("<svg ") :]
+def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> str:
+    """Histograms as `measure_layers` keeps them, of weights or inputs (`what`), as an SVG element."""
+    down = -(-len(rows) // COLUMNS)
+    figure = new_figure(8, 2.1 * down + 0.5)
+    places = figure.subplots(down, COLUMNS, squeeze=False).flat
+    for row, axes in zip(rows, places, strict=False):
+        first, last = row["levels"]
+        edges = _edges(row)
+        drawn = range(first, last + 1) if last - first < DRAWN_LEVELS else (first, last)
+        for level in drawn:
+            axes.axvline(level, color=GREEN, linewidth=0.6, linestyle=":", label="grid" if level == first else None)
+        axes.stairs(row["before"], edges, color=GREY, fill=True, alpha=0.6, label="float model")
+        axes.stairs(row["after"], edges, color=BLUE, linewidth=1.5, label="before rounding" if what == "weights"
+                    else "quantized model")  # fmt: skip
+        axes.set_title(f"{_short(row['layer'])}, {row['bits']} bits", fontsize=8)
+        axes.set_yscale("log")
+        axes.set_xlim(*row["reach"])
+        axes.tick_params(labelsize=7)
+    for axes in list(places):
+        axes.set_axis_off()
+    figure.supxlabel(f"{what}, in steps of the grid", fontsize=8)
+    figure.supylabel(f"share of the {what}", fontsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    beyond = [f"{_short(row['layer'])} {_beyond(row):.2%}" for row in rows]
+    return inline(figure, f"Histograms of the {what} of {len(rows)} layers, float and quantized, on their grids; "
+                          f"shares beyond the grid: {', '.join(beyond)}")  # fmt: skip
+
+
+def _beyond(row: Mapping[str, Any]) -> float:
+    edges = _edges(row)
+    outside = (edges[1:] <= row["levels"][0] - 0.5) | (edges[:-1] >= row["levels"][1] + 0.5)
+    return float(np.array(row["after"])[outside].sum())
+
+
+def _edges(row: Mapping[str, Any]) -> np.ndarray:
+    low, high = row["reach"]
+    return np.linspace(low, high, len(row["after"]) + 1)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("image_encoder.trunk.").removeprefix("sam_")

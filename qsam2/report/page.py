@@ -1,79 +1,134 @@
-"""The page of a run: one self-contained HTML file, no network."""
+"""The page of a run: one self-contained HTML file, no network, regenerated from what the run folder keeps."""
 
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 import qsam2
-from qsam2.calibration.weights import CalibratedLayer
-from qsam2.layers.convert import ConvertedLayer
-from qsam2.recipe import Recipe, save_recipe
+from qsam2.metrics.bootstrap import paired_bootstrap
+from qsam2.recipe import save_recipe
 from qsam2.recipe.quantizers import QuantizerSpec
-from qsam2.report.curves import draw_loss, read_curve
+from qsam2.report.curves import draw_clips, draw_loss
 from qsam2.report.histograms import draw_histograms
-from qsam2.run_folder import RunFolder, write_text
-from qsam2.tasks.trainer import CURVES
+from qsam2.report.kept import read_json
+from qsam2.report.layers import draw_noise, draw_sensitivity, draw_worst
+from qsam2.report.memory import draw_memory
+from qsam2.report.read import MODELS, KeptRun, read_run
+from qsam2.run_folder import write_text
 
-MODELS = ("float", "ptq", "quantized")
-
-
-def write_report(
-    folder: RunFolder,
-    recipe: Recipe,
-    layers: Sequence[ConvertedLayer],
-    pictures: Sequence[Image.Image],
-    calibrated: Sequence[CalibratedLayer] = (),
-) -> None:
-    """Write `report.html`: scores, sizes, times, layers, calibrated weights, tracked frames and the recipe."""
-    curve = draw_loss(read_curve(folder.path / CURVES, "loss"))
-    write_text(folder.report, render(folder.metrics, recipe, layers, pictures, curve, calibrated))
+SENSITIVITY = "sensitivity.json"
+REPORT = "report.html"
 
 
-def render(
-    metrics: dict[str, Any],
-    recipe: Recipe,
-    layers: Sequence[ConvertedLayer],
-    pictures: Sequence[Image.Image],
-    curve: str | None = None,
-    calibrated: Sequence[CalibratedLayer] = (),
-) -> str:
-    """The page as HTML; `curve` is the loss over training as SVG."""
-    template = Environment(loader=PackageLoader("qsam2.report"), autoescape=True).get_template("run.html.j2")
-    scored = metrics["float"]["per_object"].values()
-    return template.render(
-        recipe=recipe,
-        bits=_bits,
-        data=recipe.data.scored,
-        videos=len(scored),
-        objects=sum(len(objects) for objects in scored),
-        recipe_text=save_recipe(recipe),
-        version=qsam2.__version__,
-        scores={name: metrics[name] for name in MODELS if name in metrics},
-        sizes=metrics.get("bytes", {}),
-        seconds=metrics["seconds"],
-        layers=layers,
-        calibrated=calibrated,
-        smoothed=metrics.get("smoothed"),
-        rounded=metrics.get("rounded"),
-        reconstruction=metrics.get("reconstruction"),
-        histograms=Markup(draw_histograms(calibrated)) if calibrated else None,
-        curve=Markup(curve) if curve else None,
-        pictures=[_data_url(picture) for picture in pictures],
+def write_report(folder: Path) -> None:
+    """Write a run folder's `report.html` from what it keeps.
+
+    Raises:
+        UserError: the folder holds no run, a file of it is damaged, the disk is full.
+    """
+    write_text(folder / REPORT, render(read_run(folder)))
+
+
+def render(run: KeptRun) -> str:
+    """The page as HTML; of an unfinished run what there is, and which stages are to come."""
+    metrics, layers, clips = run.metrics, run.layers, run.clips
+    scored = (metrics.get("float") or {}).get("per_object", {})
+    sensitivity = read_json(run.path / SENSITIVITY)
+    return (
+        environment()
+        .get_template("run.html.j2")
+        .render(
+            run=run,
+            recipe=run.recipe,
+            bits=bits,
+            videos=len(scored),
+            objects=sum(len(objects) for objects in scored.values()),
+            recipe_text=save_recipe(run.recipe),
+            version=qsam2.__version__,
+            rows=headline(metrics),
+            missing=run.missing_stages,
+            sizes=metrics.get("bytes", {}),
+            seconds=metrics.get("seconds", {}),
+            noise=_markup(draw_noise(layers["layers"])) if layers else None,
+            worst_layers=_markup(draw_worst(layers["layers"])) if layers else None,
+            layers=by_noise(layers["layers"]) if layers else [],
+            sensitivity=_markup(draw_sensitivity(sensitivity["groups"]))
+            if sensitivity and sensitivity["groups"]
+            else None,
+            histograms=_histograms(layers or {}),
+            clip_curves=_markup(draw_clips(run.curves)),
+            loss=_markup(draw_loss({name: curve for name, curve in run.curves.items() if name == "loss"})),
+            clips=clips,
+            media=lambda name: _data_url(name, run.media(name)),
+            memory=_markup(draw_memory(run.memory)) if run.memory else None,
+            calibrated=metrics.get("calibrated_weights"),
+            smoothed=metrics.get("smoothed"),
+            rounded=metrics.get("rounded"),
+            reconstruction=metrics.get("reconstruction"),
+        )
     )
 
 
-def _bits(spec: QuantizerSpec | None) -> str:
+def environment() -> Environment:
+    """The templates of pages; all text is escaped."""
+    return Environment(
+        loader=PackageLoader("qsam2.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a scored model: scores, bytes, seconds a frame, and their differences to the float model.
+
+    "J&F", "J", "F": (score, difference with its 95 % interval or None); "MB", "seconds": (value, difference or None).
+    """
+    theirs, sizes = metrics.get("float"), metrics.get("bytes", {})
+    rows = []
+    for name in MODELS:
+        block = metrics.get(name)
+        if block is None or theirs is None:
+            continue
+        row: dict[str, Any] = {"model": name, "fidelity": block.get("fidelity")}
+        for key in ("J&F", "J", "F"):
+            row[key] = block[key], None
+            if name != "float":
+                row[key] = block[key], paired_bootstrap(block["per_object"], theirs["per_object"], key=key)
+        size = sizes.get("float32" if name == "float" else "packed")
+        row["MB"] = size and size / 1e6, size and name != "float" and (size - sizes["float32"]) / 1e6
+        row["smaller"] = size and name != "float" and sizes["float32"] / size
+        own, reference = block.get("seconds_per_frame"), theirs.get("seconds_per_frame")
+        row["seconds"] = own, own and reference and name != "float" and own - reference
+        rows.append(row)
+    return rows
+
+
+def by_noise(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of layers, the lowest signal to noise of the weights first, layers without at the end."""
+    return sorted(layers, key=lambda row: (row.get("weight_snr_db") is None, row.get("weight_snr_db") or 0.0))
+
+
+def bits(spec: QuantizerSpec | None) -> str:
+    """A quantizer in words."""
     return "in float" if spec is None else f"at {spec.bits} bits ({spec.method})"
 
 
-def _data_url(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _histograms(layers: Mapping[str, Any]) -> dict[str, Markup]:
+    return {what: Markup(draw_histograms(layers[what], what)) for what in ("weights", "inputs") if layers.get(what)}
+
+
+def _markup(svg: str | None) -> Markup | None:
+    return Markup(svg) if svg else None
+
+
+def _data_url(name: str, data: bytes | None) -> str | None:
+    kind = "video/mp4" if name.endswith(".mp4") else "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}" if data else None

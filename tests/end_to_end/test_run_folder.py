@@ -59,7 +59,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_files(name: str, runs: dict[str, Path]) -> None:
     found = {str(file.relative_to(runs[name])) for file in runs[name].rglob("*") if file.is_file()}
-    assert {file for file in found if not file.startswith(("wandb/", "curves/"))} == FILES[name]
+    assert {file for file in found if not file.startswith(("wandb/", "curves/", "report/"))} == FILES[name]
     assert ("curves/version_0/metrics.csv" in found) == (name != "ptq")
     assert any(file.startswith("wandb/") for file in found) == (name == "qat")
 

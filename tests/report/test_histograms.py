@@ -1,61 +1,58 @@
-"""Weight histograms and the table of calibrated layers on the page."""
+"""Histograms of weights and inputs with the grid, and charts of signal to noise."""
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
+from typing import Any
 
-import pytest
-import torch
-from test_page import METRICS, Page
-from torch import nn
+from kept_run import layers
 
-from qsam2.calibration.gram import gather_inputs
-from qsam2.calibration.weights import CalibratedLayer, calibrate_weights
-from qsam2.recipe import build_recipe
 from qsam2.report.histograms import draw_histograms
-from qsam2.report.page import render
-
-NAMES = [f"image_encoder.trunk.blocks.{index}.mlp.layers.1" for index in range(8)]
-RECIPE = build_recipe({"quantize": {"weights": {"method": "minmax", "bits": 4}}}, ["calibrate.weights=frobenius"])
+from qsam2.report.layers import draw_noise, draw_worst
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[CalibratedLayer]:
-    torch.manual_seed(0)
-    layers = {name: nn.Linear(6, 4) for name in NAMES}
-
-    def run(x: torch.Tensor) -> None:
-        for layer in layers.values():
-            layer(x)
-
-    with torch.no_grad():
-        for index, layer in enumerate(layers.values()):
-            layer.weight[0, 0] = 3.0 + index  # the last has the heaviest tail
-    inputs = gather_inputs(layers, run, [(str(index), torch.randn(20, 6)) for index in range(2)], 2)
-    assert RECIPE.quantize is not None and RECIPE.calibrate.weights is not None
-    return list(calibrate_weights(layers, inputs, RECIPE.quantize, RECIPE.calibrate.weights))
+def row(name: str = "trunk", levels: tuple[int, int] = (-2, 1)) -> dict[str, Any]:
+    low, high = levels[0] - 2.0, levels[1] + 2.0
+    after = [0.0] * 19 + [0.75] + [0.0] * 19 + [0.25]
+    return {
+        "layer": name,
+        "bits": 2,
+        "levels": list(levels),
+        "reach": [low, high],
+        "before": [0.025] * 40,
+        "after": after,
+    }
 
 
-def test_the_heaviest_tails_are_drawn_with_a_description(rows: list[CalibratedLayer]) -> None:
-    svg = draw_histograms(rows)
-    root = ET.fromstring(svg)
-    assert root.get("role") == "img" and "6 layers before and after" in str(root.get("aria-label"))
-    drawn = [name for name in NAMES if f"<!-- {name.removeprefix('image_encoder.trunk.')} -->" in svg]
-    heaviest = sorted(rows, key=lambda row: -row.max_over_std[0])[:6]
-    assert set(drawn) == {row.name for row in heaviest}
-    assert ET.fromstring(draw_histograms(rows[:1])).get("role") == "img"
+def grid_lines(svg: str) -> int:
+    return len(re.findall(r'd="M ([\d.]+) [\d.]+ \s*L \1 [\d.]+ \s*" [^>]*stroke-dasharray[^>]*var\(--green', svg))
 
 
-def test_the_page_has_a_row_a_layer_with_its_figures(rows: list[CalibratedLayer]) -> None:
-    page = Page(render(METRICS, RECIPE, [], [], None, rows))
-    assert {"svg", "path"} <= page.tags and "Calibrated weights" in page.text
-    assert "Least Frobenius norm (strength is ρ); strength chosen on held-out clips" in page.text
-    table = {cells[0]: cells for cells in page.rows}
-    for row in rows:
-        before, after = row.quantized_error
-        errors = [f"{100 * before:.2f} → {100 * after:.2f}", f"{100 * row.float_error:.2f}"]
-        weights = [f"{old:.3g} → {new:.3g}" for old, new in (row.max_over_std, row.std)]
-        inputs = [f"{row.condition_number:.0e}", f"{row.rank}/6"]
-        shown = [row.name, "4", f"{row.strength:g}", *errors, *weights, *inputs]
-        assert table[row.name] == shown
-    assert "Calibrated weights" not in Page(render(METRICS, RECIPE, [], [])).text
+def test_histograms_stand_on_their_grid() -> None:
+    svg = draw_histograms([row(f"layer{index}") for index in range(3)], "weights")
+    label = str(ET.fromstring(svg).get("aria-label"))
+    assert "Histograms of the weights of 3 layers" in label and "beyond the grid: layer0 25.00%, layer1 25.00%" in label
+    assert grid_lines(svg) == 3 * 4 + 1  # and one in the legend
+    assert all(f"layer{index}, 2 bits" in svg for index in range(3))
+
+
+def test_of_many_levels_only_the_ends_are_drawn() -> None:
+    assert grid_lines(draw_histograms([row(levels=(0, 255))], "inputs")) == 2 + 1
+
+
+def test_a_figure_has_text_in_the_colour_around_it() -> None:
+    svg = draw_histograms([row("<script>")], "inputs")
+    assert "<text" in svg and "#000000" not in svg and "currentColor" in svg
+    assert "<script>" not in svg and "&lt;script&gt;" in svg
+
+
+def test_layers_are_drawn_by_their_noise() -> None:
+    rows = layers()["layers"]
+    noise, worst = draw_noise(rows), draw_worst(rows)
+    assert noise is not None and worst is not None
+    assert "2 layers: from 9.5 dB (image_encoder.mlp) to 40.0 dB, 24.8 dB in the median" in noise
+    assert "first image_encoder.mlp 9.5 dB, attention 20.0 dB, stem 35.0 dB" in worst
+    assert worst.index("image_encoder.mlp  2/-") < worst.index("attention  -/4") < worst.index("stem  8/8")
+    silent = [row for row in rows if row["name"] == "head"]
+    assert draw_noise(silent) is None and draw_worst(silent) is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import copy
+import errno
 import io
 import json
 import re
@@ -10,47 +12,22 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
+from kept_run import METRICS, QAT, W2, kept_run, metrics_of, write_run
 from PIL import Image
 
-from qsam2.layers.convert import ConvertedLayer
-from qsam2.recipe import Recipe, build_recipe
-from qsam2.report.page import render, write_report
+from qsam2.errors import UserError
+from qsam2.report.page import headline, render, write_report
+from qsam2.report.read import read_run
 from qsam2.report.table import results_table, score_line
-from qsam2.run_folder import RunFolder
 
-LAYERS = [
-    ConvertedLayer("stem", "Conv2d", 8, 8, "reads <all>"),
-    ConvertedLayer("attention", "Attention", None, 4, "bits"),
-    ConvertedLayer("head", "Linear", None, None, "the recipe's rule"),
-]
-QUANTIZED = {"quantize": {"weights": {"method": "lsc", "bits": 2}}, "train": {}, "trainer": {"max_steps": 7}}
-
-
-def block(score: float, **more: Any) -> dict[str, Any]:
-    objects = {"cat": {"1": {"J&F": score}, "2": {"J&F": score}}, "dog": {"1": {"J&F": score}}}
-    return {"J&F": score, "J": score - 1, "F": score + 1, "seconds_per_frame": 0.1234, "per_object": objects, **more}
-
-
-def versus(difference: float) -> dict[str, Any]:
-    return {
-        "versus_float": {"difference": difference, "low": difference - 1, "high": difference + 1},
-        "fidelity": 88.84,
-    }
-
-
-METRICS = {
-    "float": block(70.0),
-    "ptq": block(50.0, **versus(-20.0)),
-    "quantized": block(65.0, **versus(-5.0)),
-    "bytes": {"float32": 16_000_000, "bfloat16": 8_000_000, "packed": 2_500_000},
-    "seconds": {"train": 12.34, "score float": 1.0},
-}
-FLOAT_METRICS = {key: METRICS[key] for key in ("float", "bytes", "seconds")}
+FLOAT_METRICS = {key: METRICS[key] for key in ("float", "bytes")} | {"seconds": {"train": 12.34, "score float": 1.0}}
+VOID = {"meta", "link", "img", "source", "br", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Rows of cells, text, and all that a browser would fetch."""
+    """Rows of cells, text, headings, and all that a browser would fetch; fails on tags that do not match."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -58,64 +35,131 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.tags: set[str] = set()
         self.texts: list[str] = []
-        self._in_cell = False
+        self.headings: list[tuple[int, str]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self._open: list[str] = []
         self.feed(html)
+        self.close()
+        assert not self._open
         self.text = " ".join(" ".join(self.texts).split())
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.links += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        self.elements.append((tag, dict(attributes)))
+        self.links += [
+            value or "" for name, value in attributes if name in ("src", "srcset", "poster", "data", "action")
+        ]
         if tag == "tr":
             self.rows.append([])
-        self._in_cell = tag in ("td", "th")
-        if self._in_cell:
+        if tag in ("td", "th"):
             self.rows[-1].append("")
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append((int(tag[1]), ""))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.elements.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag: str) -> None:
-        self._in_cell = False
+        assert self._open.pop() == tag
 
     def handle_data(self, text: str) -> None:
+        if "style" in self._open:
+            return
         self.texts.append(text)
-        if self._in_cell:
-            self.rows[-1][-1] += text
+        if {"td", "th"} & set(self._open):
+            self.rows[-1][-1] += (" " if "small" in self._open else "") + text
+        if self._open and re.fullmatch("h[1-6]", self._open[-1]):
+            self.headings[-1] = (self.headings[-1][0], self.headings[-1][1] + text)
 
 
-def picture(colour: str = "red") -> Image.Image:
-    return Image.new("RGB", (40, 30), colour)
+@pytest.fixture(scope="module")
+def run_html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return render(kept_run(tmp_path_factory.mktemp("runs") / "qat"))
 
 
-def page_of(recipe: Recipe, metrics: dict[str, Any], layers: list[ConvertedLayer], *pictures: Image.Image) -> Page:
-    return Page(render(metrics, recipe, layers, pictures))
-
-
-def test_a_quantized_run_shows_all_three_models() -> None:
-    page = page_of(build_recipe(QUANTIZED), METRICS, LAYERS, picture())
-    assert ["float", "70.0", "69.0", "71.0", "", "", "0.123"] in page.rows
-    assert ["ptq", "50.0", "49.0", "51.0", "-20.0 (-21.0 to -19.0)", "88.8", "0.123"] in page.rows
-    assert ["quantized", "65.0", "64.0", "66.0", "-5.0 (-6.0 to -4.0)", "88.8", "0.123"] in page.rows
-    assert ["packed", "2.50", "6.4×"] in page.rows
-    assert ["train", "12.3"] in page.rows
-    assert ["attention", "Attention", "-", "4", "bits"] in page.rows
+def test_the_headline_has_all_models_with_their_differences(run_html: str) -> None:
+    page = Page(run_html)
+    rows = {row[0]: row for row in page.rows[1:4]}
+    assert [row[0] for row in page.rows[:4]] == ["model", "float", "ptq", "quantized"]
+    assert rows["float"] == ["float", "70.0", "69.0", "71.0", "", "16.00", "0.123"]
+    ptq, quantized = rows["ptq"], rows["quantized"]
+    assert ptq[1] == "50.0 -20.0 (-20.5 to -19.5)" and ptq[4:6] == ["88.8", "2.50 -13.50 (6.4× smaller)"]
+    assert quantized[1].startswith("65.0 -5.0 (") and quantized[2].startswith("64.0 -5.0 (")
     assert "weights at 2 bits (lsc), activations in float, trained for 7 steps" in page.text
-    assert "on 2 videos with 3 objects of moving_objects, in percent. Differences are to the float model" in page.text
+    assert "on 2 videos with 3 objects of moving_objects, in percent." in page.text
+    assert ["packed", "2.50", "6.4×"] in page.rows and ["train", "12.3"] in page.rows
     assert "max_steps: 7" in page.text
 
 
-def test_a_calibrated_run_and_a_float_run() -> None:
-    calibrated = page_of(build_recipe({"quantize": QUANTIZED["quantize"]}), METRICS, LAYERS)
+def test_differences_of_seconds_and_bytes() -> None:
+    metrics = copy.deepcopy(METRICS)
+    metrics["quantized"]["seconds_per_frame"] = 0.2234
+    row = headline(metrics)[2]
+    assert row["seconds"] == (0.2234, pytest.approx(0.1))
+    assert row["MB"] == (2.5, pytest.approx(-13.5)) and row["smaller"] == pytest.approx(6.4)
+    del metrics["bytes"]
+    metrics["float"]["seconds_per_frame"] = None
+    row = headline(metrics)[2]
+    assert not row["MB"][0] and not row["smaller"] and row["seconds"][0] == 0.2234 and not row["seconds"][1]
+
+
+def test_the_layers_stand_by_their_noise(run_html: str) -> None:
+    page = Page(run_html)
+    names = [row[0] for row in page.rows]
+    assert names.index("image_encoder.mlp") < names.index("stem") < names.index("attention")
+    assert ["image_encoder.mlp", "Linear", "2", "-", "9.5", "12.50", "-", "-", "bits"] in page.rows
+    assert ["attention", "Attention", "-", "4", "-", "-", "20.0", "0.00", "bits"] in page.rows
+    labels = " ".join(str(attributes.get("aria-label")) for tag, attributes in page.elements if tag == "svg")
+    assert "Signal to noise of the weights of 2 layers: from 9.5 dB (image_encoder.mlp) to 40.0 dB" in labels
+    assert "The 3 noisiest layers" in labels
+
+
+def test_sections_of_a_run_that_has_everything(run_html: str) -> None:
+    page = Page(run_html)
+    assert [text for _, text in page.headings] == [
+        "qat", "Scores", "Where the loss is", "Weights and inputs on their grids", "Training", "Tracked clips",
+        "Memory over time", "Worst frames", "Size and time", "Recipe",
+    ]  # fmt: skip
+    labels = [attributes["aria-label"] or "" for tag, attributes in page.elements if tag == "svg"]
+    assert len(labels) == len(set(labels)) == 7
+    assert any("1 of weights end at 7.00 times their start" in label for label in labels)
+    assert any("13 of 17 frames of keys were read" in label for label in labels)
+    assert page.text.count("to float J") == 10 and "squares, frame 1: ptq to float J" in page.text
+
+
+def test_a_calibrated_run_and_a_float_run(tmp_path: Path) -> None:
+    calibrated = Page(render(kept_run(tmp_path / "ptq", W2)))
     assert "activations in float, calibrated only; qsam2" in calibrated.text
-    trained = page_of(build_recipe({"train": {}}), FLOAT_METRICS, [])
+    trained = Page(render(kept_run(tmp_path / "float", {"train": {}}, FLOAT_METRICS)))
     assert "SAM 2.1 nano, trained for 2000 steps" in trained.text
     assert [row[0] for row in trained.rows] == ["model", "float", "format", "float32", "bfloat16", "packed", "stage",
                                                 "train", "score float"]  # fmt: skip
-    for absent in ("Layers", "Tracked frames", "Differences", "ptq"):
+    for absent in ("Where the loss is", "Memory over time", "difference to the float", "ptq", "not finished"):
         assert absent not in trained.text.replace("ptq_", "")
-    assert "SAM 2.1 nano, not trained" in page_of(build_recipe({}), FLOAT_METRICS, []).text
+    assert "frame, truth, float, and their difference" in trained.text
+    assert "SAM 2.1 nano, not trained" in Page(render(kept_run(tmp_path / "as_is", {}, FLOAT_METRICS))).text
 
 
-def test_what_calibration_and_reconstruction_fitted() -> None:
+def test_sensitivity_of_the_run_is_shown(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    rows = [{"group": group, "part": part, "bits": 2, "loss": loss, "J&F": {"difference": -1.0}}
+            for group, part, loss in (("neck", "weights", 1.5), ("trunk", "weights", 9.0), ("neck", "activations", 3.0))]  # fmt: skip
+    (path / "sensitivity.json").write_text(json.dumps({"groups": rows}))
+    page = render(read_run(path))
+    assert "Fidelity lost by quantizing each of 2 groups alone, at worst; most by trunk 9.0, neck 3.0" in page
+    (path / "sensitivity.json").write_text(json.dumps({"groups": []}))
+    assert "Fidelity lost" not in render(read_run(path))
+
+
+def test_what_calibration_and_reconstruction_fitted(tmp_path: Path) -> None:
     norm = {"readers": ["qkv", "proj"], "range_over_mean": [8.04, 2.0]}
+    calibrated = {"bits": 4, "strength": 0.1, "inputs": 6, "rank": 5, "condition_number": 1234.0, "std": [0.5, 0.25],
+                  "max_over_std": [9.0, 4.5], "float_error": 0.001, "quantized_error": [0.02, 0.01]}  # fmt: skip
     fitted = {
+        "calibrated_weights": {"method": "frobenius", "layers": {"fc1": calibrated}},
         "smoothed": {
             "norm1": {**norm, "alpha": 0.5, "error": [0.02, 0.01]},
             "norm2": {**norm, "alpha": None, "error": None},
@@ -129,55 +173,194 @@ def test_what_calibration_and_reconstruction_fitted() -> None:
             ],
         },
     }  # fmt: skip
-    page = page_of(build_recipe(QUANTIZED), {**METRICS, **fitted}, LAYERS)
+    page = Page(render(kept_run(tmp_path / "fitted", QAT, {**METRICS, **fitted})))
+    assert "Least Frobenius norm (strength is ρ); strength chosen on held-out clips" in page.text
+    assert ["fc1", "4", "0.1", "2.00 → 1.00", "0.10", "9 → 4.5", "0.5 → 0.25", "1e+03", "5/6"] in page.rows
     assert ["norm1", "qkv, proj", "0.5", "8.0 → 2.0", "2.00 → 1.00"] in page.rows
     assert ["norm2", "qkv, proj", "not smoothed", "8.0 → 2.0", ""] in page.rows
     assert ["qkv", "4", "3.00 → 0.12"] in page.rows
     assert "2 of 3 blocks, stopped early: the rest is as calibration made it." in page.text
     assert ["blocks.0", "10.00 → 5.00", "12.5 %", "fitted"] in page.rows
     assert ["blocks.1", "10.00 → 10.00", "0.0 %", "nearest"] in page.rows
-    without = page_of(build_recipe(QUANTIZED), METRICS, LAYERS).text
-    for absent in ("Smoothed LayerNorms", "Rounded weights", "Reconstructed blocks"):
-        assert absent not in without
 
 
-def test_the_page_needs_nothing_but_itself() -> None:
-    html = render(METRICS, build_recipe(QUANTIZED), LAYERS, [picture(), picture("blue")])
-    page = Page(html)
-    assert page.tags.isdisjoint({"script", "link", "iframe", "object", "base"})
-    assert len(page.links) == 2 and all(link.startswith("data:image/jpeg;base64,") for link in page.links)
-    assert not re.search(r"https?:|//|url\(|@import", re.sub(r"data:[^\"]*", "", html))
-    for link, colour in zip(page.links, ((254, 0, 0), (0, 0, 254)), strict=True):
-        with Image.open(io.BytesIO(base64.b64decode(link.split(",")[1]))) as shown:
-            assert shown.size == (40, 30) and shown.getpixel((5, 5)) == colour
+def test_nothing_is_said_of_what_was_not_fitted(run_html: str) -> None:
+    for absent in ("What was fitted", "Calibrated weights", "Smoothed LayerNorms", "Rounded weights", "Reconstructed"):
+        assert absent not in Page(run_html).text
 
 
-def test_names_are_escaped() -> None:
-    recipe = build_recipe({**QUANTIZED, "data": {"val": "davis:<script>alert('x')</script>&amp;:val"}})
-    html = render({**METRICS, "seconds": {"<b>": 1.0}}, recipe, LAYERS, [])
+def test_the_page_needs_nothing_but_itself(run_html: str) -> None:
+    page = Page(run_html)
+    assert page.tags.isdisjoint({"script", "iframe", "object", "base"})
+    assert all(link.startswith(("data:image/jpeg;base64,", "data:video/mp4;base64,")) for link in page.links)
+    rest = re.sub(r'data:[^"]*|xmlns(:\w+)?="[^"]*"|<!DOCTYPE svg[^>]*>', "", run_html)
+    assert not re.search(r"https?:|//|url\((?!#)|@import", rest)
+
+
+def test_pictures_and_film_can_be_read(run_html: str) -> None:
+    page = Page(run_html)
+    films = [link for link in page.links if link.startswith("data:video/mp4")]
+    assert len(films) == 1
+    with av.open(io.BytesIO(base64.b64decode(films[0].split(",")[1]))) as film:
+        stream = film.streams.video[0]
+        frames = list(film.decode(stream))
+        assert len(frames) == 8 and stream.codec_context.name == "h264" and frames[0].format.name == "yuv420p"
+    pictures = [link for link in page.links if link.startswith("data:image/jpeg")]
+    assert len(pictures) == 7  # poster, the picture for browsers that play nothing, five worst frames
+    for link in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(link.split(",")[1]))) as picture:
+            assert picture.size == (frames[0].width, frames[0].height)
+
+
+def test_the_page_can_be_read_by_all(run_html: str) -> None:
+    page = Page(run_html)
+    levels = [level for level, _ in page.headings]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(new <= old + 1 for old, new in zip(levels, levels[1:], strict=False))
+    assert {"header", "main", "section", "figure", "figcaption", "caption"} <= page.tags
+    by_tag: dict[str, list[dict[str, str | None]]] = {}
+    for tag, attributes in page.elements:
+        by_tag.setdefault(tag, []).append(attributes)
+    assert all(cell.get("scope") in ("row", "col") for cell in by_tag["th"])
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in by_tag["svg"])
+    assert all(picture["alt"] for picture in by_tag["img"])
+    assert all("controls" in video and "autoplay" not in video and video["aria-label"] for video in by_tag["video"])
+    scrolled = [each for each in by_tag["div"] if each.get("class") == "wide"]
+    assert scrolled and all(each["tabindex"] == "0" and each["aria-label"] for each in scrolled)
+    ids = [attributes["id"] for _, attributes in page.elements if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    targets = {attributes["aria-labelledby"] for _, attributes in page.elements if attributes.get("aria-labelledby")}
+    assert targets <= set(ids)
+    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', run_html))
+    assert {first or second for first, second in used} <= set(ids)
+
+
+def test_colours_are_told_apart_on_both_grounds(run_html: str) -> None:
+    """Text has a contrast of 4.5 to 1 at least, lines of 3 to 1 (WCAG 2.2, 1.4.3 and 1.4.11)."""
+    schemes = re.findall(r":root \{([^}]*)\}", run_html)
+    assert len(schemes) == 3  # light, dark, print
+    for scheme in schemes:
+        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", scheme))
+        for name, colour in colours.items():
+            if name not in ("page", "line"):
+                least = 4.5 if name in ("text", "quiet") else 3.0
+                assert contrast(colour, colours["page"]) >= least, (name, colour, colours["page"])
+
+
+def contrast(first: str, second: str) -> float:
+    lights = sorted((luminance(colour) for colour in (first, second)), reverse=True)
+    return (lights[0] + 0.05) / (lights[1] + 0.05)
+
+
+def luminance(colour: str) -> float:
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    values = {**QAT, "data": {"val": "davis:<script>alert('x')</script>&amp;:val"}}
+    html = render(kept_run(tmp_path / "run", values, {**METRICS, "seconds": {**METRICS["seconds"], "<b>": 1.0}}))
     page = Page(html)
     assert page.tags.isdisjoint({"script", "b", "all"})
     assert "davis:<script>alert('x')</script>&amp;:val" in page.text
-    assert ["stem", "Conv2d", "8", "8", "reads <all>"] in page.rows and ["<b>", "1.0"] in page.rows
+    assert ["stem", "Conv2d", "8", "8", "40.0", "0.00", "35.0", "1.00", "reads <all>"] in page.rows
+    assert ["<b>", "1.0"] in page.rows
 
 
-def test_it_is_written_into_the_run_folder(tmp_path: Path) -> None:
-    recipe = build_recipe({**QUANTIZED, "name": "mine", "output": str(tmp_path / "run")})
-    folder = RunFolder(recipe)
-    folder.metrics = json.loads(json.dumps(METRICS))
-    assert not folder.finished
-    write_report(folder, recipe, LAYERS, [picture()])
-    assert folder.finished and "<title>mine - qsam2</title>" in (tmp_path / "run/report.html").read_text()
+def test_an_unfinished_run_says_what_is_to_come(tmp_path: Path) -> None:
+    metrics = metrics_of(float=70.0, ptq=50.0)
+    del metrics["bytes"], metrics["seconds"]["train"], metrics["seconds"]["score quantized"]
+    path = write_run(tmp_path / "run", QAT, metrics)
+    page = Page(render(read_run(path)))
+    assert "not finished: train, score quantized are to come" in page.text
+    assert [row[0] for row in page.rows[:3]] == ["model", "float", "ptq"]
+    metrics["seconds"] |= {"train": 1.0, "score quantized": 1.0}
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    assert "not finished: writing the model is to come" in Page(render(read_run(path))).text
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    write_run(path, {**QAT, "calibrate": {"weights": "frobenius"}}, None)
+    for file in [*(path / "report").iterdir(), *path.glob("curves/*/*")]:
+        file.unlink()
+    page = Page(render(read_run(path)))
+    stages = "calibrate weights, convert, score float, calibrate, score ptq, train, score quantized"
+    assert f"not finished: {stages} are to come" in page.text
+    assert "No model has been scored yet." in page.text and "They are drawn when all models are scored." in page.text
+
+
+def test_a_run_of_an_older_version_kept_less(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", W2)
+    for file in (path / "report").iterdir():
+        file.unlink()
+    text = Page(render(read_run(path))).text
+    assert "kept no figures of its layers" in text and "kept no clips" in text and "not finished" not in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: (path / "recipe.yaml").unlink(), "is no run folder, it holds no recipe.yaml: give the `output`"),
+        (
+            lambda path: (path / "recipe.yaml").write_text("name: run\nnew_key: 1\n"),
+            "holds a run of another version (unknown recipe key 'new_key'",
+        ),
+        (lambda path: (path / "metrics.json").write_text('{"seconds": {'), "metrics.json is damaged ("),
+        (lambda path: (path / "metrics.json").write_text("[1]"), "metrics.json holds no metrics of a run"),
+        (lambda path: (path / "report" / "layers.json").write_text("{"), "layers.json is damaged ("),
+        (lambda path: (path / "report" / "clips.json").write_bytes(b"\xff\xfe"), "clips.json is damaged ("),
+        (lambda path: next(path.glob("curves/*/*")).write_text("step,loss\n1,x\n"), "metrics.csv is damaged ("),
+    ],
+)
+def test_a_folder_that_cannot_be_used(tmp_path: Path, spoil: Any, says: str) -> None:
+    path = write_run(tmp_path / "run")
+    spoil(path)
+    with pytest.raises(UserError) as error:
+        render(read_run(path))
+    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent does not exist or is no folder: give run folders, as runs/demo"):
+        read_run(tmp_path / "absent")
+
+
+def test_it_is_written_into_the_run_folder_and_again(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "mine")
+    write_report(path)
+    first = (path / "report.html").read_text(encoding="utf-8")
+    assert "<title>mine - qsam2</title>" in first
+    write_report(path)
+    assert (path / "report.html").read_text(encoding="utf-8") == first
+
+
+def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_run(tmp_path / "run")
+    (path / "report.html").write_text("old")
+
+    def full(file: Path, data: bytes) -> int:
+        file.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"report.html could not be written: No space left on device; make room"):
+        write_report(path)
+    assert (path / "report.html").read_text() == "old" and not list(path.glob("*.tmp"))
 
 
 def test_table_on_the_terminal() -> None:
-    lines = results_table(METRICS).splitlines()
+    metrics = copy.deepcopy(METRICS)
+    versus = metrics["quantized"]["versus_float"] = {"difference": -5.0, "low": -6.0, "high": -4.0}
+    lines = results_table(metrics).splitlines()
     assert [line.split()[:4] for line in lines[1:4]] == [
         ["float", "70.0", "69.0", "71.0"],
         ["ptq", "50.0", "49.0", "51.0"],
         ["quantized", "65.0", "64.0", "66.0"],
     ]
-    assert lines[3].endswith("-5.0 (-6.0 to -4.0)      88.8")
+    assert versus and lines[3].endswith("-5.0 (-6.0 to -4.0)      88.8")
     assert len({len(line.rstrip()) for line in (lines[0], lines[2], lines[3])}) == 1  # columns end together
     assert lines[4] == "float32 16.00 MB  bfloat16 8.00 MB  packed 2.50 MB"
     assert len(results_table(FLOAT_METRICS).splitlines()) == 3

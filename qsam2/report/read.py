@@ -1,0 +1,111 @@
+"""A run folder as its report reads it: no model is run, nothing is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qsam2.errors import UserError
+from qsam2.recipe import Recipe, load_recipe
+from qsam2.report.curves import Curve, read_curves
+from qsam2.report.kept import CLIPS, FOLDER, LAYERS, MEMORY, kept, read_json
+from qsam2.tasks.trainer import CURVES
+
+MODELS = ("float", "ptq", "quantized")
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """What a run folder holds of a run; `layers`, `clips`, `memory` are None where the run kept none.
+
+    `clips` of several runs are not needed to compare them: all files are read when asked for.
+    """
+
+    path: Path
+    recipe: Recipe
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @cached_property
+    def layers(self) -> dict[str, Any] | None:
+        """See `measure_layers`."""
+        return kept(self.path, LAYERS)
+
+    @cached_property
+    def clips(self) -> dict[str, Any] | None:
+        """See `keep_clips`."""
+        return kept(self.path, CLIPS)
+
+    @cached_property
+    def memory(self) -> dict[str, Any] | None:
+        """See `memory_use`."""
+        return kept(self.path, MEMORY)
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        """What training logged, by name."""
+        return read_curves(self.path / CURVES)
+
+    def media(self, name: str) -> bytes | None:
+        """A picture or video that the run kept."""
+        file = self.path / FOLDER / name
+        return file.read_bytes() if file.is_file() else None
+
+    @property
+    def missing_stages(self) -> list[str]:
+        """Stages of the recipe that are to come; none of a finished run."""
+        done = self.metrics.get("seconds", {})
+        left = [stage for stage in _stages(self.recipe) if stage not in done]
+        if not left and "bytes" not in self.metrics:
+            left = ["writing the model"]
+        return left
+
+    @property
+    def final(self) -> dict[str, Any] | None:
+        """The score block of the model that the run ships."""
+        return self.metrics.get("float" if self.recipe.quantize is None else "quantized")
+
+
+def read_run(path: Path) -> KeptRun:
+    """A run folder, finished or not.
+
+    Raises:
+        UserError: no run folder, one of another version, or a damaged file in it.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist or is no folder: give run folders, as runs/demo")
+    if not (path / "recipe.yaml").is_file():
+        raise UserError(f"{path} is no run folder, it holds no recipe.yaml: give the `output` of a run, as runs/demo")
+    try:
+        recipe = load_recipe(path / "recipe.yaml")
+    except UserError as error:
+        raise UserError(f"{path} holds a run of another version ({error}): carry it out anew to report it") from error
+    metrics = read_json(path / "metrics.json") or {}
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("seconds", {}), dict):
+        raise UserError(f"{path / 'metrics.json'} holds no metrics of a run: copy it again, or carry out the run anew")
+    return KeptRun(path, recipe, metrics)
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    """The stages whose seconds a finished run has recorded, in their order."""
+    calibrate = recipe.calibrate
+    if recipe.quantize is None:
+        return [*(["train"] if recipe.train else []), "score float"]
+    return [
+        *(["allocate bits"] if recipe.quantize.allocate else []),
+        *(["calibrate weights"] if calibrate.weights else []),
+        *(["smooth"] if calibrate.smooth else []),
+        "convert",
+        "score float",
+        "calibrate",
+        *(["round weights"] if calibrate.rounding else []),
+        *(["reconstruct"] if recipe.reconstruct else []),
+        *(["score ptq"] if recipe.train is None or recipe.evaluate.after_calibration else []),
+        *(["train", "score quantized"] if recipe.train else []),
+    ]

@@ -1,0 +1,156 @@
+"""Several runs on one page, and `qsam2 report` on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kept_run import METRICS, QAT, W2, kept_run, metrics_of, write_run
+from test_page import Page
+
+from qsam2.cli import main
+from qsam2.errors import UserError
+from qsam2.report.compare import recipe_differences, render_comparison, unique_names
+from qsam2.report.pareto import Point, draw_pareto, pareto_front
+from qsam2.report.read import KeptRun
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[KeptRun]:
+    folder = tmp_path_factory.mktemp("runs")
+    ptq = metrics_of(float=70.0, ptq=50.0, quantized=50.0)
+    ptq["bytes"]["packed"] = 2_000_000
+    return [kept_run(folder / "qat", QAT), kept_run(folder / "ptq", W2, ptq)]
+
+
+def test_the_table_has_a_row_a_run(runs: list[KeptRun]) -> None:
+    page = Page(render_comparison(runs))
+    qat, ptq = page.rows[1:3]
+    assert (
+        qat[:5] == ["qat", "nano", "at 2 bits (lsc)", "in float", "7"]
+        and qat[6] == "70.0"
+        and qat[9:11] == ["88.8", "2.50 6.4× smaller"]
+    )
+    assert ptq[:5] == ["ptq", "nano", "at 2 bits (lsc)", "in float", "-"] and ptq[5].startswith("50.0 -20.0 (")
+    assert ptq[10] == "2.00 8.0× smaller"
+    assert [text for _, text in page.headings] == [
+        "2 runs compared", "Scores", "Accuracy against cost", "Training", "What the recipes differ in",
+    ]  # fmt: skip
+    assert page.tags.isdisjoint({"script", "iframe"})
+
+
+def test_the_front_is_drawn_over_bytes_and_time(runs: list[KeptRun]) -> None:
+    page = Page(render_comparison(runs))
+    labels = [str(attributes["aria-label"]) for tag, attributes in page.elements if tag == "svg"]
+    front = "J&F against MB of 3 models; Pareto front: ptq 50.0 at 2, qat 65.0 at 2.5, float nano 70.0 at 16"
+    assert labels[0] == front
+    assert labels[1].endswith("Pareto front: float nano 70.0 at 0.123")
+
+
+def test_only_keys_that_differ_are_listed(runs: list[KeptRun]) -> None:
+    differences = recipe_differences({run.name: run for run in runs})
+    assert differences["memory.sharing"] == ["adaptive", "none"]
+    assert differences["trainer.max_steps"] == [7, 2000]
+    assert not {"name", "output", "seed", "quantize.weights.bits"} & differences.keys()
+    assert ["memory.sharing", "adaptive", "none"] in Page(render_comparison(runs)).rows
+    assert "In nothing: the recipes are the same" in render_comparison([runs[0], twin(runs[0])])
+
+
+def twin(run: KeptRun) -> KeptRun:
+    return KeptRun(run.path.parent / "twin", run.recipe, run.metrics)
+
+
+def test_runs_that_were_scored_on_other_data(tmp_path: Path, runs: list[KeptRun]) -> None:
+    assert "cannot be compared" not in render_comparison(runs)
+    other = kept_run(tmp_path / "other", {**W2, "evaluate": {"frames": 5}})
+    text = Page(render_comparison([runs[0], other])).text
+    assert "cannot be compared: qat: moving_objects" in text and "all videos, 5 frames" in text
+
+
+def test_an_unfinished_run_among_others(tmp_path: Path, runs: list[KeptRun]) -> None:
+    begun = kept_run(tmp_path / "begun", W2, None)
+    page = Page(render_comparison([*runs, begun]))
+    assert "begun is not finished: convert, score float, calibrate, score ptq are to come" in page.text
+    assert page.rows[3][0] == "begun" and page.rows[3][-1] == "not scored yet"
+    with pytest.raises(UserError, match="begun, begun2: none of these runs has scores yet; finish one"):
+        render_comparison([begun, kept_run(tmp_path / "begun2", W2, None)])
+
+
+def test_names_of_runs(tmp_path: Path) -> None:
+    first, second = kept_run(tmp_path / "a" / "run", W2), kept_run(tmp_path / "b" / "run", W2)
+    assert list(unique_names([first, second])) == [str(first.path), str(second.path)]
+    with pytest.raises(UserError, match="run is given twice: give different runs"):
+        unique_names([first, first])
+
+
+POINTS = st.lists(st.builds(Point, st.just("p"), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8)
+
+
+@given(POINTS)
+def test_the_front_holds_what_no_other_beats(points: list[Point]) -> None:
+    front = pareto_front(points)
+
+    def beaten(point: Point) -> bool:
+        return any(
+            other.cost <= point.cost and other.score >= point.score and (other.cost, other.score) != (point.cost, point.score)
+            for other in points
+        )  # fmt: skip
+
+    assert {(point.cost, point.score) for point in front} == {(p.cost, p.score) for p in points if not beaten(p)}
+    assert [point.cost for point in front] == sorted({point.cost for point in front})
+
+
+def test_a_single_point_is_drawn() -> None:
+    assert "of 1 models; Pareto front: a 50.0 at 1" in draw_pareto([Point("a", 1.0, 50.0)], "MB")
+
+
+def test_report_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run(tmp_path / "run")
+    assert main(["report", str(path)]) == 0
+    assert capsys.readouterr().out.strip() == str(path / "report.html") and (path / "report.html").is_file()
+    assert main(["report", str(path), "--out", str(tmp_path / "new" / "page.html")]) == 0
+    assert (tmp_path / "new" / "page.html").read_bytes() == (path / "report.html").read_bytes()
+
+
+def test_report_of_an_unfinished_run_does_not_mark_it_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(tmp_path / "run", QAT, {"seconds": {"convert": 1.0}})
+    assert main(["report", str(path)]) == 0
+    assert (path / "unfinished.html").is_file() and not (path / "report.html").exists()
+    assert main(["report", str(path), "--out", str(path / "report.html")]) == 2
+    assert "the run is not finished, and this file says that it is; give another path" in capsys.readouterr().err
+    assert not (path / "report.html").exists()
+
+
+def test_report_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [str(write_run(tmp_path / name, W2, METRICS)) for name in ("a", "b")]
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *paths]) == 0
+    assert "<title>2 runs - qsam2</title>" in Path("comparison.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["absent"], "absent does not exist or is no folder: give run folders"),
+        (["run", "absent"], "absent does not exist or is no folder"),
+        (["run", "run"], "run is given twice"),
+        (["."], "is no run folder, it holds no recipe.yaml"),
+        (["run", "--out", "run"], "--out run: is a folder; give the path of a file"),
+        (["run", "--out", "file/page.html"], "could not be written"),
+        (["run", "seed=1"], "seed=1 does nothing here: a report shows a run as it was"),
+        ([], "the following arguments are required: RUN"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    write_run(tmp_path / "run", W2)
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *arguments]) == 2
+    said = capsys.readouterr().err.strip()
+    assert says in said and said.startswith("error: ") and "\n" not in said
