@@ -24,12 +24,12 @@ W4A4 = {
     "weights": {"method": "lsc", "bits": 4, "range": "minmax"},
     "activations": {"method": "lsc", "bits": 4, "range": "minmax"},
 }
-TRAIN = {
+TRAIN_FLOAT = {
     "lr": 1.0e-4,
     "image_encoder_lr": 1.0e-4,
     "prompts": {"conditioning_frames": 1, "correction_frames": 1, "correction_clicks": 1},
-    "distill": {"mask_logits": 1.0, "image_embeddings": 1.0},
 }
+TRAIN = {**TRAIN_FLOAT, "distill": {"mask_logits": 1.0, "image_embeddings": 1.0}}
 FLOAT = {
     "model": {"image_size": 64},
     "data": {

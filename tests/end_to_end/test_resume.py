@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from safetensors.torch import load_file
-from small_runs import TIMEOUT_S, TRAIN, W4A4, finish, read_checkpoint, small, start, without_seconds
+from small_runs import TIMEOUT_S, TRAIN, TRAIN_FLOAT, W4A4, finish, read_checkpoint, small, start, without_seconds
 
 from qsam2 import pipeline
 from qsam2.pipeline import run
@@ -22,7 +22,7 @@ from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
 
 STEPS = 4
-CLICKS = merge(TRAIN, {"prompts": {"point": 0.6, "box": 0.4}, "freeze_statistics_at": 0.6})  # drawn at random
+CLICKS = {"prompts": {"point": 0.6, "box": 0.4}, "freeze_statistics_at": 0.6}  # drawn at random
 
 
 class Killed(Exception):
@@ -52,7 +52,7 @@ def assert_same_results(run_folder: Path, expected_folder: Path) -> None:
 
 
 def test_sigkill_in_mid_training(checkpoint: Path, tmp_path: Path) -> None:
-    settings = {"quantize": W4A4, "train": CLICKS, "trainer": {"max_steps": STEPS, "checkpoint_every": 1}}
+    settings = {"quantize": W4A4, "train": merge(TRAIN, CLICKS), "trainer": {"max_steps": STEPS, "checkpoint_every": 1}}
     killed, whole = tmp_path / "killed" / "run", tmp_path / "whole" / "run"
     process = start(small(checkpoint, killed, **settings), killed.parent)
     uninterrupted = start(small(checkpoint, whole, **settings), whole.parent)
@@ -93,7 +93,7 @@ def test_kill_with(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = merge({"train": CLICKS}, settings)
+    settings = merge({"train": merge(TRAIN_FLOAT, CLICKS)}, settings)
     run(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
     values = small(checkpoint, tmp_path / "killed", **settings)
     kill_at(kill_after, monkeypatch)
@@ -120,7 +120,7 @@ def test_averages_survive_a_kill_at_the_end_of_training(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The last step's checkpoint is written before the averages become the weights
-    settings = {"train": {**TRAIN, "ema": 0.5}, "trainer": {"max_steps": 2, "checkpoint_every": 1}}
+    settings = {"train": {**TRAIN_FLOAT, "ema": 0.5}, "trainer": {"max_steps": 2, "checkpoint_every": 1}}
     run(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
     values = small(checkpoint, tmp_path / "killed", **settings)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from small_runs import TRAIN, W4A4, small, without_seconds
+from small_runs import TRAIN, TRAIN_FLOAT, W4A4, small, without_seconds
 from wandb_file import read_run
 
 from qsam2.errors import UserError
@@ -22,7 +22,7 @@ from qsam2.recipe.load import merge
 SETTINGS: dict[str, dict[str, Any]] = {
     "qat": {"quantize": W4A4, "train": TRAIN, "log": {"wandb": "offline", "group": "tests"}},
     "ptq": {"quantize": W4A4},
-    "float": {"train": TRAIN, "trainer": {"max_steps": 1}},
+    "float": {"train": TRAIN_FLOAT, "trainer": {"max_steps": 1}},
 }
 ALWAYS = {"recipe.yaml", "metrics.json", "model.safetensors", "report.html"}
 FILES = {

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import TRAIN, W4A4, finish, read_checkpoint, small, start, state, without_seconds
+from small_runs import TRAIN, TRAIN_FLOAT, W4A4, finish, read_checkpoint, small, start, state, without_seconds
 
 from qsam2.recipe.load import merge
 
 TOLERANCE = 1e-5
-MASKS_ONLY = merge(TRAIN, {"prompts": {"point": 0.0, "box": 0.0}})  # clicks are drawn a rank
+MASKS_ONLY = {"prompts": {"point": 0.0, "box": 0.0}}  # clicks are drawn a rank
 
 Pair = dict[int, Path]
 """Run folders by number of processes."""
@@ -41,13 +41,13 @@ def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 def quantized(pair: Callable[..., Pair]) -> Pair:
     """One step: after it the last bit of a sum flips roundings, and two W4A4 runs part."""
     data = {"val": "moving_objects:3:val", "max_objects": 3}  # the two clips show one object and three
-    return pair(quantize=W4A4, train=MASKS_ONLY, trainer={"max_steps": 1}, data=data)
+    return pair(quantize=W4A4, train=merge(TRAIN, MASKS_ONLY), trainer={"max_steps": 1}, data=data)
 
 
 @pytest.fixture(scope="module")
 def fewer_videos(pair: Callable[..., Pair]) -> Pair:
     """A float run of three steps, with one video for two processes."""
-    return pair(train=MASKS_ONLY, trainer={"max_steps": 3}, data={"max_objects": 3})
+    return pair(train=merge(TRAIN_FLOAT, MASKS_ONLY), trainer={"max_steps": 3}, data={"max_objects": 3})
 
 
 def metrics(run: Path) -> dict[str, Any]:
