@@ -11,7 +11,16 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["evaluate"], ["table"], ["benchmark"], ["benchmark", "quantizers"], ["benchmark", "memory"]],
+    [
+        [],
+        ["train"],
+        ["evaluate"],
+        ["predict"],
+        ["table"],
+        ["benchmark"],
+        ["benchmark", "quantizers"],
+        ["benchmark", "memory"],
+    ],
 )
 def test_help_stands_in_the_command_line_page(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "100")
