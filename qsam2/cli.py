@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -11,12 +12,14 @@ from qsam2 import __version__
 from qsam2.commands.benchmark import add_benchmark
 from qsam2.commands.evaluate import add_evaluate
 from qsam2.commands.predict import add_predict
-from qsam2.commands.sweep import add_sweep
 from qsam2.commands.report import add_report
 from qsam2.commands.sensitivity import add_sensitivity
+from qsam2.commands.sweep import add_sweep
 from qsam2.commands.table import add_table
 from qsam2.commands.train import add_train
 from qsam2.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.run(given)
     except UserError as error:
         message, status = f"error: {error}", 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        message, status = f"error: no room on the disk{where}: make some and give the same command again", 2
     except KeyboardInterrupt:
         message, status = "stopped; the same command goes on from the last checkpoint", 130
     if message:  # only here have the frames that were left let go of their progress bars, which end their line then

@@ -422,7 +422,7 @@ def write_results(
     if recipe.memory.sharing != "none":
         place(model, recipe, folder)
         keep(folder.path, MEMORY, memory_use(model, videos[0], recipe.evaluate))
-    log_results(loggers, folder.metrics, layers, pictures)
+    log_results(loggers, folder.metrics, pictures)
     write_report(folder.path)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from qsam2.errors import UserError
@@ -93,6 +94,31 @@ class RunFolder:
 def is_first_rank() -> bool:
     """Whether this process is rank 0 of a distributed run, or the only one."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is at work in a run folder, as one that outlived a killed sweep; keep others out.
+
+    Ranks other than the first follow it.
+    """
+    if not is_first_rank():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another process is at work in %s: waiting for it", folder)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; make room or give output=PATH") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(file: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from qsam2.commands.common import Commands, quiet_logs, texts
@@ -27,13 +28,20 @@ def add_train(commands: Commands) -> None:
 def _train(given: argparse.Namespace) -> None:
     from qsam2.recipe import load_recipe
 
-    recipe = load_recipe(given.recipe, given.overrides)
+    recipe = load_recipe(given.recipe, [*_agents_overrides(), *given.overrides])
     quiet_logs()
     from qsam2.pipeline import run  # imports torch: a mistake in the recipe should not wait for it
     from qsam2.report.table import results_table
-    from qsam2.run_folder import is_first_rank
+    from qsam2.run_folder import alone_in, is_first_rank
 
-    metrics = run(recipe)
+    with alone_in(recipe.run_folder):
+        metrics = run(recipe)
     if is_first_rank():
         print(results_table(metrics))
         print(recipe.run_folder / "report.html")
+
+
+def _agents_overrides() -> list[str]:
+    """As a run of an agent of Weights & Biases: a folder of its own."""
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    return [f"output=runs/sweeps/{sweep}/{run}"] if sweep and run else []

@@ -27,6 +27,10 @@ def _alphas(value: object) -> object:
     return [value] if isinstance(value, (int, float)) else value
 
 
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
 def _with_zero(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(sorted({0, *values}))
 
@@ -35,10 +39,10 @@ class FrobeniusRecipe(Section):
     """Weights of least Frobenius norm that keep the output on calibration data (Q-SAM2), rho chosen a layer."""
 
     method: Literal["frobenius"] = "frobenius"
-    rhos: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (
+    rhos: Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_listed), Field(min_length=1)] = (
         *(1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     )
-    """Ridges to choose from, relative to the mean energy of a layer's inputs; 0 is always among them."""
+    """Ridges to choose from, or one, relative to the mean energy of a layer's inputs; 0 is always among them."""
     layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("image_encoder.*",)
     """Patterns of the names of linear layers, as in quantize.rules."""
 

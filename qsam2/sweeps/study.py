@@ -69,11 +69,11 @@ class Study:
             self._study = optuna.create_study(
                 study_name="sweep",
                 storage=f"sqlite:///{folder / STUDY}",
-                sampler=_sampler(sweep),
                 pruner=_pruner(sweep),
                 direction=sweep.definition.metric.goal,
                 load_if_exists=True,
             )
+            self._study.sampler = _sampler(sweep, seed=len(self._study.get_trials(deepcopy=False)))
             self._check_same()
 
     def begin(self) -> int:
@@ -204,10 +204,10 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
     return FloatDistribution(low, high, log=parameter.kind in LOGARITHMIC, step=step)
 
 
-def _sampler(sweep: Sweep) -> optuna.samplers.BaseSampler:
-    # A grid is queued as a whole, so that its runs come in the file's order
-    kinds = {"bayes": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
-    return kinds.get(sweep.definition.method, optuna.samplers.RandomSampler)(seed=0)
+def _sampler(sweep: Sweep, seed: int) -> optuna.samplers.BaseSampler:
+    # A seed of its own each time it is resumed, or the first draws would come again. A grid is queued as a whole.
+    bayes = sweep.definition.method == "bayes"
+    return optuna.samplers.TPESampler(seed=seed) if bayes else optuna.samplers.RandomSampler(seed=seed)
 
 
 def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-import qsam2
 from qsam2.errors import UserError
 from qsam2.evaluate import score_against
 from qsam2.loading import load_model
@@ -23,6 +20,7 @@ from qsam2.recipe import build_recipe
 from qsam2.run_folder import is_first_rank, write_text
 from qsam2.tables.definition import TableDefinition, TableRun
 from qsam2.tasks.kept import weights_digest
+from qsam2.version import code_version
 
 SCORES = "scores.json"
 """In a run's folder: {"recipe" (what was given), "weights" (hash of the float model), "version", "seconds", "error",
@@ -107,19 +105,6 @@ def save_scores(run: TableRun, scores: dict[str, Any]) -> None:
     """Write a run's scores into its folder."""
     if is_first_rank():
         write_text(run.recipe.run_folder / SCORES, json.dumps(scores, indent=1))
-
-
-def code_version() -> str:
-    """Version of qsam2, with its commit (and a + for changes since) where it runs from a git checkout."""
-    version = qsam2.__version__
-    root = Path(qsam2.__file__).parents[1]
-    if not (root / ".git").exists():
-        return version
-    commit, changes = (
-        subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=False).stdout.strip()
-        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "qsam2"])
-    )
-    return f"{version} ({commit}{'+' if changes else ''})" if commit else version
 
 
 def _add(table: TableDefinition, run: TableRun, scores: dict[str, Any], name: str, block: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import netrc
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from qsam2.errors import UserError
 from qsam2.quantizers import Quantizer
 from qsam2.recipe.recipe import LogRecipe, Recipe, TrainerRecipe
+from qsam2.version import code_version
 
 LAST = "last.ckpt"
 """Name, in a run's `checkpoints/`, of the checkpoint that a killed run resumes from."""
@@ -27,6 +30,9 @@ LAST = "last.ckpt"
 
 CURVES = "curves"
 """Folder, in a run's, of what training logged: `version_*/metrics.csv`."""
+
+WANDB_ID = "wandb/id"
+"""File, in a run's folder: the run's id in Weights & Biases."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -182,17 +188,38 @@ def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dic
 def build_loggers(recipe: LogRecipe, *, folder: Path, name: str, config: dict[str, Any]) -> list[Logger]:
     """Curves as CSV in the run folder, a version each time it is resumed; and Weights & Biases.
 
-    The latter online where a key is configured, offline otherwise, not at all on request.
+    The latter online where a key is configured, offline otherwise, not at all on request; a resumed run goes on there.
     """
     loggers: list[Logger] = [CSVLogger(folder, name=CURVES, flush_logs_every_n_steps=1)]
     if recipe.wandb != "off":
         offline = recipe.wandb == "offline" or (recipe.wandb == "auto" and not has_wandb_key())
         loggers.append(
             WandbLogger(
-                name=name, project=recipe.project, group=recipe.group, save_dir=folder, offline=offline, config=config
+                name=name,
+                project=recipe.project,
+                group=recipe.group,
+                save_dir=folder,
+                offline=offline,
+                id=_wandb_id(folder),
+                resume="allow",
+                config={**config, "qsam2": code_version()},
             )
         )
     return loggers
+
+
+@rank_zero_only
+def _wandb_id(folder: Path) -> str:
+    """The id of the folder's run in W&B: an agent's own, or one that is drawn when the run is first begun."""
+    if given := os.environ.get("WANDB_RUN_ID"):
+        return given
+    file = folder / WANDB_ID
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(file.name + ".tmp")
+        temporary.write_text(secrets.token_hex(4))
+        os.replace(temporary, file)
+    return file.read_text()
 
 
 def has_wandb_key() -> bool:
