@@ -11,6 +11,7 @@ from typing import NoReturn
 from qsam2 import __version__
 from qsam2.commands.benchmark import add_benchmark
 from qsam2.commands.evaluate import add_evaluate
+from qsam2.commands.export import add_export
 from qsam2.commands.predict import add_predict
 from qsam2.commands.report import add_report
 from qsam2.commands.sensitivity import add_sensitivity
@@ -56,6 +57,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_train(commands)
     add_evaluate(commands)
     add_predict(commands)
+    add_export(commands)
     add_sweep(commands)
     add_table(commands)
     add_sensitivity(commands)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
         ["train"],
         ["evaluate"],
         ["predict"],
+        ["export"],
         ["table"],
         ["benchmark"],
         ["benchmark", "quantizers"],

@@ -96,10 +96,8 @@ def test_weights_take_as_many_bits_as_onnx_has(exported):
             wanted = types.INT16 if bits + mid_rise > 8 else types.INT8 if signed else types.UINT8
         tensor = stored[name]
         assert tensor.data_type == wanted, spec
-        values = np.prod(tensor.dims)
-        assert (
-            len(tensor.raw_data) == (values + 1) // 2 if bits + mid_rise <= 4 else values * (1 + (bits + mid_rise > 8))
-        )
+        bits_of = {types.INT4: 4, types.UINT4: 4, types.INT16: 16}.get(wanted, 8)
+        assert len(tensor.raw_data) == -(-np.prod(tensor.dims) * bits_of // 8), spec
     assert not any("weight_quantizer" not in name and "weight" in name for name in stored), "a float weight is left"
 
 

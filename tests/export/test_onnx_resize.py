@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -14,6 +14,7 @@ from qsam2.export.onnx.resize import resize, resize_frame
 SIZES = st.integers(2, 40)
 
 
+@settings(max_examples=50)
 @given(size=st.tuples(SIZES, SIZES), new_size=st.tuples(SIZES, SIZES), antialias=st.booleans(), seed=st.integers(0, 99))
 def test_masks_are_resized_as_by_pytorch(size, new_size, antialias, seed):
     x = np.random.default_rng(seed).standard_normal((1, 2, *size)).astype(np.float32)
@@ -25,13 +26,12 @@ def test_masks_are_resized_as_by_pytorch(size, new_size, antialias, seed):
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5)
 
 
+@settings(max_examples=50)
 @given(size=st.tuples(SIZES, SIZES), side=SIZES, seed=st.integers(0, 99))
 def test_frames_are_resized_as_by_pillow(size, side, seed):
-    frame = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    theirs = np.array(Image.fromarray(frame).resize((side, side)))
-    difference = np.abs(resize_frame(frame, side).astype(int) - theirs)
-    # Pillow's weights are integers of 22 bits: a value on the border between two may fall to either side
-    assert difference.max() <= 1 and (difference > 0).mean() < 0.005
+    height, width = sorted(size)  # some versions of Pillow resize the rows of upright pictures first
+    frame = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    assert np.array_equal(resize_frame(frame, side), np.array(Image.fromarray(frame).resize((side, side))))
 
 
 def test_a_frame_of_the_right_size_stays_as_it_is():
