@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from qsam2.commands.common import Commands, quiet_logs, texts
+from qsam2.commands.common import Commands, log, quiet_logs, texts
 from qsam2.errors import UserError
 
 EPILOG = """examples:
@@ -45,6 +46,8 @@ def _export_onnx(given: argparse.Namespace) -> dict[str, int]:
 
     need_packages()  # before the model is loaded
     model, recipe = load_model(given.model, given.overrides)
+    if recipe.memory.reads_anew:
+        log.warning("the graphs read all of the memory, as sam2 does: memory.* of the recipe is not exported")
     return export_onnx(model, recipe.model_dump(mode="json"), given.out, card=_card(given.model))
 
 
@@ -75,7 +78,8 @@ def _copy(source: Path, target: Path) -> int:
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}): give another folder with --out") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return target.stat().st_size
 
 
