@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
         ["evaluate"],
         ["predict"],
         ["export"],
+        ["sweep"],
         ["table"],
         ["benchmark"],
         ["benchmark", "quantizers"],
