@@ -17,7 +17,7 @@ MAX_LINES = 450
 
 # A part may import itself and those of the lines above its own.
 LEVELS = (
-    ("errors", "processes", "version"),
+    ("errors", "processes", "text", "version"),
     ("recipe",),
     ("metrics", "data", "models", "quantizers"),
     ("layers",),
@@ -26,7 +26,7 @@ LEVELS = (
     ("run_folder",),
     ("export", "report"),
     ("pipeline", "loading"),
-    ("evaluate", "benchmarks", "predictors"),
+    ("evaluate", "benchmarks", "predictors", "sensitivity"),
     ("predict",),
     ("tables", "sweeps"),
     ("commands",),
