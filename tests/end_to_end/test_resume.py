@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from safetensors.torch import load_file
 from small_runs import TIMEOUT_S, TRAIN, TRAIN_FLOAT, W4A4, finish, read_checkpoint, small, start, without_seconds
+from wandb_file import records
 
 from qsam2 import pipeline
 from qsam2.pipeline import run
@@ -133,3 +135,30 @@ def test_averages_survive_a_kill_at_the_end_of_training(
     monkeypatch.undo()
     run(build_recipe(values))
     assert_same_results(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_resumed_run_goes_on_in_wandb(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline in a second file of the same run, which `wandb sync` uploads as one."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = {"train": TRAIN, "trainer": {"max_steps": 3, "checkpoint_every": 1}, "log": {"wandb": "offline"}}
+    values = small(checkpoint, tmp_path / "run", **settings)
+    kill_at(1, monkeypatch)
+    with pytest.raises(Killed):
+        run(build_recipe(values))
+    wandb.finish()  # a killed process takes it along
+    monkeypatch.undo()
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    time.sleep(1)  # wandb names its folders by the second
+    run(build_recipe(values))
+    begun, resumed = (list(records(file)) for file in sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb")))
+    for part in (begun, resumed):
+        (own,) = [record.run for record in part if record.run.run_id]
+        assert own.resume and own.run_id == (tmp_path / "run" / "wandb" / "id").read_text()
+    first, second = (steps(part) for part in (begun, resumed))
+    assert sorted({*first, *second}) == [0, 1, 2] and max(first) < max(second)
+
+
+def steps(part: list[Any]) -> list[int]:
+    """Training steps whose loss a part of a run logged."""
+    rows = [{".".join(item.nested_key): item.value_json for item in record.history.item} for record in part]
+    return [int(row["trainer/global_step"]) for row in rows if "loss" in row]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 from small_runs import TRAIN, TRAIN_FLOAT, W4A4, small, without_seconds
-from wandb_file import read_run
+from wandb_file import read_run, records
 
+from qsam2 import __version__
 from qsam2.errors import UserError
 from qsam2.evaluate import evaluate_model
 from qsam2.loading import load_model
@@ -148,6 +149,7 @@ def test_wandb_holds_the_whole_run(runs: dict[str, Path]) -> None:
     config, history = read_run(runs["qat"])
     recipe = yaml.safe_load((runs["qat"] / "recipe.yaml").read_text())
     assert {key: config[key] for key in recipe} == recipe
+    assert config["qsam2"].startswith(__version__)
 
     logged = {key: value for step in history for key, value in step.items()}
     curve = [step["loss"] for step in history if "loss" in step]
@@ -160,16 +162,28 @@ def test_wandb_holds_the_whole_run(runs: dict[str, Path]) -> None:
     for model in ("float", "ptq", "quantized"):
         assert logged[f"{model}/J&F"] == pytest.approx(figures[model]["J&F"])
     assert logged["bytes/packed"] == figures["bytes"]["packed"]
+    assert logged["seconds/train"] == figures["seconds"]["train"]
 
     files = next(runs["qat"].glob("wandb/offline-run-*/files"))
     table = json.loads((files / logged["layers.path"]).read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    by_name = {row["layer"]: row for row in rows}
+    by_name = {row["name"]: row for row in rows}
     assert by_name["image_encoder.trunk.patch_embed.proj"]["weight_bits"] == 8
-    assert by_name["obj_ptr_proj.layers.0"]["weight_bits"] == 4
-    pictures = logged["overlays.filenames"]
+    layer = by_name["obj_ptr_proj.layers.0"]
+    assert layer["weight_bits"] == 4 and layer["scale"] > 0
+    assert 5 < layer["weight_snr_db"] < 40 and 0 <= layer["weight_clipped"] < 0.5
+    pictures, clip = logged["overlays.filenames"], logged["clips.videos"][0]["path"]
     assert len(pictures) == 1
-    assert all((files / picture).is_file() for picture in pictures)
+    assert all((files / media).is_file() for media in (*pictures, clip))
+    assert clip.endswith(".mp4")
+
+
+def test_wandb_holds_the_model_and_its_card(runs: dict[str, Path]) -> None:
+    (file,) = runs["qat"].glob("wandb/offline-run-*/*.wandb")
+    (artifact,) = [r.artifact for r in records(file) if r.artifact.type == "model"]
+    kept = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    assert kept == {name: runs["qat"] / name for name in ("model.safetensors", "card.md", "card.json", "recipe.yaml")}
+    assert file.stem == f"run-{(runs['qat'] / 'wandb' / 'id').read_text()}"
 
 
 def test_a_quantized_model_is_audited_when_it_is_loaded(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,129 @@
+"""A local sweep of whole runs: killed in the middle, resumed, and read back from what it logged offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_runs import FLOAT, ROOT, TIMEOUT_S, W4A4, small
+from wandb_file import read_run, records
+
+from qsam2.cli import main
+
+BITS = "quantize.weights.bits"
+NUMBERS = [f"{index:03d}" for index in range(4)]
+
+
+@pytest.fixture(scope="module")
+def sweep(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid of four calibrations: of weights at 2 and 4 bits, of activations at 4 and 8."""
+    folder = tmp_path_factory.mktemp("sweep")
+    values = small(checkpoint, folder, quantize=W4A4)
+    values = {key: value for key, value in values.items() if key not in ("output", "log", "trainer")}
+    values["trainer"] = {**FLOAT["trainer"], "max_steps": 1}
+    (folder / "base.yaml").write_text(yaml.safe_dump(values))
+    definition = {
+        "name": "four",
+        "program": "train.py",
+        "command": ["${env}", "${interpreter}", "${program}", str(folder / "base.yaml"), "${args_no_hyphens}"],
+        "method": "grid",
+        "metric": {"name": "quantized/fidelity", "goal": "maximize"},
+        "parameters": {BITS: {"values": [2, 4]}, "quantize.activations.bits": {"values": [4, 8]}},
+    }
+    (folder / "four.yaml").write_text(yaml.safe_dump(definition, sort_keys=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(sweep: Path) -> dict[Path, int]:
+    """What was finished when a kill -9 ended the sweep in its second run, and when it was written."""
+    process = begin(sweep)
+    second, deadline = sweep / "out" / "001" / "metrics.json", time.monotonic() + 2 * TIMEOUT_S
+    while not second.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9, "the sweep ended before it could be killed"
+    first = sweep / "out" / "000"
+    return {file: file.stat().st_mtime_ns for file in first.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def said(sweep: Path, killed: dict[Path, int]) -> str:
+    """What the same command says when it carries out the rest."""
+    process = begin(sweep)
+    out, err = process.communicate(timeout=4 * TIMEOUT_S)
+    assert process.returncode == 0, err[-3000:]
+    return out + err
+
+
+def begin(sweep: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "qsam2.cli", "sweep", str(sweep / "four.yaml"), "--output", str(sweep / "out")],
+        cwd=sweep,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_SILENT": "true", "NETRC": "none"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_nothing_that_was_finished_is_repeated(sweep: Path, killed: dict[Path, int], said: str) -> None:
+    assert {file: file.stat().st_mtime_ns for file in killed} == killed
+    assert "4 runs, 3 to come" in said and "run 000" not in said
+    for number in NUMBERS:  # each was begun once, that of the kill included: it outlived the sweep
+        assert len(list((sweep / "out" / number).glob("wandb/offline-run-*"))) == 1
+    reused = [(sweep / "out" / number / "log.txt").read_text().count("score float:") for number in NUMBERS]
+    assert reused == [1, 1, 1, 1]
+
+
+def test_the_table_is_sorted_and_names_the_best(sweep: Path, said: str) -> None:
+    results = json.loads((sweep / "out" / "sweep.json").read_text())
+    found = [run["metric"] for run in results["runs"]]
+    assert found == sorted(found, reverse=True) and {run["state"] for run in results["runs"]} == {"finished"}
+    figures = [metrics(sweep, run["number"])["quantized"]["fidelity"] for run in results["runs"]]
+    assert found == pytest.approx(figures)
+    assert f"best: {results['best']}" in said and f"{BITS}={results['runs'][0]['values'][BITS]}" in results["best"]
+
+
+def metrics(sweep: Path, number: str) -> dict[str, Any]:
+    return json.loads((sweep / "out" / number / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_offline_files_hold_each_run(sweep: Path, said: str, number: str) -> None:
+    folder = sweep / "out" / number
+    config, history = read_run(folder)
+    weights, activations = [(w, a) for w in (2, 4) for a in (4, 8)][int(number)]
+    assert config["quantize"]["weights"]["bits"] == weights
+    assert config["quantize"]["activations"]["bits"] == activations
+    logged = {key: value for step in history for key, value in step.items()}
+    figures = metrics(sweep, number)
+    assert logged["quantized/fidelity"] == pytest.approx(figures["quantized"]["fidelity"])
+    assert logged["bytes/packed"] == figures["bytes"]["packed"]
+    assert logged["seconds/calibrate"] == figures["seconds"]["calibrate"]
+    assert {"layers.path", "overlays.filenames", "clips.videos"} <= logged.keys()
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    kept = list(records(file))
+    (group,) = {record.run.run_group for record in kept if record.run.run_id}
+    assert group == "four"
+    (artifact,) = [record.artifact for record in kept if record.artifact.type == "model"]
+    assert {entry.path for entry in artifact.manifest.contents} >= {"model.safetensors", "card.md"}
+
+
+def test_a_metric_that_the_runs_have_not_is_found_before_them(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = yaml.safe_load((sweep / "four.yaml").read_text())
+    file = tmp_path / "four.yaml"
+    file.write_text(yaml.safe_dump({**values, "metric": {"name": "fidelity"}}))
+    assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 2
+    assert "did you mean 'quantized/fidelity'?" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
