@@ -37,7 +37,10 @@ class RunFolder:
         self._begin(recipe)
         self.metrics: dict[str, Any] = {"seconds": {}}
         if self._metrics_file.is_file():
-            self.metrics = json.loads(self._metrics_file.read_text())
+            try:
+                self.metrics = json.loads(self._metrics_file.read_text())
+            except ValueError as error:
+                raise UserError(f"{self._metrics_file} is damaged ({error}): remove it to run anew") from error
 
     @property
     def finished(self) -> bool:

@@ -18,6 +18,7 @@ from optuna.trial import Trial
 from qsam2.errors import UserError
 from qsam2.processes import LOG, QSAM2, Processes, duration, failure
 from qsam2.report.curves import read_curves
+from qsam2.report.kept import read_json
 from qsam2.run_folder import write_text
 from qsam2.sweeps.definition import Sweep, Values, combinations
 from qsam2.sweeps.study import STUDY, Study, SweepRun, count_runs, number_of, run_seconds
@@ -72,9 +73,12 @@ def ranked(sweep: Sweep, board: Sequence[SweepRun]) -> list[SweepRun]:
 
 
 def read_metric(folder: Path, name: str) -> float | None:
-    """A figure of a run's `metrics.json`, as quantized/J&F, or the last value of a curve of its training."""
-    file = folder / "metrics.json"
-    figure: Any = json.loads(file.read_text()) if file.is_file() else None
+    """A figure of a run's `metrics.json`, as quantized/J&F, or the last value of a curve of its training.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    figure: Any = read_json(folder / "metrics.json")
     for key in name.split("/"):
         figure = figure.get(key) if isinstance(figure, dict) else None
     if figure is None and (curve := read_curves(folder / CURVES).get(name)):
@@ -147,12 +151,16 @@ class _LocalSweep:
             log.info("run %s: stopped early after %.0f s", number, waited_s)
             return
         self.left -= 1
-        metric = read_metric(folder, name) if status == 0 else None
+        error, metric = failure(status, folder) if status else f"it has no {name}", None
+        if status == 0:
+            try:
+                metric = read_metric(folder, name)
+            except UserError as damage:
+                error = str(damage)
         if metric is not None:
             self.study.tell(trial, metric=metric, seconds=waited_s)
             log.info("run %s: %s %.4g, %.0f s%s", number, name, metric, waited_s, self._rest())
             return
-        error = f"it has no {name}" if status == 0 else failure(status, folder)
         self.study.tell(trial, error=error)
         log.warning("run %s failed: %s; see %s", number, error, folder / LOG)
 

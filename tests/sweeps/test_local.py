@@ -84,21 +84,23 @@ def test_a_failed_run_is_marked_stops_no_other_and_is_tried_again(
     runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sweep = small_sweep(tmp_path)
-    runs.tell({"small-001": "badly", "small-003": "killed", "small-004": "without"})
+    runs.tell({"small-001": "badly", "small-002": "damaged", "small-003": "killed", "small-004": "without"})
     board = carry_out(sweep, tmp_path, jobs=2)
     assert len(runs.begun()) == 6
-    assert {run.number: run.error for run in board[-3:]} == {
+    errors = {run.number: run.error for run in board if run.state == "failed"}
+    assert "002/metrics.json is damaged (" in errors.pop("002")
+    assert errors == {
         "001": "the loss is nan at step 3; lower train.lr",
         "003": "killed by signal 9",
         "004": "it has no quantized/J&F",
     }
-    assert [run.state for run in board] == ["finished"] * 3 + ["failed"] * 3
+    assert [run.state for run in board] == ["finished"] * 2 + ["failed"] * 4
     assert "lower train.lr" in results_table(sweep, board)
     assert any("run 001 failed: the loss is nan" in message for message in caplog.messages)
     assert "failed    001" in list_runs(sweep, tmp_path / "out", None, 1)
     runs.tell({})
     board = carry_out(sweep, tmp_path)
-    assert sorted(runs.names()) == ["small-001", "small-003", "small-004"]
+    assert sorted(runs.names()) == ["small-001", "small-002", "small-003", "small-004"]
     assert [run.state for run in board] == ["finished"] * 6
     carry_out(sweep, tmp_path)
     assert runs.begun() == []
