@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qsam2.errors import UserError
-from qsam2.export import packed
-from qsam2.layers.audit import audit
+from qsam2.export import packed, weights
+from qsam2.layers.audit import AuditError, audit
 from qsam2.models import SAM2, SIZES, load_sam2
 from qsam2.models.checkpoints import guess_size, read_state_dict
 from qsam2.recipe import Recipe, build_recipe
@@ -40,7 +40,7 @@ def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2,
     metadata = _metadata(path)
     if metadata.get("format") == packed.FORMAT:
         return _load_packed(path, overrides)
-    values = json.loads(metadata["recipe"]) if "recipe" in metadata else {}
+    values = _float_recipe(path, metadata)
     if not values:
         guess = guess_size(read_state_dict(path))
         if guess is None:
@@ -71,8 +71,26 @@ def _load_packed(path: Path, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
     model = load_sam2(
         recipe.model.size, version=recipe.model.version, checkpoint=None, image_size=recipe.model.image_size
     )
-    audit(model, packed.load_packed(path, model), recipe.quantize)
+    rows = packed.load_packed(path, model)
+    try:
+        audit(model, rows, recipe.quantize)
+    except AuditError as error:  # a fault of the program in a model that it made itself, but this one is from a file
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"packed model {path} is damaged ({first}): copy or export it again") from error
     return model.eval(), recipe
+
+
+def _float_recipe(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The recipe that `save_weights` noted, empty where another program wrote the file."""
+    if metadata.get("format") != weights.FORMAT:
+        return {}
+    try:
+        values = json.loads(metadata["recipe"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its header holds no recipe; copy or export it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: its header holds no recipe; copy or export it again")
+    return values
 
 
 def _metadata(path: Path) -> dict[str, str]:

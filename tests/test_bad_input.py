@@ -142,7 +142,7 @@ def test_command_line(refused: Refused, arguments: list[str], message: str) -> N
             "model.size=tiy",
             "model.size='tiy' is unknown: choose one of nano, nano_heavy, tiny, small, base_plus, large; did you mean",
         ),
-        ("model.image_size=65", "model.image_size=65 is impossible: give a multiple of 32 from 64 up"),
+        ("model.image_size=65", "model.image_size=65 is impossible: give a multiple of 32 from 64 to 4096"),
         (
             "data.val=davis:/absent:val",
             "data 'davis:/absent:val': there is no folder /absent; give the dataset's folder",

@@ -1,12 +1,16 @@
 """The packed file: a finalized model in as few bytes as its bits say, and back, bit for bit.
 
-A safetensors file. Its metadata holds `format`, `version`, `crc32` of all tensors, and as JSON `recipe`, `extra` and
-`weights` (for each quantized layer its bits, qmin, channel dimension, shape and dtype). Its tensors are
+A safetensors file, described byte by byte in `docs/packed.md`. Its metadata holds `format`, `version`, `crc32` of all
+tensors, `header_crc32` of what follows, and as JSON `recipe`, `extra` and `weights` (for each quantized layer its bits,
+qmin, channel dimension, shape and dtype). Its tensors are
   LAYER.weight.packed      uint8: codes - qmin in row-major order, `bits` bits each, least significant bit first
   QUANTIZER.scale          float32 (channels,) or (1,); a value is scale * (code - zero_point)
   QUANTIZER.zero_point     float32, as long as the scale, or (1,) where all channels share it
 and all else of the state dict as it is. Learned steps and running statistics are left out: a loaded model is for
 inference, or to be calibrated anew.
+
+A file may come from anywhere: nothing in it is run, it allocates no more than its own size, and whatever is not as it
+should be is a UserError.
 """
 
 from __future__ import annotations
@@ -30,10 +34,16 @@ from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe
 
 FORMAT = "qsam2-packed"
-VERSION = 1
+VERSION = 2
+HEADER = ("extra", "recipe", "weights")
+"""What of the metadata is JSON."""
+UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError, AttributeError)
+"""What safetensors and PyTorch raise for headers that say what cannot be."""
 GROUP = 8
 """Values that are packed together: 8 values of b bits are b bytes and fit an int64."""
 MAX_NAMED = 3
+MAX_SHOWN = 200
+"""Characters of a foreign text that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +109,13 @@ def save_packed(
     for name, layer, quantizer in quantized_weights(model):
         tensors[f"{name}.weight.packed"] = _packed(name, layer.weight, quantizer)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "crc32": str(_checksum(tensors)),
-        "recipe": json.dumps(recipe),
+    header = {
         "extra": json.dumps(extra or {}),
+        "recipe": json.dumps(recipe),
         "weights": json.dumps(_descriptions(model)),
     }
-    write_whole(Path(path), tensors, metadata)
+    checksums = {"crc32": str(_checksum(_bytes(tensors))), "header_crc32": str(_checksum(_encoded(header)))}
+    write_whole(Path(path), tensors, {"format": FORMAT, "version": str(VERSION), **checksums, **header})
 
 
 def read_header(path: str | Path) -> PackedHeader:
@@ -147,9 +155,14 @@ def load_packed(path: str | Path, model: nn.Module) -> list[ConvertedLayer]:
     if differing := sorted({name for name, _ in expected.items() ^ found.items()}):
         named = ", ".join(differing[:MAX_NAMED])
         raise UserError(f"packed model {path} does not fit the model: {named} missing or of another shape or dtype")
+    if broken := [name for name in floats if not bool(tensors[name].isfinite().all())]:
+        raise UserError(f"packed model {path} has NaN or infinite values in {broken[0]}; it is of no use")
 
     for name, quantizer in quantizers(model):
-        _freeze_at(quantizer, tensors[f"{name}.scale"], tensors[f"{name}.zero_point"])
+        scale, zero_point = tensors[f"{name}.scale"], tensors[f"{name}.zero_point"]
+        if not _is_grid(quantizer, scale, zero_point):
+            raise UserError(f"packed model {path} is damaged: {name} has a scale or zero point that none can have")
+        _freeze_at(quantizer, scale, zero_point)
     for name, layer, quantizer in quantized_weights(model):
         weight = layer.weight
         codes = unpack_bits(tensors[f"{name}.weight.packed"], quantizer.bits, weight.numel()) + quantizer.qmin
@@ -173,6 +186,15 @@ def _grids(model: nn.Module) -> dict[str, Tensor]:
         tensors[f"{name}.scale"] = quantizer.scale
         tensors[f"{name}.zero_point"] = quantizer.zero_point[: 1 if quantizer.grid.symmetric else None]
     return tensors
+
+
+def _is_grid(quantizer: Quantizer, scale: Tensor, zero_point: Tensor) -> bool:
+    own = quantizer.grid
+    if own.symmetric:
+        fits = zero_point == own.zero_point(scale, scale)[:1]
+    else:
+        fits = (zero_point == zero_point.round()) & (zero_point >= own.qmin) & (zero_point <= own.qmax)
+    return bool((scale.isfinite() & (scale > 0)).all() and fits.all())
 
 
 def _freeze_at(quantizer: Quantizer, scale: Tensor, zero_point: Tensor) -> None:
@@ -205,13 +227,20 @@ def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
+def _checksum(parts: Mapping[str, Any]) -> int:
+    """CRC-32 of all names and contents (bytes), by name."""
     checksum = 0
-    for name in sorted(tensors):
-        checksum = zlib.crc32(
-            tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), checksum)
-        )
+    for name in sorted(parts):
+        checksum = zlib.crc32(parts[name], zlib.crc32(name.encode(), checksum))
     return checksum
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: tensor.reshape(-1).view(torch.uint8).numpy().data for name, tensor in tensors.items()}
+
+
+def _encoded(texts: Mapping[str, str]) -> dict[str, bytes]:
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -221,36 +250,49 @@ def _metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise UserError(
-            f"{path} cannot be read as a packed model ({error}): truncated or another kind of file"
+            f"{path} cannot be read as a packed model ({_one_line(error)}): truncated or another kind of file"
         ) from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is no packed model of qsam2: give the file that a run or `qsam2 export` wrote")
-    if metadata.get("version") != str(VERSION):
-        version = metadata.get("version")
-        raise UserError(f"packed model {path} has format version {version}, this qsam2 reads {VERSION}: update qsam2")
+    if (version := metadata.get("version")) != str(VERSION):
+        raise UserError(
+            f"packed model {path} has format version {str(version)[:MAX_SHOWN]!r}, this qsam2 reads {VERSION}: "
+            "update qsam2, or export the model again"
+        )
     return metadata
 
 
 def _header(path: Path, metadata: Mapping[str, str]) -> PackedHeader:
-    try:
-        values = [json.loads(metadata[key]) for key in ("recipe", "extra", "weights")]
-    except (KeyError, ValueError) as error:
-        raise _damaged(path) from error
-    if not all(isinstance(value, dict) for value in values):
+    texts = {key: metadata[key] for key in HEADER if key in metadata}
+    if metadata.get("header_crc32") != str(_checksum(_encoded(texts))):
         raise _damaged(path)
-    return PackedHeader(*values)
+    try:
+        values = {key: json.loads(texts[key]) for key in HEADER}
+    except (KeyError, ValueError, RecursionError) as error:
+        raise _damaged(path) from error
+    if not all(isinstance(value, dict) for value in values.values()):
+        raise _damaged(path)
+    return PackedHeader(**values)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        checksum = file.metadata().get("crc32")
-    if checksum != str(_checksum(tensors)):
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            checksum = file.metadata().get("crc32")
+        found = str(_checksum(_bytes(tensors)))
+    except UNREADABLE as error:
+        raise _damaged(path) from error
+    if checksum != found:
         raise _damaged(path)
     return tensors
 
 
 def _damaged(path: Path) -> UserError:
     return UserError(f"packed model {path} is damaged (its checksum or header is wrong): copy or export it again")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:MAX_SHOWN]

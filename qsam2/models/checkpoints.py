@@ -114,6 +114,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
+        elif _is_safetensors(path):
+            raise UserError(f"checkpoint {path} is a safetensors file under another name: let it end in .safetensors")
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -162,7 +164,7 @@ def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size:
 def guess_size(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """(size, version) that a state dict's trunk and heads belong to, None if no size fits."""
     stem = state.get("image_encoder.trunk.patch_embed.proj.weight")
-    if stem is None:
+    if stem is None or stem.dim() != 4:
         return None
     blocks = {name.split(".")[3] for name in state if name.startswith("image_encoder.trunk.blocks.")}
     version = "2.1" if "no_obj_embed_spatial" in state else "2"
@@ -184,6 +186,12 @@ def _fitting_size(state: Mapping[str, Tensor]) -> str:
 def _some(names: list[str]) -> str:
     rest = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Eight bytes of length, then JSON; a pickle or an archive is another thing there."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _unreadable(path: Path) -> UserError:

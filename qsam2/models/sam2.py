@@ -27,6 +27,8 @@ from qsam2.recipe.memory import MemoryRecipe
 
 STRIDE_PX = 32
 """Image sizes are multiples of this: Hiera's coarsest stride, and eight tokens of its finest."""
+MAX_SIZE_PX = 4096
+"""Tables of positions grow with the square of an image's size, which may stand in a file from anywhere."""
 
 
 @dataclass(frozen=True)
@@ -322,8 +324,11 @@ def model_config(size: str, *, version: str = "2.1", image_size: int | None = No
     if version not in VERSIONS or (size in EMBEDDED and version != "2.1"):
         raise UserError(f"model.version={version!r} is unknown for size {size}: choose one of {', '.join(VERSIONS)}")
     image_size = image_size or SIZES[size].image_size
-    if image_size < 2 * STRIDE_PX or image_size % STRIDE_PX:
-        raise UserError(f"model.image_size={image_size} is impossible: give a multiple of {STRIDE_PX} from 64 up")
+    if not 2 * STRIDE_PX <= image_size <= MAX_SIZE_PX or image_size % STRIDE_PX:
+        raise UserError(
+            f"model.image_size={image_size} is impossible: give a multiple of {STRIDE_PX} from {2 * STRIDE_PX} to "
+            f"{MAX_SIZE_PX}"
+        )
     name = f"sam{version}"
     path = importlib.resources.files("sam2") / "configs" / name / f"{name}_hiera_{SIZES[size].config}.yaml"
     config = OmegaConf.create(path.read_text()).model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from small_packed import Small, assert_equal, finalized, recipe
+from torch import nn
 
 from qsam2.calibration.ranges import calibrate_ranges
 from qsam2.errors import UserError
@@ -27,48 +29,11 @@ from qsam2.export.packed import (
     unpack_bits,
 )
 from qsam2.layers.audit import audit
-from qsam2.layers.convert import convert, quantizers
+from qsam2.layers.convert import convert
 from qsam2.layers.finalize import finalize
 from qsam2.models import build_sam2
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe
-
-
-class Small(nn.Module):
-    """One layer of each kind; the last one is kept in float by the recipe."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 5, 3, padding=1)
-        self.depthwise = nn.Conv2d(5, 5, 3, padding=1, groups=5, bias=False)
-        self.up = nn.ConvTranspose2d(5, 7, 2, stride=2)
-        self.norm = nn.LayerNorm(7)
-        self.linear = nn.Linear(7, 3)
-        self.last = nn.Linear(3, 2)
-        self.register_buffer("frequencies", torch.randn(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(self.depthwise(self.conv(x))).permute(0, 2, 3, 1)
-        return self.last(self.linear(self.norm(x)) * self.frequencies)
-
-
-def recipe(bits: int, method: str = "lsq", **weights: Any) -> dict[str, Any]:
-    spec = {"method": method, "bits": bits, "range": "minmax"}
-    rules = [
-        {"match": "last", "keep_float": True},
-        {"match": "conv", "bits": 8},
-        {"match": "depthwise", "weight_bits": 5},
-    ]
-    return {"name": "test", "quantize": {"weights": {**spec, **weights}, "activations": spec, "rules": rules}}
-
-
-def finalized(model: nn.Module, values: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
-    model = model.to(dtype)
-    convert(model, QuantizeRecipe.model_validate(values["quantize"]))
-    model.eval()
-    calibrate_ranges(model, model, [torch.randn(2, 3, 6, 6, dtype=dtype)])
-    finalize(model)
-    return model
 
 
 @pytest.fixture
@@ -78,15 +43,6 @@ def saved(tmp_path: Path) -> tuple[Path, nn.Module]:
     model = finalized(Small(), values)
     save_packed(tmp_path / "model.safetensors", model, values, {"score": 1.5})
     return tmp_path / "model.safetensors", model
-
-
-def assert_equal(loaded: nn.Module, model: nn.Module) -> None:
-    for (name, ours), (_, theirs) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
-        if not name.endswith(("log_scale", "log_alpha")):
-            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
-    for (name, ours), (_, theirs) in zip(quantizers(loaded), quantizers(model), strict=True):
-        assert ours.state is QuantizerState.FROZEN and ours.calibrated
-        assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.zero_point, theirs.zero_point), name
 
 
 @given(bits=st.integers(1, 8), count=st.integers(0, 70), seed=st.integers(0, 2**31))
@@ -224,11 +180,14 @@ def test_a_model_that_is_not_finalized_is_refused(saved, tmp_path):
 
 
 def rewrite(path: Path, change: Any) -> None:
-    """Write a file again with changed tensors and metadata, its checksum as it was."""
+    """Write a file again with changed tensors and metadata, its checksum of tensors as it was, the header's new."""
     with safe_open(path, framework="pt") as file:
         metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(metadata, tensors)
-    save_file(tensors, path, metadata)
+    checksum = 0
+    for key in ("extra", "recipe", "weights"):
+        checksum = zlib.crc32(metadata[key].encode(), zlib.crc32(key.encode(), checksum))
+    save_file(tensors, path, {**metadata, "header_crc32": str(checksum)})
 
 
 def _flip(path: Path) -> None:
@@ -245,8 +204,8 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "one bit": (_flip, "is damaged"),
     "no metadata": (lambda path: save_file({"a": torch.zeros(1)}, path), "is no packed model of qsam2"),
     "newer": (
-        lambda path: rewrite(path, lambda metadata, _: metadata.update(version="2")),
-        "has format version 2, this qsam2 reads 1: update qsam2",
+        lambda path: rewrite(path, lambda metadata, _: metadata.update(version="3")),
+        "has format version '3', this qsam2 reads 2: update qsam2, or export the model again",
     ),
     "broken header": (lambda path: rewrite(path, lambda metadata, _: metadata.update(weights="{")), "is damaged"),
     "odd header": (lambda path: rewrite(path, lambda metadata, _: metadata.update(extra="1")), "is damaged"),

@@ -67,7 +67,7 @@ def test_frames_in_memory_need_the_video_size(frames):
         ({"size": "tiny", "version": "3"}, "model.version='3'"),
         ({"size": "nano", "version": "2"}, "model.version='2' is unknown for size nano"),
         ({"size": "tiny", "image_size": 1000}, "multiple of 32"),
-        ({"size": "tiny", "image_size": 32}, "from 64 up"),
+        ({"size": "tiny", "image_size": 32}, "from 64 to 4096"),
     ],
 )
 def test_impossible_models_are_named(arguments, message):

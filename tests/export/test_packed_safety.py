@@ -1,0 +1,410 @@
+"""A packed file may come from anywhere: damaged or forged, it is refused in one line; nothing in it is run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import resource
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_packed import Small, assert_equal, finalized, recipe
+from small_predictors import write_models
+from torch import nn
+
+from qsam2.errors import UserError
+from qsam2.export.packed import load_packed, read_header, save_packed
+from qsam2.loading import load_model
+
+MUTATED, FORGED = 1000, 300
+GROWTH_MB = 300
+"""Memory that reading all of them may take."""
+ODD: tuple[Any, ...] = (
+    0,
+    -1,
+    1,
+    7,
+    64,
+    2**31,
+    2**62,
+    2**63,
+    2**64 - 1,
+    2**80,
+    1e308,
+    0.5,
+    None,
+    True,
+    "",
+    "x",
+    "\n",
+    [],
+    {},
+    [-1, 2],
+)
+DTYPES = ("F32", "F16", "BF16", "F64", "U8", "I8", "I64", "U64", "BOOL", "F8_E4M3", "F4", "C64", "X9", "")
+
+
+def split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and body of a safetensors file."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def join(header: dict[str, Any], body: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def crc(parts: dict[str, bytes]) -> str:
+    checksum = 0
+    for name in sorted(parts):
+        checksum = zlib.crc32(parts[name], zlib.crc32(name.encode(), checksum))
+    return str(checksum)
+
+
+def forged(header: dict[str, Any], body: bytes) -> bytes:
+    """With checksums that fit, as only someone who means it would write them."""
+    header = copy.deepcopy(header)
+    metadata = header.get("__metadata__", {})
+    texts = {key: str(metadata[key]).encode() for key in ("extra", "recipe", "weights") if key in metadata}
+    contents = {}
+    for name, tensor in header.items():
+        offsets = tensor.get("data_offsets") if name != "__metadata__" and isinstance(tensor, dict) else None
+        if isinstance(offsets, list) and all(isinstance(offset, int) for offset in offsets):
+            contents[name] = body[slice(*offsets[:2])]
+    header["__metadata__"] = {**metadata, "header_crc32": crc(texts), "crc32": crc(contents)}
+    return join(header, body)
+
+
+# Mutations
+
+
+def flip(data: bytes, rng: np.random.Generator, _: bytes) -> bytes:
+    changed = bytearray(data)
+    (length,) = struct.unpack("<Q", data[:8])
+    for _count in range(rng.integers(1, 9)):
+        limit = [8, 8 + length, len(data)][rng.integers(3)]  # in the length, the header, anywhere
+        changed[rng.integers(limit)] ^= 1 << rng.integers(8)
+    return bytes(changed)
+
+
+def cut(data: bytes, rng: np.random.Generator, _: bytes) -> bytes:
+    return data[: rng.integers(len(data))]
+
+
+def lengthen(data: bytes, rng: np.random.Generator, _: bytes) -> bytes:
+    at = rng.integers(len(data) + 1)
+    return data[:at] + rng.bytes(int(rng.integers(1, 100))) + data[at:]
+
+
+def splice(data: bytes, rng: np.random.Generator, other: bytes) -> bytes:
+    """A piece of another packed file, or of this one, in another place."""
+    source = [data, other][rng.integers(2)]
+    start, at, length = rng.integers(len(source)), rng.integers(len(data)), rng.integers(1, 500)
+    return data[:at] + source[start : start + length] + data[at + length :]
+
+
+def change_header(data: bytes, rng: np.random.Generator, other: bytes) -> bytes:
+    header, body = split(data)
+    return join(changed_header(header, rng, split(other)[0]), body)
+
+
+def changed_header(header: dict[str, Any], rng: np.random.Generator, other: dict[str, Any]) -> dict[str, Any]:
+    names = [name for name in header if name != "__metadata__"]
+    name, second = (str(one) for one in rng.choice(names, 2, replace=False))
+    metadata = header["__metadata__"]
+    key = str(rng.choice(sorted(metadata)))
+    match rng.integers(10):
+        case 0:
+            header[name]["dtype"] = str(rng.choice(DTYPES))
+        case 1:
+            header[name]["shape"] = [ODD[i] for i in rng.integers(len(ODD), size=rng.integers(4))]
+        case 2:
+            header[name]["data_offsets"] = [ODD[i] for i in rng.integers(len(ODD), size=2)]
+        case 3:
+            header[name], header[second] = header[second], header[name]
+        case 4:
+            del header[name]
+        case 5:
+            header[name + "x"] = header.pop(name)
+        case 6:
+            del metadata[key]
+        case 7:
+            metadata[key] = other["__metadata__"][key] if rng.integers(2) else str(ODD[rng.integers(len(ODD))])
+        case 8:
+            header["__metadata__"] = ODD[rng.integers(len(ODD))]
+        case _:
+            key = str(rng.choice(["recipe", "weights", "extra"]))
+            metadata[key] = json.dumps(changed_value(json.loads(metadata[key]), rng))
+    return header
+
+
+def changed_value(value: Any, rng: np.random.Generator) -> Any:
+    """Something within nested values is another thing."""
+    if isinstance(value, dict) and value and rng.integers(5):
+        key = str(rng.choice(sorted(value)))
+        return {**value, key: changed_value(value[key], rng)}
+    if isinstance(value, list) and value and rng.integers(5):
+        at = int(rng.integers(len(value)))
+        return [*value[:at], changed_value(value[at], rng), *value[at + 1 :]]
+    return ODD[rng.integers(len(ODD))]
+
+
+MUTATIONS = (flip, cut, lengthen, splice, change_header, change_header)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes, nn.Module]:
+    """A packed file, another one, and the first one's model."""
+    folder = tmp_path_factory.mktemp("packed")
+    models = []
+    for seed, bits in enumerate((3, 4)):
+        torch.manual_seed(seed)
+        models.append(finalized(Small(), recipe(bits)))
+        save_packed(folder / str(seed), models[-1], recipe(bits), {"score": 1.5})
+    return (folder / "0").read_bytes(), (folder / "1").read_bytes(), models[0]
+
+
+def outcome(path: Path, data: bytes) -> nn.Module | None:
+    """The model of a file, None where it was refused as it should be."""
+    path.write_bytes(data)
+    loaded = Small().eval()
+    try:
+        load_packed(path, loaded)
+    except UserError as error:
+        assert "\n" not in str(error) and str(path) in str(error) and len(str(error)) < 1000
+        return None
+    return loaded
+
+
+def test_a_thousand_mutated_files_are_refused_or_equal(saved: tuple[bytes, bytes, nn.Module], tmp_path: Path) -> None:
+    data, other, model = saved
+    original = tmp_path / "original.safetensors"
+    original.write_bytes(data)
+    before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    refused = 0
+    for seed in range(MUTATED):
+        rng = np.random.default_rng(seed)
+        mutated = MUTATIONS[seed % len(MUTATIONS)](data, rng, other)
+        loaded = outcome(tmp_path / "mutated.safetensors", mutated)
+        refused += loaded is None
+        if loaded is not None:
+            assert_equal(loaded, model)
+            assert read_header(tmp_path / "mutated.safetensors") == read_header(original)
+    assert refused > 0.9 * MUTATED  # the rest changed nothing that counts
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 < before_mb + GROWTH_MB
+
+
+def test_forged_files_with_right_checksums_do_no_harm(saved: tuple[bytes, bytes, nn.Module], tmp_path: Path) -> None:
+    """What loads is a sound model, if not the same one."""
+    data, other, _ = saved
+    x, loaded = torch.randn(1, 3, 6, 6), 0
+    for seed in range(FORGED):
+        rng = np.random.default_rng(seed)
+        header, body = split(data)
+        if seed % 2:
+            header = changed_header(header, rng, split(other)[0])
+            if not isinstance(header.get("__metadata__"), dict):
+                header["__metadata__"] = {}
+        else:
+            changed = np.frombuffer(body, np.uint8).copy()
+            changed[rng.integers(len(body), size=3)] ^= rng.integers(1, 256, size=3, dtype=np.uint8)
+            body = changed.tobytes()
+        model = outcome(tmp_path / "forged.safetensors", forged(header, body))
+        loaded += model is not None
+        if model is not None:
+            assert isinstance(model(x), torch.Tensor)
+    assert 0.1 * FORGED < loaded < 0.9 * FORGED
+
+
+# What a forger would try, by the way that all models are loaded
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Of a nano with random weights."""
+    return (write_models(tmp_path_factory.mktemp("models"))["packed"] / "model.safetensors").read_bytes()
+
+
+def with_tensor(**values: Any) -> Callable[[bytes], bytes]:
+    """The first tensor described otherwise."""
+
+    def forge(data: bytes) -> bytes:
+        header, body = split(data)
+        name = next(name for name in header if name != "__metadata__")
+        header[name].update(values)
+        return forged(header, body)
+
+    return forge
+
+
+def with_more(**tensor: Any) -> Callable[[bytes], bytes]:
+    """Another tensor behind all others."""
+
+    def forge(data: bytes) -> bytes:
+        header, body = split(data)
+        offsets = tensor.get("data_offsets", [0, 0])
+        header["more"] = {**tensor, "data_offsets": [len(body) + offset for offset in offsets]}
+        return forged(header, body)
+
+    return forge
+
+
+def with_recipe(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    def forge(data: bytes) -> bytes:
+        header, body = split(data)
+        values = json.loads(header["__metadata__"]["recipe"])
+        change(values)
+        header["__metadata__"]["recipe"] = json.dumps(values)
+        return forged(header, body)
+
+    return forge
+
+
+def with_text(key: str, text: str) -> Callable[[bytes], bytes]:
+    def forge(data: bytes) -> bytes:
+        header, body = split(data)
+        header["__metadata__"][key] = text
+        return forged(header, body)
+
+    return forge
+
+
+def with_bits(bits: int) -> Callable[[bytes], bytes]:
+    return with_recipe(lambda values: values["quantize"]["weights"].update(bits=bits))
+
+
+def with_description(**values: Any) -> Callable[[bytes], bytes]:
+    def forge(data: bytes) -> bytes:
+        header, body = split(data)
+        weights = json.loads(header["__metadata__"]["weights"])
+        next(iter(weights.values())).update(values)
+        header["__metadata__"]["weights"] = json.dumps(weights)
+        return forged(header, body)
+
+    return forge
+
+
+def with_scale(value: float) -> Callable[[bytes], bytes]:
+    def forge(data: bytes) -> bytes:
+        header, body = split(data)
+        name = next(name for name in header if name.endswith("weight_quantizer.scale"))
+        start, end = header[name]["data_offsets"]
+        scales = struct.pack("<f", value) * ((end - start) // 4)
+        return forged(header, body[:start] + scales + body[end:])
+
+    return forge
+
+
+def _flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+CANNOT_BE_READ = "cannot be read: truncated or another kind of file; copy or export it again"
+DAMAGED = r"is damaged \(its checksum or header is wrong\): copy or export it again"
+FORGERIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "flipped bit": (_flipped, DAMAGED),
+    "flipped bit in the recipe": (lambda data: data.replace(b"small", b"smalk", 1), DAMAGED),
+    "cut tail": (lambda data: data[:-1], CANNOT_BE_READ),
+    "empty": (lambda data: b"", CANNOT_BE_READ),
+    "version": (with_text("version", "1"), "has format version '1', this qsam2 reads 2: update qsam2, or export"),
+    "product of a shape": (with_tensor(shape=[2**40, 2**40]), CANNOT_BE_READ),
+    "negative shape": (with_tensor(shape=[-5, -1]), CANNOT_BE_READ),
+    "shape past 64 bits": (with_tensor(shape=[2**64]), CANNOT_BE_READ),
+    "terabytes": (with_more(dtype="F32", shape=[2**38], data_offsets=[0, 2**40]), CANNOT_BE_READ),
+    "length of the header": (lambda data: struct.pack("<Q", 2**40) + data[8:], CANNOT_BE_READ),
+    "largest length": (lambda data: struct.pack("<Q", 2**64 - 1) + data[8:], CANNOT_BE_READ),
+    "nothing, many times": (with_more(dtype="F32", shape=[0, 2**63]), DAMAGED),
+    "odd type": (with_more(dtype="F4", shape=[0]), "does not fit the model: more missing or of another shape"),
+    "a tensor more": (with_more(dtype="BOOL", shape=[0]), "does not fit the model: more missing or of another shape"),
+    "bits 0": (with_bits(0), "bits=0 is not supported: give 2 to 8"),
+    "bits 64": (with_bits(64), "bits=64 is not supported: give 2 to 8"),
+    "other bits": (with_bits(8), "does not fit the model: other layers, shapes or bits"),
+    "described bits": (with_description(bits=64), "does not fit the model: other layers, shapes or bits"),
+    "described shape": (with_description(shape=[2**40, 2**40]), "does not fit the model: other layers, shapes or bits"),
+    "picture": (with_recipe(lambda values: values["model"].update(image_size=32 * 10**8)), "multiple of 32 from 64 to"),
+    "size": (with_recipe(lambda values: values["model"].update(size="../nano")), "model.size='../nano' is unknown"),
+    "no recipe": (with_text("recipe", "{}"), "made by a recipe that this version refuses"),
+    "a list": (with_text("recipe", "[]"), DAMAGED),
+    "no JSON": (with_text("weights", "{"), DAMAGED),
+    "nested": (with_text("extra", '{"a":' * 10**5 + "1" + "}" * 10**5), DAMAGED),
+    "nested recipe": (with_text("recipe", '{"a":' * 700 + "1" + "}" * 700), "unknown recipe key 'a'"),
+    "negative scale": (with_scale(-1.0), "has a scale or zero point that none can have"),
+    "NaN": (with_scale(float("nan")), "has a scale or zero point that none can have"),
+    "infinite": (with_scale(float("inf")), "has a scale or zero point that none can have"),
+}
+
+
+@pytest.mark.parametrize(("forge", "message"), FORGERIES.values(), ids=FORGERIES.keys())
+def test_forgeries_are_refused(forge: Callable[[bytes], bytes], message: str, packed: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(forge(packed))
+    with pytest.raises(UserError, match=message) as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_changed_loads(packed: bytes, tmp_path: Path) -> None:
+    """The forger's tools do not themselves break a file."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(forged(*split(packed)))
+    assert load_model(path)[0].image_size == 64
+
+
+class Trap:
+    """Runs when it is unpickled."""
+
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.touched,)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("how", ["pickle", "torch", "state"])
+def test_a_pickle_in_disguise_is_not_run(how: str, suffix: str, tmp_path: Path) -> None:
+    path, touched = tmp_path / f"model.{suffix}", tmp_path / "touched"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Trap(touched)))
+    elif how == "torch":
+        torch.save({"model": Trap(touched)}, path)
+    else:
+        torch.save({"model": {"weight": torch.zeros(2), "more": Trap(touched)}}, path)
+    expected = "it holds more than tensors and could run code" if suffix == "pt" else CANNOT_BE_READ
+    with pytest.raises(UserError, match=expected):
+        load_model(path)
+    assert not touched.exists()
+    pickle.loads(pickle.dumps(Trap(touched)))
+    assert touched.exists()  # the trap works
+
+
+def test_safetensors_under_another_name_are_named(packed: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(packed)
+    with pytest.raises(UserError, match="is a safetensors file under another name: let it end in .safetensors"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "1", '{"a":' * 10**5 + "1" + "}" * 10**5])
+def test_a_float_file_with_a_broken_recipe_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "float.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"format": "qsam2-float", "recipe": text})
+    with pytest.raises(UserError, match="float.safetensors is damaged: its header holds no recipe"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("shape", [(), (32,)])
+def test_a_file_with_the_names_of_a_checkpoint_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file({"image_encoder.trunk.patch_embed.proj.weight": torch.zeros(shape)}, path)
+    with pytest.raises(UserError, match="odd.safetensors is no SAM2 checkpoint that qsam2 knows"):
+        load_model(path)
