@@ -21,7 +21,6 @@ from qsam2.recipe.calibrate import FrobeniusRecipe, WeightCalibration
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizers import QuantizerSpec
 
-BINS = 101
 NEAREST = 3
 """How many layer names the message on a pattern without a match gives."""
 MAX_NAMED = 5
@@ -52,12 +51,10 @@ class CalibratedLayer:
     """Of the quantized layer with the old and the new weights, noise of quantized inputs included."""
     errors: dict[float, float]
     """Quantized error for each strength."""
-    histograms: tuple[list[float], list[float]]
-    """Shares of the weights before and after in `BINS` bins between -+ the largest of before."""
 
     def figures(self) -> dict[str, Any]:
         """What `metrics.json` holds of it."""
-        return {key: value for key, value in vars(self).items() if key not in ("name", "histograms")}
+        return {key: value for key, value in vars(self).items() if key != "name"}
 
 
 def choose_layers(model: nn.Module, quantize: QuantizeRecipe, patterns: tuple[str, ...]) -> dict[str, nn.Linear]:
@@ -149,7 +146,6 @@ def calibrate_layer(
         float_error=output_error(weight - new, shift, held_out) / scale,
         quantized_error=(errors[0], errors[best]),
         errors=dict(zip(strengths, errors, strict=True)),
-        histograms=(_histogram(weight, weight), _histogram(new, weight)),
     )
     layer.weight.copy_(new)
     if layer.bias is not None:
@@ -196,9 +192,3 @@ def _report_singular(rows: Sequence[CalibratedLayer]) -> None:
 def _max_over_std(weight: Tensor) -> float:
     std = float(weight.std())
     return float(weight.abs().max()) / std if std else 0.0
-
-
-def _histogram(weight: Tensor, reference: Tensor) -> list[float]:
-    reach = float(reference.abs().max()) or 1.0
-    counts = torch.histc(weight.clamp(-reach, reach).float(), BINS, -reach, reach)
-    return (counts / weight.numel()).tolist()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qsam2.commands.common import Commands, quiet_logs, texts
 from qsam2.errors import UserError
+
+if TYPE_CHECKING:
+    from qsam2.report.read import KeptRun
 
 EPILOG = """examples:
   qsam2 report runs/qat-w4a4
@@ -41,15 +45,16 @@ def _report(given: argparse.Namespace) -> None:
     from qsam2.run_folder import write_text
 
     runs = [read_run(path) for path in given.runs]
-    if len(runs) > 1:
-        file, page = given.out or Path("comparison.html"), render_comparison(runs)
-    else:
-        (run,) = runs
-        own = run.path / REPORT
-        file, page = given.out or (run.path / "unfinished.html" if run.missing_stages else own), render(run)
-        if run.missing_stages and file.resolve() == own.resolve():
-            raise UserError(f"--out {file}: the run is not finished, and this file says that it is; give another path")
+    file = given.out or _default(runs)
     if file.is_dir():
         raise UserError(f"--out {file}: is a folder; give the path of a file")
-    write_text(file, page)
+    if any(run.missing_stages and file.resolve() == (run.path / REPORT).resolve() for run in runs):
+        raise UserError(f"--out {file}: that run is not finished, and this file says that it is; give another path")
+    write_text(file, render_comparison(runs) if len(runs) > 1 else render(runs[0]))
     print(file)
+
+
+def _default(runs: list[KeptRun]) -> Path:
+    if len(runs) > 1:
+        return Path("comparison.html")
+    return runs[0].path / ("unfinished.html" if runs[0].missing_stages else "report.html")

@@ -30,7 +30,8 @@ def render_comparison(runs: Sequence[KeptRun]) -> str:
     if not scored:
         raise UserError(f"{', '.join(names)}: none of these runs has scores yet; finish one of them first")
     rows = {name: headline(run.metrics)[-1] for name, run in scored.items()}
-    losses = draw_loss({name: run.curves["loss"] for name, run in names.items() if "loss" in run.curves})
+    curves = {name: run.curves["loss"] for name, run in names.items() if "loss" in run.curves}
+    losses = draw_loss(curves)
     return (
         environment()
         .get_template("compare.html.j2")
@@ -45,6 +46,7 @@ def render_comparison(runs: Sequence[KeptRun]) -> str:
             by_bytes=_pareto(scored, lambda row: row["MB"][0], "MB"),
             by_time=_pareto(scored, lambda row: row["seconds"][0], "seconds a frame"),
             loss=Markup(losses) if losses else None,
+            trained=list(curves),
             differences=recipe_differences(names),
         )
     )
@@ -64,11 +66,28 @@ def unique_names(runs: Sequence[KeptRun]) -> dict[str, KeptRun]:
 
 
 def recipe_differences(runs: dict[str, KeptRun]) -> dict[str, list[Any]]:
-    """{dotted key: its value in each run} of the keys that differ; None where a recipe has no such key."""
+    """{dotted key: its value in each run} of the keys that differ.
+
+    Of a part that some recipes leave out (`train: null`) a row says which have it, by its method where it has one; its
+    keys are listed where those that have it differ.
+    """
     recipes = [flat(run.recipe.model_dump(mode="json")) for run in runs.values()]
-    keys = sorted({key for recipe in recipes for key in recipe if key not in APART})
-    values = {key: [recipe.get(key) for recipe in recipes] for key in keys}
-    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+    parts = {
+        key.rsplit(".", depth)[0] for recipe in recipes for key in recipe for depth in range(1, key.count(".") + 1)
+    }
+    differences = {}
+    for key in sorted({key for recipe in recipes for key in recipe if key not in APART}):
+        present = [recipe[key] for recipe in recipes if key in recipe]
+        if key in parts:
+            differences[key] = [_part(recipe, key) for recipe in recipes]
+        elif any(value != present[0] for value in present):
+            differences[key] = [recipe.get(key) for recipe in recipes]
+    return differences
+
+
+def _part(recipe: dict[str, Any], part: str) -> Any:
+    given = any(key.startswith(f"{part}.") for key in recipe)
+    return recipe.get(f"{part}.method", "given") if given else None
 
 
 def _settings(runs: dict[str, KeptRun]) -> list[str]:

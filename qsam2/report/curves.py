@@ -93,13 +93,13 @@ def draw_clips(curves: Mapping[str, Curve]) -> str | None:
         parts.append(f"{len(group)} of {role}s end at {middle[-1]:.2f} times their start in the median "
                      f"({low[-1]:.2f} to {high[-1]:.2f} for 80 %)")  # fmt: skip
     farthest = sorted(relative, key=lambda name: -abs(np.log(max(relative[name][-1][1], 1e-9))))[:MOVED]
-    for name in farthest:
+    for index, name in enumerate(farthest):
         steps, moved = np.array(relative[name]).T
         axes.plot(steps, moved, color=GREY, linewidth=0.8)
-        short = name.replace("image_encoder.trunk.", "").replace("_quantizer", "")
-        axes.annotate(short, (steps[-1], moved[-1]), fontsize=7, ha="right", va="bottom")
+        if index == 0:  # further names would lie on one another
+            axes.annotate(name.removesuffix("_quantizer"), (steps[-1], moved[-1]), fontsize=8, ha="right", va="bottom")
     axes.set(xlabel="step", ylabel="step size / its first")
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="best")
     return inline(figure, "Learned clips: " + "; ".join(parts))
 
 

@@ -23,11 +23,11 @@ def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> str:
         first, last = row["levels"]
         edges = _edges(row)
         drawn = range(first, last + 1) if last - first < DRAWN_LEVELS else (first, last)
-        for level in drawn:
-            axes.axvline(level, color=GREEN, linewidth=0.6, linestyle=":", label="grid" if level == first else None)
         axes.stairs(row["before"], edges, color=GREY, fill=True, alpha=0.6, label="float model")
         axes.stairs(row["after"], edges, color=BLUE, linewidth=1.5, label="before rounding" if what == "weights"
                     else "quantized model")  # fmt: skip
+        for level in drawn:
+            axes.axvline(level, color=GREEN, linewidth=0.8, linestyle=":", label="grid" if level == first else None)
         axes.set_title(f"{_short(row['layer'])}, {row['bits']} bits", fontsize=8)
         axes.set_yscale("log")
         axes.set_xlim(*row["reach"])

@@ -35,6 +35,7 @@ def draw_noise(rows: Sequence[Mapping[str, Any]]) -> str | None:
             axes.scatter(
                 at, values, s=14, color=colour, marker=marker, label=name.replace("_", " ").removeprefix("sam ")
             )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="layers, the noisiest first", ylabel="weights, signal to noise (dB)")
     axes.legend(frameon=False, fontsize=8)
     values = [row["weight_snr_db"] for row in measured]
@@ -64,7 +65,7 @@ def draw_worst(rows: Sequence[Mapping[str, Any]]) -> str | None:
     axes.invert_yaxis()
     axes.grid(axis="y", color=GREY, linewidth=0.4, alpha=0.5)
     axes.set_xlabel("signal to noise (dB)")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside upper right")
     named = ", ".join(f"{row['name']} {_lowest(row):.1f} dB" for row in worst[:3])
     return inline(figure, f"The {len(worst)} noisiest layers, the lower of weights and inputs; first {named}")
 
@@ -89,7 +90,7 @@ def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.invert_yaxis()
     axes.grid(axis="y", color=GREY, linewidth=0.4, alpha=0.5)
     axes.set_xlabel("loss of fidelity (percent of mask IoU)")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper right")
     named = ", ".join(f"{group} {worst[group]:.1f}" for group in groups[:3])
     return inline(figure, f"Fidelity lost by quantizing each of {len(groups)} groups alone, at worst; most by {named}")
 

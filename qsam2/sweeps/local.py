@@ -129,19 +129,15 @@ class _LocalSweep:
         if self.sweep.definition.early_terminate is None:
             process.wait()
             return False
-        reported, ended = 0, False
-        while not ended:
+        reported = 0
+        while process.poll() is None:
             time.sleep(POLL_S)
-            ended = process.poll() is not None  # what it logged last counts for those that follow
-            try:
-                values = read_curves(folder / CURVES).get(self.sweep.definition.metric.name, [])
-            except UserError:  # it is being written
-                continue
+            values = read_curves(folder / CURVES).get(self.sweep.definition.metric.name, [])
             with self.processes.lock:
                 for _, value in values[reported:]:
                     reported += 1
                     trial.report(value, reported)
-                    if not ended and trial.should_prune():
+                    if trial.should_prune() and process.poll() is None:
                         process.send_signal(signal.SIGINT)
                         process.wait()
                         return True

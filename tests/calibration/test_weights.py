@@ -217,8 +217,7 @@ def test_weights_that_are_not_finite_name_the_layer() -> None:
 def test_a_row_is_figures_that_json_can_hold() -> None:
     row = calibrate(heavy_layer(), samples(), FrobeniusRecipe())
     figures = json.loads(json.dumps(row.figures(), allow_nan=False))
-    assert figures["bits"] == 4 and "histograms" not in figures
-    assert all(sum(shares) == pytest.approx(1) for shares in row.histograms)
+    assert figures["bits"] == 4 and "name" not in figures
 
 
 # Which layers

@@ -53,9 +53,19 @@ def test_only_keys_that_differ_are_listed(runs: list[KeptRun]) -> None:
     differences = recipe_differences({run.name: run for run in runs})
     assert differences["memory.sharing"] == ["adaptive", "none"]
     assert differences["trainer.max_steps"] == [7, 2000]
+    assert differences["train"] == ["given", None] and "train.lr" not in differences
     assert not {"name", "output", "seed", "quantize.weights.bits"} & differences.keys()
     assert ["memory.sharing", "adaptive", "none"] in Page(render_comparison(runs)).rows
     assert "In nothing: the recipes are the same" in render_comparison([runs[0], twin(runs[0])])
+
+
+def test_a_part_that_is_left_out_is_named_by_its_method(tmp_path: Path) -> None:
+    settings = [{**W2, "calibrate": {"weights": weights}} for weights in ("frobenius", "acnr", None)]
+    runs = {str(index): kept_run(tmp_path / str(index), values) for index, values in enumerate(settings)}
+    differences = recipe_differences(runs)
+    assert differences["calibrate.weights"] == ["frobenius", "acnr", None]
+    assert differences["calibrate.weights.method"] == ["frobenius", "acnr", None]
+    assert all(len(values) == 3 for values in differences.values())
 
 
 def twin(run: KeptRun) -> KeptRun:
@@ -94,9 +104,11 @@ def test_the_front_holds_what_no_other_beats(points: list[Point]) -> None:
 
     def beaten(point: Point) -> bool:
         return any(
-            other.cost <= point.cost and other.score >= point.score and (other.cost, other.score) != (point.cost, point.score)
+            (other.cost, -other.score) != (point.cost, -point.score)
+            and other.cost <= point.cost
+            and other.score >= point.score
             for other in points
-        )  # fmt: skip
+        )
 
     assert {(point.cost, point.score) for point in front} == {(p.cost, p.score) for p in points if not beaten(p)}
     assert [point.cost for point in front] == sorted({point.cost for point in front})
@@ -121,7 +133,7 @@ def test_report_of_an_unfinished_run_does_not_mark_it_finished(
     assert main(["report", str(path)]) == 0
     assert (path / "unfinished.html").is_file() and not (path / "report.html").exists()
     assert main(["report", str(path), "--out", str(path / "report.html")]) == 2
-    assert "the run is not finished, and this file says that it is; give another path" in capsys.readouterr().err
+    assert "that run is not finished, and this file says that it is; give another path" in capsys.readouterr().err
     assert not (path / "report.html").exists()
 
 

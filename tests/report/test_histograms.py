@@ -33,12 +33,12 @@ def test_histograms_stand_on_their_grid() -> None:
     svg = draw_histograms([row(f"layer{index}") for index in range(3)], "weights")
     label = str(ET.fromstring(svg).get("aria-label"))
     assert "Histograms of the weights of 3 layers" in label and "beyond the grid: layer0 25.00%, layer1 25.00%" in label
-    assert grid_lines(svg) == 3 * 4 + 1  # and one in the legend
+    assert grid_lines(svg) == 3 * 4
     assert all(f"layer{index}, 2 bits" in svg for index in range(3))
 
 
 def test_of_many_levels_only_the_ends_are_drawn() -> None:
-    assert grid_lines(draw_histograms([row(levels=(0, 255))], "inputs")) == 2 + 1
+    assert grid_lines(draw_histograms([row(levels=(0, 255))], "inputs")) == 2
 
 
 def test_a_figure_has_text_in_the_colour_around_it() -> None:
