@@ -129,15 +129,19 @@ class _LocalSweep:
         if self.sweep.definition.early_terminate is None:
             process.wait()
             return False
-        reported = 0
-        while process.poll() is None:
+        reported, ended = 0, False
+        while not ended:
             time.sleep(POLL_S)
-            values = read_curves(folder / CURVES).get(self.sweep.definition.metric.name, [])
+            ended = process.poll() is not None  # what it logged last counts for those that follow
+            try:
+                values = read_curves(folder / CURVES).get(self.sweep.definition.metric.name, [])
+            except UserError:  # it is being written
+                continue
             with self.processes.lock:
                 for _, value in values[reported:]:
                     reported += 1
                     trial.report(value, reported)
-                    if trial.should_prune() and process.poll() is None:
+                    if not ended and trial.should_prune():
                         process.send_signal(signal.SIGINT)
                         process.wait()
                         return True
