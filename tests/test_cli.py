@@ -159,6 +159,7 @@ def test_train_carries_out_the_recipe(
         "bytes": {"float32": 4_000_000, "packed": 500_000},
     }
     monkeypatch.setattr("qsam2.pipeline.run", lambda recipe: recipes.append(recipe) or metrics)
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "r.yaml"
     path.write_text("name: mine\nseed: 1\n")
     assert main(["train", "seed=2", str(path), "debug=fast"]) == 0
@@ -174,6 +175,7 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qsam2.pipeline.run", interrupt)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text("name: x\n")
     assert main(["train", str(tmp_path / "r.yaml")]) == 130
     assert capsys.readouterr().err == "stopped; the same command goes on from the last checkpoint\n"
