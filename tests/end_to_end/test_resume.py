@@ -140,7 +140,7 @@ def test_averages_survive_a_kill_at_the_end_of_training(
 def test_a_resumed_run_goes_on_in_wandb(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline in a second file of the same run, which `wandb sync` uploads as one."""
     monkeypatch.setenv("WANDB_SILENT", "true")
-    settings = {"train": TRAIN, "trainer": {"max_steps": 3, "checkpoint_every": 1}, "log": {"wandb": "offline"}}
+    settings = {"train": TRAIN_FLOAT, "trainer": {"max_steps": 3, "checkpoint_every": 1}, "log": {"wandb": "offline"}}
     values = small(checkpoint, tmp_path / "run", **settings)
     kill_at(1, monkeypatch)
     with pytest.raises(Killed):

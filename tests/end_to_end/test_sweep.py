@@ -17,6 +17,8 @@ from wandb_file import read_run, records
 
 from qsam2.cli import main
 
+pytestmark = pytest.mark.timeout(8 * TIMEOUT_S)  # six processes, one after the other
+
 BITS = "quantize.weights.bits"
 NUMBERS = [f"{index:03d}" for index in range(4)]
 
@@ -58,15 +60,15 @@ def killed(sweep: Path) -> dict[Path, int]:
 @pytest.fixture(scope="module")
 def said(sweep: Path, killed: dict[Path, int]) -> str:
     """What the same command says when it carries out the rest."""
-    process = begin(sweep)
+    process = begin(sweep, "--jobs", "2")
     out, err = process.communicate(timeout=4 * TIMEOUT_S)
     assert process.returncode == 0, err[-3000:]
     return out + err
 
 
-def begin(sweep: Path) -> subprocess.Popen[str]:
+def begin(sweep: Path, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "qsam2.cli", "sweep", str(sweep / "four.yaml"), "--output", str(sweep / "out")],
+        [sys.executable, "-m", "qsam2.cli", "sweep", str(sweep / "four.yaml"), "--output", str(sweep / "out"), *flags],
         cwd=sweep,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_SILENT": "true", "NETRC": "none"},
         stdout=subprocess.PIPE,
