@@ -162,9 +162,8 @@ class OnnxTracker:
     def _use_mask(self, picture: dict[str, Floats], mask: NDArray[Any]) -> tuple[Floats, Floats, Floats]:
         """A mask is its own answer; the decoder sees it for its object pointer alone."""
         if mask.shape != self._size or not mask.any():
-            raise UserError(
-                f"mask is {mask.shape} with {int(mask.sum())} pixels: give a mask of {self._size}, not empty"
-            )
+            given = f"{np.count_nonzero(mask)} pixels in {mask.shape}"
+            raise UserError(f"mask has {given}: give the frame's size {self._size}, not empty")
         size = self.model["image_size"]
         shown = (resize(mask.astype(np.float32), size, size, antialias=True) >= 0.5).astype(np.float32)
         prompt = self._prompt(np.zeros((1, 1, 2), np.float32), np.full((1, 1), -1, np.int32), shown[None, None])
