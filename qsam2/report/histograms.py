@@ -13,6 +13,9 @@ COLUMNS = 2
 DRAWN_LEVELS = 32
 """With more levels only the ends of the grid are drawn."""
 
+SMALLEST = 5e-7
+"""Share at which the axis begins: what is kept is rounded to 1e-6."""
+
 
 def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> str:
     """Histograms as `measure_layers` keeps them, of weights or inputs (`what`), as an SVG element."""
@@ -30,7 +33,8 @@ def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> str:
             axes.axvline(level, color=GREEN, linewidth=0.8, linestyle=":", label="grid" if level == first else None)
         axes.set_title(f"{_short(row['layer'])}, {row['bits']} bits", fontsize=8)
         axes.set_yscale("log")
-        axes.set_xlim(*row["reach"])
+        axes.minorticks_off()
+        axes.set(xlim=row["reach"], ylim=(SMALLEST, 1))
         axes.tick_params(labelsize=7)
     for axes in list(places):
         axes.set_axis_off()
