@@ -18,6 +18,7 @@ from qsam2.layers.linear import QuantLinear
 from qsam2.quantizers import Quantizer, build_quantizer
 from qsam2.recipe.quantizers import MinMaxSpec
 
+pytestmark = pytest.mark.timeout(1800)  # the exporter is slow on a busy machine
 BITS = range(2, 9)
 ACTIVATIONS = [{"bits": bits, "symmetric": symmetric} for bits in BITS for symmetric in (True, False)]
 WEIGHTS = [

@@ -1,0 +1,330 @@
+"""A whole model in ONNX: each graph against PyTorch, tracking without PyTorch, every message."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx_files import activations, run, with_outputs
+from torch import Tensor
+
+from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.cli import main
+from qsam2.data.transforms import to_model_input
+from qsam2.errors import UserError
+from qsam2.export.onnx import write
+from qsam2.export.onnx.graphs import Graph, build_graphs
+from qsam2.export.onnx.grids import ActivationGrid
+from qsam2.export.onnx.runtime import GRAPHS, OnnxTracker, as_bfloat16
+from qsam2.layers.convert import convert
+from qsam2.layers.finalize import finalize
+from qsam2.models import SAM2, build_sam2
+from qsam2.recipe.quantize import QuantizeRecipe
+
+pytestmark = pytest.mark.timeout(1800)  # the exporter takes half a minute of processor time, on a busy machine more
+SIZE_PX, FRAMES = 64, 10
+VIDEO = (48, 64)
+QUANTIZE = {
+    "weights": {"method": "minmax", "bits": 4},
+    "activations": {"method": "minmax", "bits": 8},
+    "rules": [{"match": "image_encoder.neck.*", "activation_bits": 4}, {"match": "memory_encoder.*", "bits": 6}],
+}
+
+
+def video() -> list[np.ndarray]:
+    """A bright square that moves over a texture, RGB uint8 (H, W, 3) a frame."""
+    texture = np.random.default_rng(0).integers(0, 120, (*VIDEO, 3), dtype=np.uint8)
+    frames = []
+    for index in range(FRAMES):
+        frame = texture.copy()
+        frame[12:36, 8 + 2 * index : 30 + 2 * index] += 120
+        frames.append(frame)
+    return frames
+
+
+def first_mask() -> np.ndarray:
+    mask = np.zeros(VIDEO, bool)
+    mask[12:36, 8:30] = True
+    return mask
+
+
+PROMPTS: dict[str, dict[str, Any]] = {
+    "mask": {"mask": first_mask()},
+    "click": {"points": [[18.0, 24.0]], "labels": [1]},
+    "box and click": {"box": [8.0, 12.0, 30.0, 36.0], "points": [[2.0, 2.0]], "labels": [0]},
+}
+
+
+def track(model: SAM2, prompt: dict[str, Any]) -> list[np.ndarray]:
+    """Mask logits of sam2's own video predictor, (H, W) a frame."""
+    state = model.init_state([to_model_input(frame, SIZE_PX) for frame in video()], video_size=VIDEO)
+    if "mask" in prompt:
+        model.add_new_mask(state, 0, 1, torch.from_numpy(prompt["mask"]))
+    else:
+        model.add_new_points_or_box(state, 0, 1, **prompt)
+    return [masks[0, 0].numpy() for _, _, masks in model.propagate_in_video(state)]
+
+
+def track_onnx(tracker: OnnxTracker, prompt: dict[str, Any]) -> list[np.ndarray]:
+    first, *others = video()
+    return [tracker.start(first, video_length=FRAMES, **prompt), *(tracker.track(frame) for frame in others)]
+
+
+def lively_nano() -> SAM2:
+    """nano with random weights that sees objects, and masks with clear logits."""
+    torch.manual_seed(0)
+    model = build_sam2("nano", image_size=SIZE_PX)
+    model.memory_attention.layers = model.memory_attention.layers[:1]
+    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[2].bias, 4.0)
+    for head in model.sam_mask_decoder.output_hypernetworks_mlps:
+        head.layers[2].weight.data *= 30
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> SAM2:
+    """The same, quantized."""
+    model = lively_nano()
+    convert(model, QuantizeRecipe.model_validate(QUANTIZE))
+    calibrate_ranges(model.eval(), lambda prompt: track(model, prompt), PROMPTS.values())
+    finalize(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(model: SAM2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx") / "model"
+    write.export_onnx(model, {"name": "test"}, folder, card={"scores": 1}, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tracker(exported: Path) -> OnnxTracker:
+    return OnnxTracker(exported, optimize=False, threads=1)
+
+
+def real_inputs(tracker: OnnxTracker) -> dict[str, dict[str, np.ndarray]]:
+    """What each graph got in the last frames of a tracked video."""
+    seen: dict[str, dict[str, np.ndarray]] = {}
+    plain = tracker._run
+
+    def note(name: str, **inputs: np.ndarray) -> list[np.ndarray]:
+        seen[name] = inputs
+        return plain(name, **inputs)
+
+    tracker._run = note  # type: ignore[method-assign]
+    track_onnx(tracker, PROMPTS["mask"])
+    tracker._run = plain  # type: ignore[method-assign]
+    return seen
+
+
+def integers(graph: Graph, inputs: dict[str, np.ndarray]) -> tuple[list[np.ndarray], list[Tensor]]:
+    """Codes of all activations in the order of computation, and the graph's outputs, in PyTorch.
+
+    What several layers quantize alike, as queries, keys and values of one tensor, is there once, as in the graph.
+    """
+    codes: dict[tuple[float, bytes], np.ndarray] = {}
+
+    def note(grid: ActivationGrid, _: Any, out: Tensor) -> None:
+        found = (out.detach() / grid.scale).round().numpy()
+        codes.setdefault((grid.scale, found.tobytes()), found)
+
+    hooks = [m.register_forward_hook(note) for m in graph.module.modules() if isinstance(m, ActivationGrid)]
+    with torch.no_grad():
+        outputs = graph.module(*(torch.from_numpy(inputs[name]) for name in graph.inputs))
+    for hook in hooks:
+        hook.remove()
+    return list(codes.values()), [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def test_each_graph_computes_the_integers_of_pytorch(model, exported, tracker):
+    graphs = build_graphs(model)
+    seen = real_inputs(tracker)
+    for name, graph in graphs.items():
+        ours, outputs = integers(graph, seen[name])
+        stored = onnx.load(exported / f"{name}.onnx")
+        names = activations(stored)
+        theirs: dict[tuple[float, bytes], np.ndarray] = {}
+        for value, x in zip(names, run(with_outputs(stored, names), seen[name]), strict=True):
+            scale = _scale_of(stored, value)
+            found = np.round(x / scale)
+            theirs.setdefault((float(scale), found.tobytes()), found)
+        assert len(theirs) == len(ours) > 0, name
+        apart = [np.abs(one - other) for one, other in zip(ours, theirs.values(), strict=True)]
+        assert apart[0].max() == 0, name
+        # Sums in another order fall on the other side of a rounding border now and then, and later layers follow.
+        steps = np.concatenate([part.ravel() for part in apart])
+        assert (steps <= 1).mean() > 0.98, name
+        for one, other in zip(outputs, run(exported / f"{name}.onnx", seen[name]), strict=True):
+            np.testing.assert_allclose(one.numpy(), other, atol=0.1 * float(one.abs().max()), err_msg=name)
+
+
+def _scale_of(stored: onnx.ModelProto, value: str) -> np.float32:
+    node = next(node for node in stored.graph.node if node.output[0] == value)
+    constants = {tensor.name: tensor for tensor in stored.graph.initializer}
+    constants |= {n.output[0]: n.attribute[0].t for n in stored.graph.node if n.op_type == "Constant"}
+    return onnx.numpy_helper.to_array(constants[node.input[1]])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+def test_the_tracker_decides_as_sam2(prompt):
+    """The driver over the same graphs in PyTorch and in float, where nothing rounds differences up."""
+    model = lively_nano()
+    graphs = build_graphs(model)
+
+    def compute(name: str, **inputs: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            outputs = graphs[name].module(*(torch.from_numpy(inputs[key]) for key in graphs[name].inputs))
+        return [outputs.numpy()] if isinstance(outputs, Tensor) else [output.numpy() for output in outputs]
+
+    driver = OnnxTracker.__new__(OnnxTracker)
+    driver.model, driver._no_prompt, driver._run = write.describe(model), None, compute  # type: ignore[method-assign]
+    ours, theirs = (np.stack(masks) for masks in (track(model, prompt), track_onnx(driver, prompt)))
+    assert ours.shape == theirs.shape == (FRAMES, *VIDEO) and (ours > 0).any() and (ours < 0).any()
+    assert ((ours > 0) & (theirs > 0)).sum() / ((ours > 0) | (theirs > 0)).sum() >= 0.999
+    np.testing.assert_allclose(theirs, ours, atol=1e-3 * float(np.abs(ours).max()))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+def test_masks_are_those_of_pytorch_as_far_as_rounding_lets_them(model, tracker, prompt):
+    ours, theirs = (np.stack(masks) > 0 for masks in (track(model, prompt), track_onnx(tracker, prompt)))
+    assert ours.any() and (ours & theirs).sum() / (ours | theirs).sum() > 0.9
+
+
+def test_optimized_sessions_give_nearly_the_same_masks(exported, tracker):
+    one, other = (np.stack(track_onnx(t, PROMPTS["click"])) > 0 for t in (tracker, OnnxTracker(exported, threads=1)))
+    assert (one & other).sum() / (one | other).sum() > 0.9
+
+
+def test_a_description_and_five_checked_graphs_are_written(exported):
+    names = sorted(file.name for file in exported.iterdir())
+    assert names == sorted([f"{name}.onnx" for name in GRAPHS] + ["model.json"])
+    description = json.loads((exported / "model.json").read_text())
+    assert description["image_size"] == SIZE_PX and description["opset"] == write.OPSET
+    assert description["recipe"] == {"name": "test"} and description["card"] == {"scores": 1}
+    for name in GRAPHS:
+        stored = onnx.load(exported / f"{name}.onnx")
+        onnx.checker.check_model(stored, full_check=True)
+        assert b"site-packages" not in stored.SerializeToString()
+        assert description["files"][f"{name}.onnx"]["bytes"] == (exported / f"{name}.onnx").stat().st_size
+
+
+def test_weights_of_four_bits_take_half_a_byte(model, exported):
+    encoder = sum(p.numel() for p in model.image_encoder.parameters())
+    assert (exported / "image_encoder.onnx").stat().st_size < encoder * 1.2
+
+
+def test_a_video_is_tracked_without_pytorch(exported, tracker):
+    code = f"""
+import io, sys
+sys.modules["torch"] = None
+import numpy as np
+from qsam2.export.onnx.runtime import OnnxTracker
+tracker = OnnxTracker({str(exported)!r}, optimize=False, threads=1)
+frames = np.load(io.BytesIO(sys.stdin.buffer.read()))
+masks = [tracker.start(frames[0], points=[[18, 24]], video_length=len(frames))]
+masks += [tracker.track(frame) for frame in frames[1:3]]
+assert sys.modules["torch"] is None and "sam2" not in sys.modules
+np.save(sys.stdout.buffer, np.stack(masks))
+"""
+    given = io.BytesIO()
+    np.save(given, np.stack(video()))
+    ran = subprocess.run([sys.executable, "-c", code], input=given.getvalue(), capture_output=True)
+    assert ran.returncode == 0, ran.stderr.decode()
+    assert np.array_equal(np.load(io.BytesIO(ran.stdout)), np.stack(track_onnx(tracker, PROMPTS["click"])[:3]))
+
+
+def test_a_tracker_can_start_again(tracker):
+    once = track_onnx(tracker, PROMPTS["click"])
+    tracker.start(video()[3], **PROMPTS["mask"])
+    assert np.array_equal(np.stack(once), np.stack(track_onnx(tracker, PROMPTS["click"])))
+
+
+def test_memory_is_rounded_as_by_pytorch():
+    x = torch.randn(10000) * torch.logspace(-20, 20, 10000)
+    x[:2] = torch.tensor([1.00390625, 1.01171875])  # ties
+    assert np.array_equal(as_bfloat16(x.numpy()), x.bfloat16().float().numpy())
+
+
+FRAME = video()[0]
+WRONG: dict[str, tuple[Callable[[OnnxTracker], Any], str]] = {
+    "no prompt": (lambda t: t.start(FRAME), "start needs points, a box .or both., or a mask alone"),
+    "two prompts": (lambda t: t.start(FRAME, box=[1, 2, 3, 4], mask=first_mask()), "or a mask alone"),
+    "labels alone": (lambda t: t.start(FRAME, labels=[1]), "labels were given without points"),
+    "labels": (lambda t: t.start(FRAME, points=[[1, 2]], labels=[1, 0]), "1 points were given with 2 labels"),
+    "box": (lambda t: t.start(FRAME, box=[1, 2, 3]), r"box has the shape \(3,\): give \(left, top"),
+    "empty mask": (lambda t: t.start(FRAME, mask=np.zeros(VIDEO)), "mask has 0 pixels"),
+    "small mask": (lambda t: t.start(FRAME, mask=np.ones((3, 4))), r"in \(3, 4\): give the frame's size \(48, 64\)"),
+    "floats": (lambda t: t.start(FRAME / 255, box=[1, 2, 3, 4]), "a frame is float64 .*: give RGB as uint8"),
+    "list": (lambda t: t.start([1], box=[1, 2, 3, 4]), "a frame is list: give RGB"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("call, message", WRONG.values(), ids=WRONG.keys())
+def test_wrong_frames_and_prompts_are_refused(tracker, call, message):
+    with pytest.raises(UserError, match=message):
+        call(tracker)
+
+
+def test_frames_follow_a_start_and_keep_their_size(exported, tracker):
+    with pytest.raises(UserError, match="nothing is tracked yet: call start"):
+        OnnxTracker(exported).track(FRAME)
+    tracker.start(FRAME, box=[1, 2, 30, 40])
+    with pytest.raises(UserError, match=r"a frame is \(40, 64\), the first one was \(48, 64\)"):
+        tracker.track(FRAME[:40])
+
+
+@pytest.fixture
+def copied(exported: Path, tmp_path: Path) -> Path:
+    for file in exported.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def _change(folder: Path, **values: Any) -> None:
+    file = folder / "model.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no description": (lambda folder: (folder / "model.json").unlink(), "holds no complete export"),
+    "cut description": (lambda folder: (folder / "model.json").write_text("{"), "model.json is damaged"),
+    "another format": (lambda folder: _change(folder, format="x"), "is no description of an ONNX export"),
+    "another version": (lambda folder: _change(folder, version=2), "has version 2, this qsam2 reads 1"),
+    "no graph": (lambda folder: (folder / "mask_decoder.onnx").unlink(), "mask_decoder.onnx cannot be read"),
+    "cut graph": (lambda folder: (folder / "mask_decoder.onnx").write_bytes(b"1"), "is not the file that was exported"),
+}
+
+
+@pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_exports_are_refused(copied, damage, message):
+    damage(copied)
+    with pytest.raises(UserError, match=message):
+        OnnxTracker(copied)
+
+
+def test_missing_packages_are_named_with_what_to_install(monkeypatch, exported, model, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"needs onnxruntime: pip install 'qsam2\[onnx\]'"):
+        OnnxTracker(exported)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["export", "nano", "--format", "onnx", "--out", str(tmp_path)]) == 2
+    assert "ONNX export needs onnx, onnxscript: pip install 'qsam2[onnx]'" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_no_part(monkeypatch, tmp_path):
+    graph = Graph(torch.nn.Identity(), {"x": torch.zeros(1)}, ("y",), {})
+    monkeypatch.setattr(write, "graph_bytes", lambda graph: b"x")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="a.onnx cannot be written .No space left on device."):
+        write._write_graph(tmp_path / "a.onnx", graph)
+    assert list(tmp_path.iterdir()) == []
