@@ -19,6 +19,8 @@ from qsam2.loading import load_model
 from qsam2.pipeline import run
 from qsam2.recipe import build_recipe, load_recipe
 from qsam2.recipe.load import merge
+from qsam2.report import read
+from qsam2.report.page import render
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "qat": {"quantize": W4A4, "train": TRAIN, "log": {"wandb": "offline", "group": "tests"}},
@@ -120,6 +122,16 @@ def test_a_reference_gives_the_runs_fidelity(runs: dict[str, Path], checkpoint: 
     expected = metrics(runs["qat"])["quantized"]
     assert block["fidelity"] == expected["fidelity"]
     assert block["versus_reference"] == expected["versus_float"]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_report_is_drawn_again_from_what_the_run_kept(name: str, runs: dict[str, Path]) -> None:
+    kept = read.read_run(runs[name])
+    assert kept.missing_stages == [] and kept.clips is not None and len(kept.clips["worst"]) == 3
+    assert (kept.layers is None) == (name == "float")
+    report = runs[name] / "report.html"
+    written = report.read_text(encoding="utf-8")
+    assert render(kept) == written and "not finished" not in written and "data:video/mp4" in written
 
 
 def test_a_finished_run_is_left_alone(
