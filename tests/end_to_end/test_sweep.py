@@ -125,7 +125,7 @@ def test_a_metric_that_the_runs_have_not_is_found_before_them(
 ) -> None:
     values = yaml.safe_load((sweep / "four.yaml").read_text())
     file = tmp_path / "four.yaml"
-    file.write_text(yaml.safe_dump({**values, "metric": {"name": "fidelity"}}))
+    file.write_text(yaml.safe_dump({**values, "metric": {"name": "quantised/fidelity"}}))
     assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 2
     assert "did you mean 'quantized/fidelity'?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
