@@ -4,7 +4,9 @@
 
 PARTs: davis (J&F a sequence; keeping the first mask and moving it by optical flow beside it), moving_objects (50 videos
 of 40 frames of the test split), memory (both with fewer remembered frames), stills (box and click mIoU on coco_stills,
-which nano never saw), speed. All of them by default; davis, memory and stills need QSAM2_DATA.
+which nano never saw), speed. All of them by default; davis, memory and stills need QSAM2_DATA. Only on request:
+pictures (docs/nano.jpg: three tracked DAVIS sequences) and curve (docs/nano_training.png: the loss of the three runs of
+its recipes, found in runs/).
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
 from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
@@ -26,28 +30,37 @@ from qsam2.loading import load_model
 from qsam2.metrics.vos import VOSScore
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
+from qsam2.report.curves import read_curves
+from qsam2.report.overlays import contact_sheet
 from qsam2.tasks.scoring import compare, score_videos
 from qsam2.tasks.stills import score_stills
 from qsam2.tasks.tracking import first_masks, track, true_masks
 
 DAVIS, MOVING, STILLS = "davis:davis16_240p:val", "moving_objects:50:test", "coco:coco_stills"
-BANKS = {"full bank (7 frames, 16 pointers)": (7, 16), "prompted frame and the last": (2, 2), "prompted frame": (1, 1)}
-"""What memory attention sees: (`num_maskmem`, `max_obj_ptrs_in_encoder`) of sam2; the prompted frame is always kept."""
+BANKS = {"full bank (7 frames, 16 pointers)": (7, 16), "prompted frame and the last": (2, 2), "prompted frame": (1, 2)}
+"""What memory attention sees: (`num_maskmem`, `max_obj_ptrs_in_encoder`) of sam2, which divides by the latter less one;
+the prompted frame is always kept."""
+SHOWN = ("dance-jump", "soccerball", "bmx-trees")
+RUNS = ("pretrain-nano", "pretrain-nano-clips", "pretrain-nano-long")
+SMOOTHING = 30
+"""Logged steps that the curve is a mean of."""
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def main() -> None:
     """Measure the parts asked for, print them, write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join([*PARTS, *ON_REQUEST]))
     parser.add_argument("--model", default="nano")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    known = PARTS | ON_REQUEST
+    if unknown := set(arguments.parts) - set(known):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     model, _ = load_model(arguments.model)
     results: dict[str, Any] = {"model": arguments.model}
     for part in arguments.parts or PARTS:
-        results[part] = PARTS[part](model)
+        results[part] = known[part](model)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1))
 
@@ -112,6 +125,30 @@ def speed(model: SAM2) -> dict[str, Any]:
     return result
 
 
+def pictures(model: SAM2) -> None:
+    """Truth and nano's masks on frames of three sequences."""
+    videos = [video for video in open_videos(DAVIS) if video.name in SHOWN]
+    _, masks = score_videos(model, videos, EvaluateRecipe(), TrainerRecipe(), folder=Path("."))
+    sheets = [contact_sheet(video, {"nano": masks}, length=len(video)) for video in videos]
+    page = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        page.paste(sheet, (0, top))
+        top += sheet.height
+    page.save(DOCS / "nano.jpg", quality=85)
+
+
+def curve(model: SAM2) -> None:
+    """The loss of the three runs, each on an axis of its own: their losses are of different clips."""
+    figure, axes = plt.subplots(1, len(RUNS), figsize=(10, 3), layout="constrained")
+    for axis, run in zip(axes, RUNS, strict=True):
+        steps, losses = np.array(read_curves(Path("runs", run, "curves"))["loss"]).T
+        width = min(SMOOTHING, len(losses))
+        axis.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, mode="valid"))
+        axis.set(xlabel="step", ylabel="loss", title=run)
+    figure.savefig(DOCS / "nano_training.png", dpi=110)
+
+
 def rate(function: Callable[[], Any], frames: int, repeats: int = 7) -> float:
     """Frames a second, from the median of the repeats."""
     function()
@@ -161,6 +198,7 @@ def cell(objects: dict[str, Any]) -> str:
 
 
 PARTS = {"davis": davis, "moving_objects": moving_objects, "memory": memory, "stills": stills, "speed": speed}
+ON_REQUEST = {"pictures": pictures, "curve": curve}
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ HIERA_WIDTH, HIERA_STAGES = 96, (2, 3, 16, 3)
 """What `sam2` builds where a size's configuration says nothing (base_plus)."""
 
 SHA256 = {
-    "nano.safetensors": "1c1f12e6d266facdbbb6a2d9b27327e8a23e453cb8ebd513b157fd6946c5b0a0",
-    "nano_heavy.safetensors": "56be2cc37d9fa5cf5c38ef51c0027e63339714cf7bd651afb75878b5514dc940",
+    "nano.safetensors": "d1c7b49139cea0b2c31f1ec4421e9b8e655787256326adf58fe3da1a6e2977e6",
+    "nano_heavy.safetensors": "06c1c35f72e116ec9cf0af12f1b38f8e97c67dd22f9cea586d30c60b33d1da76",
 }
 """Of the files that ship in the package."""
 
