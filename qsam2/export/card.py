@@ -48,7 +48,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         },
         "scores": {name: _headline(metrics[name]) for name in ("float", "ptq", "quantized") if name in metrics},
         "bytes": metrics.get("bytes"),
-        "format": "packed integers in safetensors, see qsam2/export/packed.py",
+        "format": "packed integers in safetensors, see docs/packed.md",
         "float_layers": {
             row.name: row.reason for row in layers if row.weight_bits is None and "Attention" not in row.kind
         },
