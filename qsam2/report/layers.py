@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from qsam2.report.svg import BLUE, GREEN, GREY, ORANGE, PURPLE, SERIES, inline, new_figure
 
@@ -35,7 +36,7 @@ def draw_noise(rows: Sequence[Mapping[str, Any]]) -> str | None:
             axes.scatter(
                 at, values, s=14, color=colour, marker=marker, label=name.replace("_", " ").removeprefix("sam ")
             )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layers, the noisiest first", ylabel="weights, signal to noise (dB)")
     axes.legend(frameon=False, fontsize=8)
     values = [row["weight_snr_db"] for row in measured]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.layers.convert import ConvertedLayer, quantized_weights, quantizers
+from qsam2.models import SAM2
 from qsam2.quantizers import Quantizer
 from qsam2.quantizers.fake_quant import broadcast_shape
 
@@ -22,7 +23,7 @@ SHOWN = 6
 """Layers whose histograms are kept: those of the lowest signal to noise."""
 BINS = 120
 INPUT = "input_quantizer"
-Run = Callable[[nn.Module], object]
+Run = Callable[[SAM2], object]
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def latent_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def measure_layers(
-    layers: Sequence[ConvertedLayer], model: nn.Module, teacher: nn.Module, latent: Mapping[str, Tensor], run: Run
+    layers: Sequence[ConvertedLayer], model: SAM2, teacher: SAM2, latent: Mapping[str, Tensor], run: Run
 ) -> dict[str, Any]:
     """What a report says of the layers of a finalized model; `run` passes a sample through a model.
 
