@@ -40,7 +40,7 @@ DAVIS, MOVING, STILLS = "davis:davis16_240p:val", "moving_objects:50:test", "coc
 BANKS = {"full bank (7 frames, 16 pointers)": (7, 16), "prompted frame and the last": (2, 2), "prompted frame": (1, 2)}
 """What memory attention sees: (`num_maskmem`, `max_obj_ptrs_in_encoder`) of sam2, which divides by the latter less one;
 the prompted frame is always kept."""
-SHOWN = 3
+PICTURED = "moving_objects:3:val"
 RUNS = ("pretrain-nano", "pretrain-nano-clips", "pretrain-nano-long")
 SMOOTHING = 30
 """Logged steps that the curve is a mean of."""
@@ -126,8 +126,8 @@ def speed(model: SAM2) -> dict[str, Any]:
 
 
 def pictures(model: SAM2) -> None:
-    """Truth and nano's masks on frames of the first generated test videos (DAVIS's own may not be handed on)."""
-    videos = open_videos(MOVING)[:SHOWN]
+    """Truth and nano's masks on frames of three generated val videos (DAVIS's own may not be handed on)."""
+    videos = open_videos(PICTURED)
     _, masks = score_videos(model, videos, EvaluateRecipe(), TrainerRecipe(), folder=Path("."))
     sheets = [contact_sheet(video, {"nano": masks}, length=len(video)) for video in videos]
     page = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")

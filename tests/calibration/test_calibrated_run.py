@@ -55,7 +55,7 @@ def test_a_run_says_what_became_of_each_layer(tmp_path: Path) -> None:
     layer = written["layers"]["image_encoder.trunk.blocks.0.attn.qkv"]
     assert layer["quantized_error"][1] < layer["quantized_error"][0] / 2
     assert list(metrics["seconds"])[:2] == ["calibrate weights", "convert"]
-    assert (tmp_path / "report.html").read_text().count("image_encoder.trunk.blocks.0.attn.qkv<td>4<td>") == 1
+    assert (tmp_path / "report.html").read_text().count("blocks.0.attn.qkv</th><td>4</td><td>") == 1
     assert "method: frobenius" in (tmp_path / "recipe.yaml").read_text()
 
 
@@ -115,7 +115,6 @@ def test_without_it_nothing_changes(tmp_path: Path) -> None:
         (["calibrate.weights=frob"], "calibrate.weights.method='frob' is unknown: give frobenius or acnr"),
         (["calibrate.weights={method: acnr, rhos: [1]}"], "unknown recipe key 'calibrate.weights.rhos': calibrate.wei"),
         (["calibrate.weights={method: frobenius, rhos: [-1]}"], "calibrate.weights.rhos.0=-1: should be greater than"),
-        (["calibrate.weights={method: frobenius, rhos: 0.1}"], r"calibrate.weights.rhos=0.1: give a list, as \[a, b\]"),
         (
             ["calibrate.weights={method: acnr, steps: [0.5]}"],
             "calibrate.weights.steps.0=0.5: should be a valid int",
