@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from small_runs import FLOAT, TRAIN, W4A4
 
-from qsam2 import pipeline
+from qsam2 import pipeline, processes
 from qsam2.cli import main
 from qsam2.data.moving_objects import moving_objects
 from qsam2.evaluate import evaluate_model
@@ -87,7 +87,7 @@ def table(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "README.md").write_text("# Before\n\n<!-- table:small -->\n<!-- /table:small -->\n\nAfter\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(schedule, "QSAM2", ())
-    monkeypatch.setattr(schedule, "Popen", InProcess)
+    monkeypatch.setattr(processes, "Popen", InProcess)
     return tmp_path / "small.yaml"
 
 

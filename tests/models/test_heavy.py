@@ -41,7 +41,7 @@ def images():
 
 def test_tails_are_those_of_the_official_model(nano, heavy):
     light, tail = tails(nano), tails(heavy)
-    assert max(light.values()) < 6
+    assert max(light.values()) < 8
     assert MEDIAN / 1.2 <= np.median(list(tail.values())) <= MEDIAN * 1.2
     assert WORST / 1.2 <= max(tail.values()) <= WORST * 1.2
     assert max(tail, key=tail.get).endswith("mlp.layers.1")
