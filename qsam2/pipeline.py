@@ -15,7 +15,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 from tqdm import tqdm
 
-from qsam2.calibration.allocation import allocatable, allocate, importance, importance_costs, measured_costs
+from qsam2.calibration.allocation import (
+    Allocation,
+    allocatable,
+    allocate,
+    importance,
+    importance_costs,
+    measured_costs,
+)
 from qsam2.calibration.data import CalibrationData, encode, far_apart, run_sample
 from qsam2.calibration.gptq import round_sam2
 from qsam2.calibration.gram import gather_inputs, gram_bytes
@@ -153,6 +160,12 @@ def allocate_bits(model: SAM2, sources: list[Source], recipe: Recipe, folder: Ru
         return recipe
     budget, layers = quantize.allocate, allocatable(model, quantize)
     by = "importance" if budget.sensitivity is None else "measured sensitivity"
+    reason = f"allocated by {by}"
+    if (before := folder.metrics.get("allocated_bits")) is not None:  # the run goes on with the bits that it began with
+        resolved = Allocation(before["layers"], before["average"]).resolve(quantize, reason)
+        return recipe.model_copy(update={"quantize": resolved})
+    if not layers:
+        raise UserError("quantize.allocate: rules decide on all layers, none is left to give bits to; remove one")
     with folder.stage("allocate bits", f"{budget.average_bits:g} on average, by {by}"):
         if budget.sensitivity is None:
             place(model, recipe, folder)
@@ -167,8 +180,7 @@ def allocate_bits(model: SAM2, sources: list[Source], recipe: Recipe, folder: Ru
     told = ", ".join(f"{counts[bits]} at {bits}" for bits in sorted(counts))
     log.info("%.2f bits on average: %s bits", allocation.average_bits, told)
     folder.record("allocated_bits", {"by": by, "average": allocation.average_bits, "layers": allocation.bits})
-    rules = (*quantize.rules, *allocation.rules(f"allocated by {by}"))
-    return recipe.model_copy(update={"quantize": quantize.model_copy(update={"rules": rules, "allocate": None})})
+    return recipe.model_copy(update={"quantize": allocation.resolve(quantize, reason)})
 
 
 def calibrate_layers(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> None:

@@ -57,7 +57,8 @@ def measure_sensitivity(
         output: JSON file.
 
     Raises:
-        UserError: the model or the data cannot be used, or `output` holds another measurement.
+        UserError: the model or the data cannot be used, rules decide on all layers, or `output` holds another
+            measurement.
     """
     model, recipe = _float_model(target, overrides)
     assert recipe.quantize is not None
@@ -78,6 +79,8 @@ def measure_sensitivity(
     if recipe.quantize.activations:
         parts.append(("activations", recipe.quantize.activations.bits))
     todo = [(group, *part) for part in parts for group in groups(model, recipe.quantize, part[0])]
+    if not todo:
+        raise UserError(f"{target}: its recipe's rules decide on all layers, none is left to measure; give a size")
     todo = [each for each in todo if each not in done]
     if not todo:
         return result
@@ -120,11 +123,10 @@ def ranking(result: Mapping[str, Any]) -> str:
 
 
 def _float_model(target: str, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
-    model, recipe = load_model(target)
-    quantized = recipe.quantize is not None
+    _, recipe = load_model(target)
     values = recipe.model_dump(mode="json")
-    recipe = build_recipe(values if quantized else values | {"quantize": DEFAULT_QUANTIZERS}, overrides)
-    return (load_float(recipe) if quantized else model), recipe
+    recipe = build_recipe(values if recipe.quantize else values | {"quantize": DEFAULT_QUANTIZERS}, overrides)
+    return load_float(recipe), recipe
 
 
 def _begun(output: Path | None, result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,8 +12,11 @@ from qsam2.cli import main
 from qsam2.errors import UserError
 from qsam2.export.packed import read_header
 from qsam2.loading import load_model
-from qsam2.pipeline import run
+from qsam2.models import load_sam2
+from qsam2.pipeline import allocate_bits, run
 from qsam2.recipe import Recipe, build_recipe
+from qsam2.run_folder import RunFolder
+from qsam2.tasks.kept import weights_digest
 
 SMALL = (
     "model.image_size=64",
@@ -40,6 +43,8 @@ def test_every_group_is_measured_alone(measured: Path) -> None:
     assert len(weights) == 18 and all(0 <= loss <= 100 for loss in weights.values())
     assert len(set(weights.values())) > 5  # not the same model again and again
     assert max(weights.values()) > 1
+    small = load_sam2("nano", image_size=64)  # overrides reach the model
+    assert json.loads(measured.read_text())["weights"] == weights_digest(small)
 
 
 def test_the_ranking_begins_with_the_worst(measured: Path) -> None:
@@ -118,6 +123,27 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     assert main(["sensitivity", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_rules_that_leave_nothing() -> None:
+    rule = "quantize.rules=[{match: '*', bits: 4}]"
+    with pytest.raises(UserError, match="nano: its recipe's rules decide on all layers, none is left to measure"):
+        sensitivity.measure_sensitivity("nano", [*SMALL, rule], videos=1, frames=2)
+
+
+def test_a_run_goes_on_with_the_bits_that_it_began_with(tmp_path: Path) -> None:
+    given = mixed(tmp_path, "quantize.allocate.average_bits=4", "quantize.allocate.sensitivity=gone.json")
+    folder = RunFolder(given)
+    folder.record("allocated_bits", {"by": "measured sensitivity", "average": 3.0, "layers": {"a": 3}})
+    quantize = allocate_bits(load_sam2("nano", image_size=64), [], given, folder).quantize
+    assert quantize is not None and quantize.allocate is None
+    assert [(rule.match, rule.weight_bits) for rule in quantize.rules] == [("a", 3)]
+
+
+def test_a_budget_for_no_layer(tmp_path: Path) -> None:
+    given = mixed(tmp_path, "quantize.allocate.average_bits=4", "quantize.rules=[{match: '*', bits: 4}]")
+    with pytest.raises(UserError, match="quantize.allocate: rules decide on all layers"):
+        allocate_bits(load_sam2("nano", image_size=64), [], given, RunFolder(given))
 
 
 def test_a_file_of_another_kind_is_not_overwritten(tmp_path: Path) -> None:

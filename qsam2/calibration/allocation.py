@@ -40,9 +40,10 @@ class Allocation:
     bits: dict[str, int]
     average_bits: float
 
-    def rules(self, reason: str) -> tuple[Rule, ...]:
-        """The same as rules of a recipe."""
-        return tuple(Rule(match=name, weight_bits=bits, reason=reason) for name, bits in self.bits.items())
+    def resolve(self, quantize: QuantizeRecipe, reason: str) -> QuantizeRecipe:
+        """The recipe with a rule for each layer in place of its budget."""
+        own = (Rule(match=name, weight_bits=bits, reason=reason) for name, bits in self.bits.items())
+        return quantize.model_copy(update={"rules": (*quantize.rules, *own), "allocate": None})
 
 
 def group_of(layer: str) -> str:

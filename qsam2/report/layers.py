@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from qsam2.report.svg import BLUE, GREEN, GREY, ORANGE, PURPLE, SERIES, inline, new_figure
@@ -62,11 +63,7 @@ def draw_worst(rows: Sequence[Mapping[str, Any]]) -> str | None:
         if found:
             values, places = zip(*found, strict=True)
             axes.scatter(values, places, color=colour, marker=marker, s=30, label=label)
-    axes.set_yticks(range(len(worst)), [_label(row) for row in worst], fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(axis="y", color=GREY, linewidth=0.4, alpha=0.5)
-    axes.set_xlabel("signal to noise (dB)")
-    figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside upper right")
+    _name_rows(axes, [_label(row) for row in worst], "signal to noise (dB)")
     named = ", ".join(f"{row['name']} {_lowest(row):.1f} dB" for row in worst[:3])
     return inline(figure, f"The {len(worst)} noisiest layers, the lower of weights and inputs; first {named}")
 
@@ -87,13 +84,18 @@ def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         losses, places = zip(*found, strict=True)
         axes.scatter(losses, places, color=style["color"], marker=style["marker"], s=24, label=f"{part} at {bits} bits")
-    axes.set_yticks(range(len(groups)), groups, fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(axis="y", color=GREY, linewidth=0.4, alpha=0.5)
-    axes.set_xlabel("loss of fidelity (percent of mask IoU)")
-    figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper right")
+    _name_rows(axes, groups, "loss of fidelity (percent of mask IoU)")
     named = ", ".join(f"{group} {worst[group]:.1f}" for group in groups[:3])
     return inline(figure, f"Fidelity lost by quantizing each of {len(groups)} groups alone, at worst; most by {named}")
+
+
+def _name_rows(axes: Axes, names: Sequence[str], xlabel: str) -> None:
+    """A name a row, the first on top, and the legend above."""
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", color=GREY, linewidth=0.4, alpha=0.5)
+    axes.set_xlabel(xlabel)
+    axes.figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper right")
 
 
 def _lowest(row: Mapping[str, Any]) -> float | None:

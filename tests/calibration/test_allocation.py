@@ -57,7 +57,10 @@ def test_the_important_layer_gets_the_bits() -> None:
     layers: dict[str, nn.Module] = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}
     found = allocate(layers, importance_costs({"a": 100.0, "b": 1.0}, (2, 4, 6)), 4.0)
     assert found.bits == {"a": 6, "b": 2} and found.average_bits == 4.0
-    rules = found.rules("allocated")
+    quantize = QuantizeRecipe.model_validate({"weights": {"method": "minmax", "bits": 4}, "allocate": {}})
+    resolved = found.resolve(quantize, "allocated")
+    assert resolved.allocate is None
+    rules = resolved.rules
     assert [(rule.match, rule.weight_bits, rule.activation_bits) for rule in rules] == [("a", 6, None), ("b", 2, None)]
 
 

@@ -21,10 +21,10 @@ from qsam2.data.transforms import MEAN, STD
 from qsam2.errors import UserError
 from qsam2.export.onnx.graphs import Graph, build_graphs
 from qsam2.export.onnx.grids import narrow, translations
+from qsam2.export.onnx.runtime import FORMAT, VERSION
 from qsam2.models import SAM2
 from qsam2.run_folder import write_text
 
-FORMAT, VERSION = "qsam2-onnx", 1
 OPSET = 21
 """The first with 4-bit integers in QuantizeLinear and DequantizeLinear."""
 PACKAGES = ("onnx", "onnxscript")
@@ -112,6 +112,7 @@ def _write_graph(path: Path, graph: Graph) -> dict[str, Any]:
 
 
 def graph_bytes(graph: Graph) -> bytes:
+    """A graph as an ONNX file of opset `OPSET`, checked by `onnx.checker`; it holds no paths of this machine."""
     import onnx
 
     with torch.no_grad():
