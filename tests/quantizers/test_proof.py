@@ -47,7 +47,7 @@ def expected_grid(case: Case) -> tuple[Array, Array]:
     if case.method == "lsc":
         center, std = lsc_statistics(case)
         reach = np.exp(case.learned["log_alpha"]) * std
-        return case.levels.cover(center - reach, center + reach)
+        return case.levels.cover(center - reach[0], center + reach[-1])
     if case.method == "minmax" and case.quantizer.role == "weight":
         # the kept fraction of each end is that of the first weight, the ends are those of this one
         lower, upper, low, high = first_bounds(case)
@@ -74,20 +74,13 @@ def weight_statistics(case: Case) -> tuple[Array, Array]:
 
 
 def first_lsc_grid(case: Case) -> tuple[Array, Array]:
-    """The least alpha that reaches the bounds; by error, the best share of the one that reaches the extremes."""
-    spec: Any = case.quantizer.spec
+    """Each alpha reaches its bound, but is at least 1e-3; on a symmetric grid the larger one."""
     center, std = lsc_statistics(case)
-    rows = case.first_rows()
-    if spec.range != "mse":
-        lower, upper, _, _ = first_bounds(case)
-        alpha = np.maximum(np.maximum(upper - center, center - lower) / std, 1e-3)
-        return case.levels.cover(center - alpha * std, center + alpha * std)
-    alpha = np.maximum(np.maximum(rows.max(axis=1) - center, center - rows.min(axis=1)) / std, 1e-3)
-    values = rows if case.quantizer.role == "weight" else reference.as_observed(rows)
-    grids = [case.levels.cover(center - ratio * alpha * std, center + ratio * alpha * std) for ratio in RATIOS]
-    loss = np.array([reference.clipping_error(values, *each, case.levels) for each in grids])
-    ratio = RATIOS[best(loss, [scale for scale, _ in grids], case)]
-    return case.levels.cover(center - ratio * alpha * std, center + ratio * alpha * std)
+    lower, upper, _, _ = first_bounds(case)
+    below, above = (np.maximum(reach / std, 1e-3) for reach in (center - lower, upper - center))
+    if case.levels.symmetric:
+        below = above = np.maximum(below, above)
+    return case.levels.cover(center - below * std, center + above * std)
 
 
 def lsc_statistics(case: Case) -> tuple[Array, Array]:
@@ -242,14 +235,15 @@ def expected_learned(case: Case, of: reference.Gradients, scale: Array, zero_poi
         return {"log_clips": np.stack([lower, upper]) * clips}
     if case.method == "lsc":
         if case.levels.symmetric:
-            return {"log_alpha": of.scale * scale}
+            return {"log_alpha": (of.scale * scale)[None]}
         mean, std = case.quantizer.mean.numpy(), case.quantizer.std.numpy()  # type: ignore[operator]
         std = np.maximum(np.maximum(std, 1e-3 * np.abs(mean)), 1e-12)
         reach = np.exp(case.learned["log_alpha"]) * std
-        lower, upper = np.minimum(mean - reach, 0), np.maximum(mean + reach, 0)
-        d_lower, d_upper = np.where(lower < 0, -reach, 0), np.where(upper > 0, reach, 0)
-        d_scale = (d_upper - d_lower) / n
-        return {"log_alpha": of.scale * d_scale + of.zero_point * (lower * d_scale / scale**2 - d_lower / scale)}
+        lower, upper = np.minimum(mean - reach[0], 0), np.maximum(mean + reach[1], 0)
+        d_lower, d_upper = np.where(lower < 0, -reach[0], 0), np.where(upper > 0, reach[1], 0)
+        of_lower = -of.scale * d_lower / n + of.zero_point * (-lower * d_lower / n / scale**2 - d_lower / scale)
+        of_upper = of.scale * d_upper / n + of.zero_point * lower * d_upper / n / scale**2
+        return {"log_alpha": np.stack([of_lower, of_upper])}
     return {}
 
 
