@@ -30,7 +30,7 @@ SMALLEST_STD = 1e-3  # of |mean|: a constant tensor has a range, too
 
 @register(LSCSpec)
 class LSCQuantizer(Quantizer):
-    """Learned `log_alpha`: (2, C) for the lower and upper bound, (1, C) on a symmetric grid; followed `mean`, `std` (C,)."""
+    """Learned `log_alpha`: (2, C) for the two bounds, (1, C) on a symmetric grid; followed `mean` and `std` (C,)."""
 
     spec: LSCSpec
     mean: Tensor
