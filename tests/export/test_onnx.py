@@ -64,19 +64,28 @@ PROMPTS: dict[str, dict[str, Any]] = {
 }
 
 
+def new_state(model: SAM2) -> dict[str, Any]:
+    return model.init_state([to_model_input(frame, SIZE_PX) for frame in video()], video_size=VIDEO)
+
+
+def add(model: SAM2, state: dict[str, Any], prompt: dict[str, Any], frame_idx: int = 0, object_id: int = 1) -> None:
+    if "mask" in prompt:
+        model.add_new_mask(state, frame_idx, object_id, torch.from_numpy(prompt["mask"]))
+    else:
+        model.add_new_points_or_box(state, frame_idx, object_id, **prompt)
+
+
 def track(model: SAM2, prompt: dict[str, Any]) -> list[np.ndarray]:
     """Mask logits of sam2's own video predictor, (H, W) a frame."""
-    state = model.init_state([to_model_input(frame, SIZE_PX) for frame in video()], video_size=VIDEO)
-    if "mask" in prompt:
-        model.add_new_mask(state, 0, 1, torch.from_numpy(prompt["mask"]))
-    else:
-        model.add_new_points_or_box(state, 0, 1, **prompt)
+    state = new_state(model)
+    add(model, state, prompt)
     return [masks[0, 0].numpy() for _, _, masks in model.propagate_in_video(state)]
 
 
 def track_onnx(tracker: OnnxTracker, prompt: dict[str, Any]) -> list[np.ndarray]:
     first, *others = video()
-    return [tracker.start(first, video_length=FRAMES, **prompt), *(tracker.track(frame) for frame in others)]
+    tracker.start(first, video_length=FRAMES)
+    return [tracker.add(1, **prompt), *(tracker.track(frame)[0] for frame in others)]
 
 
 def lively_nano() -> SAM2:
@@ -115,15 +124,12 @@ def tracker(exported: Path) -> OnnxTracker:
 def real_inputs(tracker: OnnxTracker) -> dict[str, dict[str, np.ndarray]]:
     """What each graph got in the last frames of a tracked video."""
     seen: dict[str, dict[str, np.ndarray]] = {}
-    plain = tracker._run
 
-    def note(name: str, **inputs: np.ndarray) -> list[np.ndarray]:
+    def note(name: str, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         seen[name] = inputs
-        return plain(name, **inputs)
+        return tracker.run_graph(name, inputs)
 
-    tracker._run = note  # type: ignore[method-assign]
-    track_onnx(tracker, PROMPTS["mask"])
-    tracker._run = plain  # type: ignore[method-assign]
+    track_onnx(OnnxTracker.of_graphs(tracker.model, note), PROMPTS["mask"])
     return seen
 
 
@@ -175,23 +181,90 @@ def _scale_of(stored: onnx.ModelProto, value: str) -> np.float32:
     return onnx.numpy_helper.to_array(constants[node.input[1]])
 
 
-@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
-def test_the_tracker_decides_as_sam2(prompt):
-    """The driver over the same graphs in PyTorch and in float, where nothing rounds differences up."""
+@pytest.fixture(scope="module")
+def in_pytorch() -> tuple[SAM2, OnnxTracker]:
+    """A float model, where nothing rounds differences up, and the driver over its graphs in PyTorch."""
     model = lively_nano()
     graphs = build_graphs(model)
 
-    def compute(name: str, **inputs: np.ndarray) -> list[np.ndarray]:
+    def compute(name: str, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         with torch.no_grad():
             outputs = graphs[name].module(*(torch.from_numpy(inputs[key]) for key in graphs[name].inputs))
         return [outputs.numpy()] if isinstance(outputs, Tensor) else [output.numpy() for output in outputs]
 
-    driver = OnnxTracker.__new__(OnnxTracker)
-    driver.model, driver._no_prompt, driver._run = write.describe(model), None, compute  # type: ignore[method-assign]
-    ours, theirs = (np.stack(masks) for masks in (track(model, prompt), track_onnx(driver, prompt)))
-    assert ours.shape == theirs.shape == (FRAMES, *VIDEO) and (ours > 0).any() and (ours < 0).any()
+    return model, OnnxTracker.of_graphs(write.describe(model), compute)
+
+
+def assert_alike(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape and (ours > 0).any() and (ours < 0).any()
     assert ((ours > 0) & (theirs > 0)).sum() / ((ours > 0) | (theirs > 0)).sum() >= 0.999
     np.testing.assert_allclose(theirs, ours, atol=1e-3 * float(np.abs(ours).max()))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+def test_the_tracker_decides_as_sam2(in_pytorch, prompt):
+    model, driver = in_pytorch
+    ours, theirs = (np.stack(masks) for masks in (track(model, prompt), track_onnx(driver, prompt)))
+    assert ours.shape == (FRAMES, *VIDEO)
+    assert_alike(ours, theirs)
+
+
+LATER = 4
+
+
+def several_objects(model: SAM2) -> np.ndarray:
+    """Mask logits of sam2's predictor, (FRAMES, 3, H, W): two objects from the first frame, one from a later one."""
+    state, masks = new_state(model), []
+    add(model, state, PROMPTS["mask"], 0, 1)
+    add(model, state, PROMPTS["click"], 0, 2)
+    for index, _, logits in model.propagate_in_video(state, 0, LATER):
+        masks.append(np.zeros((3, *VIDEO), np.float32))
+        masks[index][:2] = logits[:, 0]
+    add(model, state, PROMPTS["box and click"], LATER, 3)
+    for index, _, logits in model.propagate_in_video(state, LATER):
+        if index == LATER:
+            masks[index][2] = logits[2, 0]
+        else:
+            masks.append(logits[:, 0].numpy())
+    return np.stack(masks)
+
+
+def several_objects_onnx(tracker: OnnxTracker) -> np.ndarray:
+    frames, masks = video(), np.zeros((FRAMES, 3, *VIDEO), np.float32)
+    tracker.start(frames[0], video_length=FRAMES)
+    masks[0, 0] = tracker.add("mask", **PROMPTS["mask"])
+    masks[0, 1] = tracker.add("click", **PROMPTS["click"])
+    for index in range(1, FRAMES):
+        masks[index, : len(tracker.object_ids)] = tracker.track(frames[index])
+        if index == LATER:
+            masks[index, 2] = tracker.add(7, **PROMPTS["box and click"])
+    assert tracker.object_ids == ["mask", "click", 7]
+    return masks
+
+
+def test_several_objects_are_tracked_as_by_sam2(in_pytorch):
+    model, driver = in_pytorch
+    ours, theirs = several_objects(model), several_objects_onnx(driver)
+    for index in range(3):
+        assert_alike(ours[:, index], theirs[:, index])
+    assert not np.allclose(ours[:, 0], ours[:, 1])
+
+
+def test_a_picture_is_encoded_once_whatever_the_number_of_objects(tracker):
+    calls = []
+
+    def note(name: str, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        calls.append(name)
+        return tracker.run_graph(name, inputs)
+
+    several_objects_onnx(OnnxTracker.of_graphs(tracker.model, note))
+    assert calls.count("image_encoder") == FRAMES
+    assert calls.count("memory_attention") == 2 * (FRAMES - 1) + FRAMES - 1 - LATER
+
+
+def test_objects_of_a_quantized_model_do_not_see_each_other(tracker):
+    alone, together = track_onnx(tracker, PROMPTS["mask"]), several_objects_onnx(tracker)[:, 0]
+    assert np.array_equal(np.stack(alone), together)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
@@ -231,8 +304,9 @@ import numpy as np
 from qsam2.export.onnx.runtime import OnnxTracker
 tracker = OnnxTracker({str(exported)!r}, optimize=False, threads=1)
 frames = np.load(io.BytesIO(sys.stdin.buffer.read()))
-masks = [tracker.start(frames[0], points=[[18, 24]], video_length=len(frames))]
-masks += [tracker.track(frame) for frame in frames[1:3]]
+tracker.start(frames[0], video_length=len(frames))
+masks = [tracker.add(1, points=[[18, 24]])]
+masks += [tracker.track(frame)[0] for frame in frames[1:3]]
 assert sys.modules["torch"] is None and "sam2" not in sys.modules
 np.save(sys.stdout.buffer, np.stack(masks))
 """
@@ -245,7 +319,8 @@ np.save(sys.stdout.buffer, np.stack(masks))
 
 def test_a_tracker_can_start_again(tracker):
     once = track_onnx(tracker, PROMPTS["click"])
-    tracker.start(video()[3], **PROMPTS["mask"])
+    tracker.start(video()[3])
+    tracker.add(1, **PROMPTS["mask"])
     assert np.array_equal(np.stack(once), np.stack(track_onnx(tracker, PROMPTS["click"])))
 
 
@@ -256,29 +331,47 @@ def test_memory_is_rounded_as_by_pytorch():
 
 
 FRAME = video()[0]
-WRONG: dict[str, tuple[Callable[[OnnxTracker], Any], str]] = {
-    "no prompt": (lambda t: t.start(FRAME), "start needs points, a box .or both., or a mask alone"),
-    "two prompts": (lambda t: t.start(FRAME, box=[1, 2, 3, 4], mask=first_mask()), "or a mask alone"),
-    "labels alone": (lambda t: t.start(FRAME, labels=[1]), "labels were given without points"),
-    "labels": (lambda t: t.start(FRAME, points=[[1, 2]], labels=[1, 0]), "1 points were given with 2 labels"),
-    "box": (lambda t: t.start(FRAME, box=[1, 2, 3]), r"box has the shape \(3,\): give \(left, top"),
-    "empty mask": (lambda t: t.start(FRAME, mask=np.zeros(VIDEO)), "mask has 0 pixels"),
-    "small mask": (lambda t: t.start(FRAME, mask=np.ones((3, 4))), r"in \(3, 4\): give the frame's size \(48, 64\)"),
-    "floats": (lambda t: t.start(FRAME / 255, box=[1, 2, 3, 4]), "a frame is float64 .*: give RGB as uint8"),
-    "list": (lambda t: t.start([1], box=[1, 2, 3, 4]), "a frame is list: give RGB"),  # type: ignore[arg-type]
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({}, "add needs points, a box .or both., or a mask alone"),
+    "two prompts": ({"box": [1, 2, 3, 4], "mask": first_mask()}, "or a mask alone"),
+    "labels alone": ({"labels": [1]}, "labels were given without points"),
+    "labels": ({"points": [[1, 2]], "labels": [1, 0]}, "1 points were given with 2 labels"),
+    "box": ({"box": [1, 2, 3]}, r"box has the shape \(3,\): give \(left, top"),
+    "empty mask": ({"mask": np.zeros(VIDEO)}, "mask has 0 pixels"),
+    "small mask": ({"mask": np.ones((3, 4))}, r"in \(3, 4\): give the frame's size \(48, 64\)"),
 }
 
 
-@pytest.mark.parametrize("call, message", WRONG.values(), ids=WRONG.keys())
-def test_wrong_frames_and_prompts_are_refused(tracker, call, message):
+@pytest.mark.parametrize("prompt, message", WRONG.values(), ids=WRONG.keys())
+def test_wrong_prompts_are_refused(tracker, prompt, message):
+    tracker.start(FRAME)
     with pytest.raises(UserError, match=message):
-        call(tracker)
+        tracker.add(1, **prompt)
+    assert tracker.object_ids == []
 
 
-def test_frames_follow_a_start_and_keep_their_size(exported, tracker):
-    with pytest.raises(UserError, match="nothing is tracked yet: call start"):
-        OnnxTracker(exported).track(FRAME)
-    tracker.start(FRAME, box=[1, 2, 30, 40])
+@pytest.mark.parametrize(
+    "frame, message",
+    [(FRAME / 255, "a frame is float64 .*: give RGB as uint8"), ([1], "a frame is list: give RGB")],
+    ids=["floats", "list"],
+)
+def test_wrong_frames_are_refused(tracker, frame, message):
+    with pytest.raises(UserError, match=message):
+        tracker.start(frame)
+
+
+def test_frames_and_objects_follow_a_start_and_frames_keep_their_size(exported, tracker):
+    unused = OnnxTracker(exported)
+    with pytest.raises(UserError, match="there is no frame yet: call start with the first frame"):
+        unused.add(1, points=[[1, 2]])
+    for prepare in (lambda: None, lambda: unused.start(FRAME)):
+        prepare()
+        with pytest.raises(UserError, match="nothing is tracked yet: call start"):
+            unused.track(FRAME)
+    tracker.start(FRAME)
+    tracker.add(1, box=[1, 2, 30, 40])
+    with pytest.raises(UserError, match="object 1 is tracked already: give a new object another id"):
+        tracker.add(1, points=[[1, 2]])
     with pytest.raises(UserError, match=r"a frame is \(40, 64\), the first one was \(48, 64\)"):
         tracker.track(FRAME[:40])
 

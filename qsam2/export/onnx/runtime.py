@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,26 @@ GRAPHS = ("image_encoder", "memory_attention", "memory_encoder", "prompt_encoder
 PROMPTED_LOGIT = 10.0
 """Logits of a mask that was given are -10 and 10, as in sam2."""
 Floats = NDArray[np.float32]
+RunGraph = Callable[[str, dict[str, NDArray[Any]]], list[Floats]]
+"""Computes a graph: its name and inputs to its outputs."""
+
+
+@dataclass
+class TrackedObject:
+    """What is remembered of one object: the frame on which it was prompted, and the latest ones."""
+
+    prompted_idx: int
+    prompted: Floats  # (M, h, h)
+    prompted_pointer: Floats  # (C,)
+    recent: deque[Floats]  # the oldest first
+    pointers: deque[Floats]  # the latest first
 
 
 class OnnxTracker:
-    """Tracks one object through a video: `start` with the frame on which it is prompted, then `track` frame by frame.
+    """Tracks objects through a video: `start` with its first frame, `add` each object, then `track` frame by frame.
 
-    The memory is sam2's: the prompted frame, the latest frames, and the object pointers of up to 15 frames besides.
+    A picture is encoded once, whatever the number of objects; each object has its memory, which is sam2's: the prompted
+    frame, the latest frames, and the object pointers of up to 15 frames besides. Masks of objects may overlap.
 
     Args:
         folder: what the export wrote.
@@ -50,48 +65,80 @@ class OnnxTracker:
             import onnxruntime
         except ImportError as error:
             raise UserError("tracking with ONNX needs onnxruntime: pip install 'qsam2[onnx]'") from error
-        self.model = read_description(folder)
+        model = read_description(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._sessions = {
-            name: onnxruntime.InferenceSession(_read_graph(folder, name, self.model), options, list(providers))
+        sessions = {
+            name: onnxruntime.InferenceSession(_read_graph(folder, name, model), options, list(providers))
             for name in GRAPHS
         }
-        self._no_prompt: tuple[Floats, Floats] | None = None
-        self._frame_idx: int | None = None
+        self._set_up(model, lambda name, inputs: sessions[name].run(None, inputs))
 
-    def start(
+    def _set_up(self, model: dict[str, Any], run: RunGraph) -> None:
+        self.model, self.run_graph = model, run
+        self.objects: dict[Hashable, TrackedObject] = {}
+        self._frame_idx: int | None = None
+        self._no_prompt: tuple[Floats, Floats] | None = None
+
+    @classmethod
+    def of_graphs(cls, model: dict[str, Any], run: RunGraph) -> OnnxTracker:
+        """A tracker over other means to compute the graphs: `run` takes a graph's name and inputs, gives its outputs.
+
+        Args:
+            model: what `model.json` says.
+        """
+        tracker = cls.__new__(cls)
+        tracker._set_up(model, run)
+        return tracker
+
+    @property
+    def object_ids(self) -> list[Hashable]:
+        """Of the objects that are tracked, in the order of their masks."""
+        return list(self.objects)
+
+    def start(self, frame: NDArray[np.uint8], *, video_length: int | None = None) -> None:
+        """Begin a video with its first frame, RGB uint8 (H, W, 3); what was tracked before is forgotten.
+
+        Args:
+            video_length: frames of the video; matters below 16, where sam2 places pointers by it.
+
+        Raises:
+            UserError: the frame cannot be used.
+        """
+        self._size = self._checked_frame(frame).shape[:2]
+        self._limit = min(video_length or self.model["pointers"], self.model["pointers"])
+        self._picture = self._encode(frame)
+        self.objects, self._frame_idx = {}, 0
+
+    def add(
         self,
-        frame: NDArray[np.uint8],
+        object_id: Hashable,
         *,
         points: ArrayLike | None = None,
         labels: ArrayLike | None = None,
         box: ArrayLike | None = None,
         mask: ArrayLike | None = None,
-        video_length: int | None = None,
     ) -> Floats:
-        """Mask logits (H, W) of the prompted frame; whatever was tracked before is forgotten.
+        """Prompt a new object on the frame that was given last: its mask logits (H, W) there.
 
         Args:
-            frame: RGB uint8 (H, W, 3).
             points, labels: (N, 2) as (x, y) in pixels, and (N,): 1 on the object, 0 beside it; labels default to 1.
             box: (left, top, right, bottom) in pixels; may stand with points.
             mask: bool (H, W); stands alone.
-            video_length: frames of the video; matters below 16, where sam2 places pointers by it.
 
         Raises:
-            UserError: the frame or the prompt cannot be used.
+            UserError: there is no frame yet, the object is tracked already, or the prompt cannot be used.
         """
-        self._size = self._checked_frame(frame).shape[:2]
+        if self._frame_idx is None:
+            raise UserError("there is no frame yet: call start with the first frame, then add objects")
+        if object_id in self.objects:
+            raise UserError(f"object {object_id!r} is tracked already: give a new object another id, or start again")
         prompt = self._points(points, labels, box)
         if (prompt is None) == (mask is None):
-            raise UserError("start needs points, a box (or both), or a mask alone; give one kind of prompt")
-        self._limit = min(video_length or self.model["pointers"], self.model["pointers"])
-        self._recent: deque[Floats] = deque(maxlen=self.model["memory_slots"] - 1)
-        self._pointers: deque[Floats] = deque(maxlen=max(self._limit - 1, 0))
-        picture = self._encode(frame)
+            raise UserError("add needs points, a box (or both), or a mask alone; give one kind of prompt")
+        picture = self._picture
         if mask is not None:
             logits, pointer, score = self._use_mask(picture, np.asarray(mask))
         else:
@@ -100,29 +147,39 @@ class OnnxTracker:
             features = picture["features_without_memory"]
             count = prompt[0].shape[1]
             logits, pointer, score = self._decode(features, picture, sparse, dense, choices=self._has_choices(count))
-        self._prompted = self._remember(picture, logits, score, prompted=True)
-        self._prompted_pointer, self._frame_idx = pointer, 0
+        self.objects[object_id] = TrackedObject(
+            prompted_idx=self._frame_idx,
+            prompted=self._remember(picture, logits, score, prompted=True),
+            prompted_pointer=pointer,
+            recent=deque(maxlen=self.model["memory_slots"] - 1),
+            pointers=deque(maxlen=max(self._limit - 1, 0)),
+        )
         return resize(logits, *self._size)
 
     def track(self, frame: NDArray[np.uint8]) -> Floats:
-        """Mask logits (H, W) of the next frame, RGB uint8 of the first one's shape.
+        """Mask logits (objects, H, W) of the next frame, RGB uint8 of the first one's shape; as `object_ids`.
 
         Raises:
-            UserError: nothing was started, or the frame cannot be used.
+            UserError: no object was added, or the frame cannot be used.
         """
-        if self._frame_idx is None:
-            raise UserError("nothing is tracked yet: call start with the first frame and a prompt")
+        if self._frame_idx is None or not self.objects:
+            raise UserError("nothing is tracked yet: call start with the first frame, then add an object with a prompt")
         if self._checked_frame(frame).shape[:2] != self._size:
             raise UserError(f"a frame is {frame.shape[:2]}, the first one was {self._size}: resize all frames alike")
         self._frame_idx += 1
-        picture = self._encode(frame)
-        (features,) = self._run("memory_attention", features=picture["features"], **self._bank())
+        self._picture = self._encode(frame)
+        return np.stack([self._track_object(known) for known in self.objects.values()])
+
+    def _track_object(self, known: TrackedObject) -> Floats:
+        """Mask logits (H, W) of the current frame, which joins the object's memory."""
+        picture = self._picture
+        (features,) = self._run("memory_attention", features=picture["features"], **self._bank(known))
         if self._no_prompt is None:
             self._no_prompt = self._prompt(np.zeros((1, 1, 2), np.float32), np.full((1, 1), -1, np.int32))
         choices = self.model["choices_while_tracking"] and self._has_choices(0)
         logits, pointer, score = self._decode(features, picture, *self._no_prompt, choices=choices)
-        self._recent.append(self._remember(picture, logits, score, prompted=False))
-        self._pointers.appendleft(pointer)
+        known.recent.append(self._remember(picture, logits, score, prompted=False))
+        known.pointers.appendleft(pointer)
         return resize(logits, *self._size)
 
     # The five graphs
@@ -183,29 +240,30 @@ class OnnxTracker:
         return as_bfloat16(memory[0])
 
     def _run(self, name: str, **inputs: NDArray[Any]) -> list[Floats]:
-        return self._sessions[name].run(None, inputs)
+        return self.run_graph(name, inputs)
 
     # What sam2 decides outside of its networks
 
-    def _bank(self) -> dict[str, NDArray[Any]]:
+    def _bank(self, known: TrackedObject) -> dict[str, NDArray[Any]]:
         """The memory attention's inputs: the prompted frame in slot 0, the latest frame in the last slot."""
+        assert self._frame_idx is not None
         slots, count, channels = (self.model[key] for key in ("memory_slots", "pointers", "channels"))
-        memory = np.zeros((1, slots, *self._prompted.shape), np.float32)
+        memory = np.zeros((1, slots, *known.prompted.shape), np.float32)
         filled = np.zeros((1, slots), bool)
-        memory[0, 0], filled[0, 0] = self._prompted, True
-        for back, frame in enumerate(reversed(self._recent), start=1):
+        memory[0, 0], filled[0, 0] = known.prompted, True
+        for back, frame in enumerate(reversed(known.recent), start=1):
             memory[0, slots - back], filled[0, slots - back] = frame, True
         pointers = np.zeros((1, count, channels), np.float32)
         distances = np.zeros((1, count), np.float32)
-        known = [self._prompted_pointer, *self._pointers]
-        pointers[0, : len(known)] = known
-        distances[0, : len(known)] = [self._frame_idx, *range(1, len(known))]
+        all_pointers = [known.prompted_pointer, *known.pointers]
+        pointers[0, : len(all_pointers)] = all_pointers
+        distances[0, : len(all_pointers)] = [self._frame_idx - known.prompted_idx, *range(1, len(all_pointers))]
         return {
             "memory": memory,
             "memory_mask": filled,
             "pointers": pointers,
             "pointer_distances": distances / np.float32(max(self._limit - 1, 1)),
-            "pointer_mask": np.arange(count)[None] < len(known),
+            "pointer_mask": np.arange(count)[None] < len(all_pointers),
         }
 
     def _has_choices(self, points: int) -> bool:
