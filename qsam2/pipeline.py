@@ -408,7 +408,7 @@ def keep_layers(
     sample = far_apart(next(calibration_data(model, sources, recipe).clip_samples(0, 1)))
     for network in (model, teacher):
         place(network, recipe, folder)
-    measured = measure_layers(layers, model, teacher, latent, lambda network: run_sample(network, sample, (False,)))
+    measured = measure_layers(layers, model, teacher, latent, lambda network: run_sample(network, sample, ("mask",)))
     keep(folder.path, LAYERS, measured)
 
 

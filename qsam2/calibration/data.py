@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,9 @@ from qsam2.data.clips import Clip, ClipDataset, Source, annotated_frames, collat
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe.calibrate import CalibrateRecipe
+
+Prompt = Literal["mask", "click", "box"]
+PROMPTS: tuple[Prompt, ...] = ("mask", "click", "box")
 
 FAR_APART = 3
 """Frames of a clip that stand for it where its length does not matter."""
@@ -118,10 +121,10 @@ def encode(model: SAM2, sample: Sample) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def run_sample(model: SAM2, sample: Sample, prompts: Sequence[bool] = (False, True)) -> None:
-    """Encode the sample's images, and track a clip: from masks (False), and from a click and one correction (True).
+def run_sample(model: SAM2, sample: Sample, prompts: Sequence[Prompt] = PROMPTS) -> None:
+    """Encode the sample's images, and track a clip: from its masks, from a click, from a box, with one correction each.
 
-    Both share the image features. The model is in eval mode; prompts are the same each time.
+    All share the image features. The model is in eval mode; prompts are the same each time.
 
     Raises:
         UserError: as the model does, naming the sample.
@@ -131,9 +134,13 @@ def run_sample(model: SAM2, sample: Sample, prompts: Sequence[bool] = (False, Tr
         return
     batch = collate_clips([sample.clip]).to(model.device)
     model.num_correction_pt_per_frame = 1
-    for points in prompts:
-        model.prob_to_use_pt_input_for_eval = float(points)
-        _named(sample, model.forward_tracking, model.prepare_prompt_inputs({**features}, batch), batch)
+    for prompt in prompts:
+        model.prob_to_use_pt_input_for_eval = float(prompt != "mask")
+        model.prob_to_use_box_input_for_eval = float(prompt == "box")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sample.clip.index)  # sam2 moves the corners of boxes at random
+            _named(sample, model.forward_tracking, model.prepare_prompt_inputs({**features}, batch), batch)
+    model.prob_to_use_box_input_for_eval = 0.0
 
 
 def _named(sample: Sample, run: Callable[..., Any], *args: Any) -> Any:

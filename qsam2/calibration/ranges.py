@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qsam2.calibration.data import CalibrationData, Sample, encode, far_apart, run_sample
+from qsam2.calibration.data import PROMPTS, CalibrationData, Prompt, Sample, encode, far_apart, run_sample
 from qsam2.errors import UserError
 from qsam2.layers.convert import quantized_weights, quantizers, set_state
 from qsam2.models import SAM2
@@ -40,7 +40,7 @@ def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True)
     stages: tuple[tuple[str, Callable[[str], bool], Callable[[Sample], object]], ...] = (
         ("image encoder", in_image_encoder, lambda sample: encode(model, far_apart(sample))),
         ("memory encoder and mask decoder", _fills_the_bank, lambda sample: run_sample(model, far_apart(sample))),
-        ("memory attention", _in_memory_attention, lambda sample: run_sample(model, sample, (_from_points(sample),))),
+        ("memory attention", _in_memory_attention, lambda sample: run_sample(model, sample, (_prompt(sample),))),
     )
     for what, part, run in stages:
         samples, count = data.clip_samples(), len(data.clips)
@@ -51,8 +51,8 @@ def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True)
         calibrate_ranges(model, run, tqdm(samples, f"ranges, {what}", count, disable=not progress), part)
 
 
-def _from_points(sample: Sample) -> bool:
-    return sample.clip.index % 2 == 1
+def _prompt(sample: Sample) -> Prompt:
+    return PROMPTS[sample.clip.index % 2]  # a memory does not tell a click from a box
 
 
 def _in_memory_attention(name: str) -> bool:
@@ -101,7 +101,7 @@ def calibrate_ranges(
         named = ", ".join(unreached[:MAX_NAMED])
         named += f" and {len(unreached) - MAX_NAMED} more" if len(unreached) > MAX_NAMED else ""
         raise UserError(
-            f"{count} calibration batches never reached {named}: calibrate on clips with mask and point prompts, "
+            f"{count} calibration batches never reached {named}: calibrate on clips with masks, clicks and boxes, "
             "or keep these layers in float by a rule"
         )
     for layer, quantizer in weights:

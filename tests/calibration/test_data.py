@@ -115,7 +115,7 @@ def test_a_clip_is_tracked_as_from_prompts_and_a_still_only_encoded(model: SAM2)
     sample = next(data.clip_samples())
     batch = collate_clips([sample.clip])
     twin = copy.deepcopy(model)
-    ours = outputs(twin, lambda: run_sample(twin, sample))
+    ours = outputs(twin, lambda: run_sample(twin, sample, ("mask", "click")))
     twin = copy.deepcopy(model)
     theirs = outputs(twin, lambda: [prompted_forward(twin, batch, points=points) for points in (False, True)])
     assert len(ours) == len(theirs) == 6
@@ -124,6 +124,19 @@ def test_a_clip_is_tracked_as_from_prompts_and_a_still_only_encoded(model: SAM2)
     still = next(sample for sample in data.samples() if not sample.tracked)
     twin = copy.deepcopy(model)
     assert outputs(twin, lambda: run_sample(twin, still)) == []
+
+
+def test_a_box_is_the_same_each_time(model: SAM2, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = next(calibration_data(num_frames=2).clip_samples())
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        model, "forward_tracking", lambda prompted, _: given.append(prompted["point_inputs_per_frame"][0])
+    )
+    for _ in range(2):
+        run_sample(model, sample, ("click", "box"))
+    click, box, _, again = given
+    assert box["point_labels"].tolist() == [[2, 3]] * len(click["point_labels"]) and click["point_labels"].shape[1] == 1
+    assert torch.equal(box["point_coords"], again["point_coords"])
 
 
 @pytest.mark.parametrize("run", [encode, run_sample])

@@ -204,8 +204,8 @@ def test_the_quantized_model_fills_the_bank_that_memory_attention_is_calibrated_
     watch = Watch(model, monkeypatch)
     calibrate_sam2(model, data(clips=2), progress=False)
     assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
-    assert watch.tracked == [(3, False), (3, True), (3, False), (3, True), (5, False), (5, True)]
-    fills, attends = watch.seen[0], watch.seen[4]
+    assert watch.tracked == [(3, False), (3, True), (3, True)] * 2 + [(5, False), (5, True)]
+    fills, attends = watch.seen[0], watch.seen[6]
     quantized, observing = {QuantizerState.QUANTIZE}, {QuantizerState.OBSERVE, QuantizerState.FLOAT}
     assert fills["image_encoder"] == attends["image_encoder"] == quantized
     assert fills["memory_encoder"] == fills["sam_mask_decoder"] == observing  # activations, weights
