@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from sam2.modeling.memory_attention import MemoryAttention
+from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.sam.transformer import RoPEAttention
 from torch import Tensor
 
 from qsam2.layers.attention import join_heads, rotate, split_heads
+from qsam2.memory.attend import attend, reads_memory_itself
 from qsam2.memory.bank import Bank, Remembered
-from qsam2.memory.cache import FrameMemory, Table, TemporalKeys, mixed, project, quantized, rotary_table
+from qsam2.memory.cache import FrameMemory, Table, TemporalKeys, mixed, quantized, rotary_table
 from qsam2.memory.sharing import KeySet
 
 
@@ -30,6 +30,8 @@ class MemoryReading:
         self._tables: dict[tuple[object, ...], Table] = {}
         self.keys = 0
         """How many keys the last frame read, in each layer."""
+        self.value_channels = 0
+        """Of what its attention summed up."""
 
     def __call__(
         self,
@@ -46,10 +48,23 @@ class MemoryReading:
         """
         x, positions = (features + 0.1 * positions).transpose(0, 1), positions.transpose(0, 1)
         for index, layer in enumerate(attention.layers):
-            x = layer._forward_sa(x, positions)
+            x = self._attend_itself(layer, x, positions)
             x = x + layer.dropout2(self._read(index, layer.cross_attn_image, layer.norm2(x), sets, bank, slots))
             x = x + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm3(x))))))
         return attention.norm(x).transpose(0, 1)
+
+    def _attend_itself(self, layer: MemoryAttentionLayer, x: Tensor, positions: Tensor) -> Tensor:
+        attention = layer.self_attn
+        if type(attention) is not RoPEAttention or x.device.type != "cpu" or attention.training:
+            return layer._forward_sa(x, positions)
+        normed = layer.norm1(x)
+        placed = normed + positions if layer.pos_enc_at_attn else normed
+        table = self._table(attention, x.shape[1])
+        q, k = (
+            rotate(split_heads(p(placed), attention.num_heads), *table) for p in (attention.q_proj, attention.k_proj)
+        )
+        out = attend(q, k, split_heads(attention.v_proj(normed), attention.num_heads))
+        return x + attention.out_proj(join_heads(out))
 
     def _read(
         self, layer: int, attention: RoPEAttention, x: Tensor, sets: Sequence[KeySet], bank: Bank, slots: Tensor
@@ -59,7 +74,8 @@ class MemoryReading:
         q = quantized(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
         keys, values, stands = [], [], []
         for each in sets:
-            k, v = self._keys_and_values(layer, attention, each, slots, table, bank.remembered)
+            k = self._keys(layer, attention, each, slots, table, bank.remembered)
+            v = self._values(layer, attention, each, table)
             if each.share is not None:
                 k, v = _most_attended(layer, each.frames[0], each.share, q, k, v)
             elif each.window != (1, 1):
@@ -69,17 +85,18 @@ class MemoryReading:
             stands.append((k.shape[2], [count * math.prod(each.window) for count in each.counts]))
         if bank.pointers is not None:
             assert bank.pointer_positions is not None
-            k, v = project(attention, bank.pointers + bank.pointer_positions, bank.pointers)
+            k = split_heads(attention.k_proj(bank.pointers + bank.pointer_positions), attention.num_heads)
             keys.append(quantized(k, attention, "k"))
-            values.append(quantized(v, attention, "v"))
+            values.append(_as_values(attention, bank.pointers))
             stands.append((k.shape[2], [1] * len(x)))
         k, v = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-        self.keys = k.shape[2]
-        dropout = attention.dropout_p if attention.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_raised(stands, q), dropout_p=dropout)
+        self.keys, self.value_channels = k.shape[2], v.shape[3]
+        out = attend(q, k, v, _raised(stands, q), attention.dropout_p if attention.training else 0.0)
+        if reads_memory_itself(attention):
+            out = attention.v_proj(out)
         return attention.out_proj(join_heads(out))
 
-    def _keys_and_values(
+    def _keys(
         self,
         layer: int,
         attention: RoPEAttention,
@@ -87,17 +104,25 @@ class MemoryReading:
         slots: Tensor,
         table: Table,
         remembered: Remembered,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, heads, tokens, C / heads) each, temporal positions included."""
+    ) -> Tensor:
+        """(B, heads, tokens, C / heads), temporal positions included."""
         if not self.cache:  # as sam2: the temporal position is added before the projection
             tokens = [frame.tokens(table[0].device) for frame in each.frames]
             features, position = _weighted([values for values, _ in tokens], each.weights), tokens[-1][1]
             temporal = mixed(slots.flatten(1), each.positions).unsqueeze(1)
-            k, v = project(attention, features + position + temporal, features)
-            return quantized(rotate(k, *table), attention, "k"), quantized(v, attention, "v")
-        keys, values = zip(*(frame.keys_and_values(layer, attention, table) for frame in each.frames), strict=True)
+            k = split_heads(attention.k_proj(features + position + temporal), attention.num_heads)
+            return quantized(rotate(k, *table), attention, "k")
         temporal = self.temporal_keys(layer, attention, slots, table, remembered.temporal_keys)
-        return _weighted(keys, each.weights) + mixed(temporal, each.positions), _weighted(values, each.weights)
+        keys = _weighted([frame.keys(layer, attention, table) for frame in each.frames], each.weights)
+        return keys + mixed(temporal, each.positions)
+
+    def _values(self, layer: int, attention: RoPEAttention, each: KeySet, table: Table) -> Tensor:
+        """(B, heads, tokens, C / heads), or the memory itself, (B, 1, tokens, C_memory)."""
+        device = table[0].device
+        if self.cache and not reads_memory_itself(attention):
+            return _weighted([frame.values(layer, attention, device) for frame in each.frames], each.weights)
+        features = _weighted([frame.tokens(device)[0] for frame in each.frames], each.weights)
+        return _as_values(attention, features)
 
     def _table(self, attention: RoPEAttention, tokens: int) -> Table:
         weight = attention.k_proj.weight
@@ -106,6 +131,13 @@ class MemoryReading:
             with torch.inference_mode(False):  # it may serve training, too
                 self._tables[known] = rotary_table(attention, tokens)
         return self._tables[known]
+
+
+def _as_values(attention: RoPEAttention, memory: Tensor) -> Tensor:
+    """Of memory (B, tokens, C_memory): quantized values, or the memory itself where it is projected afterwards."""
+    if reads_memory_itself(attention):
+        return memory.unsqueeze(1)
+    return quantized(split_heads(attention.v_proj(memory), attention.num_heads), attention, "v")
 
 
 def _raised(stands: Sequence[tuple[int, Sequence[int]]], q: Tensor) -> Tensor | None:

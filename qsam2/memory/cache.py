@@ -65,7 +65,8 @@ class FrameMemory:
     slot: int
     features: Tensor
     position: Tensor
-    stored: dict[int, tuple[Stored, Stored]] = field(default_factory=dict)
+    kept_keys: dict[int, Stored] = field(default_factory=dict)
+    kept_values: dict[int, Stored] = field(default_factory=dict)
     salience: dict[int, Tensor] = field(default_factory=dict)
     """By layer, (B, H * W): the attention that each token received when it was first read."""
     similarity: tuple[Tensor, list[float]] | None = None
@@ -77,15 +78,22 @@ class FrameMemory:
         features = self.features.to(device).flatten(2).transpose(1, 2)
         return features.to(torch.promote_types(features.dtype, position.dtype)), position
 
-    def keys_and_values(self, layer: int, attention: RoPEAttention, table: Table) -> tuple[Tensor, Tensor]:
-        """Rotated keys without temporal position, and values, both quantized: (B, heads, H * W, C / heads)."""
-        k_quantizer, v_quantizer = quantizer_of(attention, "k"), quantizer_of(attention, "v")
-        if layer not in self.stored:
+    def keys(self, layer: int, attention: RoPEAttention, table: Table) -> Tensor:
+        """Rotated keys without temporal position, quantized: (B, heads, H * W, C / heads)."""
+        quantizer = quantizer_of(attention, "k")
+        if layer not in self.kept_keys:
             features, position = self.tokens(table[0].device)
-            k, v = project(attention, features + position, features)
-            self.stored[layer] = Stored.of(rotate(k, *table), k_quantizer), Stored.of(v, v_quantizer)
-        keys, values = self.stored[layer]
-        return keys.load(k_quantizer), values.load(v_quantizer)
+            k = split_heads(attention.k_proj(features + position), attention.num_heads)
+            self.kept_keys[layer] = Stored.of(rotate(k, *table), quantizer)
+        return self.kept_keys[layer].load(quantizer)
+
+    def values(self, layer: int, attention: RoPEAttention, device: torch.device) -> Tensor:
+        """Quantized values: (B, heads, H * W, C / heads)."""
+        quantizer = quantizer_of(attention, "v")
+        if layer not in self.kept_values:
+            features, _ = self.tokens(device)
+            self.kept_values[layer] = Stored.of(split_heads(attention.v_proj(features), attention.num_heads), quantizer)
+        return self.kept_values[layer].load(quantizer)
 
 
 class TemporalKeys:

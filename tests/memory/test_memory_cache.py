@@ -109,7 +109,7 @@ def test_a_correction_replaces_what_was_kept(model: SAM2) -> None:
 
 def test_a_frame_is_projected_once(model: SAM2) -> None:
     tokens: list[int] = []
-    projection = model.memory_attention.layers[0].cross_attn_image.v_proj
+    projection = model.memory_attention.layers[0].cross_attn_image.k_proj
     projection.register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].shape[1]))
     use_memory(model, MemoryRecipe(cache=True))
     state = model.init_state(video(8), video_size=(SIZE_PX, SIZE_PX))
@@ -183,7 +183,7 @@ def test_a_quantized_model_keeps_integers(model: SAM2, monkeypatch: pytest.Monke
     model.add_new_mask(state, 0, 1, box(4))
     list(model.propagate_in_video(state))
     frames = state["output_dict_per_obj"][0]["remembered"].frames.values()
-    kept = [each for frame in frames for pair in frame.stored.values() for each in pair]
+    kept = [each for frame in frames for each in (*frame.kept_keys.values(), *frame.kept_values.values())]
     assert kept and all(each.data.dtype == torch.uint8 for each in kept)
     values = (SIZE_PX // 16) ** 2 * 128
     assert {each.data.nbytes for each in kept} == {values // 2}  # two a byte
