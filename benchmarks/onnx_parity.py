@@ -319,9 +319,9 @@ def measure(case: str, clips: int, frames: int) -> dict[str, Any]:
     masks = [compare_masks(run, graphs, description, video, frames) for video in videos]
     for graph in graphs.values():
         graph.module.double()
-    graphs[
-        "prompt_encoder"
-    ].module.encoder.pe_layer.float()  # sam2 computes it in float32 always; prompts are masks, without points
+    prompts = graphs["prompt_encoder"].module
+    assert isinstance(prompts, PromptEncoder)
+    prompts.encoder.pe_layer.float()  # of points, of which there are none: sam2 computes it in float32
     engines = (by_pytorch(graphs, torch.float64), by_reference(models))
     for video, row in zip(videos, masks, strict=True):
         both = (track(OnnxTracker.of_graphs(description, engine), video, frames) for engine in engines)

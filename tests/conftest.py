@@ -1,11 +1,14 @@
 """What several tests share."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from small_predictors import write_models
 
 settings.register_profile("qsam2", deadline=None, derandomize=True)  # a busy machine is slow now and then
 settings.load_profile("qsam2")
@@ -26,3 +29,17 @@ def frames() -> list[torch.Tensor]:
     """Six frames of noise at nano's resolution."""
     generator = torch.Generator().manual_seed(0)
     return list(torch.randn(6, 3, 256, 256, generator=generator))
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a terminal gives; a shell that starts a process in the background makes it ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of a small model: `float`, and `packed`, a run folder."""
+    return write_models(tmp_path_factory.mktemp("models"))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 from hydra.utils import instantiate
 from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
+from small_models import seeing
 
 from qsam2.calibration.ranges import calibrate_ranges
 from qsam2.export.packed import load_packed, save_packed
@@ -28,9 +28,7 @@ QUANTIZE = {"weights": {"method": "minmax", "bits": 4}}
 
 def random_nano() -> SAM2:
     """nano with random weights whose masks are neither empty nor everything."""
-    torch.manual_seed(0)
-    model = build_sam2("nano", image_size=SIZE_PX)
-    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[2].bias, 4.0)
+    model = seeing(image_size=SIZE_PX)
     for head in model.sam_mask_decoder.output_hypernetworks_mlps:
         head.layers[2].weight.data *= 3
     return model
@@ -68,6 +66,13 @@ def stock_predictor(kind: str, path: Path) -> SAM2VideoPredictor:
     else:
         stock.load_state_dict(random_nano().state_dict())
     return stock
+
+
+def square(left: int = 12) -> np.ndarray:
+    """A mask of the square that `pictures` show, bool (H, W)."""
+    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    mask[12:30, left : left + 22] = True
+    return mask
 
 
 def pictures(length: int, height: int = HEIGHT, width: int = WIDTH) -> list[np.ndarray]:

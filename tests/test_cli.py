@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from small_models import seeing, write_stills
 
 from qsam2 import __version__
 from qsam2.calibration.ranges import calibrate_ranges
@@ -23,7 +24,7 @@ from qsam2.export.weights import save_weights
 from qsam2.layers.convert import convert
 from qsam2.layers.finalize import finalize
 from qsam2.loading import load_model
-from qsam2.models import SAM2, build_sam2
+from qsam2.models import SAM2
 from qsam2.recipe import Recipe, build_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -35,10 +36,7 @@ SIZE = ["model.image_size=64"]
 @pytest.fixture(scope="module")
 def model() -> SAM2:
     """nano with random weights that believes in its objects."""
-    torch.manual_seed(0)
-    model = build_sam2("nano", image_size=64)
-    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[2].bias, 4.0)
-    return model
+    return seeing()
 
 
 @pytest.fixture(scope="module")
@@ -223,14 +221,7 @@ def test_scores_against_a_reference(run_folder: str, checkpoint: str, tmp_path: 
 
 @pytest.fixture
 def stills(tmp_path: Path) -> str:
-    """Two generated pictures with their instances."""
-    for folder in ("images", "instance_png"):
-        (tmp_path / folder).mkdir()
-    for video in moving_objects("val", 2, size=(64, 96)):
-        ids = sum(number * mask.astype(np.uint8) for number, mask in video.masks(0).items())
-        Image.fromarray(video.frame(0)).save(tmp_path / f"images/{video.name}.png")
-        Image.fromarray(ids, "L").save(tmp_path / f"instance_png/{video.name}.png")
-    return f"instance_png:{tmp_path}"
+    return write_stills(tmp_path)
 
 
 def test_scores_on_stills(checkpoint: str, stills: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ LEVELS = (
     ("metrics", "data", "models", "quantizers"),
     ("layers",),
     ("calibration", "memory"),
-    ("tasks",),
+    ("tasks", "fast"),
     ("run_folder",),
     ("export", "report"),
     ("pipeline", "loading"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_predictors import HEIGHT, WIDTH, pictures, write_folder, write_models, write_video
+from small_predictors import HEIGHT, WIDTH, pictures, square, write_folder, write_video
 
 import qsam2
 from qsam2.cli import main
@@ -21,11 +21,6 @@ from qsam2.report.overlays import COLOURS
 
 LENGTH = 5
 CLICK = ["--point", "20,20"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +38,6 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
-
-
-def square(left: int = 12) -> np.ndarray:
-    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
-    mask[12:30, left : left + 22] = True
-    return mask
 
 
 def write_mask(path: Path, ids: np.ndarray, mode: str = "P") -> str:

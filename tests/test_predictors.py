@@ -22,9 +22,9 @@ from small_predictors import (
     WIDTH,
     pictures,
     random_nano,
+    square,
     stock_predictor,
     write_folder,
-    write_models,
     write_video,
 )
 from torch import Tensor
@@ -39,11 +39,6 @@ Masks = list[tuple[Any, ...]]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("video") / "frames", pictures(LENGTH))
 
@@ -51,12 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sam2_video_predictor, "tqdm", lambda frames, **_: frames)
-
-
-def square() -> np.ndarray:
-    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
-    mask[12:30, 12:34] = True
-    return mask
 
 
 def clicks(model: Any, state: Any) -> Masks:

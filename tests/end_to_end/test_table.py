@@ -7,17 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from PIL import Image
+from small_models import write_stills
 from small_runs import FLOAT, TRAIN, W4A4
 
 from qsam2 import pipeline, processes
 from qsam2.cli import main
-from qsam2.data.moving_objects import moving_objects
 from qsam2.evaluate import evaluate_model
 from qsam2.recipe.load import merge
 from qsam2.tables import schedule
@@ -52,12 +50,7 @@ class InProcess:
 @pytest.fixture
 def table(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two methods, each at its own bits, and a document with a place for the table."""
-    for folder in ("images", "instance_png"):
-        (tmp_path / folder).mkdir()
-    for video in moving_objects("val", 2, size=(64, 96)):
-        ids = sum(number * mask.astype(np.uint8) for number, mask in video.masks(0).items())
-        Image.fromarray(video.frame(0)).save(tmp_path / f"images/{video.name}.png")
-        Image.fromarray(ids, "L").save(tmp_path / f"instance_png/{video.name}.png")
+    stills = write_stills(tmp_path)
     recipe = merge(FLOAT, {"quantize": W4A4, "train": TRAIN, "model": {"checkpoint": str(checkpoint)}})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     table = {
@@ -67,7 +60,7 @@ def table(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "run_seconds": 5,
         "sets": {
             "clips": {"data": "moving_objects:1:val", "frames": 4},
-            "stills": {"data": f"instance_png:{tmp_path}"},
+            "stills": {"data": stills},
         },
         "common": {
             "calibrate.stills": 0,

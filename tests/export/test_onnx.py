@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 from onnx_files import activations, run, with_outputs
+from small_models import seeing
 from torch import Tensor
 
 from qsam2.calibration.ranges import calibrate_ranges
@@ -27,7 +28,7 @@ from qsam2.export.onnx.grids import ActivationGrid
 from qsam2.export.onnx.runtime import GRAPHS, OnnxTracker, as_bfloat16
 from qsam2.layers.convert import convert
 from qsam2.layers.finalize import finalize
-from qsam2.models import SAM2, build_sam2
+from qsam2.models import SAM2
 from qsam2.recipe.quantize import QuantizeRecipe
 
 pytestmark = pytest.mark.timeout(1800)  # the exporter takes half a minute of processor time, on a busy machine more
@@ -90,10 +91,8 @@ def track_onnx(tracker: OnnxTracker, prompt: dict[str, Any]) -> list[np.ndarray]
 
 def lively_nano() -> SAM2:
     """nano with random weights that sees objects, and masks with clear logits."""
-    torch.manual_seed(0)
-    model = build_sam2("nano", image_size=SIZE_PX)
+    model = seeing(image_size=SIZE_PX)
     model.memory_attention.layers = model.memory_attention.layers[:1]
-    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[2].bias, 4.0)
     for head in model.sam_mask_decoder.output_hypernetworks_mlps:
         head.layers[2].weight.data *= 30
     return model.eval()

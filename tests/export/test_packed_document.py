@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from small_packed import Small, finalized, recipe
-from small_predictors import write_models
 from torch import nn
 
 from qsam2.export.packed import VERSION, pack_bits, save_packed
@@ -68,8 +67,8 @@ def test_the_document_reads_bfloat16(reader: dict[str, Any], tmp_path: Path) -> 
             assert torch.equal(torch.from_numpy(arrays[name].copy()).to(torch.bfloat16), tensor.bfloat16()), name
 
 
-def test_the_document_reads_a_whole_model(reader: dict[str, Any], tmp_path: Path) -> None:
-    path = write_models(tmp_path)["packed"] / "model.safetensors"
+def test_the_document_reads_a_whole_model(reader: dict[str, Any], models: dict[str, Path]) -> None:
+    path = models["packed"] / "model.safetensors"
     check(load_model(path)[0], reader["read_packed"](path)[0])
 
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_packed import Small, assert_equal, finalized, recipe
-from small_predictors import write_models
 from torch import nn
 
 from qsam2.errors import UserError
@@ -229,9 +228,9 @@ def test_forged_files_with_right_checksums_do_no_harm(saved: tuple[bytes, bytes,
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def packed(models: dict[str, Path]) -> bytes:
     """Of a nano with random weights."""
-    return (write_models(tmp_path_factory.mktemp("models"))["packed"] / "model.safetensors").read_bytes()
+    return (models["packed"] / "model.safetensors").read_bytes()
 
 
 def with_tensor(**values: Any) -> Callable[[bytes], bytes]:

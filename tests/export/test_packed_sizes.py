@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_models import seeing
 from small_packed import assert_equal
 from torch import Tensor
 
@@ -31,10 +32,7 @@ def track(model: SAM2) -> Tensor:
 @pytest.fixture(scope="module", params=["nano", "tiny"])
 def floats(request: pytest.FixtureRequest) -> tuple[str, dict[str, Tensor]]:
     """A size and random weights, of which an object is seen."""
-    torch.manual_seed(0)
-    model = build_sam2(request.param, image_size=SIZE_PX)
-    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 4.0)
-    return request.param, model.state_dict()
+    return request.param, seeing(request.param, SIZE_PX).state_dict()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

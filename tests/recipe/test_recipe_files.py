@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from safetensors import safe_open
 
@@ -27,14 +25,6 @@ SMALL = (
     "trainer.accelerator=cpu",
     "trainer.devices=1",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # at 64 px a second thread mostly waits
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_recipes_of_the_readme_are_there() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from stand_in import StandIn
 
 import qsam2
 from qsam2.recipe.load import merge
@@ -29,26 +29,14 @@ GRID: dict[str, Any] = {
 }
 RANGES = {WEIGHTS: {"min": 2, "max": 8}, "calibrate.smooth": {"min": 0.0, "max": 1.0}}
 TRAIN = """
-import json, os, signal, sys, time
-from pathlib import Path
 given = dict(word.split("=", 1) for word in sys.argv[3:])
 folder, name = Path(json.loads(given["output"])), given["name"]
-told = json.loads(Path(os.environ["TOLD"]).read_text())
-with open(os.environ["TOLD"] + ".begun", "a") as begun:
-    begun.write(json.dumps(given) + "\\n")
-how = told.get(name, "well")
-if how == "badly":
-    print("much\\nerror: the loss is nan at step 3; lower train.lr", file=sys.stderr)
-    sys.exit(2)
-if how == "killed":
-    os.kill(os.getpid(), signal.SIGKILL)
+how = goes(name, json.dumps(given))
 if how == "without":
     sys.exit(0)
 if how == "damaged":
     (folder / "metrics.json").write_text('{"quantized": {"J&F')
     sys.exit(0)
-if how == "long":
-    time.sleep(60)
 if isinstance(how, list):  # a curve, whose rows come one by one
     (folder / "curves" / "version_0").mkdir(parents=True)
     with (folder / "curves" / "version_0" / "metrics.csv").open("w") as file:
@@ -76,29 +64,22 @@ def small_sweep(folder: Path, **changes: Any) -> Sweep:
     return load_sweep(write(folder, **changes))
 
 
-class Runs:
+class Runs(StandIn):
     """What the script does in place of `qsam2 train`."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.told = folder / "told.json"
-        script = folder / "train.py"
-        script.write_text(TRAIN)
-        patch.setattr(local, "QSAM2", (sys.executable, str(script)))
+        super().__init__(local, TRAIN, folder, patch)
         patch.setattr(local, "POLL_S", 0.02)
-        patch.setenv("TOLD", str(self.told))
         self.tell({})
 
     def tell(self, how: dict[str, Any]) -> None:
         """How runs, by name, will go: badly, killed, long, damaged, without a metric, or with these losses."""
-        self.told.write_text(json.dumps(how))
+        self.told.write_text(json.dumps({"how": how}))
 
-    def begun(self) -> list[dict[str, str]]:
-        """What runs were given since the last call."""
-        file = Path(f"{self.told}.begun")
-        lines = file.read_text().splitlines() if file.is_file() else []
-        file.unlink(missing_ok=True)
-        return [json.loads(line) for line in lines]
+    def given(self) -> list[dict[str, str]]:
+        """What runs were given since the last call, by key."""
+        return [json.loads(line) for line in self.begun()]
 
     def names(self) -> list[str]:
         """Names of the runs since the last call."""
-        return [given["name"] for given in self.begun()]
+        return [given["name"] for given in self.given()]

@@ -6,12 +6,8 @@ import errno
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +55,7 @@ def test_a_grid_from_its_first_run_to_the_table(runs: Runs, tmp_path: Path, capl
         "6 runs, 6 to come: about 3 min with --jobs 2",
     ]
     board = carry_out(sweep, tmp_path)
-    given = runs.begun()
+    given = runs.given()
     assert [each["name"] for each in given] == [f"small-00{n}" for n in range(6)]
     assert [(int(each[WEIGHTS]), int(each[ACTIVATIONS])) for each in given] == pairs()
     assert {(each["log.wandb"], each["log.group"], each["seed"]) for each in given} == {("offline", '"small"', "1")}
@@ -117,7 +113,7 @@ def test_draws_within_their_ranges_and_goes_on_where_it_stopped(runs: Runs, tmp_
     carry_out(sweep, tmp_path, count=3)
     assert runs.names() == ["small-000", "small-001", "small-002"]
     board = {run.number: run for run in carry_out(sweep, tmp_path)}
-    given = runs.begun()
+    given = runs.given()
     assert given[0]["name"] == "small-001" and len(given) == 3 and len(board) == 5
     assert int(given[0][WEIGHTS]) == board["001"].values[WEIGHTS]  # tried again with what it was given
     for run in board.values():
@@ -154,9 +150,9 @@ def test_kill_9_in_the_middle(runs: Runs, tmp_path: Path) -> None:
     runs.tell({"small-002": "long"})
     (tmp_path / "killed.py").write_text(KILLED)
     here, out = str(Path(__file__).parent), tmp_path / "out"
-    command = [sys.executable, "killed.py", here, "train.py", str(write(tmp_path)), str(out)]
+    command = [sys.executable, "killed.py", here, "stand_in.py", str(write(tmp_path)), str(out)]
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, env={**os.environ, "PYTHONPATH": ROOT})
-    wait_for(Path(f"{runs.told}.begun"), "small-002")
+    runs.wait_for("small-002")
     process.kill()
     process.wait()
     assert runs.names() == ["small-000", "small-001", "small-002"]
@@ -168,29 +164,10 @@ def test_kill_9_in_the_middle(runs: Runs, tmp_path: Path) -> None:
     assert [run.state for run in board] == ["finished"] * 6
 
 
-def wait_for(file: Path, name: str) -> None:
-    deadline = time.monotonic() + 120
-    while not (file.is_file() and name in file.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """What a terminal gives; a shell that starts a process in the background makes it ignore Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_stops_the_run_and_the_sweep(runs: Runs, tmp_path: Path) -> None:
     runs.tell({"small-001": "long"})
-
-    def interrupt() -> None:
-        wait_for(Path(f"{runs.told}.begun"), "small-001")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
+    runs.interrupt_at("small-001")
     sweep = small_sweep(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         carry_out(sweep, tmp_path)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from stand_in import StandIn
 
 import qsam2
 from qsam2.recipe.load import merge
@@ -30,20 +30,8 @@ SMALL: dict[str, Any] = {
 }
 OBJECTS = [("a", "1"), ("a", "2"), ("b", "1")]
 CARRY_OUT = """
-import json, os, signal, sys, time
-from pathlib import Path
 folder = Path(sys.argv[sys.argv.index("--output") + 1]) / sys.argv[-1]
-told = json.loads(Path(os.environ["TOLD"]).read_text())
-with open(os.environ["TOLD"] + ".begun", "a") as begun:
-    begun.write(sys.argv[-1] + "\\n")
-what = told["how"].get(sys.argv[-1], "well")
-if what == "badly":
-    print("much\\nerror: the loss is nan at step 3; lower train.lr", file=sys.stderr)
-    sys.exit(2)
-if what == "killed":
-    os.kill(os.getpid(), signal.SIGKILL)
-if what == "long":
-    time.sleep(60)
+goes(sys.argv[-1], sys.argv[-1])
 folder.joinpath("scores.json").write_text(json.dumps(told["scores"][sys.argv[-1]]))
 """
 
@@ -79,25 +67,14 @@ def blocks(key: str, score: float) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-class Runs:
+class Runs(StandIn):
     """What the script does in place of `qsam2 table --only`."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.told = folder / "told.json"
-        script = folder / "carry_out.py"
-        script.write_text(CARRY_OUT)
-        patch.setattr(schedule, "QSAM2", (sys.executable, str(script)))
+        super().__init__(schedule, CARRY_OUT, folder, patch)
         patch.setattr(schedule, "load_float", lambda recipe: recipe.model.size)
         patch.setattr(schedule, "weights_digest", lambda model: "w")
-        patch.setenv("TOLD", str(self.told))
 
     def tell(self, scores: dict[str, dict[str, Any]], **how: str) -> None:
         """What the runs will write, and how they will go where not well: badly, killed, long."""
         self.told.write_text(json.dumps({"scores": scores, "how": how}))
-
-    def begun(self) -> list[str]:
-        """Names of the runs since the last call."""
-        file = Path(f"{self.told}.begun")
-        names = file.read_text().split() if file.is_file() else []
-        file.unlink(missing_ok=True)
-        return names

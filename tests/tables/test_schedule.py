@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,28 +144,14 @@ def test_a_set_that_is_added_is_all_that_is_still_to_score(runs: Runs, tmp_path:
     assert not any(is_finished(table, run, "w") for run in some)
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """What a terminal gives; a shell that starts a process in the background makes it ignore Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_reaches_the_run_once_and_stops_the_table(runs: Runs, tmp_path: Path) -> None:
     table, some = small_table(tmp_path)
     runs.tell(everything(table, some), **{some[0].name: "long"})
-    threading.Thread(target=interrupt_when, args=(Path(f"{runs.told}.begun"), some[0].name), daemon=True).start()
+    runs.interrupt_at(some[0].name)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         carry_out(table, some, tmp_path)
     assert time.monotonic() - started < 30
     assert runs.begun() == ["float_nano", some[0].name]
     assert read_scores(some[0]) is None  # neither finished nor failed
-
-
-def interrupt_when(file: Path, name: str) -> None:
-    while not (file.is_file() and name in file.read_text()):
-        time.sleep(0.05)
-    os.kill(os.getpid(), signal.SIGINT)

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import copy
 import importlib.resources
-from collections.abc import Iterator
 
 import pytest
-import torch
 from omegaconf import DictConfig, OmegaConf
+from small_models import seeing
 from training.utils.data_utils import BatchedVideoDatapoint
 
 from qsam2.data.clips import ClipDataset, collate_clips
 from qsam2.data.moving_objects import moving_objects
-from qsam2.models import SAM2, build_sam2
+from qsam2.models import SAM2
 
 SIZE_PX = 64
 MOSE = "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # at 64 px a second thread mostly waits
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +28,7 @@ def meta() -> DictConfig:
 
 @pytest.fixture(scope="session")
 def pristine() -> SAM2:
-    torch.manual_seed(0)
-    model = build_sam2("nano", image_size=SIZE_PX)
-    # Random weights see no object, and what follows from masks would go untested.
-    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[2].bias, 4.0)
-    return model
+    return seeing(image_size=SIZE_PX)
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from sam2.build_sam import build_sam2_video_predictor
 from sam2.sam2_video_predictor import SAM2VideoPredictor
+from small_models import seeing
 
 from qsam2.data.video import Video
 from qsam2.errors import UserError
-from qsam2.models import SAM2, build_sam2
+from qsam2.models import SAM2
 from qsam2.tasks.tracking import first_masks, track, true_masks
 
 HEIGHT, WIDTH = 48, 80
@@ -58,10 +59,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Blobs:
 
 @pytest.fixture(scope="module")
 def tiny() -> SAM2:
-    torch.manual_seed(0)
-    model = build_sam2("tiny", image_size=64)
-    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[2].bias, 4.0)
-    return model
+    return seeing("tiny")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,65 @@
+"""A script in place of the command that carries out a run: it is told how each goes, and notes which it began."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+GOES = """
+import json, os, signal, sys, time
+from pathlib import Path
+told = json.loads(Path(os.environ["TOLD"]).read_text())
+def goes(name, given):
+    with open(os.environ["TOLD"] + ".begun", "a") as begun:
+        begun.write(given + "\\n")
+    how = told["how"].get(name, "well")
+    if how == "badly":
+        print("much\\nerror: the loss is nan at step 3; lower train.lr", file=sys.stderr)
+        sys.exit(2)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "long":
+        time.sleep(60)
+    return how
+"""
+"""How a script begins: `goes` notes what a run was given, fails as it was told to, or returns how the run goes."""
+
+
+class StandIn:
+    """What `module` starts in place of `qsam2`; the script follows `GOES`."""
+
+    def __init__(self, module: ModuleType, script: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.told = folder / "told.json"
+        file = folder / "stand_in.py"
+        file.write_text(GOES + script)
+        patch.setattr(module, "QSAM2", (sys.executable, str(file)))
+        patch.setenv("TOLD", str(self.told))
+
+    def begun(self) -> list[str]:
+        """What runs were given since the last call."""
+        file = Path(f"{self.told}.begun")
+        lines = file.read_text().splitlines() if file.is_file() else []
+        file.unlink(missing_ok=True)
+        return lines
+
+    def wait_for(self, name: str) -> None:
+        """Until a run of this name has begun, two minutes at most."""
+        file, deadline = Path(f"{self.told}.begun"), time.monotonic() + 120
+        while not (file.is_file() and name in file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def interrupt_at(self, name: str) -> None:
+        """Ctrl-C for this process as soon as a run of this name has begun; needs the fixture `interruptible`."""
+
+        def interrupt() -> None:
+            self.wait_for(name)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
