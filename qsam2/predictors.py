@@ -12,6 +12,7 @@ from torch import Tensor
 from qsam2.data.footage import FrameFolder, VideoFile
 from qsam2.data.video import Video
 from qsam2.errors import UserError
+from qsam2.fast.model import FAST_MEMORY, make_fast
 from qsam2.loading import load_model
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
@@ -19,37 +20,45 @@ from qsam2.tasks import stills
 from qsam2.tasks.tracking import FrameSequence
 
 
-def load(model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu") -> SAM2:
+def load(
+    model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu", fast: bool = False
+) -> SAM2:
     """A model in eval mode, its memory as its recipe says.
 
     Args:
         model: a run folder, a file (packed, float or a checkpoint) or a size, as on the command line.
         overrides: `key=value` on top of the model's own recipe.
+        fast: made for speed, see `make_fast`; keys and values of remembered frames are kept (`memory.cache=true`).
 
     Raises:
         UserError: there is no such model, it cannot be read, an override is wrong, or the device is not there.
     """
     device = _checked_device(device)
-    loaded, recipe = load_model(model, overrides)
+    loaded, recipe = load_model(model, [*FAST_MEMORY, *overrides] if fast else overrides)
+    loaded = loaded.to(device)
+    if fast:
+        loaded = make_fast(loaded)
     use_memory(loaded, recipe.memory)
-    return loaded.to(device)
+    return loaded
 
 
 def image_predictor(
-    model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu"
+    model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu", fast: bool = False
 ) -> SAM2ImagePredictor:
     """`sam2`'s `SAM2ImagePredictor` over any MODEL, at the model's own resolution. Arguments and errors as `load`."""
-    return stills.image_predictor(load(model, overrides, device=device))
+    return stills.image_predictor(load(model, overrides, device=device, fast=fast))
 
 
-def video_predictor(model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu") -> SAM2:
+def video_predictor(
+    model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu", fast: bool = False
+) -> SAM2:
     """A model with the interface of `sam2`'s `SAM2VideoPredictor` that holds no more of a video than it still needs.
 
     `init_state` takes a folder of JPEG or PNG frames or a video file (`read_video`), or frames. Masks are those of
     `sam2`'s predictor, but the state is bounded: a frame that was forgotten cannot be corrected, which is a UserError
     (`overrides=["memory.bounded=false"]` keeps everything, as `sam2` does). Arguments and errors as `load`.
     """
-    predictor = load(model, ["memory.bounded=true", *overrides], device=device)
+    predictor = load(model, ["memory.bounded=true", *overrides], device=device, fast=fast)
     predictor.video_reader = read_video
     return predictor
 

@@ -35,6 +35,7 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument("--reference", metavar="MODEL", help="compare with this model: fidelity, difference in J&F")
     parser.add_argument("--pred", type=Path, metavar="DIR", help="score these masks instead of a model")
     parser.add_argument("--gt", type=Path, metavar="DIR", help="true masks for --pred")
+    parser.add_argument("--fast", action="store_true", help="score the model as `qsam2 predict --fast` runs it")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
     parser.set_defaults(run=_evaluate)
 
@@ -56,6 +57,7 @@ def _score_masks(given: argparse.Namespace) -> dict[str, Any]:
     if given.model or not (given.pred and given.gt):
         raise UserError("--pred DIR and --gt DIR go together, without a MODEL")
     flags = [f"--{flag}" for flag in ("data", "frames", "videos", "reference") if getattr(given, flag) is not None]
+    flags += ["--fast"] * given.fast
     if idle := [*flags, *given.overrides]:
         raise UserError(f"{idle[0]} does nothing with --pred and --gt, which are scored as they are: leave it out")
     quiet_logs()
@@ -74,4 +76,4 @@ def _score_model(given: argparse.Namespace) -> dict[str, Any]:
     quiet_logs()
     from qsam2.evaluate import evaluate_model
 
-    return evaluate_model(given.model, [*given.overrides, *overrides], reference=given.reference)
+    return evaluate_model(given.model, [*given.overrides, *overrides], reference=given.reference, fast=given.fast)

@@ -51,6 +51,9 @@ def add_predict(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of what is written")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--fast", action="store_true", help="for speed: bfloat16, activations not quantized, cached keys"
+    )
     parser.set_defaults(run=_predict, words=[])
 
 
@@ -65,6 +68,7 @@ def _predict(given: argparse.Namespace) -> None:
         out=given.out,
         overrides=given.overrides,
         device=given.device,
+        fast=given.fast,
         force=given.force,
     )
     for path in written:

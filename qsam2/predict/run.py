@@ -11,6 +11,7 @@ import numpy as np
 from qsam2.data.files import IMAGE_SUFFIXES, picture_size, read_frame
 from qsam2.data.footage import VideoFile
 from qsam2.data.video import Video
+from qsam2.models import SAM2
 from qsam2.predict.files import outputs, read_ids, write_ids, write_overlay, write_overlay_video
 from qsam2.predict.masks import segment_picture, track_objects
 from qsam2.predict.prompts import Prompts, Word, read_prompts
@@ -42,6 +43,7 @@ def predict(
     out: Path,
     overrides: Sequence[str] = (),
     device: str = "cpu",
+    fast: bool = False,
     force: bool = False,
 ) -> list[Path]:
     """Segment a picture (`mask.png`, `overlay.png`) or track through a video (`masks/`, `overlay.mp4`) into `out`.
@@ -51,6 +53,7 @@ def predict(
         source: a picture, a folder of frames or a video file.
         words: see `qsam2.predict.prompts`.
         overrides: `key=value` on top of the model's own recipe.
+        fast: see `qsam2.predictors.load`.
         force: replace what is there.
 
     Returns:
@@ -63,22 +66,22 @@ def predict(
         picture = Picture(source)
         prompts = read_prompts(words, picture)
         with outputs(out, ("mask.png", "overlay.png"), replace=force) as folder:
-            ids = segment_picture(image_predictor(model, overrides, device=device), picture, prompts)
+            ids = segment_picture(image_predictor(model, overrides, device=device, fast=fast), picture, prompts)
             write_ids(folder / "mask.png", ids, list(prompts))
             write_overlay(folder / "overlay.png", picture.frame(0), ids, list(prompts))
         return [out / "mask.png", out / "overlay.png"]
     video = open_video(source)
     prompts = read_prompts(words, video)
     with outputs(out, ("masks", "overlay.mp4"), replace=force) as folder:
-        _track(model, video, prompts, folder, overrides=overrides, device=device)
+        predictor = video_predictor(model, overrides, device=device, fast=fast)
+        _track(predictor, video, prompts, folder)
     return [out / "masks", out / "overlay.mp4"]
 
 
-def _track(model: str, video: Video, prompts: Prompts, folder: Path, *, overrides: Sequence[str], device: str) -> None:
+def _track(predictor: SAM2, video: Video, prompts: Prompts, folder: Path) -> None:
     object_ids = sorted(prompts)
     masks = folder / "masks"
     masks.mkdir()
-    predictor = video_predictor(model, overrides, device=device)
     for index, ids in track_objects(predictor, video, prompts):
         path = masks / f"{video.frame_names[index]}.png"
         if path.exists():  # of objects that were prompted on an earlier frame, whose pixels stay theirs

@@ -1,0 +1,89 @@
+"""A loaded SAM2, float or quantized, made fast for inference on the CPU or on CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from sam2.modeling.backbones.hieradet import Hiera
+from torch import Tensor, nn
+
+from qsam2.fast.layers import use_plain_layers
+from qsam2.layers.adopt import adopt
+from qsam2.models import SAM2
+
+FAST_MEMORY = ("memory.cache=true",)
+"""What a fast model's memory is by default, on top of its recipe: keys and values of a frame computed once."""
+LOW_PRECISION = ("image_encoder", "memory_attention", "memory_encoder")
+"""The parts whose products are in bfloat16; the mask decoder stays in float32: it decides the mask's edge."""
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies in it, else float32, as emulating it is slower."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if multiplies else torch.float32
+
+
+class FastHiera(Hiera):
+    """Hiera that interpolates its position embedding once a size, not once a picture."""
+
+    def _get_pos_embed(self, hw: tuple[int, int]) -> Tensor:
+        wanted = (*hw, self.pos_embed.device)
+        if wanted not in self.known_positions:
+            self.known_positions[wanted] = super()._get_pos_embed(hw).to(self.patch_embed.proj.weight.dtype)
+        return self.known_positions[wanted]
+
+
+class FastSAM2(SAM2):
+    """A SAM2 for inference alone; see `make_fast`."""
+
+    fast_dtype: torch.dtype
+
+    def forward_image(self, img_batch: Tensor) -> dict[str, Any]:
+        """Features in float32, as the mask decoder reads them."""
+        with self._products():
+            out = super().forward_image(img_batch)
+        return {
+            "vision_features": out["backbone_fpn"][-1].float(),
+            "vision_pos_enc": [*out["vision_pos_enc"][:-1], out["vision_pos_enc"][-1].float()],
+            "backbone_fpn": [level.float() for level in out["backbone_fpn"]],
+        }
+
+    def _prepare_memory_conditioned_features(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._products():
+            return super()._prepare_memory_conditioned_features(*args, **kwargs).float()
+
+    def _encode_new_memory(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        with self._products():
+            return super()._encode_new_memory(*args, **kwargs)
+
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        low = self.fast_dtype != torch.float32
+        return torch.autocast(self.device.type, self.fast_dtype if low else None, enabled=low)
+
+
+@torch.no_grad()
+def make_fast(model: SAM2, dtype: torch.dtype | None = None) -> FastSAM2:
+    """The model for fast inference; it takes the given model's layers, which is not to be used any more.
+
+    Weights are dequantized once and activations not quantized; products of image encoder, memory attention and memory
+    encoder are in `dtype` (default: `fast_dtype` of its device), all else is in float32. What it remembers is up to
+    `use_memory`.
+
+    Raises:
+        UserError: a quantizer has no range yet.
+    """
+    fast: Any = adopt(FastSAM2, model.eval().requires_grad_(False))
+    fast.fast_dtype = dtype or fast_dtype(model.device)
+    use_plain_layers(fast)
+    trunk: Any = adopt(FastHiera, fast.image_encoder.trunk)
+    trunk.known_positions = {}
+    fast.image_encoder.trunk = trunk
+    for part in LOW_PRECISION:
+        for module in fast.get_submodule(part).modules():
+            if type(module) in (nn.Linear, nn.Conv2d, nn.ConvTranspose2d):
+                module.to(fast.fast_dtype)
+    return fast
