@@ -93,7 +93,7 @@ class MemoryAttention(nn.Module):
         filled = torch.cat(
             [_repeated(memory_mask[0, :, None], tokens), _repeated(pointer_mask[0, :, None], self.parts)]
         )
-        bias = torch.where(filled.view(1, 1, 1, -1), 0.0, HIDDEN_KEY)  # (1, 1, 1, keys)
+        bias = torch.where(filled.view(1, 1, 1, -1), 0.0, HIDDEN_KEY).to(features.dtype)  # (1, 1, 1, keys)
 
         keys, values = torch.cat([keys, pointer_keys], dim=1), torch.cat([values, pointer_tokens], dim=1)
         x = _tokens(features) + 0.1 * self.positions
