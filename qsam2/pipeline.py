@@ -32,7 +32,7 @@ from qsam2.calibration.reconstruction.ranges import HierarchicalData
 from qsam2.calibration.reconstruction.scales import time_scales
 from qsam2.calibration.smooth import gather_reader_inputs, norms_and_readers, reader_layers, smooth
 from qsam2.calibration.weights import calibrate_weights, choose_layers, input_quantizers
-from qsam2.data.clips import Source
+from qsam2.data.clips import ClipDataset, Source
 from qsam2.data.datamodule import ClipDataModule
 from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
@@ -331,20 +331,19 @@ def train(
         if learned:
             choose_kernels(trainer_recipe.compile, trainer_recipe.max_steps, trainer.strategy.root_device)
         batches = trainer_recipe.max_steps * trainer_recipe.accumulate
-        clips = ClipDataModule(
+        clips = ClipDataset(
             sources,
             num_frames=data.num_frames,
             max_objects=data.max_objects,
             image_size=model.image_size,
-            batch_size=data.batch_size,
-            total_samples=batches * data.batch_size * trainer.world_size,
+            length=batches * data.batch_size * trainer.world_size,
             augment=data.augment,
             seed=recipe.seed,
             max_stride=data.max_stride,
             reverse=data.reverse,
-            num_workers=data.num_workers,
         )
-        trainer.fit(module, clips, ckpt_path=str(last) if last.is_file() else None)
+        stream = ClipDataModule(clips, batch_size=data.batch_size, num_workers=data.num_workers)
+        trainer.fit(module, stream, ckpt_path=str(last) if last.is_file() else None)
         if trainer.interrupted:
             raise KeyboardInterrupt
         trainer.save_checkpoint(last)  # a run that is killed while it is scored need not train again

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from qsam2.data.clips import ClipDataset, Source, collate_clips
-from qsam2.data.video import Video
+from qsam2.data.clips import ClipDataset, collate_clips
 from qsam2.errors import UserError
 
 
@@ -64,39 +63,15 @@ class StreamLoader(DataLoader):
 
 
 class ClipDataModule(L.LightningDataModule):
-    """Trains on `total_samples` clips (over all ranks) an epoch, `batch_size` a rank and step.
+    """Trains on the clips of a dataset, `batch_size` a rank and step; an epoch is all of them, over all ranks.
 
-    The stream depends on the seed alone, not on workers or ranks, and goes on exactly where a checkpoint was made.
-    The Trainer needs `use_distributed_sampler=False`. See `ClipDataset` for the other arguments.
+    The stream depends on the dataset alone, not on workers or ranks, and goes on exactly where a checkpoint was made.
+    The Trainer needs `use_distributed_sampler=False`.
     """
 
-    def __init__(
-        self,
-        videos: Sequence[Video] | Sequence[Source],
-        *,
-        num_frames: int,
-        max_objects: int,
-        image_size: int,
-        batch_size: int,
-        total_samples: int,
-        augment: bool = True,
-        seed: int = 0,
-        max_stride: int = 1,
-        reverse: bool = False,
-        num_workers: int = 0,
-    ) -> None:
+    def __init__(self, dataset: ClipDataset, *, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
-        self.dataset = ClipDataset(
-            videos,
-            num_frames=num_frames,
-            max_objects=max_objects,
-            image_size=image_size,
-            length=total_samples,
-            augment=augment,
-            seed=seed,
-            max_stride=max_stride,
-            reverse=reverse,
-        )
+        self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
 

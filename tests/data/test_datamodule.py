@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from qsam2.data.clips import ClipDataset
 from qsam2.data.datamodule import ClipDataModule, StreamSampler
 from qsam2.data.video import Video
 from qsam2.errors import UserError
@@ -37,9 +38,9 @@ class Squares(Video):
         return {1: mask}
 
 
-def data(total_samples: int = 2 * STEPS, **changes) -> ClipDataModule:
-    settings = dict(num_frames=2, max_objects=2, image_size=16, batch_size=2, total_samples=total_samples, seed=5)
-    return ClipDataModule([Squares()], **(settings | changes))
+def data(total_samples: int = 2 * STEPS, batch_size: int = 2, num_workers: int = 0) -> ClipDataModule:
+    clips = ClipDataset([Squares()], num_frames=2, max_objects=2, image_size=16, length=total_samples, seed=5)
+    return ClipDataModule(clips, batch_size=batch_size, num_workers=num_workers)
 
 
 class Recorder(L.LightningModule):
