@@ -222,7 +222,7 @@ def saving(tiny: SAM2, block: Mapping[str, Any], full: Mapping[str, Any]) -> flo
     """How many times fewer multiply-adds than stock sam2 memory attention needs at 1024 px."""
     keys = 7 * TOKENS + POINTERS
     share = block["keys"] / full["keys"]
-    return attention_macs(tiny, keys) / attention_macs(tiny, round(share * keys))
+    return attention_macs(tiny, keys, tiny.hidden_dim) / attention_macs(tiny, round(share * keys), tiny.mem_dim)
 
 
 def groups(about: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:

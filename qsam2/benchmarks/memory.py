@@ -50,9 +50,10 @@ def benchmark_memory(
     """Tracks noise with random weights in all settings in turn, a frame each, behind `frames` frames.
 
     Returns {SETTING: {"seconds_per_frame", "attention_seconds", "keys", "state_bytes", "attention_macs"}}, seconds as
-    medians over `repeats` frames. Seconds and multiply-adds are of a frame with all its objects: of the memory
-    attention, and there of scores and weighted sums. Keys are those of a layer and object; bytes are those of all
-    tensors that the state holds after the last frame, the frames that are still there included.
+    medians over `repeats` frames; on one thread of its CPU time, which other programs disturb less. Seconds and
+    multiply-adds are of a frame with all its objects: of the memory attention, and there of scores and weighted sums.
+    Keys are those of a layer and object; bytes are those of all tensors that the state holds after the last frame, the
+    frames that are still there included.
 
     Raises:
         UserError: a number that is not positive, a precision, device, size or image size that is none.
@@ -79,7 +80,7 @@ def benchmark_memory(
             "attention_seconds": seconds[name][1],
             "keys": run.keys,
             "state_bytes": state_bytes(run.state),
-            "attention_macs": objects * attention_macs(model, run.keys),
+            "attention_macs": objects * attention_macs(model, run.keys, run.value_channels),
         }
         for name, run in runs.items()
     }
@@ -95,6 +96,7 @@ class _Tracking:
         self.dtype = dtype
         self.attention_seconds = 0.0
         self.keys = 0
+        self.value_channels = model.hidden_dim
         use_memory(self.model, memory)
         read = self.model._prepare_memory_conditioned_features
         timed: Any = lambda *given, **named: self._timed(read, given, named)  # noqa: E731
@@ -126,12 +128,15 @@ class _Tracking:
             result = read(*given, **named)
         self.attention_seconds += self._now() - started
         if self.model.memory_reader is not None:
-            self.keys = self.model.memory_reader.reading.keys  # type: ignore[attr-defined]
+            reading = self.model.memory_reader.reading  # type: ignore[attr-defined]
+            self.keys, self.value_channels = reading.keys, reading.value_channels
         return result
 
     def _now(self) -> float:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
+        elif torch.get_num_threads() == 1:
+            return time.process_time()
         return time.perf_counter()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -167,10 +172,11 @@ def _noise(side: int, length: int) -> Iterator[Tensor]:
     return (torch.randn(3, side, side, generator=generator) for _ in range(length))
 
 
-def attention_macs(model: SAM2, keys: int) -> int:
+def attention_macs(model: SAM2, keys: int, value_channels: int) -> int:
     """Multiply-adds of scores and weighted sums in the memory attention of one frame and object."""
     tokens = (model.image_size // model.backbone_stride) ** 2
-    return len(model.memory_attention.layers) * 2 * model.hidden_dim * tokens * (tokens + keys)
+    itself, memory = 2 * model.hidden_dim * tokens, (model.hidden_dim + value_channels) * keys
+    return len(model.memory_attention.layers) * tokens * (itself + memory)
 
 
 def state_bytes(state: Mapping[str, Any]) -> int:
