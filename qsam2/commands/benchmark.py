@@ -27,6 +27,16 @@ Tracks noise with random weights behind a full memory bank, a frame each in turn
 cache of keys and values, adaptive sharing at 2, 3 and 4 frames, and at 3 frames what it is measured against."""
 
 
+TRACKING_EPILOG = """examples:
+  qsam2 benchmark tracking --json tracking.json
+  qsam2 benchmark tracking --size nano --repeats 7 --engines sam2 "sam2 bf16" qsam2
+
+Tracks noise with random weights behind a full memory bank on the CPU, a frame each in turn, one object: sam2 as it is,
+with bf16 autocast and compiled; our exported float graphs in ONNX Runtime, in its own int8 and in OpenVINO's (pip
+install openvino nncf); qsam2's fast path with keys shared at 3 frames, and exact. Engines whose packages are missing
+are left out, and the table says so."""
+
+
 def add_benchmark(commands: Commands) -> None:
     """The parser of `qsam2 benchmark`."""
     parser = commands.add_parser("benchmark", help="measure speed and memory beside other libraries")
@@ -50,6 +60,13 @@ def add_benchmark(commands: Commands) -> None:
     memory.add_argument("--precision", default="32-true", help="32-true or bf16-mixed (default: 32-true)")
     memory.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     memory.set_defaults(run=_benchmark_memory)
+    tracking = kinds.add_parser("tracking", **texts("what a tracked frame costs end to end", TRACKING_EPILOG))
+    tracking.add_argument("--json", type=Path, metavar="OUT", help="write the figures there")
+    tracking.add_argument("--size", default="tiny", help="the model (default: tiny)")
+    tracking.add_argument("--image-size", type=int, metavar="PX", help="default: the size's own")
+    tracking.add_argument("--repeats", type=int, default=5, metavar="N", help="frames measured (default: 5)")
+    tracking.add_argument("--engines", nargs="+", metavar="NAME", help="what to measure; default: all")
+    tracking.set_defaults(run=_benchmark_tracking)
 
 
 def _benchmark_quantizers(given: argparse.Namespace) -> None:
@@ -73,6 +90,16 @@ def _benchmark_memory(given: argparse.Namespace) -> None:
 
     flags = ("size", "image_size", "objects", "frames", "repeats", "precision", "device")
     result = benchmark_memory(**{flag: getattr(given, flag) for flag in flags})
+    _show_benchmark(given, markdown_table(result), result)
+
+
+def _benchmark_tracking(given: argparse.Namespace) -> None:
+    _prepare_benchmark(given)
+    from qsam2.benchmarks.tracking import benchmark_tracking, markdown_table
+
+    result = benchmark_tracking(
+        size=given.size, image_size=given.image_size, repeats=given.repeats, engines=given.engines
+    )
     _show_benchmark(given, markdown_table(result), result)
 
 
