@@ -10,8 +10,8 @@ LINT_READY := $(VENV)/lint-ready
 demo: $(READY)   ## float, PTQ and QAT of nano SAM2 on generated videos
 	$(BIN)/python train.py recipes/demo.yaml
 
-test: $(READY)   ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(READY)   ## the whole test suite: two processes of one thread each, a file's tests in one of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(LINT_READY)   ## style and types
 	$(BIN)/ruff check .

@@ -41,7 +41,7 @@ from qsam2.calibration.ranges import calibrate_sam2
 from qsam2.data.clips import Source
 from qsam2.data.moving_objects import moving_objects
 from qsam2.data.video import Video
-from qsam2.export.onnx.graphs import Graph, PromptEncoder, build_graphs
+from qsam2.export.onnx.graphs import Graph, build_graphs
 from qsam2.export.onnx.grids import ActivationGrid
 from qsam2.export.onnx.runtime import OnnxTracker, RunGraph
 from qsam2.export.onnx.write import describe, export_onnx
@@ -89,7 +89,7 @@ def by_pytorch(graphs: dict[str, Graph], dtype: torch.dtype = torch.float32) -> 
         given = [torch.from_numpy(np.ascontiguousarray(inputs[key])) for key in graphs[name].inputs]
         with torch.no_grad():
             outputs = graphs[name].module(*(x.to(dtype) if x.is_floating_point() else x for x in given))
-        return [x.to(torch.float32).numpy() for x in ([outputs] if isinstance(outputs, Tensor) else outputs)]
+        return [x.numpy().astype(np.float32) for x in ([outputs] if isinstance(outputs, Tensor) else outputs)]
 
     return run
 
@@ -98,13 +98,12 @@ def by_pytorch_in_float64(graphs: dict[str, Graph]) -> RunGraph:
     """From now on these graphs are in float64."""
     for graph in graphs.values():
         graph.module.double()
-    prompts = graphs["prompt_encoder"].module
-    assert isinstance(prompts, PromptEncoder)
-    prompts.encoder.pe_layer.float()  # of points, of which there are none: sam2 computes it in float32
     run = by_pytorch(graphs, torch.float64)
 
     def run_wide(name: str, inputs: dict[str, Array]) -> list[Array]:
-        with patch.object(Tensor, "float", Tensor.double):  # rotary encoding, for one, asks for float32
+        # the image encoder's neck and rotary encoding, for two, ask for float32 by name
+        wide = patch.multiple(torch, float=torch.float64, float32=torch.float64)
+        with wide, patch.object(Tensor, "float", Tensor.double):
             return run(name, inputs)
 
     return run_wide
@@ -157,13 +156,24 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
 
 
+def as_meant(number: float) -> float:
+    """A number of the program that a graph has as float32: n^(-1/4), by which attention scales, or a short decimal."""
+    root = round(number**-4) ** -0.25 if 0 < number < 1 else 0.0
+    return root if np.float32(root) == np.float32(number) else float(str(np.float32(number)))
+
+
 def in_float64(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which all that was float32 is float64."""
     model = copy.deepcopy(model)
     attributes = [attribute for node in model.graph.node for attribute in node.attribute]
+    kinds = ("QuantizeLinear", "DequantizeLinear")
+    steps = {name for node in model.graph.node if node.op_type in kinds for name in node.input[1:]}
     for tensor in (*model.graph.initializer, *(a.t for a in attributes if a.HasField("t"))):
         if tensor.data_type == TensorProto.FLOAT:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
+            wide = numpy_helper.to_array(tensor).astype(np.float64)
+            if wide.ndim == 0 and tensor.name not in steps:
+                wide = np.array(as_meant(float(wide)))
+            tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
     for attribute in attributes:
         if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
             attribute.i = TensorProto.DOUBLE
