@@ -182,5 +182,5 @@ def _most_attended(
             salience[layer] = scores.softmax(dim=-1).mean(dim=(1, 2))  # (B, tokens)
         return k, v
     count = max(round(share * k.shape[2]), 1)
-    chosen = salience[layer].topk(count, dim=1).indices[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-    return k.gather(2, chosen), v.gather(2, chosen)
+    chosen = salience[layer].topk(count, dim=1).indices[:, None, :, None]
+    return k.take_along_dim(chosen, dim=2), v.take_along_dim(chosen, dim=2)
