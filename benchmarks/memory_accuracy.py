@@ -168,7 +168,9 @@ def cached_images(model: SAM2) -> SAM2:
 
 
 def scores(model: SAM2, memory: MemoryRecipe, videos: Sequence[Video], out: Path) -> dict[str, Any]:
-    """{"per_object": {video: {object: {"J&F", "J", "F", "fidelity"}}}, "keys": read a frame, ...}."""
+    """{"per_object": {video: {object: {"J&F", "J", "F", "fidelity"}}}, "keys": read a frame, "sums_memory": whether the
+    weighted sums are of the memory rather than of its values, ...}.
+    """
     evaluation, trainer = EvaluateRecipe(float_cache=out / "whole"), TrainerRecipe(accelerator="cpu", devices=1)
     use_memory(model, SETTINGS[WHOLE])
     whole_block, whole = score_float(model, videos, evaluation, trainer, folder=out)
@@ -183,7 +185,8 @@ def scores(model: SAM2, memory: MemoryRecipe, videos: Sequence[Video], out: Path
     hook.remove()
     for (video, item), fidelity in agreement(masks, whole, videos).items():
         block["per_object"][video][str(item)]["fidelity"] = fidelity
-    return {**block, "keys": float(np.mean(keys))}
+    narrow = reader.reading.value_channels < model.hidden_dim
+    return {**block, "keys": float(np.mean(keys)), "sums_memory": narrow}
 
 
 def agreement(masks: Predictions, whole: Predictions, videos: Sequence[Video]) -> dict[tuple[str, int], float]:
@@ -222,7 +225,8 @@ def saving(tiny: SAM2, block: Mapping[str, Any], full: Mapping[str, Any]) -> flo
     """How many times fewer multiply-adds than stock sam2 memory attention needs at 1024 px."""
     keys = 7 * TOKENS + POINTERS
     share = block["keys"] / full["keys"]
-    return attention_macs(tiny, keys, tiny.hidden_dim) / attention_macs(tiny, round(share * keys), tiny.mem_dim)
+    channels = tiny.mem_dim if block["sums_memory"] else tiny.hidden_dim
+    return attention_macs(tiny, keys, tiny.hidden_dim) / attention_macs(tiny, round(share * keys), channels)
 
 
 def groups(about: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
