@@ -28,8 +28,9 @@ def benchmark_tracking(
     """Tracks the same noise with the same random weights in all engines in turn, a frame each, on the CPU.
 
     Returns {ENGINE: {"seconds_per_frame", "encoder_seconds", "memory_seconds", "decoder_seconds"}}, medians over
-    `repeats` frames, each behind a full bank. Memory is memory attention and memory encoder, the decoder has the prompt
-    encoder in it; what is left is reading the frame, and resizing and choosing masks.
+    `repeats` frames, each behind a full bank; on one thread of its CPU time. Memory is memory attention and memory
+    encoder, the decoder has the prompt encoder in it; what is left is reading the frame, and resizing and choosing
+    masks.
 
     Args:
         engines: of `ENGINES`; None: all whose packages are installed.
@@ -101,7 +102,8 @@ def markdown_table(result: Mapping[str, Mapping[str, float]]) -> str:
     """The figures of `benchmark_tracking` as text, a row an engine, with its note; then what was left out and why."""
     about = machine()
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines = [f"{about['cpu']}, {about['threads']} threads, {versions}", ""]
+    threads = "CPU time of one thread" if about["threads"] == 1 else f"{about['threads']} threads"
+    lines = [f"{about['cpu']}, {threads}, {versions}", ""]
     lines += [
         "| engine | frame s | times faster | encoder s | memory s | decoder s | note |",
         "|---|---|---|---|---|---|---|",

@@ -47,6 +47,11 @@ CALIBRATION_FRAMES = 3
 Frames = Sequence[NDArray[np.uint8]]
 
 
+def now() -> float:
+    """Seconds; on one thread those of the processor, which other programs disturb less."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 @dataclass
 class Setting:
     """What all engines share.
@@ -86,18 +91,18 @@ class Tracking:
 
     def __call__(self) -> Seconds:
         self.taken = dict.fromkeys(PARTS, 0.0)
-        started = time.perf_counter()
+        started = now()
         self.step()
-        return time.perf_counter() - started, *(self.taken[part] for part in PARTS)
+        return now() - started, *(self.taken[part] for part in PARTS)
 
     def step(self) -> None:
         raise NotImplementedError
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            started = now()
             result = function(*args, **kwargs)
-            self.taken[part] += time.perf_counter() - started
+            self.taken[part] += now() - started
             return result
 
         return run
