@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
         ["benchmark"],
         ["benchmark", "quantizers"],
         ["benchmark", "memory"],
+        ["benchmark", "tracking"],
     ],
 )
 def test_help_stands_in_the_command_line_page(capsys, monkeypatch, command):
