@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,17 +15,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_files import activations, run, with_outputs
 from small_models import seeing
 from torch import Tensor
 
+import qsam2
 from qsam2.calibration.ranges import calibrate_ranges
 from qsam2.cli import main
 from qsam2.data.transforms import to_model_input
 from qsam2.errors import UserError
 from qsam2.export.onnx import write
 from qsam2.export.onnx.graphs import Graph, build_graphs
-from qsam2.export.onnx.grids import ActivationGrid
 from qsam2.export.onnx.runtime import GRAPHS, OnnxTracker, as_bfloat16
 from qsam2.layers.convert import convert
 from qsam2.layers.finalize import finalize
@@ -120,64 +120,39 @@ def tracker(exported: Path) -> OnnxTracker:
     return OnnxTracker(exported, optimize=False, threads=1)
 
 
-def real_inputs(tracker: OnnxTracker) -> dict[str, dict[str, np.ndarray]]:
-    """What each graph got in the last frames of a tracked video."""
-    seen: dict[str, dict[str, np.ndarray]] = {}
-
-    def note(name: str, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        seen[name] = inputs
-        return tracker.run_graph(name, inputs)
-
-    track_onnx(OnnxTracker.of_graphs(tracker.model, note), PROMPTS["mask"])
-    return seen
+@pytest.fixture(scope="module")
+def parity() -> dict[str, Any]:
+    """The functions of the benchmark whose figures are in docs/onnx.md."""
+    return runpy.run_path(str(Path(qsam2.__file__).parents[1] / "benchmarks" / "onnx_parity.py"))
 
 
-def integers(graph: Graph, inputs: dict[str, np.ndarray]) -> tuple[list[np.ndarray], list[Tensor]]:
-    """Codes of all activations in the order of computation, and the graph's outputs, in PyTorch.
-
-    What several layers quantize alike, as queries, keys and values of one tensor, is there once, as in the graph.
-    """
-    codes: dict[tuple[float, bytes], np.ndarray] = {}
-
-    def note(grid: ActivationGrid, _: Any, out: Tensor) -> None:
-        found = (out.detach() / grid.scale).round().numpy()
-        codes.setdefault((grid.scale, found.tobytes()), found)
-
-    hooks = [m.register_forward_hook(note) for m in graph.module.modules() if isinstance(m, ActivationGrid)]
-    with torch.no_grad():
-        outputs = graph.module(*(torch.from_numpy(inputs[name]) for name in graph.inputs))
-    for hook in hooks:
-        hook.remove()
-    return list(codes.values()), [outputs] if isinstance(outputs, Tensor) else list(outputs)
+@pytest.fixture
+def compared(parity, model, exported) -> tuple[dict[str, Graph], dict[str, onnx.ModelProto], list[Any]]:
+    """The graphs in PyTorch, in ONNX, and what each got in a tracked video."""
+    graphs, calls = build_graphs(model), []
+    driver = OnnxTracker.of_graphs(write.describe(model), parity["noted"](parity["by_pytorch"](graphs), calls))
+    track_onnx(driver, PROMPTS["mask"])
+    models = {name: onnx.load(exported / f"{name}.onnx") for name in graphs}
+    return graphs, models, list({name: (name, *call) for name, *call in calls}.values())  # the last one of each
 
 
-def test_each_graph_computes_the_integers_of_pytorch(model, exported, tracker):
-    graphs = build_graphs(model)
-    seen = real_inputs(tracker)
-    for name, graph in graphs.items():
-        ours, outputs = integers(graph, seen[name])
-        stored = onnx.load(exported / f"{name}.onnx")
-        names = activations(stored)
-        theirs: dict[tuple[float, bytes], np.ndarray] = {}
-        for value, x in zip(names, run(with_outputs(stored, names), seen[name]), strict=True):
-            scale = _scale_of(stored, value)
-            found = np.round(x / scale)
-            theirs.setdefault((float(scale), found.tobytes()), found)
-        assert len(theirs) == len(ours) > 0, name
-        apart = [np.abs(one - other) for one, other in zip(ours, theirs.values(), strict=True)]
-        assert apart[0].max() == 0, name
-        # Sums in another order fall on the other side of a rounding border now and then, and later layers follow.
-        steps = np.concatenate([part.ravel() for part in apart])
-        assert (steps <= 1).mean() > 0.98, name
-        for one, other in zip(outputs, run(exported / f"{name}.onnx", seen[name]), strict=True):
-            np.testing.assert_allclose(one.numpy(), other, atol=0.1 * float(one.abs().max()), err_msg=name)
+def test_each_graph_computes_the_integers_of_pytorch(parity, compared):
+    table = parity["compare_integers"](*compared)
+    assert table.keys() == set(GRAPHS) and all(row["integers"] > 0 for row in table.values())
+    for name, row in table.items():
+        # Sums in another order fall on the other side of a rounding border now and then,
+        assert row["most steps, each quantizer given"] <= 1, name
+        assert row["share unequal, each quantizer given"] < 1e-4, name
+        assert row["largest error of an output"] < 0.1, name  # and later layers follow
 
 
-def _scale_of(stored: onnx.ModelProto, value: str) -> np.float32:
-    node = next(node for node in stored.graph.node if node.output[0] == value)
-    constants = {tensor.name: tensor for tensor in stored.graph.initializer}
-    constants |= {n.output[0]: n.attribute[0].t for n in stored.graph.node if n.op_type == "Constant"}
-    return onnx.numpy_helper.to_array(constants[node.input[1]])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the reference evaluator's sigmoid overflows to 0
+def test_in_float64_each_graph_is_the_model(parity, compared):
+    graphs, models, calls = compared
+    pytorch, reference = parity["by_pytorch_in_float64"](graphs), parity["by_reference"](models)
+    for name, inputs, _ in calls:
+        for ours, theirs in zip(pytorch(name, inputs), reference(name, inputs), strict=True):
+            np.testing.assert_allclose(theirs, ours, rtol=1e-6, atol=1e-6 * np.abs(ours).max(), err_msg=name)
 
 
 @pytest.fixture(scope="module")
