@@ -134,7 +134,7 @@ def test_overrides_stand_anywhere(
 
     monkeypatch.setattr("qsam2.evaluate.evaluate_model", evaluate_model)
     assert main(line.split()) == 0
-    assert given == ["M", ["a.b=1", "c=2", "data.val=D", "evaluate.frames=3"], {"reference": None}]
+    assert given == ["M", ["a.b=1", "c=2", "data.val=D", "evaluate.frames=3"], {"reference": None, "fast": False}]
     assert capsys.readouterr().out == "M: J&F 1.0\n"
 
 
