@@ -54,8 +54,8 @@ def nano() -> SAM2:
 def quantized(model: SAM2, bits: int, frames: Sequence[Tensor]) -> SAM2:
     """A finalized copy, calibrated on what it tracks."""
     model = copy.deepcopy(model)
-    values = {"weights": {"method": "minmax", "bits": bits}, "activations": {"method": "minmax", "bits": bits}}
-    convert(model, QuantizeRecipe(**values))
+    spec = {"method": "minmax", "bits": bits, "range": "mse"}
+    convert(model, QuantizeRecipe(weights=spec, activations=spec))
     with torch.no_grad():
         calibrate_ranges(model, lambda _: track(model, frames), [None])
     finalize(model)
@@ -95,7 +95,7 @@ def test_float32_changes_nothing(memory: MemoryRecipe) -> None:
 
 
 def test_bfloat16_is_near(nano: SAM2) -> None:
-    frames = clip(nano.image_size)
+    frames = clip(nano.image_size, 7)
     expected = track(copy.deepcopy(nano), frames)
     assert iou(expected, expected.roll(1, 0)) < 0.95  # it moves: another frame's masks would not do
     fast = make_fast(copy.deepcopy(nano), BFLOAT16)
@@ -103,10 +103,10 @@ def test_bfloat16_is_near(nano: SAM2) -> None:
     assert iou(track(fast, frames, SHARED), expected) > 0.95
 
 
-@pytest.mark.parametrize(("bits", "least"), [(8, 0.93), (4, 0.6)])
+@pytest.mark.parametrize(("bits", "least"), [(8, 0.95), (4, 0.75)])
 def test_a_quantized_model_tracks_as_its_fake_quantized_self(nano: SAM2, bits: int, least: float) -> None:
-    frames = clip(nano.image_size)
-    model = quantized(nano, bits, frames)
+    frames = clip(nano.image_size, 5)
+    model = quantized(nano, bits, frames[:3])
     expected = track(model, frames)
     assert iou(track(make_fast(model, BFLOAT16), frames, EXACT), expected) > least
 
