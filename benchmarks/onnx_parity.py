@@ -34,6 +34,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from scipy.special import erf
 from torch import Tensor, nn
 
 from qsam2.calibration.data import CalibrationData
@@ -114,9 +116,19 @@ def by_onnx_runtime(models: dict[str, onnx.ModelProto]) -> RunGraph:
     return lambda name, inputs: sessions[name].run(None, inputs)
 
 
+class Gelu(OpRun):
+    """In place of the reference evaluator's, whose error function is rounded to float32."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, approximate: str) -> tuple[Array]:
+        assert approximate == "none"
+        return (0.5 * x * (1 + erf(x / np.sqrt(2))),)
+
+
 def by_reference(models: dict[str, onnx.ModelProto]) -> RunGraph:
     """The evaluator of the `onnx` package, in float64."""
-    evaluators = {name: ReferenceEvaluator(in_float64(model)) for name, model in models.items()}
+    evaluators = {name: ReferenceEvaluator(in_float64(model), new_ops=[Gelu]) for name, model in models.items()}
 
     def run(name: str, inputs: dict[str, Array]) -> list[Array]:
         given = {key: x.astype(np.float64) if x.dtype == np.float32 else x for key, x in inputs.items()}
@@ -166,13 +178,12 @@ def in_float64(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which all that was float32 is float64."""
     model = copy.deepcopy(model)
     attributes = [attribute for node in model.graph.node for attribute in node.attribute]
-    kinds = ("QuantizeLinear", "DequantizeLinear")
-    steps = {name for node in model.graph.node if node.op_type in kinds for name in node.input[1:]}
+    factors = {name for node in model.graph.node if node.op_type == "Mul" for name in node.input}
     for tensor in (*model.graph.initializer, *(a.t for a in attributes if a.HasField("t"))):
         if tensor.data_type == TensorProto.FLOAT:
             wide = numpy_helper.to_array(tensor).astype(np.float64)
-            if wide.ndim == 0 and tensor.name not in steps:
-                wide = np.array(as_meant(float(wide)))
+            if wide.size == 1 and tensor.name in factors:
+                wide = np.full_like(wide, as_meant(wide.item()))
             tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
     for attribute in attributes:
         if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
