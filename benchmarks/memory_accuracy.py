@@ -260,7 +260,9 @@ def table(name: str, blocks: Mapping[str, Any], saved: Mapping[str, float], abou
 
 
 def difference(block: Mapping[str, Any], other: Mapping[str, Any], key: str = "J&F") -> str:
-    """With its 95 % interval."""
+    """With its 95 % interval; nothing where there is no such video."""
+    if not block:
+        return ""
     found = paired_bootstrap(block, other, key=key)
     return f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
 
