@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from sam2.modeling.backbones.hieradet import Hiera
+from sam2.modeling.position_encoding import PositionEmbeddingSine
 from torch import Tensor, nn
 
 from qsam2.fast.layers import use_plain_layers
@@ -34,6 +35,16 @@ class FastHiera(Hiera):
         wanted = (*hw, self.pos_embed.device)
         if wanted not in self.known_positions:
             self.known_positions[wanted] = super()._get_pos_embed(hw).to(self.patch_embed.proj.weight.dtype)
+        return self.known_positions[wanted]
+
+
+class FastPositions(PositionEmbeddingSine):
+    """Sine positions of the neck's levels, which are as large as its features, computed once a size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wanted = (len(x), *x.shape[-2:], x.dtype, x.device)
+        if wanted not in self.known_positions:
+            self.known_positions[wanted] = super().forward(x).to(x.dtype)
         return self.known_positions[wanted]
 
 
@@ -82,6 +93,9 @@ def make_fast(model: SAM2, dtype: torch.dtype | None = None) -> FastSAM2:
     trunk: Any = adopt(FastHiera, fast.image_encoder.trunk)
     trunk.known_positions = {}
     fast.image_encoder.trunk = trunk
+    positions: Any = adopt(FastPositions, fast.image_encoder.neck.position_encoding)
+    positions.known_positions = {}
+    fast.image_encoder.neck.position_encoding = positions
     for part in LOW_PRECISION:
         for module in fast.get_submodule(part).modules():
             if type(module) in (nn.Linear, nn.Conv2d, nn.ConvTranspose2d):
