@@ -14,10 +14,14 @@ UNITS = {"davis": "J&F", "sav": "J&F by SA-V's protocol", "stills": "mask IoU fr
 
 
 def render(results: Results) -> str:
-    """The table: one for each set and float model; those of the first set open, the others folded."""
+    """The table: one for each set and float model; those of the first set open, the others folded.
+
+    Of a table that is not finished, rows and columns in which nothing has ended are left out.
+    """
     parts = [_caption(results)]
+    begun = {cell["model"] for cell in results["cells"] if _begun(cell)}
     for index, (name, scored) in enumerate(results["sets"].items()):
-        tables = [_table(results, name, model) for model in results["float"]]
+        tables = [_table(results, name, model) for model in results["float"] if model in begun]
         heading = f"{_data(name, scored)}: {UNITS[scored['protocol']]}"
         text = "\n\n".join(tables)
         folded = f"<details><summary>{heading}</summary>\n\n{text}\n\n</details>"
@@ -76,12 +80,13 @@ def _caption(results: Results) -> str:
 
 def _table(results: Results, name: str, model: str) -> str:
     own = [cell for cell in results["cells"] if cell["model"] == model]
-    settings = [setting for setting in results["settings"] if any(cell["setting"] == setting for cell in own)]
+    begun = [cell for cell in own if _begun(cell)]
+    settings = [setting for setting in results["settings"] if any(cell["setting"] == setting for cell in begun)]
     best = {
         setting: max((c["sets"][name]["score"] for c in own if c["setting"] == setting and c["sets"]), default=None)
         for setting in settings
     }
-    rows = list(dict.fromkeys((cell["method"], cell["start"]) for cell in own))
+    rows = list(dict.fromkeys((cell["method"], cell["start"]) for cell in begun))
     by_place = {(cell["method"], cell["start"], cell["setting"]): cell for cell in own}
     starts = any(start for _, start in rows)
     lines = [
@@ -92,6 +97,10 @@ def _table(results: Results, name: str, model: str) -> str:
         cells = [_cell(by_place.get((method, start, setting)), name, best[setting]) for setting in settings]
         lines.append(_row([method, *([start] if starts else []), *cells]))
     return "\n".join(lines)
+
+
+def _begun(cell: dict[str, Any]) -> bool:
+    return bool(cell["sets"] or cell["failed"])
 
 
 def _cell(cell: dict[str, Any] | None, name: str, best: float | None) -> str:
