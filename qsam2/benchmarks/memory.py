@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from sam2 import sam2_video_predictor
 from torch import Tensor, nn
 
-from qsam2.benchmarks.measure import WARM_UPS, Seconds, held_bytes, machine, medians
+from qsam2.benchmarks.measure import WARM_UPS, Seconds, held_bytes, machine, medians, without_bar
 from qsam2.errors import UserError
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2
@@ -118,7 +117,7 @@ class _Tracking:
     def __call__(self) -> Seconds:
         self.attention_seconds = 0.0
         started = self._now()
-        with self._precision(), _without_bar():
+        with self._precision(), without_bar():
             next(self.frames)
         return self._now() - started, self.attention_seconds
 
@@ -155,16 +154,6 @@ def _counted(model: SAM2, run: _Tracking) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-@contextlib.contextmanager
-def _without_bar() -> Iterator[None]:
-    bar = sam2_video_predictor.tqdm
-    sam2_video_predictor.tqdm = lambda frames, **_: frames
-    try:
-        yield
-    finally:
-        sam2_video_predictor.tqdm = bar
 
 
 def _noise(side: int, length: int) -> Iterator[Tensor]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sam2 import sam2_video_predictor
 from torch import nn
 
-from qsam2.benchmarks.measure import WARM_UPS, machine, medians
+from qsam2.benchmarks.measure import WARM_UPS, machine, medians, without_bar
 from qsam2.benchmarks.tracking_engines import ENGINES, PARTS, Setting
 from qsam2.errors import UserError
 from qsam2.models import build_sam2
@@ -48,7 +46,7 @@ def benchmark_tracking(
     nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 10.0)
     fill = max(model.num_maskmem - WARM_UPS, 1)  # the warm-ups fill the rest of the bank
     frames = _Noise(model.image_size, fill + WARM_UPS + repeats)
-    with tempfile.TemporaryDirectory() as folder, _without_bar():
+    with tempfile.TemporaryDirectory() as folder, without_bar():
         setting = Setting(model, frames, Path(folder))
         runs = {name: ENGINES[name].start(setting) for name in chosen}
         for run in runs.values():
@@ -86,16 +84,6 @@ class _Noise(Sequence[NDArray[np.uint8]]):
         if not 0 <= index < self.length:
             raise IndexError(index)
         return np.random.default_rng(index).integers(0, 256, (self.side, self.side, 3), dtype=np.uint8)
-
-
-@contextlib.contextmanager
-def _without_bar() -> Iterator[None]:
-    bar = sam2_video_predictor.tqdm
-    sam2_video_predictor.tqdm = lambda frames, **_: frames
-    try:
-        yield
-    finally:
-        sam2_video_predictor.tqdm = bar
 
 
 def markdown_table(result: Mapping[str, Mapping[str, float]]) -> str:
