@@ -53,3 +53,17 @@ def follow(running: Tensor, batch: Tensor, momentum: float) -> None:
     """
     batch = batch.to(running.dtype)
     running.copy_(torch.where(batch.isfinite(), torch.lerp(batch, running, momentum), running))
+
+
+def follow_moments(mean: Tensor, std: Tensor, batch: tuple[Tensor, Tensor], momentum: float) -> None:
+    """`follow` for mean and standard deviation (C,) of all that is followed, in place.
+
+    The deviation is that of the values of all batches together: the batches' own deviations and how far their means lie
+    apart (law of total variance). Averaged by itself it would miss the latter, and shrink below the one that
+    calibration found on all batches at once wherever one batch differs from the next.
+    """
+    batch_mean, batch_std = (each.to(mean.dtype) for each in batch)
+    apart = momentum * (1 - momentum) * (batch_mean - mean).square()
+    variance = torch.lerp(batch_std.square(), std.square(), momentum) + apart
+    follow(mean, batch_mean, momentum)
+    follow(std, variance.sqrt(), momentum=0.0)

@@ -258,7 +258,21 @@ def test_lsc_follows_by_momentum_in_training_only() -> None:
         torch.testing.assert_close(one.mean, x.mean()[None])
         one.train()(batch)
         torch.testing.assert_close(one.mean, (0.9 * x.mean() + 0.1 * y.mean())[None])
-        torch.testing.assert_close(one.std, (0.9 * x.std(correction=0) + 0.1 * y.std(correction=0))[None])
+        pooled = 0.9 * x.square().mean() + 0.1 * y.square().mean() - one.mean.square()
+        torch.testing.assert_close(one.std, pooled.sqrt())
+
+
+def test_lsc_deviation_stays_where_batches_differ_in_their_mean() -> None:
+    batches = [torch.randn(100) * 0.1 + shift for shift in torch.linspace(-2, 2, 200)[torch.randperm(200)]]
+    calibrated = torch.cat(batches)
+    quantizer = activation_quantizer(LSCSpec(bits=4), calibrated)
+    assert isinstance(quantizer, LSCQuantizer)
+    for batch in batches:
+        quantizer.train()(batch)
+    assert 0.85 < float(quantizer.std / calibrated.std()) < 1.1
+    finite = quantizer.std.clone()
+    quantizer(torch.full((3,), torch.inf))
+    assert quantizer.std == finite
 
 
 def test_per_channel_activation() -> None:

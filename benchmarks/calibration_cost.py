@@ -1,0 +1,122 @@
+"""What calibration costs: seconds by stage against plain forward passes of the same data, and peak memory.
+
+    python benchmarks/calibration_cost.py [tiny:1024 nano:256 ...] [--stills 4] [--clips 2] [--frames 6]
+
+Random weights, generated video, W4A4, one thread. A plain pass encodes each still and tracks each clip once from its
+masks, once from a click, once from a box, in the float model, as calibration does. Each size runs in a process of its
+own, each row in one of its own again, so that its peak memory is its own; the plain pass is timed before and after
+in the same process, and the ratio is to their mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+DEFAULT = ("nano:256", "tiny:1024")
+RANGES = ("minmax", "percentile", "mse", "entropy")
+FROBENIUS = "frobenius"
+
+
+def measure(size: str, image_size: int, row: str, stills: int, clips: int, frames: int) -> dict[str, Any]:
+    """Seconds, the ratio to plain passes, and peak memory of one row: a kind of ranges, or Frobenius calibration."""
+    import torch
+
+    from qsam2.calibration.data import CalibrationData, encode, run_sample
+    from qsam2.calibration.gram import gather_inputs
+    from qsam2.calibration.ranges import calibrate_sam2
+    from qsam2.calibration.weights import calibrate_weights, choose_layers, input_quantizers
+    from qsam2.data.clips import Source
+    from qsam2.data.moving_objects import moving_objects
+    from qsam2.layers.convert import convert
+    from qsam2.models import build_sam2
+    from qsam2.recipe import build_recipe
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    quantizer = {"method": "minmax", "bits": 4, "range": RANGES[0] if row == FROBENIUS else row}
+    amount = {"stills": stills, "clips": clips, "num_frames": frames, "weights": {"method": FROBENIUS}}
+    recipe = build_recipe({"quantize": {"weights": quantizer, "activations": quantizer}, "calibrate": amount})
+    assert recipe.quantize is not None and recipe.calibrate.weights is not None
+    model = build_sam2(size, image_size=image_size).eval()
+    # Random weights see no object; without this all masks would be constant.
+    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 10.0)
+    source = Source(moving_objects("train", stills + clips, num_frames=frames), 1.0)
+    data = CalibrationData(
+        [source], recipe.calibrate, image_size=image_size, max_objects=1, max_stride=1, seed=0
+    )
+
+    def timed(function: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+
+    def plain() -> None:
+        for sample in data.samples():
+            (encode if row == FROBENIUS else run_sample)(model, sample)
+
+    def frobenius() -> None:
+        layers = choose_layers(model, recipe.quantize, recipe.calibrate.weights.layers)
+        samples = ((sample.label, sample) for sample in data.samples())
+        quantized = input_quantizers(layers, recipe.quantize)
+        inputs = gather_inputs(layers, lambda sample: encode(model, sample), samples, len(data), quantized)
+        list(calibrate_weights(layers, inputs, recipe.quantize, recipe.calibrate.weights))
+
+    encode(model, next(iter(data.samples())))  # warm
+    before = timed(plain)
+    if row == FROBENIUS:
+        seconds = timed(frobenius)
+        after = timed(plain)
+    else:
+        quantized = build_sam2(size, image_size=image_size).eval()
+        quantized.load_state_dict(model.state_dict())
+        convert(quantized, recipe.quantize)
+        seconds = timed(lambda: calibrate_sam2(quantized, data, progress=False))
+        after = timed(plain)
+    return {
+        "size": size,
+        "pixels": image_size,
+        "stage": "weights, Frobenius" if row == FROBENIUS else f"ranges, {row}",
+        "seconds": round(seconds, 1),
+        "plain passes, seconds": round((before + after) / 2, 1),
+        "ratio": round(2 * seconds / (before + after), 2),
+        "peak memory, GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
+    }
+
+
+def main() -> None:
+    """Measure the sizes asked for, a process a row, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", default=DEFAULT, metavar="SIZE:PIXELS")
+    parser.add_argument("--rows", nargs="+", choices=(*RANGES, FROBENIUS), default=(*RANGES, FROBENIUS))
+    parser.add_argument("--stills", type=int, default=4)
+    parser.add_argument("--clips", type=int, default=2)
+    parser.add_argument("--frames", type=int, default=6)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    amount = (given.stills, given.clips, given.frames)
+    if given.worker:
+        size, image_size = given.sizes[0].split(":")
+        print(json.dumps(measure(size, int(image_size), given.rows[0], *amount)))
+        return
+    options = [word for name, value in zip(("stills", "clips", "frames"), amount, strict=True) for word in (f"--{name}", str(value))]
+    header = False
+    for size in given.sizes:
+        for row in given.rows:
+            command = [sys.executable, __file__, "--worker", size, "--rows", row, *options]
+            out = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+            found = json.loads(out.decode().splitlines()[-1])
+            if not header:
+                print("| " + " | ".join(found) + " |\n|" + "---|" * len(found))
+                header = True
+            print("| " + " | ".join(str(value) for value in found.values()) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
