@@ -48,9 +48,7 @@ def measure(size: str, image_size: int, row: str, stills: int, clips: int, frame
     # Random weights see no object; without this all masks would be constant.
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 10.0)
     source = Source(moving_objects("train", stills + clips, num_frames=frames), 1.0)
-    data = CalibrationData(
-        [source], recipe.calibrate, image_size=image_size, max_objects=1, max_stride=1, seed=0
-    )
+    data = CalibrationData([source], recipe.calibrate, image_size=image_size, max_objects=1, max_stride=1, seed=0)
 
     def timed(function: Callable[[], object]) -> float:
         started = time.perf_counter()
@@ -105,7 +103,11 @@ def main() -> None:
         size, image_size = given.sizes[0].split(":")
         print(json.dumps(measure(size, int(image_size), given.rows[0], *amount)))
         return
-    options = [word for name, value in zip(("stills", "clips", "frames"), amount, strict=True) for word in (f"--{name}", str(value))]
+    options = [
+        word
+        for name, value in zip(("stills", "clips", "frames"), amount, strict=True)
+        for word in (f"--{name}", str(value))
+    ]
     header = False
     for size in given.sizes:
         for row in given.rows:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import training.model.sam2
 from sam2.modeling.sam.transformer import Attention
-from torch import nn
+from torch import Tensor, nn
 from training.utils.data_utils import BatchedVideoDatapoint
 
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import PromptRecipe
+
+Click = tuple[Tensor, Tensor]
+"""Coordinates (objects, 1, 2) and labels (objects, 1) of a click each."""
 
 
 def set_prompts(model: SAM2, prompts: PromptRecipe) -> None:
@@ -34,6 +40,27 @@ def set_dropout(model: nn.Module, share: float) -> None:
             module.p = share
         elif isinstance(module, Attention):
             module.dropout_p = share
+
+
+@contextlib.contextmanager
+def drawn_clicks(given: Sequence[Click] | None = None) -> Iterator[list[Click]]:
+    """Collects the clicks that `SAM2Train` draws; with `given` it gets these, in their order, instead.
+
+    Correction clicks are drawn where a model errs: only so are two models, a student and its teacher, asked the same.
+    """
+    draw = training.model.sam2.get_next_point
+    clicks: list[Click] = []
+    waiting = None if given is None else iter(given)
+
+    def get_next_point(**kwargs: Any) -> Click:
+        clicks.append(draw(**kwargs) if waiting is None else next(waiting))
+        return clicks[-1]
+
+    training.model.sam2.get_next_point = get_next_point
+    try:
+        yield clicks
+    finally:
+        training.model.sam2.get_next_point = draw
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.recipe.reconstruct import HierarchyRecipe
-from qsam2.tasks.losses import embedding_distillation, mask_distillation
+from qsam2.tasks.losses import conditioned_features, embedding_distillation, feature_distance, mask_distillation
 from qsam2.tasks.optimizer import QUANTIZER_EPS, cosine_share
 from qsam2.tasks.segmentation import attention_backend
 from qsam2.tasks.trainer import build_trainer
@@ -58,16 +58,12 @@ def track_clip(model: SAM2, sample: Sample, features: dict[str, Any], *, points:
 
 def tracked(model: SAM2, sample: Sample, *, points: bool) -> Tracked:
     """What the losses of the scales "short" and "long" compare, with gradients to everything."""
-    conditioned: list[Tensor] = []
-    hook = model.memory_attention.register_forward_hook(lambda _, __, output: conditioned.append(output))
-    try:
+    with conditioned_features(model) as conditioned:
         features = model.forward_image(sample.clip.images.to(model.device))
         frames = track_clip(model, sample, features, points=points)
-    finally:
-        hook.remove()
     return Tracked(
         memories=[frame["maskmem_features"] for frame in frames],
-        conditioned=[output.permute(1, 2, 0)[..., None] for output in conditioned],  # (objects, C, HW, 1)
+        conditioned=conditioned,
         masks=[frame["pred_masks"] for frame in frames],
         pointers=[frame["obj_ptr"][..., None, None] for frame in frames],
         scores=[frame["multistep_object_score_logits"][-1][..., None, None] for frame in frames],
@@ -91,13 +87,9 @@ def scale_loss(scale: Scale, model: SAM2, teacher: SAM2, sample: Sample, step: i
         theirs = tracked(teacher, sample, points=points)
     ours = tracked(model, sample, points=points)
     if scale == "short":
-        return _distance(ours.memories, theirs.memories) + _distance(ours.conditioned, theirs.conditioned)
+        return feature_distance(ours.memories, theirs.memories) + feature_distance(ours.conditioned, theirs.conditioned)
     divergences = [_divergence(ours.masks, theirs.masks), _divergence(ours.scores, theirs.scores)]
-    return _distance(ours.pointers, theirs.pointers) + torch.stack(divergences).sum()
-
-
-def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    return embedding_distillation(list(ours), list(theirs)) / len(ours)
+    return feature_distance(ours.pointers, theirs.pointers) + torch.stack(divergences).sum()
 
 
 def _divergence(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
-from qsam2.recipe.recipe import EvaluateRecipe, TrainRecipe
+from qsam2.recipe.recipe import EvaluateRecipe, PromptRecipe, TrainRecipe
+from qsam2.tasks.prompts import drawn_clicks, set_prompts
 from qsam2.tasks.segmentation import VideoSegmentation
 from qsam2.tasks.trainer import build_trainer
 
@@ -71,6 +73,43 @@ def test_models_train_in_training_mode_whatever_they_came_in(
     fit(module, [batch, batch], tmp_path, watch)
     assert watch.training == {True}
     assert watch.clicked == [True, True]
+
+
+def test_a_student_equal_to_its_teacher_has_no_distance_from_it(model: SAM2, batch: BatchedVideoDatapoint) -> None:
+    recipe = TrainRecipe(
+        prompts={"point": 1, "box": 0, **CLICKS}, distill={"mask_logits": 1, "image_embeddings": 1, "memory": 1}
+    )
+    module = VideoSegmentation(model, recipe, EvaluateRecipe(), max_steps=1, teacher=copy.deepcopy(model))
+    module.train()
+    module._teacher[0].train()  # as Lightning's hook does
+    logged: dict[str, Tensor] = {}
+    module.log_dict = logged.update  # type: ignore[method-assign]
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    for step in range(3):  # clicks are drawn at random, where the masks are wrong
+        module._seed_step(step)
+        module._loss(batch)
+        assert logged["loss/distill_masks"] == 0
+        assert logged["loss/distill_embeddings"] == 0
+        assert logged["loss/distill_memory"] == 0
+    with torch.no_grad():
+        model.memory_encoder.out_proj.weight.mul_(1.1)
+    module._loss(batch)
+    assert logged["loss/distill_embeddings"] == 0 < logged["loss/distill_memory"]
+    assert logged["loss/distill_memory"].requires_grad
+
+
+def test_clicks_of_one_forward_are_given_to_another(model: SAM2, batch: BatchedVideoDatapoint) -> None:
+    set_prompts(model, PromptRecipe(point=1, box=0, **CLICKS))
+    backbone = model.train().prepare_prompt_inputs(model.forward_image(batch.flat_img_batch), batch)
+    with drawn_clicks() as drawn:
+        model.forward_tracking({**backbone}, batch)
+    with drawn_clicks(drawn) as given:
+        model.forward_tracking({**backbone}, batch)
+    with drawn_clicks() as others:
+        model.forward_tracking({**backbone}, batch)
+    assert len(drawn) == CLICKS["correction_clicks"]
+    assert all(one is other for one, other in zip(drawn, given, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(drawn[0], others[0], strict=True))
 
 
 def test_prompts_are_drawn_by_the_recipes_shares(model: SAM2, batch: BatchedVideoDatapoint) -> None:
