@@ -110,15 +110,13 @@ class DistillRecipe(Section):
     """Of the float model."""
     image_embeddings: NonNegative = 0.0
     """Of the float model."""
-    memory: NonNegative = 0.0
-    """Features of the float model: those that the memory encoder gives, and the image's after memory attention."""
     imagenet: NonNegative = 0.0
     """Features of EfficientNet-Lite0, for training from scratch; needs the extra `pretrain`."""
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the float model is."""
-        return self.mask_logits > 0 or self.image_embeddings > 0 or self.memory > 0
+        return self.mask_logits > 0 or self.image_embeddings > 0
 
 
 class TrainRecipe(Section):
@@ -231,8 +229,8 @@ class Recipe(Section):
     def _has_a_teacher(self) -> Recipe:
         if self.quantize is None and self.train is not None and self.train.distill.needs_teacher:
             raise ValueError(
-                "train.distill.mask_logits, image_embeddings and memory follow the float model, but quantize=null "
-                "trains just that: set them to 0, or give quantize"
+                "train.distill.mask_logits and image_embeddings follow the float model, but quantize=null trains just "
+                "that: set both to 0, or give quantize"
             )
         return self
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from training.loss_fns import MultiStepMultiMasksAndIous
 
-from qsam2.models import SAM2
 from qsam2.quantizers.distributed import all_reduce_sum, world_size
 from qsam2.recipe.recipe import LossRecipe
 
@@ -66,21 +63,3 @@ def embedding_distillation(student: list[Tensor], teacher: list[Tensor]) -> Tens
         for ours, theirs in zip(student, teacher, strict=True)
     ]
     return torch.stack(errors).sum()
-
-
-def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """`embedding_distillation` of a list of features, (objects, C, H, W) each, as its mean (ours)."""
-    return embedding_distillation(list(student), list(teacher)) / len(student)
-
-
-@contextlib.contextmanager
-def conditioned_features(model: SAM2) -> Iterator[list[Tensor]]:
-    """Collects image features after memory attention, (objects, C, HW, 1) of each frame that has a memory."""
-    found: list[Tensor] = []
-    hook = model.memory_attention.norm.register_forward_hook(  # the last layer, however memory is read
-        lambda _, __, output: found.append(output.transpose(1, 2)[..., None])
-    )
-    try:
-        yield found
-    finally:
-        hook.remove()

@@ -23,13 +23,7 @@ from qsam2.metrics.vos import VOSScore
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import EvaluateRecipe, TrainRecipe
 from qsam2.tasks.imagenet import ImageNetDistillation
-from qsam2.tasks.losses import (
-    conditioned_features,
-    embedding_distillation,
-    feature_distance,
-    mask_distillation,
-    segmentation_loss,
-)
+from qsam2.tasks.losses import embedding_distillation, mask_distillation, segmentation_loss
 from qsam2.tasks.optimizer import adamw, cosine_share, parameter_groups
 from qsam2.tasks.prompts import drawn_clicks, set_dropout, set_prompts
 from qsam2.tasks.tracking import first_masks, track, true_masks
@@ -116,7 +110,7 @@ class VideoSegmentation(L.LightningModule):
         backbone = self.model.forward_image(batch.flat_img_batch)
         embeddings = backbone["backbone_fpn"]
         backbone = self.model.prepare_prompt_inputs(backbone, batch)
-        with drawn_clicks() as clicks, conditioned_features(self.model) as conditioned:
+        with drawn_clicks() as clicks:
             frames = self.model.forward_tracking(backbone, batch)
         losses = self.loss(frames, batch.masks)
         total = losses.pop("core_loss")
@@ -125,9 +119,9 @@ class VideoSegmentation(L.LightningModule):
             losses["distill_imagenet"] = self.imagenet(batch.flat_img_batch, embeddings)
             total = total + distill.imagenet * losses["distill_imagenet"]
         for teacher in self._teacher:
-            with torch.no_grad(), drawn_clicks(clicks), conditioned_features(teacher) as their_conditioned:
+            with torch.no_grad(), drawn_clicks(clicks):
                 theirs = teacher.forward_image(batch.flat_img_batch)
-                if distill.mask_logits or distill.memory:
+                if distill.mask_logits:
                     teacher.rng = self.model.rng
                     their_frames = teacher.forward_tracking({**backbone, **theirs}, batch)
             if distill.mask_logits:
@@ -136,14 +130,6 @@ class VideoSegmentation(L.LightningModule):
             if distill.image_embeddings:
                 losses["distill_embeddings"] = embedding_distillation(embeddings, theirs["backbone_fpn"])
                 total = total + distill.image_embeddings * losses["distill_embeddings"]
-            if distill.memory:
-                memories = ([frame["maskmem_features"] for frame in each] for each in (frames, their_frames))
-                losses["distill_memory"] = feature_distance(*memories)
-                if conditioned:  # clips of one frame, and frames that are all prompted, read no memory
-                    losses["distill_memory"] = losses["distill_memory"] + feature_distance(
-                        conditioned, their_conditioned
-                    )
-                total = total + distill.memory * losses["distill_memory"]
         if not torch.isfinite(total):
             raise UserError(f"the loss is {float(total)} at step {self.global_step}; lower train.lr")
         self.log("loss", total, prog_bar=True)

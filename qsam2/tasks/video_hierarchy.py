@@ -22,7 +22,7 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.recipe.reconstruct import HierarchyRecipe
-from qsam2.tasks.losses import conditioned_features, embedding_distillation, feature_distance, mask_distillation
+from qsam2.tasks.losses import embedding_distillation, mask_distillation
 from qsam2.tasks.optimizer import QUANTIZER_EPS, cosine_share
 from qsam2.tasks.segmentation import attention_backend
 from qsam2.tasks.trainer import build_trainer
@@ -58,12 +58,17 @@ def track_clip(model: SAM2, sample: Sample, features: dict[str, Any], *, points:
 
 def tracked(model: SAM2, sample: Sample, *, points: bool) -> Tracked:
     """What the losses of the scales "short" and "long" compare, with gradients to everything."""
-    with conditioned_features(model) as conditioned:
+    conditioned: list[Tensor] = []
+    last = model.memory_attention.norm  # called however memory is read
+    hook = last.register_forward_hook(lambda _, __, output: conditioned.append(output))
+    try:
         features = model.forward_image(sample.clip.images.to(model.device))
         frames = track_clip(model, sample, features, points=points)
+    finally:
+        hook.remove()
     return Tracked(
         memories=[frame["maskmem_features"] for frame in frames],
-        conditioned=conditioned,
+        conditioned=[output.transpose(1, 2)[..., None] for output in conditioned],  # (objects, C, HW, 1)
         masks=[frame["pred_masks"] for frame in frames],
         pointers=[frame["obj_ptr"][..., None, None] for frame in frames],
         scores=[frame["multistep_object_score_logits"][-1][..., None, None] for frame in frames],
@@ -87,9 +92,13 @@ def scale_loss(scale: Scale, model: SAM2, teacher: SAM2, sample: Sample, step: i
         theirs = tracked(teacher, sample, points=points)
     ours = tracked(model, sample, points=points)
     if scale == "short":
-        return feature_distance(ours.memories, theirs.memories) + feature_distance(ours.conditioned, theirs.conditioned)
+        return _distance(ours.memories, theirs.memories) + _distance(ours.conditioned, theirs.conditioned)
     divergences = [_divergence(ours.masks, theirs.masks), _divergence(ours.scores, theirs.scores)]
-    return feature_distance(ours.pointers, theirs.pointers) + torch.stack(divergences).sum()
+    return _distance(ours.pointers, theirs.pointers) + torch.stack(divergences).sum()
+
+
+def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    return embedding_distillation(list(ours), list(theirs)) / len(ours)
 
 
 def _divergence(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:

@@ -239,7 +239,7 @@ def test_absent_file(tmp_path: Path) -> None:
 
 def test_the_float_model_is_no_teacher_of_itself() -> None:
     values = {"train": {"distill": {"image_embeddings": 1.0}}}
-    with pytest.raises(UserError, match=r"quantize=null trains just that: set them to 0, or give quantize"):
+    with pytest.raises(UserError, match=r"quantize=null trains just that: set both to 0, or give quantize"):
         build_recipe(values)
     assert build_recipe(values, ["train.distill.image_embeddings=0"]).quantize is None
     assert build_recipe({**QUANTIZED, **values}).quantize is not None
