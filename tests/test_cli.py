@@ -134,7 +134,8 @@ def test_overrides_stand_anywhere(
 
     monkeypatch.setattr("qsam2.evaluate.evaluate_model", evaluate_model)
     assert main(line.split()) == 0
-    assert given == ["M", ["a.b=1", "c=2", "data.val=D", "evaluate.frames=3"], {"reference": None, "fast": False}]
+    overrides = ["evaluate.frames=null", "evaluate.videos=null", "a.b=1", "c=2", "data.val=D", "evaluate.frames=3"]
+    assert given == ["M", overrides, {"reference": None, "fast": False}]
     assert capsys.readouterr().out == "M: J&F 1.0\n"
 
 
@@ -198,6 +199,21 @@ def test_scores_of_a_model_on_videos(checkpoint: str, tmp_path: Path, capsys: py
     assert block["J"] > 0 and 0 < block["seconds_per_frame"] < 60
     line = capsys.readouterr().out.split("\n")[-2]  # Lightning's progress bars stand before it
     assert line == f"{checkpoint}: J&F {block['J&F']:.1f}, J {block['J']:.1f}, F {block['F']:.1f}"
+
+
+def test_other_data_are_scored_as_a_whole_whatever_part_of_its_own_the_run_scored(
+    run_folder: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.json"
+    flags = ["--data", "moving_objects:2:val", "--json", str(out)]
+    assert main(["evaluate", run_folder, *flags, "evaluate.frames=4"]) == 0
+    assert len(read(out)["per_object"]) == 2
+    lengths: list[int | None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qsam2.evaluate.score_float", lambda *a, **_: lengths.append(a[2].frames) or [{"J&F": 1.0}])
+        assert main(["evaluate", run_folder, *flags]) == 0
+        assert main(["evaluate", run_folder]) == 0
+    assert lengths == [None, 4]
 
 
 def test_scores_against_a_reference(run_folder: str, checkpoint: str, tmp_path: Path) -> None:

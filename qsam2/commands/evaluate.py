@@ -28,7 +28,7 @@ def add_evaluate(commands: Commands) -> None:
     parser.usage = """%(prog)s [-h] MODEL [--data KIND:ROOT:SPLIT] [--reference MODEL] [options] [key=value ...]
        %(prog)s [-h] --pred DIR --gt DIR [--protocol {davis,sav}] [--json OUT]"""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder, file or size")
-    parser.add_argument("--data", metavar="KIND:ROOT:SPLIT", help="what to score on; default: the recipe's data.val")
+    parser.add_argument("--data", metavar="KIND:ROOT:SPLIT", help="score on all of this; default: as the recipe says")
     parser.add_argument("--protocol", choices=("davis", "sav"), help="default: the recipe's, davis without one")
     parser.add_argument("--frames", type=int, metavar="N", help="the first N frames of each video")
     parser.add_argument("--videos", type=int, metavar="N", help="the first N videos")
@@ -72,8 +72,11 @@ def _score_model(given: argparse.Namespace) -> dict[str, Any]:
         raise UserError("nothing to score: give a MODEL (run folder, file or size), or --pred DIR --gt DIR")
     values = {"data.val": given.data, "evaluate.protocol": given.protocol}
     values |= {"evaluate.frames": given.frames, "evaluate.videos": given.videos}
-    overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
+    flags = [f"{key}={value}" for key, value in values.items() if value is not None]
+    # That a run scored a part of its own data says nothing of other data
+    whole = ["evaluate.frames=null", "evaluate.videos=null"] if given.data is not None else []
     quiet_logs()
     from qsam2.evaluate import evaluate_model
 
-    return evaluate_model(given.model, [*given.overrides, *overrides], reference=given.reference, fast=given.fast)
+    overrides = [*whole, *given.overrides, *flags]
+    return evaluate_model(given.model, overrides, reference=given.reference, fast=given.fast)
