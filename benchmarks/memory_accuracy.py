@@ -206,9 +206,11 @@ def agreement(masks: Predictions, whole: Predictions, videos: Sequence[Video]) -
 def render(out: Path) -> None:
     """Prints a table a model, draws the plot."""
     about = json.loads((out / "videos.json").read_text())
-    models = sorted(path.parent.name for path in out.glob(f"*/{WHOLE}.json"))
+    models = sorted(
+        (path.parent.name for path in out.glob(f"*/{WHOLE}.json")), key=lambda name: (name != "float", name)
+    )
     tiny = build_sam2("tiny")
-    figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 7), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(3, len(models), figsize=(5 * len(models), 9), layout="constrained", squeeze=False)
     for column, name in enumerate(models):
         blocks = {
             setting: json.loads(file.read_text())
@@ -217,7 +219,10 @@ def render(out: Path) -> None:
         }
         saved = {setting: saving(tiny, block, blocks["cache"]) for setting, block in blocks.items() if "keys" in block}
         print(table(name, blocks, saved, about))
-        draw(axes[:, column], name, blocks, saved)
+        draw(axes[:, column], name, blocks, saved, groups(about)["davis"])
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(POLICIES), frameon=False
+    )
     figure.savefig(PLOT, dpi=110)
 
 
@@ -279,9 +284,12 @@ def only(block: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     return {video: items for video, items in block.items() if video in names}
 
 
-def draw(axes: Sequence[Any], name: str, blocks: Mapping[str, Any], saved: Mapping[str, float]) -> None:
-    """Difference in J&F with its interval, and fidelity, over what is saved."""
+def draw(
+    axes: Sequence[Any], name: str, blocks: Mapping[str, Any], saved: Mapping[str, float], davis: set[str]
+) -> None:
+    """Difference in J&F with its interval, and fidelity on DAVIS and on the clips, over what is saved."""
     whole = blocks[WHOLE]["per_object"]
+    clips = set(whole) - davis
     for index, (policy, colour) in enumerate(POLICIES.items()):
         points = sorted((factor, setting) for setting, factor in saved.items() if setting.split()[0] == policy)
         if not points:
@@ -297,15 +305,16 @@ def draw(axes: Sequence[Any], name: str, blocks: Mapping[str, Any], saved: Mappi
         axes[0].errorbar(
             x, y, error, color=colour, marker="o", capsize=2, linewidth=width, elinewidth=0.6, label=policy
         )
-        faithful = [
-            np.mean([item["fidelity"] for items in blocks[setting]["per_object"].values() for item in items.values()])
-            for _, setting in points
-        ]
-        axes[1].plot(x, faithful, color=colour, marker="o", linewidth=width)
+        for axis, names in ((axes[1], davis), (axes[2], clips)):
+            parts = [only(blocks[setting]["per_object"], names) for _, setting in points]
+            faithful = [
+                np.mean([item["fidelity"] for items in part.values() for item in items.values()]) for part in parts
+            ]
+            axis.plot(x, faithful, color=colour, marker="o", linewidth=width)
     axes[0].set(title=name, ylabel="J&F, difference to the whole memory")
     axes[0].axhline(0, color=GREY, linewidth=0.6)
-    axes[0].legend(frameon=False, fontsize=8)
-    axes[1].set(xlabel="times fewer multiply-adds in memory attention", ylabel="fidelity to the whole memory")
+    axes[1].set(ylabel="fidelity to the whole memory, DAVIS")
+    axes[2].set(xlabel="times fewer multiply-adds in memory attention", ylabel="the same, generated clips")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
 
