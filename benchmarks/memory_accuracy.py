@@ -306,6 +306,8 @@ def draw(
             x, y, error, color=colour, marker="o", capsize=2, linewidth=width, elinewidth=0.6, label=policy
         )
         for axis, names in ((axes[1], davis), (axes[2], clips)):
+            if not names:
+                continue
             parts = [only(blocks[setting]["per_object"], names) for _, setting in points]
             faithful = [
                 np.mean([item["fidelity"] for items in part.values() for item in items.values()]) for part in parts

@@ -88,5 +88,6 @@ def test_it_goes_on_where_it_was(
     monkeypatch.setattr(sys, "argv", ["memory_accuracy.py", "--out", str(tmp_path / "out"), "--render"])
     script.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["| setting", "| cache", "| adaptive 2", "| oldest 2"]
+    names = [row[0] for row in rows]
+    assert names == ["| setting", "| cache", "| adaptive 2", "| oldest 2", "| adaptive against", "| oldest 2"]
     assert (tmp_path / "plot.png").is_file()
