@@ -63,9 +63,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_sensitivity(commands)
     add_report(commands)
     add_benchmark(commands)
-    before = ["", *arguments]
-    overrides = [word for flag, word in zip(before, arguments, strict=False) if _is_override(word, flag)]
-    others = [word for flag, word in zip(before, arguments, strict=False) if not _is_override(word, flag)]
+    switches = {flag for command in commands.choices.values() for flag in _switches(command)}
+    overrides: list[str] = []
+    others: list[str] = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        is_value = before.startswith("--") and "=" not in before and before not in switches
+        (overrides if _is_override(word) and not is_value else others).append(word)
     given, unknown = parser.parse_known_args(others)
     if unknown:
         raise UserError(
@@ -76,10 +79,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def _is_override(word: str, before: str) -> bool:
+def _switches(command: argparse.ArgumentParser) -> set[str]:
+    """The flags that take no value."""
+    return {flag for action in command._actions if action.nargs == 0 for flag in action.option_strings}
+
+
+def _is_override(word: str) -> bool:
     key, equals, _ = word.partition("=")  # a path with = in it has a slash, or belongs to the flag before it
-    is_value = before.startswith("--") and "=" not in before
-    return bool(equals) and "/" not in key and not key.startswith("-") and not is_value
+    return bool(equals) and "/" not in key and not key.startswith("-")
 
 
 if __name__ == "__main__":

@@ -139,6 +139,14 @@ def test_overrides_stand_anywhere(
     assert capsys.readouterr().out == "M: J&F 1.0\n"
 
 
+@pytest.mark.parametrize("line", ["evaluate M --fast a.b=1 c=2", "evaluate --fast a.b=1 M c=2"])
+def test_a_flag_without_a_value_takes_no_override(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("qsam2.evaluate.evaluate_model", lambda *a, **k: given.append((*a, k)) or {"model": "M"})
+    assert main(line.split()) == 0
+    assert given == [("M", ["a.b=1", "c=2"], {"reference": None, "fast": True})]
+
+
 def test_a_value_of_a_flag_may_hold_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qsam2.evaluate.evaluate_model", lambda model, *_, **__: {"model": model})

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from sam2 import sam2_video_predictor
 from torch import Tensor
 from torch.autograd.profiler import profile
 from tqdm import tqdm
@@ -60,17 +58,6 @@ def peak_allocated_bytes(run: Callable[[], object]) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
-
-
-@contextlib.contextmanager
-def without_bar() -> Iterator[None]:
-    """Without the progress bar that sam2 draws for each video."""
-    bar = sam2_video_predictor.tqdm
-    sam2_video_predictor.tqdm = lambda frames, **_: frames
-    try:
-        yield
-    finally:
-        sam2_video_predictor.tqdm = bar
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:

@@ -14,6 +14,7 @@ from qsam2.benchmarks.peers import choose_peers
 from qsam2.benchmarks.train_step import CLICKS, measure_train_step, one_clip
 from qsam2.errors import UserError
 from qsam2.models import build_sam2
+from qsam2.quantizers.kernels import MIN_STEPS, Compile, choose_kernels
 
 BITS = 4
 OPERATION_ROUNDS = 5
@@ -27,12 +28,12 @@ OURS = {
 
 
 def benchmark_quantizers(
-    *, size: str, image_size: int, frames: int, repeats: int, peers: Sequence[str]
+    *, size: str, image_size: int, frames: int, repeats: int, compile: Compile, peers: Sequence[str]
 ) -> dict[str, Any]:
     """Measures on the CPU, all in this process and in turn, and returns medians of `repeats` rounds after warm-ups.
 
     `operation`: see `measure_operation`; `train_step` and `float_step`: see `measure_train_step`; and which peers were
-    left out, how each quantizes, shapes, settings and the machine.
+    left out, how each quantizes, shapes, settings and the machine. `compile` as `trainer.compile`, in a long training.
 
     Raises:
         UserError: a number that is not positive, an unknown size or peer, an impossible image size.
@@ -46,6 +47,7 @@ def benchmark_quantizers(
     # Random weights see no object; without this all masks would be constant.
     nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 10.0)
     layer, batch = stage_3_linear(model), one_clip(frames, image_size)
+    compiled = choose_kernels(compile, MIN_STEPS, torch.device("cpu"))
     x = torch.randn(frames, image_size // 16, image_size // 16, layer.in_features)
     operation = measure_operation(layer, x, chosen, bits=BITS, repeats=OPERATION_ROUNDS * repeats)
     float_step, train_step = measure_train_step(model, batch, chosen, bits=BITS, repeats=repeats)
@@ -62,6 +64,7 @@ def benchmark_quantizers(
             "objects": 1,
             "clicks": CLICKS,
             "dtype": "float32",
+            "kernels": "compiled" if compiled else "eager",
             "repeats": {"operation": OPERATION_ROUNDS * repeats, "train_step": repeats},
         },
         **machine(),
@@ -73,7 +76,8 @@ def markdown_table(result: dict[str, Any]) -> str:
     settings, shapes, float_step = (result[key] for key in ("settings", "shapes", "float_step"))
     repeats = settings["repeats"]
     lines = [
-        f"{result['cpu']}, {result['threads']} threads, torch {result['versions']['torch']}, {settings['bits']} bits",
+        f"{result['cpu']}, {result['threads']} threads, torch {result['versions']['torch']}, {settings['bits']} bits, "
+        f"our kernels {settings['kernels']}",
         f"operation: weight {shapes['weight']} a channel + activation {shapes['activation']} a tensor, "
         f"medians of {repeats['operation']}",
         f"training step: {settings['size']}, clip {shapes['clip']}, {settings['clicks']} clicks, "

@@ -48,6 +48,8 @@ def add_benchmark(commands: Commands) -> None:
     quantizers.add_argument("--image-size", type=int, default=512, metavar="PX", help="default: 512")
     quantizers.add_argument("--frames", type=int, default=4, metavar="N", help="of the clip (default: 4)")
     quantizers.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of steps (default: 7)")
+    choices, said = ("auto", "on", "off"), "our kernels, as trainer.compile (default: auto)"
+    quantizers.add_argument("--compile", choices=choices, default="auto", help=said)
     quantizers.add_argument("--peers", nargs="*", metavar="NAME", help="whom to measure beside qsam2; default: all")
     quantizers.set_defaults(run=_benchmark_quantizers)
     memory = kinds.add_parser("memory", **texts("what remembered frames cost while tracking", MEMORY_EPILOG))
@@ -79,6 +81,7 @@ def _benchmark_quantizers(given: argparse.Namespace) -> None:
         image_size=given.image_size,
         frames=given.frames,
         repeats=given.repeats,
+        compile=given.compile,
         peers=list(PEERS) if given.peers is None else given.peers,
     )
     _show_benchmark(given, markdown_table(result), result)

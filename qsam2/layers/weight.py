@@ -33,6 +33,8 @@ class QuantizedLayer(nn.Module):
 
     channel_dim: ClassVar[int]
     """The weight's dimension that counts output channels."""
+    reads_codes: ClassVar[bool] = False
+    """Whether the gradient of its weight makes do with the `Codes` of its input."""
 
     weight: Tensor
     weight_quantizer: Quantizer | None
@@ -51,7 +53,11 @@ class QuantizedLayer(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The fake-quantized input, of the same shape."""
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+        quantizer = self.input_quantizer
+        if quantizer is None:
+            return x
+        needs_codes = self.reads_codes and self.weight.requires_grad and torch.is_grad_enabled()
+        return quantizer(x, with_codes=True) if needs_codes and isinstance(quantizer, Quantizer) else quantizer(x)
 
     def quantized_weight(self) -> Tensor:
         """The fake-quantized weight of this optimizer step, under autocast in its dtype."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from qsam2.errors import UserError
 from qsam2.quantizers.distribution import Distribution
-from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize, to_levels
+from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize
 from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.observers import Observer
+from qsam2.quantizers.passes import to_levels
 from qsam2.recipe.quantizers import QuantizerSpec, Role
 
 
@@ -193,8 +194,11 @@ class Quantizer(nn.Module):
 
     # Quantization
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns x's shape and float dtype. Per channel, x has num_channels entries in dimension channel_dim."""
+    def forward(self, x: Tensor, *, with_codes: bool = False) -> Tensor:
+        """Returns x's shape and float dtype. Per channel, x has num_channels entries in dimension channel_dim.
+
+        `with_codes`: where it quantizes and a graph is built, the result carries its `Codes`.
+        """
         state = self._state
         if state is QuantizerState.FLOAT:
             return x
@@ -221,6 +225,7 @@ class Quantizer(nn.Module):
             residual_gradient=self.residual_gradient,
             # LSQ's N counts a layer's features: the batch, and how ranks share it, plays no part
             num_samples=1 if self.role == "weight" else max(len(x), 1),
+            with_codes=with_codes and not torch.compiler.is_compiling(),
         )
         return quantized.to(x.dtype)
 

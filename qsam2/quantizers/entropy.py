@@ -7,7 +7,8 @@ sum P log(P/Q), both normalized. The bin of zero takes its neighbour's count, as
 has a level of its own.
 Ours: the ratios 1/100 ... 1 in place of every bin; bins are 2^e/2048 wide, 2^e the power of two above the largest
 magnitude, so that a histogram of such bins merges exactly; an affine range scales both ends, over bins of both signs;
-each ratio costs one look at the edges of the cells, by prefix sums.
+each ratio costs one look at the edges of the cells, by prefix sums; no ratio clips more than a hundredth of the counts:
+where most values are one, as in a mask's background, clipping it to the outermost bin has no divergence at all.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from qsam2.quantizers.grid import Grid
 
 BINS = 2048  # of a side
 CLIP_RATIOS = 100
+MOST_CLIPPED = 0.01  # of the values
 
 
 def least_divergence_ratio(seen: Distribution, grid: Grid, bounds: Callable[[float], tuple[Tensor, Tensor]]) -> Tensor:
     """The ratio (C,) of 1/100 ... 1 whose `bounds(ratio)` have the least divergence, the largest among equals.
 
-    Symmetric grids look at magnitudes. A part of fewer bins than cells is passed over.
+    Symmetric grids look at magnitudes. A part of fewer bins than cells is passed over, and one without more than
+    `MOST_CLIPPED` of the counts.
     """
     histogram, width, zero = _histogram(seen, grid.symmetric)
     sums = [_prefix_sums(part) for part in (histogram, _x_log_x(histogram), (histogram > 0).double())]
@@ -61,7 +64,7 @@ def _histogram(seen: Distribution, symmetric: bool) -> tuple[Tensor, Tensor, Ten
 
 
 def _divergence(histogram: Tensor, sums: list[Tensor], start: Tensor, end: Tensor, cells: int) -> Tensor:
-    """Divergence (C,) for the bins from `start` to before `end` (C,); infinite if they are fewer than the cells."""
+    """Divergence (C,) for the bins from `start` to before `end` (C,); infinite for too few bins or counts."""
     edge = torch.arange(cells + 1, device=start.device)
     edges = start[:, None] + torch.div(edge * (end - start)[:, None] + cells - 1, cells, rounding_mode="floor")
     mass, x_log_x, filled = (part.gather(1, edges) for part in sums)
@@ -78,7 +81,7 @@ def _divergence(histogram: Tensor, sums: list[Tensor], start: Tensor, end: Tenso
         cross = cross + torch.special.xlogy(clipped, masses[:, cell] / filled[:, cell].clamp(min=1))
     cross = cross + torch.special.xlogy(masses, masses / filled.clamp(min=1)).sum(dim=1)
     divergence = (own - cross) / total + (kept / total).log()
-    return torch.where((end - start >= cells) & (kept > 0), divergence, float("inf"))
+    return torch.where((end - start >= cells) & (kept >= (1 - MOST_CLIPPED) * total), divergence, float("inf"))
 
 
 def _x_log_x(x: Tensor) -> Tensor:

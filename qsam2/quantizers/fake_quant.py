@@ -14,175 +14,34 @@ Memory (ours). A weight is a parameter, alive anyhow: it is saved by reference a
 activation is kept by nobody else (its consumer saves the quantized copy), so one byte an element is saved in its place:
 below | above | level - t in steps of 1/252, whose error (at most 1/504 a value, random in sign) touches the scale's
 gradient alone. Without a gradient for scale or zero point the byte is only the mask, and with the identity gradient
-nothing is saved.
+nothing is saved. The consumer, too, can do with a byte: `Codes`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-RESIDUAL_STEPS = 252  # level - t in [-1/2, 1/2] becomes -126..126
-CLIPPED = 127  # -127 below, 127 above
-BLOCK = 2**16
-"""Elements that the eager kernels work on at a time on a CPU: half a dozen float copies fit a core's cache."""
-
-Keep = Literal["residual", "mask", "nothing"]
-"""What the forward pass saves of an element in a byte."""
-
-
-def to_levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
-    """Grid values in steps, in the dtype that x and scale promote to; `scale`, `low`, `high` broadcast to x."""
-    return _levels_(x / scale, low, high, mid_rise)
-
-
-# Minimum, maximum and products of signs rather than clamp and masks: those take 5-30 times as long on a CPU.
-
-
-def _levels_(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
-    """Rounds and clips t in place."""
-    t = t.sub_(0.5).round_().add_(0.5) if mid_rise else t.round_()
-    return _clip_(t, low, high)
-
-
-def _clip_(t: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.maximum(torch.minimum(t, high, out=t), low, out=t)
-
-
-def _clip_to_edges(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
-    """A copy of t clipped to where "inside" ends."""
-    edge = 0.5 if mid_rise else 0.0
-    return torch.maximum(torch.minimum(t, high + edge), low - edge)
-
-
-def _split_(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels; level - t where inside; side: -1 below, 0 inside, 1 above. Overwrites t."""
-    clipped = _clip_to_edges(t, low, high, mid_rise)
-    side = t.sub_(clipped).sign_()
-    levels = _levels_(clipped.clone(), low, high, mid_rise)
-    return levels, torch.sub(levels, clipped, out=clipped), side
-
-
-def quantize_pass(
-    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, keep: Keep
-) -> tuple[Tensor, Tensor | None]:
-    """Forward kernel: x (outer, C, inner), the rest (1, C, 1) -> out in x's shape and dtype, the saved byte (int8)."""
-    t = x / scale
-    byte = None
-    if keep == "residual":
-        levels, residual, side = _split_(t, low, high, mid_rise)
-        byte = residual.mul_(RESIDUAL_STEPS).add_(side, alpha=2 * RESIDUAL_STEPS)
-        byte = byte.round_().clamp_(-CLIPPED, CLIPPED).to(torch.int8)
-    else:
-        if keep == "mask":
-            clipped = _clip_to_edges(t, low, high, mid_rise)
-            byte = torch.eq(clipped, t, out=clipped).to(torch.int8)
-        levels = _levels_(t, low, high, mid_rise)
-    return levels.mul_(scale).to(x.dtype), byte
-
-
-def gradient_pass(
-    saved: Tensor,
-    grad: Tensor,
-    scale: Tensor,
-    low: Tensor,
-    high: Tensor,
-    mid_rise: bool,
-    exact: bool,
-    needs_x: bool,
-    learned: bool,
-    needs_residual: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Backward kernel: `saved` is x if `exact`, else `quantize_pass`'s byte; (outer, C, inner) like grad.
-
-    Returns grad masked to what is inside; if `learned` the sums a channel, (1, C, 1), of grad * side, grad * |side| and
-    grad * (level - t) inside; None for what is not needed.
-    """
-    if exact:
-        _, residual, side = _split_(saved / scale, low, high, mid_rise)
-    else:
-        residual = saved.to(scale.dtype)
-        side = (residual / (2 * CLIPPED - 1)).round_()  # +-1 for +-127 only; trunc would be slow
-        residual.div_(RESIDUAL_STEPS)
-    outside = side.abs()
-    inside = 1.0 - outside
-    grad_x = (grad * inside).to(grad.dtype) if needs_x else None
-    if not learned:
-        return grad_x, None, None, None
-    sum_residual = _sum(residual.mul_(inside).mul_(grad)) if needs_residual else None
-    return grad_x, _sum(side.mul_(grad)), _sum(outside.mul_(grad)), sum_residual
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.sum((0, 2), keepdim=True)
-
-
-def quantize_in_blocks(
-    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, keep: Keep
-) -> tuple[Tensor, Tensor | None]:
-    """`quantize_pass`, a block at a time."""
-    blocks = _blocks(x)
-    if len(blocks) == 1:
-        return quantize_pass(x, scale, low, high, mid_rise, keep)
-    out = torch.empty_like(x)
-    byte = None if keep == "nothing" else torch.empty_like(x, dtype=torch.int8)
-    for rows, columns in blocks:
-        part = quantize_pass(x[:, rows, columns], scale[:, rows], low[:, rows], high[:, rows], mid_rise, keep)
-        out[:, rows, columns] = part[0]
-        if byte is not None and part[1] is not None:
-            byte[:, rows, columns] = part[1]
-    return out, byte
-
-
-def gradients_in_blocks(
-    saved: Tensor, grad: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, *flags: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`gradient_pass`, a block at a time."""
-    blocks = _blocks(grad)
-    if len(blocks) == 1:
-        return gradient_pass(saved, grad, scale, low, high, mid_rise, *flags)
-    _, needs_x, learned, needs_residual = flags
-    grad_x = torch.empty_like(grad) if needs_x else None
-    sums = [torch.zeros_like(scale) if learned and needed else None for needed in (True, True, needs_residual)]
-    for rows, columns in blocks:
-        at = (slice(None), rows, columns)
-        part = gradient_pass(saved[at], grad[at], scale[:, rows], low[:, rows], high[:, rows], mid_rise, *flags)
-        if grad_x is not None and part[0] is not None:
-            grad_x[at] = part[0]
-        for total, of_part in zip(sums, part[1:], strict=True):
-            if total is not None and of_part is not None:
-                total[:, rows] += of_part
-    return grad_x, sums[0], sums[1], sums[2]
-
-
-def _blocks(x: Tensor) -> list[tuple[slice, slice]]:
-    """Parts of an (outer, C, inner) tensor that stay in a CPU's cache from the first step of a kernel to the last."""
-    outer, channels, inner = x.shape
-    if x.device.type != "cpu" or outer > 1 or x.numel() <= 16 * BLOCK:  # a smaller one stays there anyhow
-        return [(slice(None), slice(None))]
-    rows, columns = max(BLOCK // inner, 1), BLOCK
-    return [
-        (slice(row, row + rows), slice(column, column + columns))
-        for row in range(0, channels, rows)
-        for column in range(0, inner, columns)
-    ]
+from qsam2.quantizers.layout import dense_order, permuted, permuted_back
+from qsam2.quantizers.passes import Keep, dequantize_pass, gradients_in_blocks, quantize_in_blocks, to_levels
 
 
 class Kernels(NamedTuple):
-    """The two passes as they are run."""
+    """The passes as they are run."""
 
-    quantize: Callable[..., tuple[Tensor, Tensor | None]]
+    quantize: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     gradients: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
+    dequantize: Callable[..., Tensor]
     min_elements: int
     """Smaller tensors are left to the eager kernels."""
 
 
-EAGER = Kernels(quantize_in_blocks, gradients_in_blocks, min_elements=0)
+EAGER = Kernels(quantize_in_blocks, gradients_in_blocks, dequantize_pass, min_elements=0)
 _chosen = EAGER
 
 
@@ -223,12 +82,14 @@ class _FakeQuantize(torch.autograd.Function):
         exact: bool,
         residual_gradient: bool,
         num_samples: int,
-    ) -> Tensor:
+        with_codes: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.mid_rise, ctx.identity, ctx.exact, ctx.learned = mid_rise, identity, exact, learned
         ctx.residual_gradient = residual_gradient
         ctx.largest_level = qmax + 0.5 if mid_rise else float(qmax)
         ctx.num_samples = num_samples
+        ctx.order = dense_order(x) if scale.numel() == 1 else None
         ctx.view, ctx.scale_shape = _flat_view(x, scale), scale.shape
         scale, zero_point = scale.view(1, -1, 1), zero_point.view(1, -1, 1)
         low, high = qmin - zero_point, qmax - zero_point
@@ -237,22 +98,27 @@ class _FakeQuantize(torch.autograd.Function):
             keep = "residual"
         elif not exact and not identity:
             keep = "mask"
-        out, byte = _kernels(x).quantize(_plain(x, ctx.view), scale, low, high, mid_rise, keep)
+        lying = permuted(x, ctx.order)
+        out, byte, codes = _kernels(x).quantize(_plain(lying, ctx.view), scale, low, high, mid_rise, keep, with_codes)
         ctx.save_for_backward(x if exact else byte, scale, low, high)
-        return out.view(x.shape)
+        if codes is not None:
+            codes = permuted_back(codes.view(lying.shape), ctx.order)
+            ctx.mark_non_differentiable(codes)
+        return permuted_back(out.view(lying.shape), ctx.order), codes
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, scale, low, high = ctx.saved_tensors
         if not ctx.learned and ctx.identity:
-            return (grad, *[None] * 9)
+            return (grad, *[None] * 10)
+        lying = permuted(grad, ctx.order)
         if not ctx.learned and not ctx.exact:
-            return (grad * saved.view(grad.shape), *[None] * 9)
+            return (permuted_back(lying * saved.view(lying.shape), ctx.order), *[None] * 10)
         needs_x, needs_scale, needs_zero_point = ctx.needs_input_grad[:3]
         grad_x, sum_side, sum_outside, sum_residual = _kernels(grad).gradients(
-            _plain(saved, ctx.view),
-            _plain(grad, ctx.view),
+            _plain(permuted(saved, ctx.order) if ctx.exact else saved, ctx.view),
+            _plain(lying, ctx.view),
             scale,
             low,
             high,
@@ -263,7 +129,7 @@ class _FakeQuantize(torch.autograd.Function):
             needs_scale and ctx.residual_gradient,
         )
         if grad_x is not None:
-            grad_x = grad_x.view(grad.shape)
+            grad_x = permuted_back(grad_x.view(lying.shape), ctx.order)
         elif needs_x:  # identity
             grad_x = grad
         grad_scale = grad_zero_point = None
@@ -279,7 +145,31 @@ class _FakeQuantize(torch.autograd.Function):
             grad_scale = grad_scale.mul_(factor).to(scale.dtype).view(ctx.scale_shape)
         if needs_zero_point:
             grad_zero_point = (sum_outside * scale * -factor).to(scale.dtype).view(ctx.scale_shape)
-        return (grad_x, grad_scale, grad_zero_point, *[None] * 7)
+        return (grad_x, grad_scale, grad_zero_point, *[None] * 8)
+
+
+class Codes(NamedTuple):
+    """A quantized tensor in a byte an element, for a consumer that would otherwise save it in float for its backward:
+    x = (codes + low) * scale, exactly.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
+
+    @classmethod
+    def of(cls, quantized: Tensor) -> Codes | None:
+        """Those of what `fake_quantize(with_codes=True)` returned; None for any other tensor."""
+        return getattr(quantized, "qsam2_codes", None)
+
+
+def dequantize(codes: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+    """The quantized tensor of `Codes`, in their shape and layout."""
+    order = dense_order(codes) if scale.numel() == 1 else None
+    lying = permuted(codes, order)
+    flat = _plain(lying, _flat_view(codes, scale))
+    out = _kernels(codes).dequantize(flat, scale.view(1, -1, 1), low.view(1, -1, 1), dtype)
+    return permuted_back(out.view(lying.shape), order)
 
 
 def gradient_scale(elements: int, largest_level: float) -> float:
@@ -308,17 +198,19 @@ def fake_quantize(
     exact_gradient: bool = True,
     residual_gradient: bool = True,
     num_samples: int = 1,
+    with_codes: bool = False,
 ) -> Tensor:
     """Fake-quantizes x of any shape and float dtype; `scale`, `zero_point` are (C,) along `channel_dim`, or (1,).
 
     Returns x's shape and dtype. Arithmetic is in float32 (float64 for float64). `exact_gradient=False` saves one byte
     an element for the backward pass in place of x. `residual_gradient=False`: what is inside adds nothing to the
-    scale's gradient. N in that gradient's scale counts the elements of one of x's `num_samples`.
+    scale's gradient. N in that gradient's scale counts the elements of one of x's `num_samples`. `with_codes`: where a
+    graph is built the result carries its `Codes`.
     """
     shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
     scale, zero_point = scale.view(shape), zero_point.view(shape)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
-        return _FakeQuantize.apply(
+        out, codes = _FakeQuantize.apply(
             x,
             scale,
             zero_point,
@@ -329,5 +221,9 @@ def fake_quantize(
             exact_gradient,
             residual_gradient,
             num_samples,
+            with_codes,
         )
+        if codes is not None:
+            out.qsam2_codes = Codes(codes, scale.detach(), (qmin - zero_point).detach())
+        return out
     return to_levels(x, scale, qmin - zero_point, qmax - zero_point, mid_rise).mul_(scale).to(x.dtype)

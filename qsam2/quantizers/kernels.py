@@ -1,6 +1,6 @@
 """Compiled kernels of the fake-quantization operation, and the choice between them and the eager ones (ours).
 
-The kernels of `fake_quant` are compiled as they stand, so both versions compute the same: each pass becomes one loop
+The passes of `passes` are compiled as they stand, so both versions compute the same: each pass becomes one loop
 that reads the tensor once. They differ by one quantum at rounding ties at most, and in the order of the sums. Sizes
 are dynamic: a kernel is compiled once a granularity, grid, dtype and number of dimensions, not once a layer.
 """
@@ -16,19 +16,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qsam2.quantizers.fake_quant import EAGER, Kernels, fake_quantize, gradient_pass, quantize_pass, use_kernels
+from qsam2.quantizers.fake_quant import EAGER, Kernels, fake_quantize, use_kernels
+from qsam2.quantizers.passes import dequantize_pass, gradient_pass, quantize_pass
 
 MIN_ELEMENTS = 2**14
 """Below, the call of a compiled kernel takes longer than the eager one; sizes 0 and 1 would be compiled apart."""
 
-MIN_STEPS = 500
-"""Training steps from which compiling, up to a minute, pays."""
+MIN_STEPS = 150
+"""Training steps from which compiling, about half a minute, pays on nano; on tiny at 512 px a dozen would do."""
 
 VARIANTS = 64
 """Of a kernel: granularity, grid, dtype and what is learned; PyTorch's own limit is 8."""
 
 ACTIVATION = (4, 4096, 384)
 """What the choice is measured on: stage 3 of Hiera-T for four frames at 1024 px."""
+
+Compile = Literal["auto", "on", "off"]
 
 log = logging.getLogger("qsam2")
 
@@ -40,12 +43,13 @@ def compiled_kernels() -> Kernels:
     return Kernels(
         torch.compile(quantize_pass, dynamic=True, fullgraph=True),
         torch.compile(gradient_pass, dynamic=True, fullgraph=True),
+        torch.compile(dequantize_pass, dynamic=True, fullgraph=True),
         MIN_ELEMENTS,
     )
 
 
 @functools.cache
-def choose_kernels(mode: Literal["auto", "on", "off"], max_steps: int, device: torch.device) -> bool:
+def choose_kernels(mode: Compile, max_steps: int, device: torch.device) -> bool:
     """Choose what trains from now on, say it in the log, and return whether it is the compiled kernels.
 
     "auto" takes the faster on `device` where training is long enough to pay for compiling, "on" the compiled ones

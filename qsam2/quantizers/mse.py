@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qsam2.quantizers.distribution import Distribution
-from qsam2.quantizers.fake_quant import to_levels
 from qsam2.quantizers.grid import Grid
+from qsam2.quantizers.passes import to_levels
 
 ERROR_POWER = 2.4
 CLIP_RATIOS = 100

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from qsam2.quantizers.distributed import all_reduce_max, all_reduce_sum
-from qsam2.quantizers.distribution import to_rows
+from qsam2.quantizers.distribution import row_extremes
+from qsam2.quantizers.layout import to_rows
 
 
 def extremes(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[Tensor, Tensor]:
     """Min and max (C,) float32 of a batch; infinite where no rank had data."""
     rows = to_rows(x, channel_dim)
     if rows.numel() > 0:
-        minimum, maximum = (bound.float() for bound in rows.aminmax(dim=1))
+        minimum, maximum = (bound.float() for bound in row_extremes(rows))
     else:
         maximum = torch.full((rows.shape[0],), -math.inf, device=x.device)
         minimum = -maximum
@@ -25,24 +26,25 @@ def extremes(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[T
     return minimum, maximum
 
 
-def moments(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of a batch, by counts and sums; NaN where no rank had data."""
+def moments(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> Tensor:
+    """Mean and mean square (2, C) of a batch, by counts and sums; NaN where no rank had data."""
     rows = to_rows(x, channel_dim)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    total = rows.sum(dim=1, dtype=dtype)
-    square = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square()
-    sums = torch.stack([torch.full_like(total, rows.shape[1]), total, square])
-    if over_ranks:
-        sums = all_reduce_sum(sums)
-    mean, mean_square = sums[1:] / sums[0]
-    return mean, (mean_square - mean.square()).clamp(min=0.0).sqrt()
+    square = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_()
+    sums = torch.stack([rows.sum(dim=1, dtype=dtype), square])
+    if not over_ranks:
+        return sums.div_(rows.shape[1])
+    counts = torch.full_like(sums[:1], rows.shape[1])
+    sums = all_reduce_sum(torch.cat([sums, counts]))
+    return sums[:2] / sums[2]
 
 
 def magnitudes(x: Tensor, channel_dim: int | None) -> tuple[Tensor, Tensor]:
     """Mean magnitude and root mean square (C,) of a weight."""
     rows = to_rows(x, channel_dim)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    total, root = (torch.linalg.vector_norm(rows, order, dim=1, dtype=dtype) for order in (1, 2))
+    total = rows.abs().sum(dim=1, dtype=dtype)  # a norm of order 1 takes four times as long
+    root = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
     return total / rows.shape[1], root / math.sqrt(rows.shape[1])
 
 
@@ -55,15 +57,15 @@ def follow(running: Tensor, batch: Tensor, momentum: float) -> None:
     running.copy_(torch.where(batch.isfinite(), torch.lerp(batch, running, momentum), running))
 
 
-def follow_moments(mean: Tensor, std: Tensor, batch: tuple[Tensor, Tensor], momentum: float) -> None:
-    """`follow` for mean and standard deviation (C,) of all that is followed, in place.
+def follow_moments(mean: Tensor, std: Tensor, batch: Tensor, momentum: float) -> None:
+    """`follow` for mean and standard deviation (C,) of all that is followed, in place; `batch` is of `moments`.
 
-    The deviation is that of the values of all batches together: the batches' own deviations and how far their means lie
-    apart (law of total variance). Averaged by itself it would miss the latter, and shrink below the one that
-    calibration found on all batches at once wherever one batch differs from the next.
+    Mean squares are followed, not deviations: so the deviation is that of the values of all batches together, their
+    own and how far their means lie apart (law of total variance). Averaged by itself it would miss the latter, and
+    shrink below the one that calibration found on all batches at once wherever one batch differs from the next.
     """
-    batch_mean, batch_std = (each.to(mean.dtype) for each in batch)
-    apart = momentum * (1 - momentum) * (batch_mean - mean).square()
-    variance = torch.lerp(batch_std.square(), std.square(), momentum) + apart
-    follow(mean, batch_mean, momentum)
-    follow(std, variance.sqrt(), momentum=0.0)
+    squares = torch.stack([mean, mean.square().addcmul_(std, std)])
+    now = torch.lerp(batch.to(mean.dtype), squares, momentum)
+    now[1] = now[1].addcmul_(now[0], now[0], value=-1.0).clamp_(min=0.0).sqrt_()
+    for running, new in zip((mean, std), torch.where(now.isfinite(), now, torch.stack([mean, std])), strict=True):
+        running.copy_(new)

@@ -11,7 +11,6 @@ from reference import Array, Levels
 from torch import Tensor
 
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
-from qsam2.quantizers.distribution import to_rows
 from qsam2.recipe.quantizers import QuantizerSpec, Role, methods
 
 RANGED = ("minmax", "lsq", "lsq_plus", "pact", "seq", "lsc")
@@ -40,7 +39,9 @@ class Case:
         return self.quantizer.spec.method
 
     def rows(self, x: Tensor) -> Array:
-        return to_rows(x, self.quantizer._observed_dim).detach().double().numpy()
+        dim = self.quantizer._observed_dim
+        rows = x.reshape(1, -1) if dim is None else x.movedim(dim, 0).reshape(x.shape[dim], -1)
+        return rows.detach().double().numpy()
 
     def first_rows(self) -> Array:
         """In float32, as calibration sees them."""

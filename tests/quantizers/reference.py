@@ -84,7 +84,7 @@ def clipping_error(values: Array, scale: Array, zero_point: Array, levels: Level
 
 
 def divergence(values: Array, lower: float, upper: float, levels: Levels) -> float:
-    """TensorRT's criterion for one row: bin by bin, cell by cell. Infinite for fewer bins than cells."""
+    """TensorRT's criterion for one row: bin by bin, cell by cell. Infinite for fewer bins than cells, 1 % clipped."""
     width = 2.0 ** np.frexp(np.abs(values).max())[1] / 2048
     zero, cells = (0, 2 ** (levels.bits - 1)) if levels.symmetric else (2048, 2**levels.bits)
     seen = np.abs(values) if levels.symmetric else values
@@ -92,7 +92,7 @@ def divergence(values: Array, lower: float, upper: float, levels: Levels) -> flo
     counts[zero] = counts[zero + 1]
     first = 0 if levels.symmetric else max(zero + int(np.floor(lower / width)), 0)
     end = min(zero + int(np.ceil((max(-lower, upper) if levels.symmetric else upper) / width)), zero + 2048)
-    if end - first < cells or counts[first:end].sum() == 0:
+    if end - first < cells or counts[first:end].sum() < 0.99 * counts.sum():
         return np.inf
     reference = counts[first:end].astype(float)
     reference[0] += counts[:first].sum()

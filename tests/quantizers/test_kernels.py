@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qsam2.quantizers import fake_quant, kernels
-from qsam2.quantizers.fake_quant import EAGER, Kernels, fake_quantize, use_kernels
+from qsam2.quantizers import fake_quant, kernels, passes
+from qsam2.quantizers.fake_quant import EAGER, Codes, Kernels, dequantize, fake_quantize, use_kernels
 from qsam2.quantizers.kernels import choose_kernels, compiled_kernels
 
 CPU = torch.device("cpu")
@@ -113,14 +113,29 @@ def test_sizes_and_ranks_are_dynamic(compiled: Kernels) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
+@pytest.mark.parametrize("mid_rise", [False, True])
+def test_compiled_codes_are_the_eager_ones(compiled: Kernels, mid_rise: bool) -> None:
+    x, scale = torch.randn(200, 120, requires_grad=True), torch.tensor([0.3])
+    grid = (-2, 1) if mid_rise else (-8, 7)
+    zero_point = torch.tensor([-0.5 if mid_rise else 2.0])
+    found = []
+    for chosen in (EAGER, compiled):
+        use_kernels(chosen)
+        out = fake_quantize(x, scale, zero_point, *grid, mid_rise=mid_rise, exact_gradient=False, with_codes=True)
+        codes = Codes.of(out)
+        assert codes is not None and torch.equal(dequantize(*codes, out.dtype), out)
+        found.append(codes.codes)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("options", [{}, {"exact_gradient": False}, {"learned": False, "exact_gradient": False}])
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], per_channel: bool) -> None:
     x, scale = torch.randn(7, 50), torch.rand(7 if per_channel else 1) + 0.1
     whole = run(EAGER, x, scale, **options)
-    for block in (8, 20):  # 16 blocks are the least; a row in several, several rows in one
-        monkeypatch.setattr(fake_quant, "BLOCK", block)
-        assert len(fake_quant._blocks(x.view(fake_quant._flat_view(x, scale.view(-1, 1))))) > 1
+    for block in (8, 60):  # more than 4 blocks; a row in several, several rows in one
+        monkeypatch.setattr(passes, "BLOCK", block)
+        assert len(passes._blocks(x.view(fake_quant._flat_view(x, scale.view(-1, 1))))) > 1
         parts = run(EAGER, x, scale, **options)
         assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
         for part, expected in zip(parts[2:], whole[2:], strict=True):
@@ -169,7 +184,7 @@ def test_small_tensors_and_inference_stay_eager() -> None:
     def fail(*_: object) -> tuple[Tensor, None]:
         pytest.fail("not the eager kernel")
 
-    use_kernels(Kernels(fail, fail, min_elements=100))
+    use_kernels(Kernels(fail, fail, fail, min_elements=100))
     x, scale, zero_point = torch.randn(99, requires_grad=True), torch.ones(1), torch.zeros(1)
     fake_quantize(x, scale, zero_point, -8, 7).sum().backward()
     with torch.no_grad():

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import reference
 import torch
 from cases import activation_quantizer, weight_quantizer
 from torch import Tensor
 
+from qsam2.quantizers.distribution import Distribution
+from qsam2.quantizers.entropy import least_divergence_ratio
+from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.lsq_plus import LSQPlusQuantizer
 from qsam2.quantizers.pact import PACTQuantizer
 from qsam2.recipe.quantizers import (
@@ -27,6 +32,12 @@ from qsam2.recipe.quantizers import (
 )
 
 BITS = (2, 3, 4, 8)
+TAILS = {
+    "laplace": lambda: torch.distributions.Laplace(0.0, 1.0).sample((20_000,)),
+    "student": lambda: torch.distributions.StudentT(3.0).sample((20_000,)),
+    "gelu": lambda: torch.nn.functional.gelu(2 * torch.randn(20_000)),
+    "softmax": lambda: torch.softmax(3 * torch.randn(200, 100), 1).flatten(),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +242,28 @@ def test_a_static_range_stays(spec: Any) -> None:
         static.train()(5 * x)
         static.freeze(5 * x)
         assert torch.equal(static.scale, before) and not static.learned_parameters()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tail", TAILS)
+def test_entropy_clips_a_tail_as_its_equation_says(tail: str, bits: int, symmetric: bool) -> None:
+    x = TAILS[tail]()
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    grid = Grid(bits, symmetric, False)
+    found = least_divergence_ratio(Distribution.of(x, None), grid, lambda ratio: (low * ratio, high * ratio))
+    values, levels = x.numpy().astype(float), reference.Levels(bits, symmetric, False)
+    bounds = [(float(low * step / 100), float(high * step / 100)) for step in range(100, 0, -1)]
+    losses = np.array([reference.divergence(values, *each, levels) for each in bounds])
+    chosen = 100 - round(100 * float(found))
+    assert losses[chosen] <= losses.min() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("tail", [torch.linspace(-1, 4, 1000), torch.linspace(0, 4, 1000)], ids=["signed", "positive"])
+def test_entropy_keeps_what_most_values_are(tail: Tensor) -> None:
+    x = torch.cat([torch.full((50_000,), 3.0), tail])  # as a mask's background: clipping all of it would cost nothing
+    quantizer = activation_quantizer(EntropySpec(bits=4, symmetric=False), x)
+    assert (quantizer(x)[:50_000] - 3).abs().max() < 0.4
 
 
 def test_entropy_leaves_out_a_thin_tail_of_many_values() -> None:

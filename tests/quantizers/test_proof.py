@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reference import Array
 from torch import Tensor
 
-from qsam2.quantizers import Quantizer, build_quantizer, fake_quant, grid
+from qsam2.quantizers import Quantizer, build_quantizer, fake_quant, grid, passes
 from qsam2.recipe.quantizers import methods
 
 CASES, EXAMPLES = 2000, 200
@@ -207,7 +207,7 @@ def on_exact_residuals(case: Case, seed: int) -> Tensor:
     x = case.x.double()
     low, high = levels.first - case.found[1].max() - 3, levels.last - case.found[1].min() + 3
     steps = np.floor(generator.uniform(low, high, x.shape)) + 0.5 * levels.mid_rise
-    steps += generator.integers(1, 125, x.shape) * generator.choice([-1, 1], x.shape) / fake_quant.RESIDUAL_STEPS
+    steps += generator.integers(1, 125, x.shape) * generator.choice([-1, 1], x.shape) / passes.RESIDUAL_STEPS
     shape = fake_quant.broadcast_shape(case.quantizer.num_channels, x.ndim, case.quantizer.channel_dim)
     return torch.from_numpy(np.asarray(steps)) * case.quantizer.scale.view(shape)
 
@@ -320,7 +320,7 @@ def test_gradcheck_with_rounding_taken_out(
     if method == "pact":
         values["decay"] = 0.0
     spec_type = methods()[method]
-    monkeypatch.setattr(fake_quant, "_levels_", clip_only)
+    monkeypatch.setattr(passes, "_levels_", clip_only)
     monkeypatch.setattr(fake_quant, "gradient_scale", lambda elements, largest_level: 1.0)
     monkeypatch.setattr(grid, "round_through", lambda x, low, high: x)
     for role in spec_type.roles:
