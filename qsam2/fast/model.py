@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.position_encoding import PositionEmbeddingSine
 from torch import Tensor, nn
 
+from qsam2.fast.integers import multiplies_bytes, use_integers
 from qsam2.fast.layers import use_plain_layers
 from qsam2.layers.adopt import adopt
 from qsam2.models import SAM2
+
+log = logging.getLogger("qsam2")
 
 FAST_MEMORY = ("memory.cache=true",)
 """What a fast model's memory is by default, on top of its recipe: keys and values of a frame computed once."""
@@ -80,15 +84,24 @@ class FastSAM2(SAM2):
 def make_fast(model: SAM2, dtype: torch.dtype | None = None) -> FastSAM2:
     """The model for fast inference; it takes the given model's layers, which is not to be used any more.
 
-    Weights are dequantized once and activations not quantized; products of image encoder, memory attention and memory
-    encoder are in `dtype` (default: `fast_dtype` of its device), all else is in float32. What it remembers is up to
-    `use_memory`.
+    Of a quantized model the linear layers in image encoder and memory compute with its integers, where the processor
+    does (`multiplies_bytes`). For all else weights are dequantized once and activations not quantized; products of
+    image encoder, memory attention and memory encoder are in `dtype` (default: `fast_dtype` of its device), what is
+    left is in float32; the log says what became of it. What it remembers is up to `use_memory`.
 
     Raises:
         UserError: a quantizer has no range yet.
     """
     fast: Any = adopt(FastSAM2, model.eval().requires_grad_(False))
     fast.fast_dtype = dtype or fast_dtype(model.device)
+    able = multiplies_bytes(fast.device)
+    in_integers = use_integers(fast, fast.fast_dtype) if able else 0
+    why = "no layer has weights and activations to do so" if able else f"this {fast.device.type} would not gain"
+    log.info(
+        "fast: %s; other products of image encoder and memory in %s",
+        f"{in_integers} linear layers compute with integers" if in_integers else f"no integers, as {why}",
+        str(fast.fast_dtype).removeprefix("torch."),
+    )
     use_plain_layers(fast)
     trunk: Any = adopt(FastHiera, fast.image_encoder.trunk)
     trunk.known_positions = {}

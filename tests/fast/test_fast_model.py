@@ -111,9 +111,9 @@ def test_a_quantized_model_tracks_as_its_fake_quantized_self(nano: SAM2, bits: i
     assert iou(track(make_fast(model, BFLOAT16), frames, EXACT), expected) > least
 
 
-def test_weights_are_dequantized_and_nothing_is_quantized_while_it_runs() -> None:
+def test_weights_are_dequantized_and_nothing_is_fake_quantized_while_it_runs() -> None:
     model = quantized(random_nano(), 4, clip(SIZE_PX, 2))
-    name = "image_encoder.trunk.blocks.0.mlp.layers.0"
+    name = "memory_attention.layers.0.self_attn.q_proj"
     weight = model.get_submodule(name).weight.clone()
     fast = make_fast(model, BFLOAT16)
     assert not list(quantizers(fast)) and not any(isinstance(module, QuantizedLayer) for module in fast.modules())

@@ -1,0 +1,152 @@
+"""Linear layers that compute with a quantized model's own integers, where the processor multiplies bytes (ours).
+
+PyTorch's oneDNN operators, which its compiler uses as well, do the products; they are no public interface: where they
+are absent a layer stays as it is. Measured: docs/speed.md.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from sam2.modeling.memory_attention import MemoryAttentionLayer
+from sam2.modeling.memory_encoder import CXBlock
+from sam2.modeling.sam2_utils import MLP
+from torch import Tensor, nn
+
+from qsam2.layers.linear import QuantLinear
+from qsam2.quantizers import Quantizer, QuantizerState
+
+LAYERS = ("image_encoder.*", "memory_attention.layers.*.linear?", "memory_encoder.*")
+"""Not the memory attention's projections, whose weights the cache of keys takes apart."""
+LARGEST_CODE = 255
+UNCHANGED = nn.Identity()
+
+
+def multiplies_bytes(device: torch.device) -> bool:
+    """Whether integers are faster than floats: a CPU with VNNI, and a PyTorch with the operators.
+
+    Without VNNI sums of two products saturate at 16 bits, and are slower than floats besides.
+    """
+    there = hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch.ops.onednn, "qlinear_prepack")
+    return device.type == "cpu" and there and bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+
+
+class IntegerLinear(nn.Module):
+    """A quantized linear layer, its input rounded to the layer's grid: s_x s_w (q_x - z_x) q_w^T + b, in `dtype`.
+
+    (..., in_features), floats or what the layer before has rounded already (uint8), to (..., out_features).
+    """
+
+    def __init__(self, layer: QuantLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert layer.input_quantizer is not None and layer.weight_quantizer is not None
+        self.dtype = dtype
+        self.bias = layer.bias
+        self.out_features = layer.out_features
+        self.input_scale = float(layer.input_quantizer.scale)
+        shift = -layer.input_quantizer.qmin  # of codes to unsigned ones
+        self.zero_point = int(layer.input_quantizer.zero_point) + shift
+        self.largest = layer.input_quantizer.qmax + shift
+        codes, scale = _integers(layer.weight_quantizer, layer.weight)
+        self.weight = torch.ops.onednn.qlinear_prepack(codes, None)
+        self.weight_scale = scale
+        self.weight_zero_point = torch.zeros(len(scale), dtype=torch.int64)
+        self.activation = "none"
+        self._reader: tuple[IntegerLinear, ...] = ()  # in a tuple: no part of this module
+
+    @property
+    def reader(self) -> IntegerLinear | None:
+        """The layer that reads this one's output."""
+        return self._reader[0] if self._reader else None
+
+    def feed(self, reader: IntegerLinear, activation: str) -> None:
+        """From now on `activation` ("gelu", exact, or "relu") is applied, and what `reader` reads comes out, uint8."""
+        self._reader, self.activation = (reader,), activation
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The codes of this layer's input, uint8 of x's shape."""
+        levels = x.float().mul(1 / self.input_scale).round_().add_(self.zero_point)
+        return levels.clamp_(0, self.largest).to(torch.uint8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See above."""
+        codes = x if x.dtype == torch.uint8 else self.codes(x)
+        reader = self.reader
+        out = torch.ops.onednn.qlinear_pointwise(
+            codes.reshape(-1, codes.shape[-1]),
+            self.input_scale,
+            self.zero_point,
+            self.weight,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            reader.input_scale if reader else 1.0,
+            reader.zero_point if reader else 0,
+            torch.uint8 if reader else self.dtype,
+            self.activation,
+            [],
+            "none",
+        )
+        if reader and reader.largest < LARGEST_CODE:
+            out.clamp_(max=reader.largest)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+def use_integers(model: nn.Module, dtype: torch.dtype) -> int:
+    """Replace the linear layers of image encoder and memory that have what it takes by `IntegerLinear`, in place.
+
+    That is a weight and an input with grids of integers, the input's one for the whole tensor. Two that follow one
+    another, with nothing but a GELU or ReLU between them, hand over integers.
+
+    Returns:
+        how many there are
+    """
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+        and any(fnmatchcase(name, pattern) for pattern in LAYERS)
+        and _has_integers(module)
+    }
+    for name, module in chosen.items():
+        model.set_submodule(name, IntegerLinear(module, dtype))
+    for owner in model.modules():
+        if isinstance(owner, MLP) and not owner.sigmoid_output:
+            _join(owner, [*owner.get_submodule("layers").children()], "act")
+        elif isinstance(owner, MemoryAttentionLayer):
+            _join(owner, [owner.linear1, owner.linear2], "activation")
+        elif isinstance(owner, CXBlock):
+            _join(owner, [owner.pwconv1, owner.pwconv2], "act")
+    return len(chosen)
+
+
+def _join(owner: Any, layers: list[nn.Module], name: str) -> None:
+    """Layers of `owner` between which stands its activation of that name."""
+    found = getattr(owner, name)
+    kind = getattr(found, "__name__", type(found).__name__).lower()
+    exact = getattr(found, "approximate", "none") == "none"
+    joined = [layer for layer in layers if isinstance(layer, IntegerLinear)]
+    if kind not in ("gelu", "relu") or not exact or len(joined) < len(layers):
+        return
+    for layer, reader in zip(joined, joined[1:], strict=False):
+        layer.feed(reader, kind)
+    setattr(owner, name, UNCHANGED)
+
+
+def _has_integers(layer: QuantLinear) -> bool:
+    weight, read = layer.weight_quantizer, layer.input_quantizer
+    if weight is None or read is None:
+        return False
+    quantizes = all(q.state in (QuantizerState.QUANTIZE, QuantizerState.FROZEN) for q in (weight, read))
+    fits = weight.grid.symmetric and (weight.bits < 8 or not weight.grid.mid_rise)
+    return quantizes and fits and not read.per_channel and not read.grid.mid_rise
+
+
+def _integers(quantizer: Quantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 (out, in) and scale (out,) float32 with weight = scale * code."""
+    codes, scale = quantizer.to_int(weight), quantizer.scale.float()
+    if quantizer.grid.mid_rise:  # odd multiples of half a step
+        codes, scale = 2 * codes + 1, scale / 2
+    return codes.to(torch.int8), scale.expand(len(codes)).contiguous()
