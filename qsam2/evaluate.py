@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qsam2.data.of_recipe import open_val
 from qsam2.fast.model import FAST_MEMORY, FastSAM2, make_fast
 from qsam2.loading import load_model
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
-from qsam2.pipeline import open_val
 from qsam2.recipe import Recipe
 from qsam2.tasks.scoring import compare, score_any, score_float
 from qsam2.tasks.trainer import build_trainer

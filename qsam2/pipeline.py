@@ -34,7 +34,7 @@ from qsam2.calibration.smooth import gather_reader_inputs, norms_and_readers, re
 from qsam2.calibration.weights import calibrate_weights, choose_layers, input_quantizers
 from qsam2.data.clips import ClipDataset, Source
 from qsam2.data.datamodule import ClipDataModule
-from qsam2.data.sources import open_videos
+from qsam2.data.of_recipe import open_stills, open_train, open_val
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.export.card import write_card
@@ -57,7 +57,7 @@ from qsam2.report.page import write_report
 from qsam2.report.wandb import log_results
 from qsam2.run_folder import RunFolder, is_first_rank
 from qsam2.tasks.block_by_block import reconstruct
-from qsam2.tasks.scoring import compare, score_float, score_videos
+from qsam2.tasks.scoring import compare, score_any, score_float, score_videos
 from qsam2.tasks.segmentation import Predictions, VideoSegmentation
 from qsam2.tasks.trainer import LAST, build_loggers, build_trainer, training_options
 
@@ -83,6 +83,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     videos, sources = open_val(recipe), open_train(recipe)
     if all(len(video) == 1 for video in videos):
         raise UserError(f"data.val={recipe.data.scored}: a run is scored on videos; for stills use qsam2 evaluate")
+    open_stills(recipe)  # whatever is wrong with them shows at once
     model = load_float(recipe)
     config = recipe.model_dump(mode="json")
     loggers = build_loggers(recipe.log, folder=folder.path, name=recipe.name, config=config)
@@ -120,23 +121,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
     folder.record("bytes", model_bytes(model))
     write_results(model, layers, videos, tracked, recipe, folder, loggers)
     return folder.metrics
-
-
-def open_val(recipe: Recipe) -> list[Video]:
-    """The videos that the recipe scores on."""
-    return open_videos(recipe.data.scored, root=recipe.data.root, split="val")[: recipe.evaluate.videos]
-
-
-def open_train(recipe: Recipe) -> list[Source]:
-    """The recipe's train sources with their weights; none where it neither calibrates nor trains."""
-    if recipe.quantize is None and recipe.train is None:
-        return []
-    data = recipe.data
-    weights = data.weights or (1.0,) * len(data.train)
-    return [
-        Source(open_videos(source, root=data.root, split="train"), weight)
-        for source, weight in zip(data.train, weights, strict=True)
-    ]
 
 
 def load_float(recipe: Recipe) -> SAM2:
@@ -370,6 +354,12 @@ def score(
             block, predictions = score_float(*given, folder=folder.path)
         else:
             block, predictions = score_videos(*given, folder=folder.path, reference=reference)
+    if stills := open_stills(recipe):
+        with folder.stage(f"score {name} on stills", f"{len(stills)} images"):
+            scored = score_float if reference is None else score_any
+            boxes, _ = scored(model, stills, recipe.evaluate, recipe.trainer, folder=folder.path)
+        block |= {"box_mIoU": boxes["box_mIoU"], "stills": boxes}
+        log.info("%s: box-prompt mIoU %.1f", name, boxes["box_mIoU"])
     if reference is not None:
         block["versus_float"] = compare(block, folder.metrics["float"])
         if name == "quantized" and "ptq" in folder.metrics:

@@ -121,7 +121,7 @@ def _source(recipe: Recipe) -> dict[str, Any]:
 
 
 def _headline(block: dict[str, Any]) -> dict[str, Any]:
-    keys = ("J&F", "J", "F", "fidelity", "versus_float", "seconds_per_frame")
+    keys = ("J&F", "J", "F", "fidelity", "box_mIoU", "versus_float", "seconds_per_frame")
     return {key: block[key] for key in keys if key in block}
 
 

@@ -75,8 +75,9 @@ class GPTQRecipe(Section):
     """Weights are rounded column by column, later columns taking up the error of earlier ones (GPTQ)."""
 
     method: Literal["gptq"] = "gptq"
-    damping: PositiveFloat = 0.01
-    """Added to the Gram matrix's diagonal, relative to its mean."""
+    damping: PositiveFloat = 1.0
+    """Added to the Gram matrix's diagonal, relative to its mean. The usual 0.01 trusts few clips too much: on nano at
+    W4A4 box prompts on stills fall from 27.7 to 14.4 with it, to 25.9 with 1."""
 
 
 class CalibrateRecipe(Section):

@@ -171,6 +171,8 @@ class EvaluateRecipe(Section):
     """Score the first so many videos only."""
     frames: PositiveInt | None = None
     """Score the first so many frames of each video only."""
+    stills: str | None = None
+    """Images with instances, written as data.val, on which masks from one box each are scored, too; null: none."""
     after_calibration: bool = True
     """Whether a run that trains is scored before it, too: what calibration alone gives (PTQ)."""
     float_cache: Path | None = None

@@ -69,4 +69,5 @@ class ReconstructRecipe(Section):
     video: HierarchyRecipe | None = None
     """Three time scales; null: all blocks see the calibration data as it is."""
     cache_gb: PositiveFloat = 4.0
-    """Memory for a block's inputs and targets; of more, every n-th call is kept."""
+    """Memory for a block's inputs and targets; of more, every n-th call is kept. As much again for image features of
+    clips; of more, they are computed for every block."""

@@ -23,9 +23,11 @@ SHOWN = 3
 MAX_FRAMES = 100
 """Frames of each, the first ones: the page stays small."""
 WORST = 5
+APART = 5
+"""Frames of a video between two of the worst: neighbours show the same."""
 PANEL_PX, LABEL_PX = 320, 20
-LOST, GAINED = (213, 94, 0), (86, 180, 233)
-"""Colours of the difference: pixels of the reference alone, pixels of the model alone."""
+LOST, GAINED, CONFUSED = (213, 94, 0), (86, 180, 233), (204, 121, 167)
+"""Colours of the difference: pixels of the reference alone, of the model alone, and those of another object."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,20 @@ def frame_scores(clip: TrackedVideo) -> list[dict[str, Any]]:
 
 
 def worst_frames(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The frames of lowest J of the quantized model to the float model's masks; of a float run to the truth."""
+    """The frames of lowest J of the quantized model to the float model's masks; of a float run to the truth.
+
+    Those of a video are at least `APART` frames apart.
+    """
 
     def key(row: Mapping[str, Any]) -> float:
         return row["to_float"]["quantized"] if "quantized" in row["to_float"] else row["J"]["float"]
 
-    return [dict(row) for row in sorted((row for row in rows if row["to_float"] or row["J"]), key=key)[:WORST]]
+    worst: list[dict[str, Any]] = []
+    for row in sorted((row for row in rows if row["to_float"] or row["J"]), key=key):
+        near = (other for other in worst if other["video"] == row["video"])
+        if len(worst) < WORST and all(abs(other["frame"] - row["frame"]) >= APART for other in near):
+            worst.append(dict(row))
+    return worst
 
 
 def panels(clip: TrackedVideo, index: int) -> np.ndarray:
@@ -130,11 +140,10 @@ def panels(clip: TrackedVideo, index: int) -> np.ndarray:
         ours = clip.at("quantized", index)
         cells += [
             ("quantized", overlay(frame, list(ours.values()))),
-            ("quantized against float", difference(frame, _union(theirs), _union(ours))),
+            ("quantized against float", difference(frame, theirs, ours)),
         ]
     else:
-        known = _union(truth) if truth else _union(theirs)
-        cells = [("frame", frame), *cells, ("float against truth", difference(frame, known, _union(theirs)))]
+        cells = [("frame", frame), *cells, ("float against truth", difference(frame, truth or theirs, theirs))]
     height = (LABEL_PX + round(PANEL_PX * clip.video.size[0] / clip.video.size[1])) // 2 * 2
     sheet = Image.new("RGB", (2 * PANEL_PX, 2 * height), "white")
     font = ImageFont.load_default(LABEL_PX - 6)
@@ -146,12 +155,17 @@ def panels(clip: TrackedVideo, index: int) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def difference(frame: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A pale grey frame with the pixels of one mask alone in colour: `LOST` of the reference, `GAINED` of the mask."""
+def difference(frame: np.ndarray, reference: Mapping[int, np.ndarray], masks: Mapping[int, np.ndarray]) -> np.ndarray:
+    """A pale grey frame with the pixels in colour on which the masks of the same objects, {id: bool (H, W)}, differ.
+
+    `LOST` and `GAINED` are those of an object on one side alone, `CONFUSED` those of different objects.
+    """
     grey = frame.mean(axis=2, keepdims=True).repeat(3, axis=2)
     drawn = (0.4 * grey + 0.6 * 255).astype(np.uint8)
-    drawn[reference & ~mask] = LOST
-    drawn[mask & ~reference] = GAINED
+    theirs, ours = _union(reference), _union(masks)
+    drawn[_union({item: masks[item] ^ reference[item] for item in masks})] = CONFUSED
+    drawn[theirs & ~ours] = LOST
+    drawn[ours & ~theirs] = GAINED
     return drawn
 
 

@@ -13,7 +13,7 @@ from qsam2.errors import UserError
 from qsam2.report.svg import BLUE, GREY, ORANGE, SERIES, inline, new_figure
 
 SMOOTHING = 20
-"""Logged values that the drawn mean is taken over."""
+"""Logged values that the drawn mean is taken over, at most; of a short run a fifth of all."""
 MOVED = 4
 """Quantizers whose clips are drawn one by one: those that moved farthest."""
 SCALE = "scale/"
@@ -53,11 +53,12 @@ def draw_loss(curves: Mapping[str, Curve]) -> str | None:
     tops, parts = [], []
     for (name, curve), style in zip(shown.items(), _styles(len(shown)), strict=True):
         steps, losses = np.array(curve).T
-        width = min(SMOOTHING, len(losses))
+        width = min(SMOOTHING, max(len(losses) // 5, 1))
         mean = np.convolve(losses, np.ones(width) / width, mode="valid")
         if len(shown) == 1:
+            name = f"mean of {width}" if width > 1 else "logged steps"
+        if len(shown) == 1 and width > 1:
             axes.plot(steps, losses, color=GREY, linewidth=0.6, label="logged steps")
-            name = f"mean of {width}"
         axes.plot(steps[width - 1 :], mean, **style, linewidth=2, label=name)
         tops.append(float(np.quantile(losses, 0.98)))
         parts.append(f"from {mean[0]:.2f} to {mean[-1]:.2f} over {len(curve)} logged steps")

@@ -10,6 +10,8 @@ import numpy as np
 from qsam2.report.svg import BLUE, GREEN, GREY, inline, new_figure
 
 COLUMNS = 2
+TITLE = 48
+"""Letters that fit above one of them."""
 DRAWN_LEVELS = 32
 """With more levels only the ends of the grid are drawn."""
 
@@ -31,7 +33,7 @@ def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> str:
                     else "quantized model")  # fmt: skip
         for level in drawn:
             axes.axvline(level, color=GREEN, linewidth=0.8, linestyle=":", label="grid" if level == first else None)
-        axes.set_title(f"{_short(row['layer'])}, {row['bits']} bits", fontsize=8)
+        axes.set_title(_wrapped(f"{_short(row['layer'])}, {row['bits']} bits"), fontsize=8)
         axes.set_yscale("log")
         axes.minorticks_off()
         axes.set(xlim=row["reach"], ylim=(SMALLEST, 1))
@@ -55,6 +57,15 @@ def _beyond(row: Mapping[str, Any]) -> float:
 def _edges(row: Mapping[str, Any]) -> np.ndarray:
     low, high = row["reach"]
     return np.linspace(low, high, len(row["after"]) + 1)
+
+
+def _wrapped(title: str) -> str:
+    """A title that is wider than its drawing goes on in a second line, behind a dot in its middle."""
+    if len(title) <= TITLE:
+        return title
+    dots = [index for index, letter in enumerate(title) if letter == "."]
+    cut = min(dots, key=lambda index: abs(index - len(title) / 2), default=TITLE) + 1
+    return f"{title[:cut]}\n{title[cut:]}"
 
 
 def _short(name: str) -> str:

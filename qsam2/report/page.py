@@ -89,7 +89,8 @@ def environment() -> Environment:
 def headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row a scored model: scores, bytes, seconds a frame, and their differences to the float model.
 
-    "J&F", "J", "F": (score, difference with its 95 % interval or None); "MB", "seconds": (value, difference or None).
+    "J&F", "J", "F", and "box_mIoU" where stills were scored: (score, difference with its 95 % interval or None); "MB",
+    "seconds": (value, difference or None).
     """
     theirs, sizes = metrics.get("float"), metrics.get("bytes", {})
     rows = []
@@ -102,6 +103,10 @@ def headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             row[key] = block[key], None
             if name != "float":
                 row[key] = block[key], paired_bootstrap(block["per_object"], theirs["per_object"], key=key)
+        if "stills" in block and "stills" in theirs:
+            found, wanted = (each["stills"]["per_object"] for each in (block, theirs))
+            difference = None if name == "float" else paired_bootstrap(found, wanted, key="box_IoU")
+            row["box_mIoU"] = block["box_mIoU"], difference
         size = sizes.get("float32" if name == "float" else "packed")
         row["MB"] = size and size / 1e6, size and name != "float" and (size - sizes["float32"]) / 1e6
         row["smaller"] = size and name != "float" and sizes["float32"] / size

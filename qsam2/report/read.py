@@ -95,17 +95,21 @@ def read_run(path: Path) -> KeptRun:
 def _stages(recipe: Recipe) -> list[str]:
     """The stages whose seconds a finished run has recorded, in their order."""
     calibrate = recipe.calibrate
+
+    def score(name: str) -> list[str]:
+        return [f"score {name}", *([f"score {name} on stills"] if recipe.evaluate.stills else [])]
+
     if recipe.quantize is None:
-        return [*(["train"] if recipe.train else []), "score float"]
+        return [*(["train"] if recipe.train else []), *score("float")]
     return [
         *(["allocate bits"] if recipe.quantize.allocate else []),
         *(["calibrate weights"] if calibrate.weights else []),
         *(["smooth"] if calibrate.smooth else []),
         "convert",
-        "score float",
+        *score("float"),
         "calibrate",
         *(["round weights"] if calibrate.rounding else []),
         *(["reconstruct"] if recipe.reconstruct else []),
-        *(["score ptq"] if recipe.train is None or recipe.evaluate.after_calibration else []),
-        *(["train", "score quantized"] if recipe.train else []),
+        *(score("ptq") if recipe.train is None or recipe.evaluate.after_calibration else []),
+        *(["train", *score("quantized")] if recipe.train else []),
     ]

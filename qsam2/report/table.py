@@ -8,7 +8,7 @@ MODELS = ("float", "ptq", "quantized")
 
 
 def results_table(metrics: dict[str, Any]) -> str:
-    """A run's models, one row each: J&F, difference to float with its interval, fidelity, then bytes."""
+    """A run's models, one row each: J&F, its difference to float with the interval, fidelity; then mIoU and bytes."""
     lines = [f"{'':10}  {'J&F':>5}  {'J':>5}  {'F':>5}  {'difference to float':>24}  {'fidelity':>8}"]
     for name in MODELS:
         if name not in metrics:
@@ -21,6 +21,8 @@ def results_table(metrics: dict[str, Any]) -> str:
         )
     if "versus_ptq" in metrics.get("quantized", {}):
         lines.append(f"quantized against ptq: {_interval(metrics['quantized']['versus_ptq'])}, 95 % interval")
+    if boxes := [f"{name} {metrics[name]['box_mIoU']:.1f}" for name in MODELS if "box_mIoU" in metrics.get(name, {})]:
+        lines.append(f"mIoU of masks from a box: {', '.join(boxes)}")
     lines.append("  ".join(f"{name} {value / 1e6:.2f} MB" for name, value in metrics["bytes"].items()))
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from qsam2.report.kept import FOLDER, LAYERS, kept
 
-SCORES = ("J&F", "J", "F", "fidelity", "seconds_per_frame")
+SCORES = ("J&F", "J", "F", "fidelity", "box_mIoU", "seconds_per_frame")
 COLUMNS = (
     *("name", "kind", "weight_bits", "activation_bits", "reason"),
     *("scale", "weight_snr_db", "weight_clipped", "input_snr_db", "input_clipped"),

@@ -7,8 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from small_runs import TRAIN, TRAIN_FLOAT, W4A4, small, without_seconds
 from wandb_file import read_run, records
 
@@ -127,7 +129,7 @@ def test_a_reference_gives_the_runs_fidelity(runs: dict[str, Path], checkpoint: 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_report_is_drawn_again_from_what_the_run_kept(name: str, runs: dict[str, Path]) -> None:
     kept = read.read_run(runs[name])
-    assert kept.missing_stages == [] and kept.clips is not None and len(kept.clips["worst"]) == 3
+    assert kept.missing_stages == [] and kept.clips is not None and len(kept.clips["worst"]) == 1
     assert (kept.layers is None) == (name == "float")
     report = runs[name] / "report.html"
     written = report.read_text(encoding="utf-8")
@@ -205,3 +207,54 @@ def test_a_quantized_model_is_audited_when_it_is_loaded(runs: dict[str, Path], m
     ((found, layers, quantize),) = audited
     assert found is model and quantize == recipe.quantize
     assert any(layer.weight_bits == 4 for layer in layers)
+
+
+# Stills beside the videos
+
+
+def write_stills(folder: Path) -> Path:
+    """Two pictures of a bright square each, with their instances as COCO has them."""
+    images, annotations = [], []
+    for index in (1, 2):
+        picture = np.full((64, 64, 3), 60, np.uint8)
+        picture[8:40, 8 * index : 8 * index + 24] = 220
+        Image.fromarray(picture).save(folder / f"{index}.png")
+        left, right = 8 * index, 8 * index + 24
+        images.append({"id": index, "file_name": f"{index}.png", "height": 64, "width": 64})
+        corners = [left, 8, right, 8, right, 40, left, 40]
+        annotations.append({"image_id": index, "id": index, "segmentation": [corners], "iscrowd": 0})
+    (folder / "images").mkdir()
+    for index in (1, 2):
+        (folder / f"{index}.png").rename(folder / "images" / f"{index}.png")
+    (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder
+
+
+def test_stills_are_scored_beside_the_videos(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "stills").mkdir()
+    spec = f"coco:{write_stills(tmp_path / 'stills')}"
+    own = small(checkpoint, tmp_path / "run", quantize=W4A4, evaluate={"stills": spec})
+    with caplog.at_level(logging.INFO, logger="qsam2"):
+        figures = run(build_recipe(own))
+    for name in ("float", "ptq", "quantized"):
+        block = figures[name]
+        assert block["stills"]["images"] == block["stills"]["instances"] == 2
+        assert block["box_mIoU"] == block["stills"]["box_mIoU"] and 0 <= block["box_mIoU"] <= 100
+        assert "J&F" in block
+    assert {"score float on stills", "score ptq on stills"} <= figures["seconds"].keys()
+    assert f"float: box-prompt mIoU {figures['float']['box_mIoU']:.1f}" in caplog.text
+    alone = evaluate_model(str(tmp_path / "run"), [f"data.val={spec}"])
+    assert alone["box_mIoU"] == pytest.approx(figures["quantized"]["box_mIoU"])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert '<th scope="col">mIoU</th>' in page and f"2 instances of\n{spec}" in page
+    assert f"<td>{figures['float']['box_mIoU']:.1f}</td>" in page
+    assert json.loads((tmp_path / "run" / "card.json").read_text())["scores"]["ptq"]["box_mIoU"] == block["box_mIoU"]
+
+
+def test_videos_are_no_stills(checkpoint: Path, tmp_path: Path) -> None:
+    own = small(checkpoint, tmp_path / "run", quantize=W4A4, evaluate={"stills": "moving_objects:2:val"})
+    with pytest.raises(UserError, match="evaluate.stills=moving_objects:2:val: holds videos; name images"):
+        run(build_recipe(own))
+    assert not (tmp_path / "run" / "metrics.json").exists()

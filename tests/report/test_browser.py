@@ -91,7 +91,7 @@ def test_charts_and_pictures_are_shown(seen: tuple[dict[str, Any], str]) -> None
     pages = seen[0]
     assert len(pages["run-phone"]["charts"]) == 7 and len(pages["comparison-desktop"]["charts"]) == 3
     assert all(height > 100 for page in pages.values() for height in page["charts"])
-    assert pages["run-desktop"]["pictures"] == [640] * 5
+    assert pages["run-desktop"]["pictures"] == [640] * 2
     assert all(size >= 12 for page in pages.values() for size in page["textSizes"])
 
 

@@ -37,8 +37,16 @@ def test_the_loss_is_drawn_with_a_description() -> None:
     assert svg is not None
     root = ET.fromstring(svg)
     assert root.tag.endswith("svg") and root.get("role") == "img"
-    assert root.get("aria-label") == "Loss from 8.95 to 5.05 over 59 logged steps"
+    assert root.get("aria-label") == "Loss from 9.40 to 4.60 over 59 logged steps"
+    assert "mean of 11" in svg and "logged steps" in svg
     assert draw_loss({"loss": [(1, 2.0)]}) is None and draw_loss({}) is None
+
+
+def test_the_mean_of_a_short_run_does_not_hide_its_course() -> None:
+    svg = draw_loss({"loss": [(10 * step, float(step)) for step in range(25)]})
+    assert svg is not None and "mean of 5" in svg and "from 2.00 to 22.00" in svg
+    svg = draw_loss({"loss": [(10, 3.0), (20, 1.0)]})
+    assert svg is not None and "mean of" not in svg and "logged steps" in svg
 
 
 def test_losses_of_several_runs_stand_in_one_picture() -> None:
@@ -47,7 +55,7 @@ def test_losses_of_several_runs_stand_in_one_picture() -> None:
     )
     assert svg is not None
     label = str(ET.fromstring(svg).get("aria-label"))
-    assert label.startswith("Loss a&b: from 1.50 to 1.50 over 2 logged steps; c: from 1.25")
+    assert label.startswith("Loss a&b: from 2.00 to 1.00 over 2 logged steps; c: from 2.00")
     assert "a&amp;b" in svg and "var(--blue" in svg and "var(--orange" in svg
 
 

@@ -37,6 +37,15 @@ def test_histograms_stand_on_their_grid() -> None:
     assert all(f"layer{index}, 2 bits" in svg for index in range(3))
 
 
+def test_a_long_name_goes_on_below_and_keeps_all_its_letters() -> None:
+    name = "mask_decoder.transformer.layers.1.cross_attn_image_to_token.v_proj"
+    svg = draw_histograms([row(name), row("short.name")], "inputs")
+    shown = ["".join(text.itertext()).strip() for text in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert "short.name, 2 bits" in shown and f"{name}, 2 bits" not in shown
+    halves = [text for text in shown if text and text in f"{name}, 2 bits" and len(text) > 20]
+    assert "".join(halves) == f"{name}, 2 bits"
+
+
 def test_of_many_levels_only_the_ends_are_drawn() -> None:
     assert grid_lines(draw_histograms([row(levels=(0, 255))], "inputs")) == 2
 

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -13,7 +14,17 @@ import pytest
 from kept_run import SIZE, Squares, square, tracked
 
 from qsam2.errors import UserError
-from qsam2.report.clips import GAINED, LOST, TrackedVideo, difference, frame_scores, keep_clips, panels, worst_frames
+from qsam2.report.clips import (
+    CONFUSED,
+    GAINED,
+    LOST,
+    TrackedVideo,
+    difference,
+    frame_scores,
+    keep_clips,
+    panels,
+    worst_frames,
+)
 from qsam2.report.video import encode_video
 
 VIDEO = Squares()
@@ -46,8 +57,16 @@ def test_the_worst_frames_are_those_that_differ_most_from_float() -> None:
     masks[5] = square(30, 0)  # elsewhere
     models["quantized"]["squares", 1] = np.packbits(masks)
     worst = worst_frames(frame_scores(clip(models)))
-    assert len(worst) == 5 and worst[0]["frame"] == 5 and worst[0]["to_float"]["quantized"] == 0
-    assert worst[1]["to_float"]["quantized"] == 100
+    assert [row["frame"] for row in worst] == [5] and worst[0]["to_float"]["quantized"] == 0
+
+
+def test_of_neighbours_only_the_worst_is_shown() -> None:
+    def row(video: str, frame: int, agreement: float) -> dict[str, Any]:
+        return {"video": video, "frame": frame, "J": None, "to_float": {"quantized": agreement}}
+
+    rows = [row("a", frame, float(abs(frame - 20))) for frame in range(60)] + [row("b", 21, 0.5), row("b", 26, 50.0)]
+    worst = [(row["video"], row["frame"]) for row in worst_frames(rows)]
+    assert worst == [("a", 20), ("b", 21), ("a", 15), ("a", 25), ("a", 10)]
 
 
 def test_of_a_float_run_they_are_those_that_differ_most_from_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,10 +84,21 @@ def test_the_first_frames_only() -> None:
 
 def test_pixels_of_one_mask_alone_are_coloured() -> None:
     frame = np.full((*SIZE, 3), 100, np.uint8)
-    drawn = difference(frame, square(10, 10), square(10, 14))
+    drawn = difference(frame, {1: square(10, 10)}, {1: square(10, 14)})
     assert (drawn[20, 11] == LOST).all() and (drawn[20, 28] == GAINED).all()
     assert len(set(map(tuple, drawn.reshape(-1, 3)))) == 3
     assert (drawn[20, 20] == drawn[0, 0]).all() and drawn[0, 0].min() > 150
+
+
+def test_pixels_that_went_to_another_object_are_coloured() -> None:
+    frame = np.full((*SIZE, 3), 100, np.uint8)
+    first, second, nothing = square(2, 2), square(30, 30), np.zeros(SIZE, bool)
+    swapped = difference(frame, {1: first, 2: second}, {1: second, 2: first})
+    assert ((swapped == CONFUSED).all(axis=2) == (first | second)).all()
+    taken = difference(frame, {1: first, 2: second}, {1: first | second, 2: nothing})
+    assert ((taken == CONFUSED).all(axis=2) == second).all()
+    both = difference(frame, {1: first, 2: nothing}, {1: first, 2: first})
+    assert ((both == CONFUSED).all(axis=2) == first).all(), "a second object claims what the first one has"
 
 
 @pytest.mark.parametrize("models", [MODELS, {"float": MODELS["ptq"]}])
@@ -101,7 +131,7 @@ def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {(row["frames"], row["of"], row["objects"]) for row in kept["clips"]} == {(4, 8, 1)}
     files = {file.name for file in (tmp_path / "report").iterdir()}
     pictures = {row["picture"] for row in kept["worst"]}
-    assert len(pictures) == 5
+    assert len(kept["worst"]) == len(pictures) == 5
     assert files == {"clips.json", *pictures, *(f"clip{i}.{kind}" for i in range(3) for kind in ("mp4", "jpg"))}
 
 

@@ -106,6 +106,18 @@ def test_differences_of_seconds_and_bytes() -> None:
     assert not row["MB"][0] and not row["smaller"] and row["seconds"][0] == 0.2234 and not row["seconds"][1]
 
 
+def test_mean_iou_of_stills_stands_in_the_headline_with_its_difference() -> None:
+    metrics = copy.deepcopy(METRICS)
+    for index, name in enumerate(("float", "ptq", "quantized")):
+        scores = {image: {k: {"box_IoU": 80.0 - 10 * index + k} for k in range(2)} for image in ("a", "b")}
+        metrics[name] |= {"box_mIoU": 80.5 - 10 * index, "stills": {"per_object": scores}}
+    reference, ptq, quantized = headline(metrics)
+    assert reference["box_mIoU"] == (80.5, None)
+    for row, lost in ((ptq, -10), (quantized, -20)):
+        assert row["box_mIoU"][1]["difference"] == pytest.approx(lost)
+    assert all("box_mIoU" not in row for row in headline(METRICS))
+
+
 def test_the_layers_stand_by_their_noise(run_html: str) -> None:
     page = Page(run_html)
     names = [row[0] for row in page.rows]
@@ -127,7 +139,7 @@ def test_sections_of_a_run_that_has_everything(run_html: str) -> None:
     assert len(labels) == len(set(labels)) == 7
     assert any("1 of weights end at 7.00 times their start" in label for label in labels)
     assert any("13 of 17 frames of keys were read" in label for label in labels)
-    assert page.text.count("to float J") == 10 and "squares, frame 1: ptq to float J" in page.text
+    assert page.text.count("to float J") == 4 and "squares, frame 1: ptq to float J" in page.text
 
 
 def test_a_calibrated_run_and_a_float_run(tmp_path: Path) -> None:
@@ -206,7 +218,7 @@ def test_pictures_and_film_can_be_read(run_html: str) -> None:
         frames = list(film.decode(stream))
         assert len(frames) == 8 and stream.codec_context.name == "h264" and frames[0].format.name == "yuv420p"
     pictures = [link for link in page.links if link.startswith("data:image/jpeg")]
-    assert len(pictures) == 7  # poster, the picture for browsers that play nothing, five worst frames
+    assert len(pictures) == 4  # poster, the picture for browsers that play nothing, two worst frames
     for link in pictures:
         with Image.open(io.BytesIO(base64.b64decode(link.split(",")[1]))) as picture:
             assert picture.size == (frames[0].width, frames[0].height)

@@ -21,7 +21,7 @@ from qsam2.errors import UserError
 from qsam2.layers.convert import quantized_weights, quantizers
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer
-from qsam2.quantizers.fake_quant import to_levels
+from qsam2.quantizers.passes import to_levels
 
 FOUR_BITS = "codes_4bit"
 """Name of the codes that `narrow` stores as 4-bit integers: PyTorch has none."""
