@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from qsam2.calibration.allocation import group_of
 from qsam2.calibration.ranges import calibrate_sam2
+from qsam2.data.of_recipe import open_train
 from qsam2.data.sources import open_videos
 from qsam2.errors import UserError
 from qsam2.layers.convert import ATTENTION_TWINS, WEIGHT_TWINS, convert, quantizers, set_state
 from qsam2.loading import load_model
 from qsam2.models import SAM2
-from qsam2.pipeline import calibration_data, load_float, open_train
+from qsam2.pipeline import calibration_data, load_float
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.quantize import QuantizeRecipe

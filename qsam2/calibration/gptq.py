@@ -19,7 +19,8 @@ from qsam2.layers.convert import quantized_weights
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.models import SAM2
 from qsam2.quantizers import QuantizerState
-from qsam2.quantizers.fake_quant import broadcast_shape, to_levels
+from qsam2.quantizers.fake_quant import broadcast_shape
+from qsam2.quantizers.passes import to_levels
 
 BLOCK = 128
 """Columns whose errors are passed on to the columns behind them in one product."""

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from qsam2.calibration.data import PROMPTS, CalibrationData, Prompt, Sample, encode, far_apart, run_sample
+from qsam2.calibration.data import (
+    PROMPTS,
+    CalibrationData,
+    ImageFeatures,
+    Prompt,
+    Sample,
+    encode,
+    far_apart,
+    run_sample,
+)
 from qsam2.errors import UserError
 from qsam2.layers.convert import quantized_weights, quantizers, set_state
 from qsam2.models import SAM2
 from qsam2.quantizers import QuantizerState
 
 Batch = TypeVar("Batch")
+FEATURES_BYTES = 2e9
+"""Memory for image features that two stages of calibration share: 120 frames at 1024 px."""
 MAX_NAMED = 5
 """How many quantizers an error message names before it counts the rest."""
 
@@ -39,9 +50,14 @@ def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True)
     set_state(model, QuantizerState.FLOAT)
     stages: tuple[tuple[str, Callable[[str], bool], Callable[[Sample], object]], ...] = (
         ("image encoder", in_image_encoder, lambda sample: encode(model, far_apart(sample))),
-        ("memory encoder and mask decoder", _fills_the_bank, lambda sample: run_sample(model, far_apart(sample))),
-        ("memory attention", _in_memory_attention, lambda sample: run_sample(model, sample, (_prompt(sample),))),
+        ("memory encoder and mask decoder", _fills_the_bank, lambda sample: track(far_apart(sample), PROMPTS)),
+        ("memory attention", _in_memory_attention, lambda sample: track(sample, (_prompt(sample),))),
     )
+    features = ImageFeatures(model, FEATURES_BYTES)  # of the quantized image encoder, once it has its ranges
+
+    def track(sample: Sample, prompts: Sequence[Prompt]) -> None:
+        run_sample(model, sample, prompts, features)
+
     for what, part, run in stages:
         samples, count = data.clip_samples(), len(data.clips)
         if part is in_image_encoder:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qsam2.calibration.data import CalibrationData, Sample, encode
+from qsam2.calibration.data import CalibrationData, ImageFeatures, Sample
 from qsam2.calibration.reconstruction.blocks import Block, Scale, find_blocks
 from qsam2.calibration.reconstruction.capture import capture
 from qsam2.layers.convert import quantizers
@@ -110,7 +110,7 @@ def reconstruct(
     fits_video = video is not None and video.iterations > 0
     done = Reconstruction(sum(len(group) for group in groups), fits_video)
     samples: Sequence[Tensor | Sample] = ()
-    scale: Scale | None = None
+    source: tuple[CalibrationData, bool] | None = None
     with (
         _interruptible() as stopped,
         tqdm(total=done.total + fits_video, desc="reconstruct", disable=silent) as bar,
@@ -123,9 +123,11 @@ def reconstruct(
                 done.blocks += [ReconstructedBlock(**row) for row in stored]
                 bar.update(len(stored))
                 continue
-            if group[0].scale != scale:
-                scale = group[0].scale
-                samples = _frames(data[scale]) if scale == "frame" else list(data[scale].clip_samples())
+            frames = group[0].scale == "frame"
+            if source != (data[group[0].scale], frames):
+                source = (data[group[0].scale], frames)
+                samples = _frames(source[0]) if frames else list(source[0].clip_samples())
+                run.encode_anew()
             for row in run.fit_group(group, samples, seed=_seed(seed, index)):
                 done.blocks.append(row)
                 bar.update()
@@ -148,10 +150,17 @@ class _Run:
     folder: Path
     stopped: Callable[[], bool]
     bar: Any
+    features: dict[bool, ImageFeatures] = field(default_factory=dict)
+    """Of the clips, by whether the model is quantized; no block that is fitted on clips changes them."""
 
     def file(self, name: str) -> Path:
         """Where something finished is stored."""
         return self.folder / "checkpoints" / STORED / f"{name}.ckpt"
+
+    def encode_anew(self) -> None:
+        """The clips are others from now on."""
+        budget = self.recipe.cache_gb * GIGABYTE / 2
+        self.features.update({True: ImageFeatures(self.model, budget), False: ImageFeatures(self.teacher, budget)})
 
     def fit_group(
         self, group: Sequence[Block], samples: Sequence[Tensor | Sample], seed: int
@@ -191,7 +200,7 @@ class _Run:
         if not isinstance(sample, Sample):
             network.forward_image(sample.to(network.device))
             return
-        features = encode(network, sample)
+        features = self.features[quantized].of(sample)
         for points in (False, True):
             track_clip(network, sample, features, points=points)
 

@@ -14,6 +14,7 @@ from training.utils.data_utils import BatchedVideoDatapoint
 
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import PromptRecipe
+from qsam2.replaced import replaced
 
 Click = tuple[Tensor, Tensor]
 """Coordinates (objects, 1, 2) and labels (objects, 1) of a click each."""
@@ -50,17 +51,13 @@ def drawn_clicks(given: Sequence[Click] | None = None) -> Iterator[list[Click]]:
     """
     draw = training.model.sam2.get_next_point
     clicks: list[Click] = []
-    waiting = None if given is None else iter(given)
 
     def get_next_point(**kwargs: Any) -> Click:
-        clicks.append(draw(**kwargs) if waiting is None else next(waiting))
+        clicks.append(draw(**kwargs) if given is None else given[len(clicks)])
         return clicks[-1]
 
-    training.model.sam2.get_next_point = get_next_point
-    try:
+    with replaced(training.model.sam2, get_next_point=get_next_point):
         yield clicks
-    finally:
-        training.model.sam2.get_next_point = draw
 
 
 @torch.no_grad()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sam2 import sam2_video_predictor
 from torch import Tensor
 
 from qsam2.data.transforms import to_model_input
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.models import SAM2
+from qsam2.replaced import replaced, without_bar
 
 
 class FrameSequence(Sequence[Tensor]):
@@ -74,7 +72,7 @@ def track(
     tracked: dict[int, np.ndarray] = {}
     # Meta's evaluation leaves the memory of prompted frames as it is; sam2 binarizes it for interactive use
     settings = {"non_overlap_masks": non_overlapping, "binarize_mask_from_pts_for_mem_enc": False}
-    with _attributes(model, settings), _attributes(sam2_video_predictor, {"tqdm": _no_progress_bar}):
+    with replaced(model, **settings), without_bar():
         for start, masks in prompts.items():
             state = model.init_state(frames, video_size=video.size)
             for object_id, mask in masks.items():
@@ -91,20 +89,3 @@ def true_masks(video: Video, object_id: int, length: int) -> tuple[list[int], np
     annotated = [(index, masks) for index in range(length) if (masks := video.masks(index)) is not None]
     empty = np.zeros(video.size, dtype=bool)
     return [index for index, _ in annotated], np.stack([masks.get(object_id, empty) for _, masks in annotated])
-
-
-def _no_progress_bar(frames: Iterable[int], **_: Any) -> Iterable[int]:
-    # sam2 draws one bar a video; scoring has its own over all videos
-    return frames
-
-
-@contextlib.contextmanager
-def _attributes(owner: Any, values: dict[str, Any]) -> Iterator[None]:
-    before = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 import qsam2.pipeline
+from qsam2.data.of_recipe import open_train
 from qsam2.errors import UserError
 from qsam2.export.packed import load_packed
 from qsam2.models import load_sam2
-from qsam2.pipeline import calibrate_layers, open_train, run
+from qsam2.pipeline import calibrate_layers, run
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.run_folder import RunFolder
 

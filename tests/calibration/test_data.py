@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qsam2.calibration.data import CalibrationData, Sample, encode, far_apart, run_sample
+from qsam2.calibration.data import CalibrationData, ImageFeatures, Sample, encode, far_apart, run_sample
 from qsam2.data.clips import Source, collate_clips
 from qsam2.data.moving_objects import moving_objects
 from qsam2.errors import UserError
@@ -93,6 +93,29 @@ def test_features_are_those_of_forward_image(model: SAM2) -> None:
         assert len(found[key]) == len(expected[key]) == 3
         for ours, theirs in zip(found[key], expected[key], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_frames_are_found_once_within_the_budget(model: SAM2, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (sample for sample, _ in zip(calibration_data(num_frames=5).clip_samples(), range(2), strict=False))
+    assert first.label != second.label
+    wanted = [encode(model, sample) for sample in (far_apart(first), first, second, far_apart(second))]
+    a_frame = sum(level[:1].nbytes for level in wanted[0]["backbone_fpn"])
+    forward, seen = model.forward_image, []
+    monkeypatch.setattr(model, "forward_image", lambda image: seen.append(len(image)) or forward(image))
+    features = ImageFeatures(model, 6 * a_frame)
+    for sample, expected, encoded in zip(
+        (far_apart(first), first, second, far_apart(second)), wanted, (3, 2, 5, 2), strict=True
+    ):
+        found = features.of(sample)
+        assert sum(seen) == encoded and set(seen) == {1}, "of the second clip one frame has room"
+        for key in ("backbone_fpn", "vision_pos_enc"):
+            assert all(map(torch.equal, found[key], expected[key]))
+        seen.clear()
+    assert features.left_bytes == 0
+    held = [tensor for levels in features._kept.values() for tensor in levels]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 6 * a_frame, "nothing else is held"
+    features.of(first), run_sample(model, first, ("mask",), features)
+    assert not seen
 
 
 def outputs(model: SAM2, run: Any) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qsam2 import pipeline
+from qsam2.calibration.data import ImageFeatures
 from qsam2.calibration.ranges import calibrate_ranges
 from qsam2.calibration.reconstruction.capture import Call
 from qsam2.calibration.reconstruction.rounding import SoftRounding
@@ -219,6 +220,31 @@ def test_a_run_that_was_killed_goes_on_behind_its_last_block(
     (ours, figures), (theirs, expected) = results(tmp_path), results(whole)
     assert figures == expected
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_clips_are_encoded_once_for_all_tracking_blocks(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[ImageFeatures] = []
+
+    def keep(budget: float) -> Any:
+        def build(model: Any, budget_bytes: float) -> ImageFeatures:
+            assert budget_bytes == 2e9, "half of reconstruct.cache_gb"
+            kept.append(ImageFeatures(model, budget * budget_bytes))
+            return kept[-1]
+
+        return build
+
+    for budget in (1, 0):
+        monkeypatch.setattr(block_by_block, "ImageFeatures", keep(budget))
+        run(recipe(tmp_path / str(budget)))
+        (ours, figures), (theirs, expected) = results(tmp_path / str(budget)), results(whole)
+        assert figures == expected
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    frames, clips = kept[:2], kept[2:4]  # of the quantized and the float model: three groups share those of clips
+    assert len(kept) == 8 and not any(each._kept for each in frames)
+    assert all(len(each._kept) > 1 and each.left_bytes < 2e9 for each in clips)
+    assert not any(each._kept for each in kept[4:])
 
 
 def test_ctrl_c_leaves_a_usable_model_that_says_so(
