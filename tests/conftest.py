@@ -13,6 +13,19 @@ from small_predictors import write_models
 settings.register_profile("qsam2", deadline=None, derandomize=True)  # a busy machine is slow now and then
 settings.load_profile("qsam2")
 torch.set_num_threads(1)  # small tensors; more threads wait for each other where the machine is busy
+torch.manual_seed(0)  # what a module draws when it is imported
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test or its fixtures draw without a seed of their own is the same in every run and every order."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """As `pytest_runtest_setup`: fixtures of a wider scope may or may not have drawn in between."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ MAX_LINES = 450
 
 # A part may import itself and those of the lines above its own.
 LEVELS = (
-    ("errors", "processes", "text", "version"),
+    ("errors", "processes", "replaced", "text", "version"),
     ("recipe",),
     ("metrics", "data", "models", "quantizers"),
     ("layers",),

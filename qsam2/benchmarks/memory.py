@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam2.benchmarks.measure import WARM_UPS, Seconds, held_bytes, machine, medians, without_bar
+from qsam2.benchmarks.measure import WARM_UPS, Seconds, held_bytes, machine, medians
 from qsam2.errors import UserError
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.memory import MemoryRecipe
+from qsam2.replaced import without_bar
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 SHARED_BUDGETS = (2, 3, 4)

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from qsam2.benchmarks.measure import WARM_UPS, machine, medians, without_bar
+from qsam2.benchmarks.measure import WARM_UPS, machine, medians
 from qsam2.benchmarks.tracking_engines import ENGINES, PARTS, Setting
 from qsam2.errors import UserError
 from qsam2.models import build_sam2
+from qsam2.replaced import without_bar
 
 COLUMNS = ("seconds_per_frame", *(f"{part}_seconds" for part in PARTS))
 

@@ -52,7 +52,7 @@ def add_predict(commands: Commands) -> None:
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
-        "--fast", action="store_true", help="for speed: bfloat16, activations not quantized, cached keys"
+        "--fast", action="store_true", help="for speed: integers and bfloat16 where the processor has them, cached keys"
     )
     parser.set_defaults(run=_predict, words=[])
 

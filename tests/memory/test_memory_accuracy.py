@@ -90,4 +90,6 @@ def test_it_goes_on_where_it_was(
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     names = [row[0] for row in rows]
     assert names == ["| setting", "| cache", "| adaptive 2", "| oldest 2", "| adaptive against", "| oldest 2"]
+    sharing, oldest = (scored[setting]["J&F"] for setting in ("adaptive-2", "oldest-2"))
+    assert float(rows[-1][1].split()[0]) == pytest.approx(sharing - oldest, abs=0.06)  # ahead by, rounded
     assert (tmp_path / "plot.png").is_file()
