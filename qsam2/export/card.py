@@ -29,7 +29,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
     return {
         "name": recipe.name,
         "qsam2": qsam2.__version__,
-        "source": _source(recipe),
+        "source": checkpoint_source(recipe),
         "licence": LICENCES.get(recipe.model.size, OFFICIAL_LICENCE),
         "method": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
         "training_steps": recipe.trainer.max_steps if recipe.train else 0,
@@ -99,6 +99,16 @@ def render(card: dict[str, Any]) -> str:
     )
 
 
+def checkpoint_source(recipe: Recipe) -> dict[str, Any]:
+    """Size, version, file and hash of the checkpoint that a recipe starts from."""
+    model = recipe.model
+    source = {"size": model.size, "version": model.version, "checkpoint": model.checkpoint, "sha256": None}
+    if model.checkpoint is not None:
+        path = find_checkpoint(model.size, model.version) if model.checkpoint == "auto" else Path(model.checkpoint)
+        source |= {"checkpoint": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return source
+
+
 def _fitted(recipe: Recipe) -> list[str]:
     """What calibration and reconstruction fitted, in their order."""
     calibrate, reconstruct = recipe.calibrate, recipe.reconstruct
@@ -109,15 +119,6 @@ def _fitted(recipe: Recipe) -> list[str]:
         *([f"rounding ({calibrate.rounding.method})"] if calibrate.rounding else []),
         *([f"rounding and activation steps ({reconstruct.method})"] if reconstruct else []),
     ]
-
-
-def _source(recipe: Recipe) -> dict[str, Any]:
-    model = recipe.model
-    source = {"size": model.size, "version": model.version, "checkpoint": model.checkpoint, "sha256": None}
-    if model.checkpoint is not None:
-        path = find_checkpoint(model.size, model.version) if model.checkpoint == "auto" else Path(model.checkpoint)
-        source |= {"checkpoint": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return source
 
 
 def _headline(block: dict[str, Any]) -> dict[str, Any]:

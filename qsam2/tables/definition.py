@@ -26,6 +26,9 @@ FLOAT = "float"
 
 AXES = ("model", "method", "setting", "start")
 
+Place = tuple[str, str, str, str]
+"""A cell's names on the axes."""
+
 
 class ScoredSet(Section):
     """What models are scored on: J&F where it holds videos, mask IoU of box prompts where it holds stills."""
@@ -89,6 +92,11 @@ class TableRun:
     """What of the recipe was given and changes a score; no defaults, which differ between versions of qsam2."""
     recipe: Recipe
 
+    @property
+    def place(self) -> Place:
+        """Where its scores stand, with those of other seeds."""
+        return self.model, self.method, self.setting, self.start
+
 
 def load_table(path: str | Path) -> TableDefinition:
     """A table's definition; raises UserError where the file cannot be read or is no table."""
@@ -122,7 +130,7 @@ def table_runs(table: TableDefinition, output: Path, overrides: Iterable[str] = 
     for names, seed in _combinations(table):
         run = _table_run(table, names, seed, output, overrides)
         other = runs.setdefault(run.name, run)
-        if (other.model, other.method, other.setting, other.start) != names:
+        if other.place != names:
             raise UserError(f"table {table.name}: two runs would share the folder {run.name}; rename one of {names}")
     for model in table.models:
         if len({run.recipe.model for run in runs.values() if run.model == model}) > 1:
@@ -148,16 +156,14 @@ def float_runs(runs: Iterable[TableRun]) -> list[TableRun]:
     return list(floats.values())
 
 
-def _combinations(table: TableDefinition) -> Iterator[tuple[tuple[str, ...], int]]:
+def _combinations(table: TableDefinition) -> Iterator[tuple[Place, int]]:
     for cross in table.runs:
-        chosen = [getattr(cross, f"{axis}s") or tuple(table.axis(axis)) for axis in AXES]
-        for *names, seed in product(*chosen, cross.seeds):
-            yield tuple(names), seed
+        models, methods, settings, starts = (getattr(cross, f"{axis}s") or tuple(table.axis(axis)) for axis in AXES)
+        for *names, seed in product(models, methods, settings, starts, cross.seeds):
+            yield (names[0], names[1], names[2], names[3]), seed
 
 
-def _table_run(
-    table: TableDefinition, names: tuple[str, ...], seed: int, output: Path, overrides: list[str]
-) -> TableRun:
+def _table_run(table: TableDefinition, names: Place, seed: int, output: Path, overrides: list[str]) -> TableRun:
     name = "_".join(_slug(part) for part in (*names, f"s{seed}") if part)
     chosen = [table.common, *(table.axis(axis)[given] for axis, given in zip(AXES, names, strict=True))]
     own = {"name": f"{table.name}_{name}", "output": str(output / name), "evaluate.float_cache": str(output / "float")}
