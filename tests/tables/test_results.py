@@ -14,7 +14,7 @@ from qsam2.cli import main
 from qsam2.errors import UserError
 from qsam2.tables.definition import TableDefinition, TableRun, float_runs
 from qsam2.tables.markdown import extract, insert, render
-from qsam2.tables.results import Results, _budget, collect
+from qsam2.tables.results import Results, _budget, _digest, collect, left_to_run, read_results
 from qsam2.tables.scores import save_scores
 
 ROOT = Path(qsam2.__file__).parents[1]
@@ -61,7 +61,8 @@ def test_seeds_are_averaged_and_their_spread_is_given(results: Results) -> None:
 
 def test_one_seed_has_no_spread_and_what_did_not_end_no_score(results: Results) -> None:
     assert cell(results, "minmax", "W4A4")["sets"]["clips"]["std"] is None
-    assert cell(results, "minmax", "W2A4") == {
+    digest = {"digest": cell(results, "minmax", "W2A4")["digest"]}
+    assert cell(results, "minmax", "W2A4") == digest | {
         "model": "nano", "method": "minmax", "start": "", "setting": "W2A4", "seeds": [], "failed": 1, "sets": {}
     }  # fmt: skip
     assert cell(results, "mse", "W4A4", "frobenius")["failed"] == 0
@@ -89,6 +90,79 @@ def test_a_budget_that_differs_is_not_called_the_same(
 def test_without_the_float_model_there_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="table small: the float model 'nano' is not scored; run the table again"):
         collect(*small_table(tmp_path), "")
+
+
+def test_cells_of_earlier_results_stand_where_the_folders_are_gone(results: Results, tmp_path: Path) -> None:
+    table, runs = small_table(tmp_path)
+    assert collect(table, runs, results["command"], results) == results | {"runs": results["runs"] | {"failed": 0}} | {
+        "cells": [c if c["sets"] else c | {"failed": 0} for c in results["cells"]]
+    }
+    left = left_to_run(table, runs, results)
+    assert [run.name for run in left] == [run.name for run in runs if run.name not in SCORES]
+
+
+def test_a_cell_is_kept_with_all_its_seeds_or_run_again_with_all(results: Results, tmp_path: Path) -> None:
+    table, runs = small_table(tmp_path)
+    one = cell(results, "mse", "W4A4") | {"seeds": [0]}
+    fewer = results | {"cells": [one if c["seeds"] == [0, 1] else c for c in results["cells"]]}
+    both = [run for run in runs if run.place == ("nano", "mse", "W4A4", "")]
+    assert [run for run in left_to_run(table, runs, fewer) if run.method == "mse" and not run.start][:2] == both
+    assert cell(collect(table, runs, "", fewer), "mse", "W4A4")["seeds"] == [0]  # until there are more here
+    for run in [*float_runs(runs), *both]:
+        save_scores(run, scores(table, run, 30.0, version="2.0"))
+    found = collect(table, runs, "", fewer)
+    assert (
+        cell(found, "mse", "W4A4")["seeds"] == [0, 1] and cell(found, "mse", "W4A4")["sets"]["clips"]["score"] == 31.0
+    )
+    assert cell(found, "minmax", "W4A4") == cell(results, "minmax", "W4A4")
+    assert found["versions"] == ["1.0 (abc)", "1.1", "2.0"] and found["runs"]["finished"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({}, 3),
+        ({"methods": {"minmax": {"calibrate.clips": 3}}}, 4),
+        ({"settings": {"W4A4": {"calibrate.clips": 3}}}, 6),
+        ({"common": {"model.checkpoint": "nano.pt"}}, 7),
+        ({"sets": {"stills": {"data": "coco:others"}}}, 7),
+        ({"runs": [{"starts": [""]}, {"methods": ["mse"], "settings": ["W4A4"], "seeds": [0, 2]}]}, 5),
+    ],
+)
+def test_earlier_cells_of_other_recipes_data_or_weights_are_run_again(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], left: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nano.pt").write_bytes(b"other weights")
+    assert len(left_to_run(*small_table(tmp_path, **changes), results)) == left
+
+
+def test_the_weights_behind_one_path_may_change(results: Results, tmp_path: Path) -> None:
+    file = tmp_path / "nano.pt"
+    own = {"common": {"model.checkpoint": str(file)}}
+    digests = []
+    for content in (b"a", b"b", b"a"):
+        file.write_bytes(content)
+        digests.append(_digest(*small_table(tmp_path, **own)))
+    assert digests[0] == digests[2] != digests[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "does not hold the results of a table: give the JSON that --write wrote"),
+        ("{", "does not hold the results"),
+        ("[]", "does not hold the results"),
+        ('{"name": "small", "cells": [{}]}', "does not hold the results"),
+        ('{"name": "other", "cells": []}', "holds the results of table 'other', not of 'small'"),
+    ],
+)
+def test_what_is_no_earlier_result_is_refused(tmp_path: Path, content: str | None, why: str) -> None:
+    file = tmp_path / "small.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=f"small.json {why}"):
+        read_results(file, small_table(tmp_path)[0])
 
 
 def test_markdown(results: Results) -> None:
@@ -145,6 +219,12 @@ def test_render_writes_what_is_finished_into_a_document(
     kept = json.loads((folder / "docs" / "tables" / "small.json").read_text())
     assert render(kept) == shown == capsys.readouterr().out.strip() == (folder / "out" / "table.md").read_text()
     assert str(folder) not in shown + json.dumps(kept)
+    again = ["table", str(file), "--output", "elsewhere", "--keep", "docs/tables/small.json"]
+    assert main([*again, "--render", "--write", "README.md", "--jobs", "2"]) == 0
+    assert "| minmax | 46.0 (-5.0 to -5.0) 90 | - |" in extract(document, "small")  # what had failed is to come
+    capsys.readouterr()
+    assert main([*again, "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "4 runs, 4 to come: about 4 min with --jobs 1"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "tables").glob("*.json")), ids=lambda file: file.stem)
