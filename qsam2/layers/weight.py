@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +11,7 @@ from typing_extensions import Self
 
 from qsam2.layers.adopt import adopt
 from qsam2.quantizers import Quantizer
+from qsam2.quantizers.once_a_step import forget_after_backward, outside_checkpointing
 
 
 class CachedWeight(NamedTuple):
@@ -25,10 +25,7 @@ class CachedWeight(NamedTuple):
 class QuantizedLayer(nn.Module):
     """A layer whose weight and input are fake-quantized; a quantizer that is None leaves its tensor as it is (ours).
 
-    SAM2 calls a layer once a frame and once a click, its weight changes once an optimizer step: the quantized weight is
-    computed once and shared, gradients included. It keeps its graph until `backward` has gone through it: forwards that
-    share a weight take one `backward`; activation checkpointing has to be the non-reentrant one. A write through
-    `weight.data` goes unseen, as it does in autograd.
+    The quantized weight is computed once an optimizer step and shared, see `quantizers.once_a_step`.
     """
 
     channel_dim: ClassVar[int]
@@ -77,13 +74,11 @@ class QuantizedLayer(nn.Module):
             or cached.source != _source(tensors, dtype, quantizer.training)
             or needs_graph > cached.has_graph
         ):
-            # Own hooks keep the graph out of activation checkpointing, which counts what it will recompute;
-            # an inference tensor could not serve a later training step.
-            own = torch.autograd.graph.saved_tensors_hooks(_save, _saved)
-            with torch.inference_mode(False), torch.set_grad_enabled(needs_graph), own:
+            # an inference tensor could not serve a later training step
+            with torch.inference_mode(False), torch.set_grad_enabled(needs_graph), outside_checkpointing():
                 quantized = quantizer(weight).to(dtype)
             if needs_graph:
-                quantized.register_hook(_forget(self))
+                forget_after_backward(quantized, self, "_cached")
             elif torch.equal(quantized, weight):
                 quantized = weight.detach()  # a finalized weight needs no second copy
             cached = CachedWeight(quantized, _source(tensors, dtype, quantizer.training), needs_graph)
@@ -106,25 +101,3 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 
 def _source(tensors: list[Tensor], dtype: torch.dtype, training: bool) -> tuple[object, ...]:
     return dtype, training, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
-
-
-def _save(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor.detach(), tensor._version
-
-
-def _saved(saved: tuple[Tensor, int]) -> Tensor:
-    tensor, version = saved
-    if tensor._version != version:  # hooks switch off autograd's own check
-        raise RuntimeError("a weight or its quantizer was changed between forward and backward")
-    return tensor
-
-
-def _forget(layer: QuantizedLayer) -> Callable[[Tensor], None]:
-    owner = weakref.ref(layer)
-
-    def forget(_: Tensor) -> None:
-        # backward frees this graph: the next forward builds its own
-        if (alive := owner()) is not None:
-            alive._cached = None
-
-    return forget

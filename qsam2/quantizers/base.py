@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from qsam2.errors import UserError
 from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize
 from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.observers import Observer
+from qsam2.quantizers.once_a_step import forget_after_backward, outside_checkpointing
 from qsam2.quantizers.passes import to_levels
 from qsam2.recipe.quantizers import QuantizerSpec, Role
 
@@ -22,6 +25,19 @@ class QuantizerState(Enum):
     OBSERVE = 1
     QUANTIZE = 2
     FROZEN = 3
+
+
+class SharedRange(NamedTuple):
+    """Scale and zero point of an optimizer step, and the parameters that they were computed from."""
+
+    scale: Tensor
+    zero_point: Tensor
+    source: tuple[tuple[nn.Parameter, int], ...]
+
+    def is_of(self, source: tuple[tuple[nn.Parameter, int], ...]) -> bool:
+        """Whether these are the same parameters, unchanged since."""
+        pairs = zip(self.source, source, strict=True)
+        return all(ours is theirs and version == now for (ours, version), (theirs, now) in pairs)
 
 
 class Quantizer(nn.Module):
@@ -37,6 +53,8 @@ class Quantizer(nn.Module):
 
     residual_gradient: ClassVar[bool] = True
     """Whether a learned step feels the rounding of what is not clipped (LSQ), or only what is (PACT)."""
+    follows_sums: ClassVar[bool] = False
+    """Whether `_follow` is called with the sums of what an activation quantizer has quantized in training mode."""
 
     frozen_scale: Tensor
     frozen_zero_point: Tensor
@@ -57,6 +75,7 @@ class Quantizer(nn.Module):
         self._state = QuantizerState.FLOAT
         self._calibrated = False
         self._observer: Observer | None = None
+        self._shared: SharedRange | None = None
         self.register_buffer("state_code", torch.tensor(self._state.value, dtype=torch.uint8))
         self.register_buffer("is_calibrated", torch.tensor(0, dtype=torch.uint8))
         self.register_buffer("frozen_scale", torch.ones(self.num_channels))
@@ -73,7 +92,11 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def _update_statistics(self, x: Tensor) -> None:
-        """Follows x: called for weights on each forward, for activations on each forward in training mode."""
+        """Follows x before it is quantized: for weights on each forward, for activations on each in training mode."""
+
+    def _follow(self, sums: Tensor, count: int) -> None:
+        """Follows the sums of x and x^2 (2, C), of `count` elements each, that quantizing gave; see `follows_sums`."""
+        raise NotImplementedError
 
     def _transform(self, x: Tensor) -> Tensor:
         """What stands before the grid, for a weight; in float32 at least. `freeze` applies it for good."""
@@ -110,7 +133,31 @@ class Quantizer(nn.Module):
     def _current(self) -> tuple[Tensor, Tensor]:
         if self._state is QuantizerState.FROZEN:
             return self.frozen_scale, self.frozen_zero_point
+        if self._shared is not None and self.training and self._shared.is_of(self._learned()):
+            return self._shared.scale, self._shared.zero_point
         return self._scale_and_zero_point()
+
+    def _of_this_call(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a forward: learned ones of an activation once an optimizer step, for all its calls.
+
+        So the frames and clicks of a step share one range, and checkpointed calls get theirs again.
+        """
+        learned = self._learned()
+        shares = self.role == "activation" and self.training and learned and torch.is_grad_enabled()
+        if self._state is QuantizerState.FROZEN or not shares or torch.compiler.is_compiling():
+            return self._current()
+        if self._shared is None or not self._shared.is_of(learned):
+            with outside_checkpointing():
+                scale, zero_point = self._scale_and_zero_point()
+            if not scale.requires_grad:
+                return scale, zero_point
+            self._shared = SharedRange(scale, zero_point, learned)
+            forget_after_backward(scale, self, "_shared")
+        return self._shared.scale, self._shared.zero_point
+
+    def _learned(self) -> tuple[tuple[nn.Parameter, int], ...]:
+        """The learned parameters with their versions."""
+        return tuple((each, each._version) for each in self._parameters.values() if each is not None)
 
     # State
 
@@ -138,7 +185,7 @@ class Quantizer(nn.Module):
                 scale, zero_point = self._scale_and_zero_point()
                 self.frozen_scale.copy_(scale)
                 self.frozen_zero_point.copy_(zero_point)
-        self._observer = None
+        self._observer = self._shared = None
         if state is QuantizerState.OBSERVE:
             self._observer = Observer(self.num_channels, self._observed_dim)
         self._state = state
@@ -208,12 +255,13 @@ class Quantizer(nn.Module):
             if not self._observer.update(x.detach()):
                 raise UserError(f"calibration batch contains NaN or infinity at {self._label}: check the inputs")
             return x
-        follows = self.role == "weight" or self.training
-        if state is QuantizerState.QUANTIZE and follows and not _in_backward():
+        quantizes = state is QuantizerState.QUANTIZE
+        follows = quantizes and (self.role == "weight" or self.training) and not _in_backward()
+        if follows:
             self._update_statistics(x.detach())
-        scale, zero_point = self._current()
+        scale, zero_point = self._of_this_call()
         quantized = fake_quantize(
-            self._transform(x) if state is QuantizerState.QUANTIZE else x,
+            self._transform(x) if quantizes else x,
             scale,
             zero_point,
             self.qmin,
@@ -226,6 +274,7 @@ class Quantizer(nn.Module):
             # LSQ's N counts a layer's features: the batch, and how ranks share it, plays no part
             num_samples=1 if self.role == "weight" else max(len(x), 1),
             with_codes=with_codes and not torch.compiler.is_compiling(),
+            follow=self._follow if follows and self.follows_sums and self.role == "activation" else None,
         )
         return quantized.to(x.dtype)
 
@@ -282,6 +331,13 @@ class Quantizer(nn.Module):
         observing = self._state is QuantizerState.OBSERVE
         self._observer = Observer(self.num_channels, self._observed_dim) if observing else None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._shared = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shared": None}
+
     def extra_repr(self) -> str:
         kind = "mid-rise" if self.grid.mid_rise else "symmetric" if self.grid.symmetric else "affine"
         return f"{self.role}, {self.bits} bits, {kind}, per {self.spec.granularity}, {self._state.name}"
@@ -290,6 +346,6 @@ class Quantizer(nn.Module):
 def _in_backward() -> bool:
     """Whether activation checkpointing is running a forward again, whose statistics have been counted.
 
-    It then quantizes by the statistics that later calls of the step have moved on, by 1 - momentum each.
+    Where nothing is shared (see `once_a_step`) it quantizes by statistics that later calls of the step have moved on.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -21,21 +21,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qsam2.quantizers.layout import dense_order, permuted, permuted_back
-from qsam2.quantizers.passes import Keep, dequantize_pass, gradients_in_blocks, quantize_in_blocks, to_levels
+from qsam2.quantizers.layout import Layout
+from qsam2.quantizers.passes import (
+    Gradients,
+    Keep,
+    Quantized,
+    dequantize_pass,
+    gradients_in_blocks,
+    quantize_in_blocks,
+    to_levels,
+)
+from qsam2.quantizers.statistics import sums
+
+Follow = Callable[[Tensor, int], None]
+"""Takes the sums of x and x^2 (2, C) and how many elements each is of."""
 
 
 class Kernels(NamedTuple):
     """The passes as they are run."""
 
-    quantize: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-    gradients: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
+    quantize: Callable[..., Quantized]
+    gradients: Callable[..., Gradients]
     dequantize: Callable[..., Tensor]
     min_elements: int
     """Smaller tensors are left to the eager kernels."""
@@ -55,97 +68,81 @@ def _kernels(x: Tensor) -> Kernels:
     return _chosen if x.numel() >= _chosen.min_elements else EAGER
 
 
-def _flat_view(x: Tensor, scale: Tensor) -> tuple[int, int, int]:
-    """(outer, C, inner) of x, C the dimension along which the broadcastable `scale` varies, or 1."""
-    if scale.numel() == 1:
-        return 1, 1, x.numel()
-    dim = next(dim for dim, size in enumerate(scale.shape) if size > 1)
-    return math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
+@dataclass(frozen=True)
+class _Options:
+    """What is not a tensor, see `fake_quantize`."""
 
-
-def _plain(x: Tensor, view: tuple[int, int, int]) -> Tensor:
-    """x in the kernels' shape, of which autograd does not know: a compiled kernel is compiled again for each base."""
-    return x.reshape(view).data
+    qmin: int
+    qmax: int
+    channel_dim: int
+    mid_rise: bool
+    identity: bool
+    exact: bool
+    residual_gradient: bool
+    num_samples: int
+    with_codes: bool
+    follow: Follow | None
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        qmin: int,
-        qmax: int,
-        mid_rise: bool,
-        identity: bool,
-        exact: bool,
-        residual_gradient: bool,
-        num_samples: int,
-        with_codes: bool,
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor | None]:
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.mid_rise, ctx.identity, ctx.exact, ctx.learned = mid_rise, identity, exact, learned
-        ctx.residual_gradient = residual_gradient
-        ctx.largest_level = qmax + 0.5 if mid_rise else float(qmax)
-        ctx.num_samples = num_samples
-        ctx.order = dense_order(x) if scale.numel() == 1 else None
-        ctx.view, ctx.scale_shape = _flat_view(x, scale), scale.shape
+        ctx.options, ctx.learned, ctx.layout = options, learned, Layout.of(x, scale.numel(), options.channel_dim)
         scale, zero_point = scale.view(1, -1, 1), zero_point.view(1, -1, 1)
-        low, high = qmin - zero_point, qmax - zero_point
         keep: Keep = "nothing"
-        if not exact and learned:
+        if not options.exact and learned:
             keep = "residual"
-        elif not exact and not identity:
+        elif not options.exact and not options.identity:
             keep = "mask"
-        lying = permuted(x, ctx.order)
-        out, byte, codes = _kernels(x).quantize(_plain(lying, ctx.view), scale, low, high, mid_rise, keep, with_codes)
-        ctx.save_for_backward(x if exact else byte, scale, low, high)
-        if codes is not None:
-            codes = permuted_back(codes.view(lying.shape), ctx.order)
+        flat = ctx.layout.flat(x)
+        given = (options.qmin, options.qmax, options.mid_rise, keep, options.with_codes, options.follow is not None)
+        found = _kernels(x).quantize(flat, scale, zero_point, *given)
+        ctx.save_for_backward(x if options.exact else found.byte, scale, zero_point)
+        if options.follow is not None and found.total is not None and found.square is not None:
+            options.follow(torch.stack([found.total.view(-1), found.square.view(-1)]), x.numel() // scale.numel())
+        codes = None
+        if found.codes is not None:
+            codes = ctx.layout.back(found.codes)
             ctx.mark_non_differentiable(codes)
-        return permuted_back(out.view(lying.shape), ctx.order), codes
+        return ctx.layout.back(found.out), codes
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, scale, low, high = ctx.saved_tensors
-        if not ctx.learned and ctx.identity:
-            return (grad, *[None] * 10)
-        lying = permuted(grad, ctx.order)
-        if not ctx.learned and not ctx.exact:
-            return (permuted_back(lying * saved.view(lying.shape), ctx.order), *[None] * 10)
-        needs_x, needs_scale, needs_zero_point = ctx.needs_input_grad[:3]
-        grad_x, sum_side, sum_outside, sum_residual = _kernels(grad).gradients(
-            _plain(permuted(saved, ctx.order) if ctx.exact else saved, ctx.view),
-            _plain(lying, ctx.view),
+        saved, scale, zero_point = ctx.saved_tensors
+        options, learned, layout = ctx.options, ctx.learned, ctx.layout
+        needs_x = ctx.needs_input_grad[0]
+        if not learned and options.identity:
+            return grad, None, None, None
+        if not learned and not options.exact:
+            return layout.back(layout.flat(grad) * saved), None, None, None
+        found = _kernels(grad).gradients(
+            layout.flat(saved) if options.exact else saved,
+            layout.flat(grad),
             scale,
-            low,
-            high,
-            ctx.mid_rise,
-            ctx.exact,
-            needs_x and not ctx.identity,
-            ctx.learned,
-            needs_scale and ctx.residual_gradient,
+            zero_point,
+            options.qmin,
+            options.qmax,
+            options.mid_rise,
+            options.exact,
+            needs_x and not options.identity,
+            learned,
+            options.residual_gradient,
         )
-        if grad_x is not None:
-            grad_x = permuted_back(grad_x.view(lying.shape), ctx.order)
-        elif needs_x:  # identity
-            grad_x = grad
-        grad_scale = grad_zero_point = None
-        if ctx.learned:
-            # LSQ's 1/sqrt(N Qp), N a sample's elements that share the step: balances its update with the weights'.
-            elements = max(grad.numel() // (scale.numel() * ctx.num_samples), 1)
-            factor = gradient_scale(elements, ctx.largest_level)
-        if needs_scale:
-            # low where side is -1, high where it is 1
-            grad_scale = 0.5 * ((high - low) * sum_side + (high + low) * sum_outside)
-            if sum_residual is not None:
-                grad_scale = grad_scale + sum_residual
-            grad_scale = grad_scale.mul_(factor).to(scale.dtype).view(ctx.scale_shape)
-        if needs_zero_point:
-            grad_zero_point = (sum_outside * scale * -factor).to(scale.dtype).view(ctx.scale_shape)
-        return (grad_x, grad_scale, grad_zero_point, *[None] * 8)
+        grad_x = grad_scale = grad_zero_point = None
+        if needs_x:
+            grad_x = grad if found.x is None else layout.back(found.x)
+        # LSQ's 1/sqrt(N Qp), N a sample's elements that share the step: balances its update with the weights'.
+        elements = max(grad.numel() // (scale.numel() * options.num_samples), 1)
+        factor = gradient_scale(elements, options.qmax + 0.5 if options.mid_rise else float(options.qmax))
+        if found.scale is not None and ctx.needs_input_grad[1]:
+            grad_scale = (found.scale * factor).to(scale.dtype).view(-1)
+        if found.zero_point is not None and ctx.needs_input_grad[2]:
+            grad_zero_point = (found.zero_point * factor).to(scale.dtype).view(-1)
+        return grad_x, grad_scale, grad_zero_point, None
 
 
 class Codes(NamedTuple):
@@ -165,11 +162,13 @@ class Codes(NamedTuple):
 
 def dequantize(codes: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     """The quantized tensor of `Codes`, in their shape and layout."""
-    order = dense_order(codes) if scale.numel() == 1 else None
-    lying = permuted(codes, order)
-    flat = _plain(lying, _flat_view(codes, scale))
-    out = _kernels(codes).dequantize(flat, scale.view(1, -1, 1), low.view(1, -1, 1), dtype)
-    return permuted_back(out.view(lying.shape), order)
+    layout = Layout.of(codes, scale.numel(), _varying_dim(scale))
+    out = _kernels(codes).dequantize(layout.flat(codes), scale.view(1, -1, 1), low.view(1, -1, 1), dtype)
+    return layout.back(out)
+
+
+def _varying_dim(scale: Tensor) -> int:
+    return next((dim for dim, size in enumerate(scale.shape) if size > 1), 0)
 
 
 def gradient_scale(elements: int, largest_level: float) -> float:
@@ -199,31 +198,36 @@ def fake_quantize(
     residual_gradient: bool = True,
     num_samples: int = 1,
     with_codes: bool = False,
+    follow: Follow | None = None,
 ) -> Tensor:
     """Fake-quantizes x of any shape and float dtype; `scale`, `zero_point` are (C,) along `channel_dim`, or (1,).
 
     Returns x's shape and dtype. Arithmetic is in float32 (float64 for float64). `exact_gradient=False` saves one byte
     an element for the backward pass in place of x. `residual_gradient=False`: what is inside adds nothing to the
     scale's gradient. N in that gradient's scale counts the elements of one of x's `num_samples`. `with_codes`: where a
-    graph is built the result carries its `Codes`.
+    graph is built the result carries its `Codes`. `follow` is called with sums of x, from the same reading of it.
     """
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
+        options = _Options(
+            qmin=qmin,
+            qmax=qmax,
+            channel_dim=channel_dim,
+            mid_rise=mid_rise,
+            identity=identity_gradient,
+            exact=exact_gradient,
+            residual_gradient=residual_gradient,
+            num_samples=num_samples,
+            with_codes=with_codes,
+            follow=follow,
+        )
+        out, codes = _FakeQuantize.apply(x, scale, zero_point, options)
+        if codes is not None:
+            shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
+            scale, zero_point = scale.detach().view(shape), zero_point.detach().view(shape)
+            out.qsam2_codes = Codes(codes, scale, qmin - zero_point)
+        return out
+    if follow is not None:
+        follow(*sums(x, channel_dim if scale.numel() > 1 else None))
     shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
     scale, zero_point = scale.view(shape), zero_point.view(shape)
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
-        out, codes = _FakeQuantize.apply(
-            x,
-            scale,
-            zero_point,
-            qmin,
-            qmax,
-            mid_rise,
-            identity_gradient,
-            exact_gradient,
-            residual_gradient,
-            num_samples,
-            with_codes,
-        )
-        if codes is not None:
-            out.qsam2_codes = Codes(codes, scale.detach(), (qmin - zero_point).detach())
-        return out
     return to_levels(x, scale, qmin - zero_point, qmax - zero_point, mid_rise).mul_(scale).to(x.dtype)

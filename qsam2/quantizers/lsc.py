@@ -1,10 +1,11 @@
 """LSC: learnable statistical clipping (the idea: Q-SAM2, arXiv 2506.09782; its update is not public, this one is ours).
 
 Affine: bounds l = mu - alpha_0 * sigma, u = mu + alpha_1 * sigma, s = (u - l)/(2^b - 1), zero point [-l/s]; symmetric:
-s = alpha * sigma / Qp (mid-rise: / 2^(b-1)). mu, sigma are detached and follow by momentum: for activations those of
-the batches, for weights those of the current weight, both in training mode only. log alpha is learned, one a side, of
-a tensor or channel; its gradient comes through l, u and s as in LSQ and PACT, times 1/sqrt(N Qp). The alphas start at
-the calibrated range: that of least error (`range=mse`), minmax or percentile.
+s = alpha * sigma / Qp (mid-rise: / 2^(b-1)). mu, sigma are detached and follow by momentum: for weights those of the
+current weight, for activations those of each call, which count from the next optimizer step on; both in training mode
+only. log alpha is learned, one a side, of a tensor or channel; its gradient comes through l, u and s as in LSQ and
+PACT, times 1/sqrt(N Qp). The alphas start at the calibrated range: that of least error (`range=mse`), minmax or
+percentile.
 One factor a side is ours, too: what comes out of a GELU reaches far above its mean and hardly below it, and bounds at
 equal distances leave 6 of the 16 codes of 4 bits unused there. And sigma is followed as that of all batches together,
 as calibration sees it: where one call differs from the next the mean of their own deviations is smaller (nano: 0.44 of
@@ -23,7 +24,7 @@ from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.grid import SMALLEST_SCALE, positive
 from qsam2.quantizers.ranges import initial_bounds
 from qsam2.quantizers.registry import register
-from qsam2.quantizers.statistics import follow_moments, moments
+from qsam2.quantizers.statistics import follow_moments, moments, sums
 from qsam2.recipe.quantizers import LSCSpec, Role
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-3, 1e6
@@ -33,6 +34,8 @@ SMALLEST_STD = 1e-3  # of |mean|: a constant tensor has a range, too
 @register(LSCSpec)
 class LSCQuantizer(Quantizer):
     """Learned `log_alpha`: (2, C) for the two bounds, (1, C) on a symmetric grid; followed `mean` and `std` (C,)."""
+
+    follows_sums = True
 
     spec: LSCSpec
     mean: Tensor
@@ -63,9 +66,11 @@ class LSCQuantizer(Quantizer):
         self.log_alpha.copy_((reach / std).clamp(SMALLEST_ALPHA, LARGEST_ALPHA).log())
 
     def _update_statistics(self, x: Tensor) -> None:
-        if not self.training:
-            return
-        seen = moments(x, self._observed_dim, over_ranks=self.role == "activation")
+        if self.training and self.role == "weight":
+            self._follow(*sums(x, self._observed_dim))
+
+    def _follow(self, sums: Tensor, count: int) -> None:
+        seen = moments(sums, count, over_ranks=self.role == "activation")
         follow_moments(self.mean, self.std, seen, self.spec.momentum)
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:

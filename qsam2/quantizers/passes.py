@@ -1,11 +1,13 @@
 """What is computed of a quantized tensor: the passes forward, backward and from codes, and the eager way to run them.
 
-Notation as in `fake_quant`. Tensors come as (outer, C, inner), what is one value a channel as (1, C, 1).
+Notation as in `fake_quant`. Tensors come as (outer, C, inner), what is one value a channel as (1, C, 1). Compiled,
+a pass reads and writes its tensors once; what is one value a channel is computed in the same call.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,12 +54,38 @@ def _split_(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> tuple[Tenso
     return levels, torch.sub(levels, clipped, out=clipped), side
 
 
+class Quantized(NamedTuple):
+    """What `quantize_pass` gives; None for what it was not asked for."""
+
+    out: Tensor
+    """In x's shape and dtype."""
+    byte: Tensor | None
+    """What the backward pass needs of an element, int8."""
+    codes: Tensor | None
+    """level - low, uint8."""
+    total: Tensor | None
+    square: Tensor | None
+    """Sums of x and x^2 (1, C, 1)."""
+
+
 def quantize_pass(
-    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, keep: Keep, with_codes: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Forward kernel: x (outer, C, inner), the rest (1, C, 1) -> out in x's shape and dtype, the saved byte (int8), and
-    `with_codes` level - low (uint8).
-    """
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    mid_rise: bool,
+    keep: Keep,
+    with_codes: bool,
+    with_sums: bool,
+) -> Quantized:
+    """Forward kernel: x (outer, C, inner), scale and zero point (1, C, 1)."""
+    low, high = qmin - zero_point, qmax - zero_point
+    total = square = None
+    if with_sums:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total = x.sum((0, 2), keepdim=True, dtype=dtype)
+        square = torch.linalg.vector_norm(x, dim=(0, 2), keepdim=True, dtype=dtype).square()
     t = x / scale
     byte = None
     if keep == "residual":
@@ -70,7 +98,7 @@ def quantize_pass(
             byte = torch.eq(clipped, t, out=clipped).to(torch.int8)
         levels = _levels_(t, low, high, mid_rise)
     codes = (levels - low).to(torch.uint8) if with_codes else None
-    return levels.mul_(scale).to(x.dtype), byte, codes
+    return Quantized(levels.mul_(scale).to(x.dtype), byte, codes, total, square)
 
 
 def dequantize_pass(codes: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,23 +106,31 @@ def dequantize_pass(codes: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtyp
     return codes.to(torch.promote_types(dtype, scale.dtype)).add_(low).mul_(scale).to(dtype)
 
 
+class Gradients(NamedTuple):
+    """What `gradient_pass` gives; None for what it was not asked for."""
+
+    x: Tensor | None
+    """In the gradient's shape and dtype."""
+    scale: Tensor | None
+    zero_point: Tensor | None
+    """(1, C, 1), without LSQ's gradient scale."""
+
+
 def gradient_pass(
     saved: Tensor,
     grad: Tensor,
     scale: Tensor,
-    low: Tensor,
-    high: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
     mid_rise: bool,
     exact: bool,
     needs_x: bool,
     learned: bool,
-    needs_residual: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Backward kernel: `saved` is x if `exact`, else `quantize_pass`'s byte; (outer, C, inner) like grad.
-
-    Returns grad masked to what is inside; if `learned` the sums a channel, (1, C, 1), of grad * side, grad * |side| and
-    grad * (level - t) inside; None for what is not needed.
-    """
+    residual_gradient: bool,
+) -> Gradients:
+    """Backward kernel: `saved` is x if `exact`, else `quantize_pass`'s byte; (outer, C, inner) like grad."""
+    low, high = qmin - zero_point, qmax - zero_point
     if exact:
         _, residual, side = _split_(saved / scale, low, high, mid_rise)
     else:
@@ -105,9 +141,13 @@ def gradient_pass(
     inside = 1.0 - outside
     grad_x = (grad * inside).to(grad.dtype) if needs_x else None
     if not learned:
-        return grad_x, None, None, None
-    sum_residual = _sum(residual.mul_(inside).mul_(grad)) if needs_residual else None
-    return grad_x, _sum(side.mul_(grad)), _sum(outside.mul_(grad)), sum_residual
+        return Gradients(grad_x, None, None)
+    sum_side, sum_outside = _sum(side.mul_(grad)), _sum(outside.mul_(grad))
+    # low where side is -1, high where it is 1
+    grad_scale = 0.5 * ((high - low) * sum_side + (high + low) * sum_outside)
+    if residual_gradient:
+        grad_scale = grad_scale + _sum(residual.mul_(inside).mul_(grad))
+    return Gradients(grad_x, grad_scale, -scale * sum_outside)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -115,43 +155,73 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def quantize_in_blocks(
-    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, keep: Keep, with_codes: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    mid_rise: bool,
+    keep: Keep,
+    with_codes: bool,
+    with_sums: bool,
+) -> Quantized:
     """`quantize_pass`, a block at a time."""
-    blocks = _blocks(x)
+    x = x.contiguous()
+    blocks, options = _blocks(x), (qmin, qmax, mid_rise, keep, with_codes, with_sums)
     if len(blocks) == 1:
-        return quantize_pass(x, scale, low, high, mid_rise, keep, with_codes)
-    out = torch.empty_like(x)
-    byte = None if keep == "nothing" else torch.empty_like(x, dtype=torch.int8)
-    codes = torch.empty_like(x, dtype=torch.uint8) if with_codes else None
+        return quantize_pass(x, scale, zero_point, *options)
+    sums = torch.zeros_like(scale, dtype=torch.promote_types(x.dtype, torch.float32)) if with_sums else None
+    whole = Quantized(
+        torch.empty_like(x),
+        None if keep == "nothing" else torch.empty_like(x, dtype=torch.int8),
+        torch.empty_like(x, dtype=torch.uint8) if with_codes else None,
+        sums,
+        None if sums is None else sums.clone(),
+    )
     for rows, columns in blocks:
         at = (slice(None), rows, columns)
-        part = quantize_pass(x[at], scale[:, rows], low[:, rows], high[:, rows], mid_rise, keep, with_codes)
-        for whole, of_part in zip((out, byte, codes), part, strict=True):
-            if whole is not None and of_part is not None:
-                whole[at] = of_part
-    return out, byte, codes
+        _assemble(whole, quantize_pass(x[at], scale[:, rows], zero_point[:, rows], *options), at, tensors=3)
+    return whole
 
 
 def gradients_in_blocks(
-    saved: Tensor, grad: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, *flags: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    saved: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    mid_rise: bool,
+    exact: bool,
+    needs_x: bool,
+    learned: bool,
+    residual_gradient: bool,
+) -> Gradients:
     """`gradient_pass`, a block at a time."""
-    blocks = _blocks(grad)
+    grad = grad.contiguous()
+    blocks, options = _blocks(grad), (qmin, qmax, mid_rise, exact, needs_x, learned, residual_gradient)
     if len(blocks) == 1:
-        return gradient_pass(saved, grad, scale, low, high, mid_rise, *flags)
-    _, needs_x, learned, needs_residual = flags
-    grad_x = torch.empty_like(grad) if needs_x else None
-    sums = [torch.zeros_like(scale) if learned and needed else None for needed in (True, True, needs_residual)]
+        return gradient_pass(saved, grad, scale, zero_point, *options)
+    sums = torch.zeros_like(scale) if learned else None
+    whole = Gradients(torch.empty_like(grad) if needs_x else None, sums, None if sums is None else sums.clone())
     for rows, columns in blocks:
         at = (slice(None), rows, columns)
-        part = gradient_pass(saved[at], grad[at], scale[:, rows], low[:, rows], high[:, rows], mid_rise, *flags)
-        if grad_x is not None and part[0] is not None:
-            grad_x[at] = part[0]
-        for total, of_part in zip(sums, part[1:], strict=True):
-            if total is not None and of_part is not None:
-                total[:, rows] += of_part
-    return grad_x, sums[0], sums[1], sums[2]
+        part = gradient_pass(saved[at], grad[at], scale[:, rows], zero_point[:, rows], *options)
+        _assemble(whole, part, at, tensors=1)
+    return whole
+
+
+def _assemble(
+    whole: Iterable[Tensor | None], part: Iterable[Tensor | None], at: tuple[slice, slice, slice], *, tensors: int
+) -> None:
+    """Put a block's results into the whole: the first so many are tensors, the others sums a channel."""
+    for index, (all_of, of_part) in enumerate(zip(whole, part, strict=True)):
+        if all_of is None or of_part is None:
+            continue
+        if index < tensors:
+            all_of[at] = of_part
+        else:
+            all_of[:, at[1]] += of_part
 
 
 def _blocks(x: Tensor) -> list[tuple[slice, slice]]:

@@ -26,15 +26,19 @@ def extremes(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[T
     return minimum, maximum
 
 
-def moments(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> Tensor:
-    """Mean and mean square (2, C) of a batch, by counts and sums; NaN where no rank had data."""
+def sums(x: Tensor, channel_dim: int | None) -> tuple[Tensor, int]:
+    """Sums of x and of x^2 (2, C) of a batch, and how many elements each is of."""
     rows = to_rows(x, channel_dim)
     dtype = torch.promote_types(x.dtype, torch.float32)
     square = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_()
-    sums = torch.stack([rows.sum(dim=1, dtype=dtype), square])
+    return torch.stack([rows.sum(dim=1, dtype=dtype), square]), rows.shape[1]
+
+
+def moments(sums: Tensor, count: int, *, over_ranks: bool) -> Tensor:
+    """Mean and mean square (2, C) of a batch, from what `sums` gives; NaN where no rank had data."""
     if not over_ranks:
-        return sums.div_(rows.shape[1])
-    counts = torch.full_like(sums[:1], rows.shape[1])
+        return sums / count
+    counts = torch.full_like(sums[:1], count)
     sums = all_reduce_sum(torch.cat([sums, counts]))
     return sums[:2] / sums[2]
 

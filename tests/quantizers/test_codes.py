@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qsam2.quantizers import QuantizerState, build_quantizer
 from qsam2.quantizers.fake_quant import Codes, dequantize, fake_quantize
-from qsam2.quantizers.layout import dense_order, permuted, permuted_back, to_rows
+from qsam2.quantizers.layout import SHORTEST_ROW, Layout, to_rows
 from qsam2.recipe.quantizers import LSQSpec
 
 
@@ -84,9 +84,61 @@ def test_a_gradient_of_another_layout_is_read_in_the_tensors_own() -> None:
 def test_views_copy_nothing_where_there_are_no_gaps() -> None:
     x = torch.randn(2, 3, 4, 5)
     turned = x.permute(0, 2, 1, 3)
-    order = dense_order(turned)
-    assert order == [0, 2, 1, 3] and permuted(turned, order).is_contiguous()
-    assert torch.equal(permuted_back(permuted(turned, order), order), turned)
-    assert to_rows(turned, None).data_ptr() == x.data_ptr()
-    assert dense_order(x) is None and dense_order(x[..., ::2]) is None and dense_order(x[:1].expand(2, 3, 4, 5)) is None
-    assert torch.equal(to_rows(x[..., ::2], None), x[..., ::2].reshape(1, -1))
+    layout = Layout.of(turned, 1, 0)
+    assert layout.order == [0, 2, 1, 3] and layout.view == (1, 1, x.numel())
+    assert layout.flat(turned).data_ptr() == to_rows(turned, None).data_ptr() == x.data_ptr()
+    assert torch.equal(layout.back(layout.flat(turned)), turned)
+
+
+def test_a_slice_of_a_product_is_read_where_it_lies() -> None:
+    """As Hiera's queries, keys and values."""
+    qkv = torch.randn(2, 9, 3, 4, 16)
+    for part, x in enumerate(qkv.unbind(2)):
+        heads = x.transpose(1, 2)
+        layout = Layout.of(heads, 1, 0)
+        assert layout.view == (18, 1, 64)
+        assert layout.flat(heads).data_ptr() == qkv[:, :, part].data_ptr()
+        assert torch.equal(layout.back(layout.flat(heads).contiguous()), heads)
+
+
+def test_short_or_uneven_rows_are_copied() -> None:
+    x = torch.randn(4, 6, 40)
+    for odd in (x[..., ::2], x[..., : SHORTEST_ROW - 1], x[:, :5, :39], x[:1].expand(4, 6, 40), x[:, :, :1]):
+        layout = Layout.of(odd, 1, 0)
+        assert layout.view == (1, 1, odd.numel())
+        assert torch.equal(layout.back(layout.flat(odd)), odd)
+
+
+@settings(max_examples=200)
+@given(
+    sizes=st.lists(st.integers(0, 4), min_size=3, max_size=3),
+    last=st.integers(0, 80),
+    order=st.permutations(range(4)),
+    slices=st.lists(
+        st.sampled_from([slice(None), slice(0, 1), slice(1, None), slice(None, None, 2)]), min_size=4, max_size=4
+    ),
+    expand=st.booleans(),
+)
+def test_every_layout_comes_back(
+    sizes: list[int], last: int, order: list[int], slices: tuple[slice, ...], expand: bool
+) -> None:
+    x = torch.randn(*sizes, last)[slices].permute(order)
+    x = x.unsqueeze(2).expand(-1, -1, 3, -1, -1) if expand else x
+    layout = Layout.of(x, 1, 0)
+    flat = layout.flat(x)
+    assert flat.shape == layout.view and flat.numel() == x.numel()
+    assert torch.equal(layout.back(flat.contiguous()), x)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_slice_gives_what_its_copy_gives(learned: bool) -> None:
+    qkv = torch.randn(2, 7, 3, 2, 32)
+    upstream = torch.randn(2, 2, 7, 32)
+    found = []
+    for x in (qkv[:, :, 1].transpose(1, 2), qkv[:, :, 1].transpose(1, 2).contiguous()):
+        leaf, scale = x.detach().requires_grad_(), torch.tensor([0.4], requires_grad=learned)
+        out = fake_quantize(leaf, scale, torch.zeros(1), -3, 3, exact_gradient=False)
+        out.backward(upstream)
+        found.append((out, leaf.grad, scale.grad if learned else torch.zeros(1)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][2], found[1][2])

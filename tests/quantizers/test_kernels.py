@@ -15,6 +15,7 @@ from torch import Tensor
 from qsam2.quantizers import fake_quant, kernels, passes
 from qsam2.quantizers.fake_quant import EAGER, Codes, Kernels, dequantize, fake_quantize, use_kernels
 from qsam2.quantizers.kernels import choose_kernels, compiled_kernels
+from qsam2.quantizers.layout import Layout
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -135,7 +136,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, options: dict[st
     whole = run(EAGER, x, scale, **options)
     for block in (8, 60):  # more than 4 blocks; a row in several, several rows in one
         monkeypatch.setattr(passes, "BLOCK", block)
-        assert len(passes._blocks(x.view(fake_quant._flat_view(x, scale.view(-1, 1))))) > 1
+        assert len(passes._blocks(Layout.of(x, scale.numel(), 0).flat(x))) > 1
         parts = run(EAGER, x, scale, **options)
         assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
         for part, expected in zip(parts[2:], whole[2:], strict=True):
