@@ -92,15 +92,16 @@ class _FakeQuantize(torch.autograd.Function):
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.options, ctx.learned, ctx.layout = options, learned, Layout.of(x, scale.numel(), options.channel_dim)
         scale, zero_point = scale.view(1, -1, 1), zero_point.view(1, -1, 1)
+        low, high = options.qmin - zero_point, options.qmax - zero_point
         keep: Keep = "nothing"
         if not options.exact and learned:
             keep = "residual"
         elif not options.exact and not options.identity:
             keep = "mask"
         flat = ctx.layout.flat(x)
-        given = (options.qmin, options.qmax, options.mid_rise, keep, options.with_codes, options.follow is not None)
-        found = _kernels(x).quantize(flat, scale, zero_point, *given)
-        ctx.save_for_backward(x if options.exact else found.byte, scale, zero_point)
+        given = (options.mid_rise, keep, options.with_codes, options.follow is not None)
+        found = _kernels(x).quantize(flat, scale, low, high, *given)
+        ctx.save_for_backward(x if options.exact else found.byte, scale, low, high)
         if options.follow is not None and found.total is not None and found.square is not None:
             options.follow(torch.stack([found.total.view(-1), found.square.view(-1)]), x.numel() // scale.numel())
         codes = None
@@ -112,7 +113,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, scale, zero_point = ctx.saved_tensors
+        saved, scale, low, high = ctx.saved_tensors
         options, learned, layout = ctx.options, ctx.learned, ctx.layout
         needs_x = ctx.needs_input_grad[0]
         if not learned and options.identity:
@@ -123,9 +124,8 @@ class _FakeQuantize(torch.autograd.Function):
             layout.flat(saved) if options.exact else saved,
             layout.flat(grad),
             scale,
-            zero_point,
-            options.qmin,
-            options.qmax,
+            low,
+            high,
             options.mid_rise,
             options.exact,
             needs_x and not options.identity,

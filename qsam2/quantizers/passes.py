@@ -32,8 +32,11 @@ def to_levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: boo
 
 def _levels_(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
     """Rounds and clips t in place."""
-    t = t.sub_(0.5).round_().add_(0.5) if mid_rise else t.round_()
-    return _clip_(t, low, high)
+    return _clip_(_round_(t, mid_rise), low, high)
+
+
+def _round_(t: Tensor, mid_rise: bool) -> Tensor:
+    return t.sub_(0.5).round_().add_(0.5) if mid_rise else t.round_()
 
 
 def _clip_(t: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -42,15 +45,18 @@ def _clip_(t: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _clip_to_edges(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
     """A copy of t clipped to where "inside" ends."""
-    edge = 0.5 if mid_rise else 0.0
-    return torch.maximum(torch.minimum(t, high + edge), low - edge)
+    if mid_rise:
+        low, high = low - 0.5, high + 0.5
+    return torch.maximum(torch.minimum(t, high), low)
 
 
 def _split_(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Levels; level - t where inside; side: -1 below, 0 inside, 1 above. Overwrites t."""
     clipped = _clip_to_edges(t, low, high, mid_rise)
     side = t.sub_(clipped).sign_()
-    levels = _levels_(clipped.clone(), low, high, mid_rise)
+    levels = _round_(clipped.clone(), mid_rise)
+    if mid_rise:  # otherwise low and high are levels, and what lies between them is not rounded beyond
+        _clip_(levels, low, high)
     return levels, torch.sub(levels, clipped, out=clipped), side
 
 
@@ -71,16 +77,14 @@ class Quantized(NamedTuple):
 def quantize_pass(
     x: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
+    low: Tensor,
+    high: Tensor,
     mid_rise: bool,
     keep: Keep,
     with_codes: bool,
     with_sums: bool,
 ) -> Quantized:
-    """Forward kernel: x (outer, C, inner), scale and zero point (1, C, 1)."""
-    low, high = qmin - zero_point, qmax - zero_point
+    """Forward kernel: x (outer, C, inner), the other tensors (1, C, 1)."""
     total = square = None
     if with_sums:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -90,8 +94,9 @@ def quantize_pass(
     byte = None
     if keep == "residual":
         levels, residual, side = _split_(t, low, high, mid_rise)
-        byte = residual.mul_(RESIDUAL_STEPS).add_(side, alpha=2 * RESIDUAL_STEPS)
-        byte = byte.round_().clamp_(-CLIPPED, CLIPPED).to(torch.int8)
+        if mid_rise:  # a clipped level is half a step from its edge
+            residual.sub_(side.abs().mul_(residual))
+        byte = residual.mul_(RESIDUAL_STEPS).add_(side, alpha=CLIPPED).round_().to(torch.int8)
     else:
         if keep == "mask":
             clipped = _clip_to_edges(t, low, high, mid_rise)
@@ -120,9 +125,8 @@ def gradient_pass(
     saved: Tensor,
     grad: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
+    low: Tensor,
+    high: Tensor,
     mid_rise: bool,
     exact: bool,
     needs_x: bool,
@@ -130,7 +134,6 @@ def gradient_pass(
     residual_gradient: bool,
 ) -> Gradients:
     """Backward kernel: `saved` is x if `exact`, else `quantize_pass`'s byte; (outer, C, inner) like grad."""
-    low, high = qmin - zero_point, qmax - zero_point
     if exact:
         _, residual, side = _split_(saved / scale, low, high, mid_rise)
     else:
@@ -157,9 +160,8 @@ def _sum(x: Tensor) -> Tensor:
 def quantize_in_blocks(
     x: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
+    low: Tensor,
+    high: Tensor,
     mid_rise: bool,
     keep: Keep,
     with_codes: bool,
@@ -167,9 +169,9 @@ def quantize_in_blocks(
 ) -> Quantized:
     """`quantize_pass`, a block at a time."""
     x = x.contiguous()
-    blocks, options = _blocks(x), (qmin, qmax, mid_rise, keep, with_codes, with_sums)
+    blocks, options = _blocks(x), (mid_rise, keep, with_codes, with_sums)
     if len(blocks) == 1:
-        return quantize_pass(x, scale, zero_point, *options)
+        return quantize_pass(x, scale, low, high, *options)
     sums = torch.zeros_like(scale, dtype=torch.promote_types(x.dtype, torch.float32)) if with_sums else None
     whole = Quantized(
         torch.empty_like(x),
@@ -180,7 +182,8 @@ def quantize_in_blocks(
     )
     for rows, columns in blocks:
         at = (slice(None), rows, columns)
-        _assemble(whole, quantize_pass(x[at], scale[:, rows], zero_point[:, rows], *options), at, tensors=3)
+        part = quantize_pass(x[at], scale[:, rows], low[:, rows], high[:, rows], *options)
+        _assemble(whole, part, at, tensors=3)
     return whole
 
 
@@ -188,9 +191,8 @@ def gradients_in_blocks(
     saved: Tensor,
     grad: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
+    low: Tensor,
+    high: Tensor,
     mid_rise: bool,
     exact: bool,
     needs_x: bool,
@@ -199,14 +201,14 @@ def gradients_in_blocks(
 ) -> Gradients:
     """`gradient_pass`, a block at a time."""
     grad = grad.contiguous()
-    blocks, options = _blocks(grad), (qmin, qmax, mid_rise, exact, needs_x, learned, residual_gradient)
+    blocks, options = _blocks(grad), (mid_rise, exact, needs_x, learned, residual_gradient)
     if len(blocks) == 1:
-        return gradient_pass(saved, grad, scale, zero_point, *options)
+        return gradient_pass(saved, grad, scale, low, high, *options)
     sums = torch.zeros_like(scale) if learned else None
     whole = Gradients(torch.empty_like(grad) if needs_x else None, sums, None if sums is None else sums.clone())
     for rows, columns in blocks:
         at = (slice(None), rows, columns)
-        part = gradient_pass(saved[at], grad[at], scale[:, rows], zero_point[:, rows], *options)
+        part = gradient_pass(saved[at], grad[at], scale[:, rows], low[:, rows], high[:, rows], *options)
         _assemble(whole, part, at, tensors=1)
     return whole
 

@@ -164,8 +164,8 @@ def test_kernels_see_what_statistics_sum(
     for block in (2**18, 100):
         monkeypatch.setattr(passes, "BLOCK", block)
         for kernels in (EAGER, compiled):
-            found = kernels.quantize(x.view(view), one, 0 * one, -8, 7, False, "residual", False, True)
+            found = kernels.quantize(x.view(view), one, -8 * one, 7 * one, False, "residual", False, True)
             for ours, theirs in zip((found.total, found.square), expected, strict=True):
                 torch.testing.assert_close(ours.view(-1).double(), theirs, rtol=1e-5, atol=1e-3)
-    without = EAGER.quantize(x.view(view), one, 0 * one, -8, 7, False, "residual", False, False)
+    without = EAGER.quantize(x.view(view), one, -8 * one, 7 * one, False, "residual", False, False)
     assert without.total is None and without.square is None
