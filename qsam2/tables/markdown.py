@@ -115,7 +115,7 @@ def _cell(cell: dict[str, Any] | None, name: str, best: float | None) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
 def _data(name: str, scored: dict[str, Any]) -> str:
