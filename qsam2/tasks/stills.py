@@ -30,10 +30,14 @@ def image_predictor(model: SAM2) -> SAM2ImagePredictor:
 
 
 def interior_point(mask: np.ndarray) -> np.ndarray:
-    """The point of a mask, bool (H, W), that is farthest from its edge: float (1, 2), (x, y) in pixels."""
+    """The point of a mask, bool (H, W), that is farthest from its edge: float (1, 2), (x, y) in pixels.
+
+    Of several the first in reading order: squares are integers, and the last bits of OpenCV's distances differ by call.
+    """
     padded = np.pad(mask.astype(np.uint8), 1)  # the picture's border is an edge too
     distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    y, x = np.unravel_index(int(distance.argmax()), distance.shape)
+    squared = np.rint(np.square(distance, dtype=np.float64))
+    y, x = np.unravel_index(int(squared.argmax()), squared.shape)
     return np.array([[x, y]], dtype=np.float32)
 
 

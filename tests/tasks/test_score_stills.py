@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from itertools import product
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,20 @@ def test_the_point_lies_in_the_mask_and_no_pixel_lies_deeper(mask: np.ndarray) -
     }
     assert mask[int(y), int(x)]
     assert depth[int(y), int(x)] == pytest.approx(max(depth.values()), rel=1e-5)
+
+
+def test_the_last_bits_of_distances_choose_no_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenCV's differ from call to call, which of several deepest points is taken must not."""
+    mask, noise = np.zeros((60, 90), dtype=bool), np.random.default_rng(0)
+    mask[5:36, 50:81] = mask[25:56, 10:41] = True  # two squares, 16 pixels deep in their middles
+    distances = cv2.distanceTransform
+
+    def noisy(*given: Any) -> np.ndarray:
+        found = distances(*given)
+        return found * (1 + 2e-7 * noise.standard_normal(found.shape)).astype(np.float32)
+
+    monkeypatch.setattr(cv2, "distanceTransform", noisy)
+    assert {tuple(interior_point(mask)[0]) for _ in range(20)} == {(65, 20)}
 
 
 @given(masks)
