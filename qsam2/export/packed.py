@@ -193,8 +193,15 @@ def _is_grid(quantizer: Quantizer, scale: Tensor, zero_point: Tensor) -> bool:
     if own.symmetric:
         fits = zero_point == own.zero_point(scale, scale)[:1]
     else:
-        fits = (zero_point == zero_point.round()) & (zero_point >= own.qmin) & (zero_point <= own.qmax)
+        half = 0.5 if quantizer.spec.grid == "least_error" and _lie_between_codes(zero_point) else 0.0
+        whole = (zero_point - half).round() + half
+        fits = (zero_point == whole) & (zero_point >= own.qmin) & (zero_point <= own.qmax)
     return bool((scale.isfinite() & (scale > 0)).all() and fits.all())
+
+
+def _lie_between_codes(zero_points: Tensor) -> bool:
+    """Whether they lie half-way between two."""
+    return bool((zero_points - zero_points.floor() == 0.5).all())
 
 
 def _freeze_at(quantizer: Quantizer, scale: Tensor, zero_point: Tensor) -> None:
@@ -203,6 +210,7 @@ def _freeze_at(quantizer: Quantizer, scale: Tensor, zero_point: Tensor) -> None:
         "frozen_zero_point": zero_point.expand_as(scale),
         "is_calibrated": torch.tensor(1),
         "state_code": torch.tensor(QuantizerState.FROZEN.value),
+        "is_mid_rise": torch.tensor(_lie_between_codes(zero_point)),  # read where calibration chooses the grid
     }
     quantizer.load_state_dict(state, strict=False)
 

@@ -45,10 +45,13 @@ class IntegerLinear(nn.Module):
         self.dtype = dtype
         self.bias = layer.bias
         self.out_features = layer.out_features
-        self.input_scale = float(layer.input_quantizer.scale)
-        shift = -layer.input_quantizer.qmin  # of codes to unsigned ones
-        self.zero_point = int(layer.input_quantizer.zero_point) + shift
-        self.largest = layer.input_quantizer.qmax + shift
+        read = layer.input_quantizer
+        self.mid_rise = read.grid.mid_rise
+        parts = 2 if self.mid_rise else 1  # in half steps a zero point between two codes is an integer
+        self.steps_per_unit = 1 / float(read.scale)
+        self.input_scale = float(read.scale) / parts
+        self.zero_point = int(parts * (float(read.zero_point) - read.qmin))
+        self.largest = parts * (read.qmax - read.qmin)
         codes, scale = _integers(layer.weight_quantizer, layer.weight)
         self.weight = torch.ops.onednn.qlinear_prepack(codes, None)
         self.weight_scale = scale
@@ -67,8 +70,12 @@ class IntegerLinear(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """The codes of this layer's input, uint8 of x's shape."""
-        levels = x.float().mul(1 / self.input_scale).round_().add_(self.zero_point)
-        return levels.clamp_(0, self.largest).to(torch.uint8)
+        levels = x.float().mul(self.steps_per_unit)
+        if self.mid_rise:
+            levels.sub_(0.5).round_().mul_(2.0).add_(1.0)
+        else:
+            levels.round_()
+        return levels.add_(self.zero_point).clamp_(0, self.largest).to(torch.uint8)
 
     def forward(self, x: Tensor) -> Tensor:
         """See above."""
@@ -98,7 +105,7 @@ def use_integers(model: nn.Module, dtype: torch.dtype) -> int:
     """Replace the linear layers of image encoder and memory that have what it takes by `IntegerLinear`, in place.
 
     That is a weight and an input with grids of integers, the input's one for the whole tensor. Two that follow one
-    another, with nothing but a GELU or ReLU between them, hand over integers.
+    another, with nothing but a GELU or ReLU between them, hand over integers, unless the second reads a mid-rise grid.
 
     Returns:
         how many there are
@@ -128,7 +135,8 @@ def _join(owner: Any, layers: list[nn.Module], name: str) -> None:
     kind = getattr(found, "__name__", type(found).__name__).lower()
     exact = getattr(found, "approximate", "none") == "none"
     joined = [layer for layer in layers if isinstance(layer, IntegerLinear)]
-    if kind not in ("gelu", "relu") or not exact or len(joined) < len(layers):
+    rounds_to_codes = not any(layer.mid_rise for layer in joined[1:])  # all that the operator does on its way out
+    if kind not in ("gelu", "relu") or not exact or len(joined) < len(layers) or not rounds_to_codes:
         return
     for layer, reader in zip(joined, joined[1:], strict=False):
         layer.feed(reader, kind)
@@ -140,8 +148,8 @@ def _has_integers(layer: QuantLinear) -> bool:
     if weight is None or read is None:
         return False
     quantizes = all(q.state in (QuantizerState.QUANTIZE, QuantizerState.FROZEN) for q in (weight, read))
-    fits = weight.grid.symmetric and (weight.bits < 8 or not weight.grid.mid_rise)
-    return quantizes and fits and not read.per_channel and not read.grid.mid_rise
+    fits = all(quantizer.bits < 8 or not quantizer.grid.mid_rise for quantizer in (weight, read))
+    return quantizes and fits and weight.grid.symmetric and not read.per_channel
 
 
 def _integers(quantizer: Quantizer, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ from qsam2.errors import UserError
 from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize
 from qsam2.quantizers.grid import Grid
+from qsam2.quantizers.mse import least_error_grid
 from qsam2.quantizers.observers import Observer
 from qsam2.quantizers.once_a_step import forget_after_backward, outside_checkpointing
 from qsam2.quantizers.passes import to_levels
@@ -60,6 +62,8 @@ class Quantizer(nn.Module):
     frozen_zero_point: Tensor
     state_code: Tensor
     is_calibrated: Tensor
+    is_mid_rise: Tensor
+    """There where calibration chooses the grid."""
 
     def __init__(
         self, spec: QuantizerSpec, role: Role, *, num_channels: int = 1, channel_dim: int = 0, name: str = ""
@@ -80,6 +84,8 @@ class Quantizer(nn.Module):
         self.register_buffer("is_calibrated", torch.tensor(0, dtype=torch.uint8))
         self.register_buffer("frozen_scale", torch.ones(self.num_channels))
         self.register_buffer("frozen_zero_point", torch.zeros(self.num_channels))
+        if spec.grid == "least_error":
+            self.register_buffer("is_mid_rise", torch.tensor(0, dtype=torch.uint8))
 
     # What a method implements
 
@@ -127,7 +133,7 @@ class Quantizer(nn.Module):
 
     @property
     def zero_point(self) -> Tensor:
-        """Zero point (C,), float and integer-valued, or -0.5 on a mid-rise grid; detached."""
+        """Zero point (C,), float and integer-valued, or on a mid-rise grid half-way between integers; detached."""
         return self._current()[1].detach()
 
     def _current(self) -> tuple[Tensor, Tensor]:
@@ -219,6 +225,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _start_quantizing(self, seen: Distribution) -> None:
+        if self.spec.grid == "least_error":
+            self.is_mid_rise.fill_(least_error_grid(seen, self.grid).mid_rise)
+            self._read_grid()
         self._initialize(seen)
         self._calibrated = True
         self.is_calibrated.fill_(1)
@@ -328,8 +337,13 @@ class Quantizer(nn.Module):
         # The buffers are what is saved; reading them on each forward would wait for the GPU.
         self._state = QuantizerState(int(self.state_code))
         self._calibrated = bool(self.is_calibrated)
+        self._read_grid()
         observing = self._state is QuantizerState.OBSERVE
         self._observer = Observer(self.num_channels, self._observed_dim) if observing else None
+
+    def _read_grid(self) -> None:
+        if self.spec.grid == "least_error":
+            self.grid = replace(self.grid, mid_rise=bool(self.is_mid_rise))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._shared = None
@@ -339,7 +353,7 @@ class Quantizer(nn.Module):
         return {**self.__dict__, "_shared": None}
 
     def extra_repr(self) -> str:
-        kind = "mid-rise" if self.grid.mid_rise else "symmetric" if self.grid.symmetric else "affine"
+        kind = ("symmetric" if self.grid.symmetric else "affine") + (" mid-rise" if self.grid.mid_rise else "")
         return f"{self.role}, {self.bits} bits, {kind}, per {self.spec.granularity}, {self._state.name}"
 
 

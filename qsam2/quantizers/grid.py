@@ -30,7 +30,8 @@ class Grid:
     """Codes qmin..qmax (int); a code q stands for the value scale * (q - zero_point).
 
     Symmetric mid-tread: -2^(b-1)..2^(b-1)-1, zero point 0. Symmetric mid-rise: the same codes, zero point -0.5, so that
-    values are odd multiples of scale/2. Affine: 0..2^b-1, integer zero point among the codes.
+    values are odd multiples of scale/2. Affine: 0..2^b-1, integer zero point among the codes; mid-rise (ours): zero
+    point half-way between two codes, values again odd multiples of scale/2.
     """
 
     bits: int
@@ -61,21 +62,26 @@ class Grid:
         """Scale and zero point, float (C,), that cover [lower, upper] (C,); differentiable in both.
 
         Symmetric: the larger of |lower|, |upper| falls on qmax (mid-rise: on the outer edge of the last cell).
-        Affine: the range is widened to hold zero, as integer runtimes need, and the zero point is rounded (STE).
+        Affine: the range is widened to hold zero, as integer runtimes need, and the zero point is rounded (STE);
+        mid-rise: its ends, too, fall on the outer edges of the outer cells.
         """
         if self.symmetric:
             scale = self.clamp_scale(torch.maximum(-lower, upper) / (self.qmax + 1 if self.mid_rise else self.qmax))
         else:
             lower, upper = lower.clamp(max=0.0), upper.clamp(min=0.0)
-            scale = self.clamp_scale((upper - lower) / self.qmax)
+            scale = self.clamp_scale((upper - lower) / (self.qmax + 1 if self.mid_rise else self.qmax))
         return scale, self.zero_point(lower, scale)
 
     def zero_point(self, lower: Tensor, scale: Tensor) -> Tensor:
-        """Zero point (C,); affine: the code that stands for zero when `lower` falls on qmin, rounded, clipped (STE)."""
+        """Zero point (C,); affine: the code that stands for zero when `lower` falls on qmin, rounded, clipped (STE).
+
+        Mid-rise: what lies between two codes, when `lower` falls on the outer edge of qmin's cell.
+        """
         if self.symmetric:
             return torch.full_like(scale, -0.5 if self.mid_rise else 0.0, requires_grad=False)
         # finite: a learned bound may be far off the grid
-        return round_through((-lower / scale).clamp(-FARTHEST, FARTHEST), self.qmin, self.qmax)
+        zero = (-lower / scale).clamp(-FARTHEST, FARTHEST)
+        return round_through(zero, 1, self.qmax) - 0.5 if self.mid_rise else round_through(zero, self.qmin, self.qmax)
 
     @staticmethod
     def clamp_scale(scale: Tensor) -> Tensor:

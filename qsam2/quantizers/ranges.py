@@ -7,7 +7,7 @@ from torch import Tensor
 from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.entropy import least_divergence_ratio
 from qsam2.quantizers.grid import Grid
-from qsam2.quantizers.mse import best_clip_ratio
+from qsam2.quantizers.mse import best_bounds
 from qsam2.quantizers.percentile import percentile_bounds
 from qsam2.recipe.quantizers import RangedSpec
 
@@ -19,8 +19,9 @@ def initial_bounds(seen: Distribution, spec: RangedSpec, grid: Grid) -> tuple[Te
         return lower, upper
     if spec.range == "percentile":
         return percentile_bounds(seen, spec.percentile, grid.symmetric)
-    if spec.range not in ("mse", "entropy"):
+    if spec.range == "mse":
+        return best_bounds(seen, grid)
+    if spec.range != "entropy":
         raise ValueError(f"range={spec.range} gives no bounds")
-    search = best_clip_ratio if spec.range == "mse" else least_divergence_ratio
-    ratio = search(seen, grid, lambda ratio: (lower * ratio, upper * ratio))
+    ratio = least_divergence_ratio(seen, grid, lambda ratio: (lower * ratio, upper * ratio))
     return lower * ratio, upper * ratio

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsam2.errors import UserError
 from qsam2.export.onnx.graphs import Graph
 from qsam2.export.onnx.grids import use_onnx_grids
 from qsam2.export.onnx.write import OPSET, graph_bytes
@@ -20,7 +19,11 @@ from qsam2.recipe.quantizers import MinMaxSpec
 
 pytestmark = pytest.mark.timeout(1800)  # the exporter is slow on a busy machine
 BITS = range(2, 9)
-ACTIVATIONS = [{"bits": bits, "symmetric": symmetric} for bits in BITS for symmetric in (True, False)]
+ACTIVATIONS = [
+    *({"bits": bits, "symmetric": symmetric} for bits in BITS for symmetric in (True, False)),
+    *({"bits": bits, "grid": "mid_rise"} for bits in BITS),
+    *({"bits": bits, "grid": "least_error"} for bits in BITS),
+]
 WEIGHTS = [
     *({"bits": bits, "symmetric": symmetric, "grid": "mid_tread"} for bits in BITS for symmetric in (True, False)),
     *({"bits": bits, "grid": "mid_rise"} for bits in BITS),
@@ -109,11 +112,3 @@ def test_the_opset_is_stated_and_no_path_of_this_machine(exported):
     _, model, _, _ = exported
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", OPSET)]
     assert b".py" not in model.SerializeToString()
-
-
-def test_a_mid_rise_activation_is_refused():
-    layer = QuantLinear.from_float(nn.Linear(3, 3))
-    spec = MinMaxSpec(bits=4, grid="mid_rise")
-    layer.input_quantizer = frozen(build_quantizer(spec, "activation", name="head.input_quantizer"), torch.randn(9))
-    with pytest.raises(UserError, match="head.input_quantizer: ONNX has no mid-rise grid .* or give --format packed"):
-        use_onnx_grids(nn.Sequential(layer))

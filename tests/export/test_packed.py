@@ -29,7 +29,7 @@ from qsam2.export.packed import (
     unpack_bits,
 )
 from qsam2.layers.audit import audit
-from qsam2.layers.convert import convert
+from qsam2.layers.convert import convert, quantizers
 from qsam2.layers.finalize import finalize
 from qsam2.models import build_sam2
 from qsam2.quantizers import QuantizerState
@@ -88,6 +88,33 @@ def test_all_grids_and_dtypes_survive(tmp_path, changes, dtype):
     load_packed(tmp_path / "model.safetensors", loaded)
     assert_equal(loaded, model)
     assert torch.equal(loaded(x), model(x))
+
+
+def test_zero_points_between_codes_survive_where_calibration_chose_the_grid(tmp_path):
+    torch.manual_seed(0)
+    values, x = recipe(2, "lsc"), torch.randn(2, 3, 6, 6)
+    model = finalized(Small(), values)
+    path = tmp_path / "model.safetensors"
+    save_packed(path, model, values)
+    chosen = [quantizer.grid.mid_rise for _, quantizer in quantizers(model) if quantizer.spec.grid == "least_error"]
+    assert any(chosen), "no zero point lies between codes"
+    loaded = Small().eval()
+    load_packed(path, loaded)
+    assert_equal(loaded, model)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("method", "zero_point"), [("lsc", 0.25), ("lsc", 3.5), ("lsc", -0.5), ("minmax", 0.5), ("minmax", 4.0)]
+)
+def test_zero_points_that_none_can_have_are_refused(tmp_path, method, zero_point):
+    values = recipe(2, method)
+    model = finalized(Small(), values)
+    activations = [each for _, each in quantizers(model) if each.role == "activation" and each.bits == 2]
+    activations[0].frozen_zero_point.fill_(zero_point)
+    save_packed(tmp_path / "model.safetensors", model, values)
+    with pytest.raises(UserError, match="has a scale or zero point that none can have"):
+        load_packed(tmp_path / "model.safetensors", Small())
 
 
 @pytest.mark.parametrize("part", ["weights", "activations"])

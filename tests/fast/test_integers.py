@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sam2.modeling.sam2_utils import MLP
 from small_predictors import random_nano
@@ -63,23 +63,25 @@ def mlp(activation: type[nn.Module] = nn.GELU, **options: Any) -> MLP:
 @given(
     weight_bits=st.integers(2, 8),
     input_bits=st.integers(2, 8),
-    symmetric=st.booleans(),
+    input_grid=st.sampled_from([(True, "mid_tread"), (True, "mid_rise"), (False, "mid_tread"), (False, "least_error")]),
     granularity=st.sampled_from(["tensor", "channel"]),
     shape=st.lists(st.integers(1, 5), min_size=0, max_size=3),
     features=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     seed=st.integers(0, 10**6),
 )
 def test_a_layer_gives_what_fake_quantization_gives(
-    weight_bits: int, input_bits: int, symmetric: bool, granularity: str, shape: list[int],
+    weight_bits: int, input_bits: int, input_grid: tuple[bool, str], granularity: str, shape: list[int],
     features: tuple[int, int], seed: int,
 ) -> None:  # fmt: skip
+    symmetric, grid = input_grid
+    assume(input_bits < 8 or grid == "mid_tread")
     torch.manual_seed(seed)
     x = torch.randn(*shape, features[0]) * 3 + 1
     part = quantized(
         nn.Linear(*features),
         x,
         {"bits": weight_bits, "granularity": granularity},
-        {"bits": input_bits, "symmetric": symmetric, "grid": "mid_tread"},
+        {"bits": input_bits, "symmetric": symmetric, "grid": grid},
     )
     fast = in_integers(part)
     assert type(fast.inside) is IntegerLinear
@@ -119,6 +121,16 @@ def test_two_layers_hand_over_integers(bits: int, activation: type[nn.Module]) -
 
 
 @needs_vnni
+def test_a_zero_point_between_codes_is_handed_on_in_floats() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 50, 24)
+    part = quantized(mlp(nn.GELU), x, {"bits": 8}, {"bits": 2, "symmetric": True, "grid": "mid_rise"})
+    fast = in_integers(part)
+    assert all(type(layer) is IntegerLinear and not layer.reader for layer in fast.inside.layers)
+    torch.testing.assert_close(fast(x), part(x), rtol=1e-3, atol=1e-3)
+
+
+@needs_vnni
 def test_an_output_in_bfloat16() -> None:
     x = torch.randn(8, 24)
     part = quantized(nn.Linear(24, 16), x, {"bits": 8}, {"bits": 8})
@@ -132,7 +144,7 @@ def test_layers_without_integers_stay_as_they_are() -> None:
     x = torch.randn(8, 24)
     usual = {"bits": 4}
     for weights, activations in (
-        (usual, {"bits": 4, "symmetric": True, "grid": "mid_rise"}),
+        (usual, {"bits": 8, "symmetric": True, "grid": "mid_rise"}),
         ({"bits": 8, "symmetric": True, "grid": "mid_rise"}, usual),
         ({"bits": 4, "symmetric": False, "grid": "mid_tread"}, usual),
     ):

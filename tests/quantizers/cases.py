@@ -59,9 +59,11 @@ def specs(draw: st.DrawFn, method: str) -> tuple[QuantizerSpec, Role]:
         values["range"] = draw(st.sampled_from(CHEAP_RANGES + SEARCHED + own))
         values["percentile"] = draw(st.sampled_from([75.0, 90.0, 99.9]))
     if method not in (*MID_RISE, "lsq_plus", "seq"):
-        kind = draw(st.sampled_from(["affine", "mid_tread", "mid_rise"]))
-        values["symmetric"] = kind != "affine"
-        values["grid"] = "mid_rise" if kind == "mid_rise" else "mid_tread"
+        kind = draw(st.sampled_from(["affine", "mid_tread", "mid_rise", *(["least_error"] * (role == "activation"))]))
+        values["symmetric"] = kind in ("mid_tread", "mid_rise")
+        values["grid"] = "mid_tread" if kind == "affine" else kind
+    elif method == "lsq_plus" and role == "activation":
+        values["grid"] = draw(st.sampled_from(["auto", "least_error"]))
     return spec_type(**values), role
 
 

@@ -50,8 +50,21 @@ class Levels:
             scale = np.maximum(np.maximum(-lower, upper) / parts, 1e-12)
             return scale, np.full_like(scale, -0.5 * self.mid_rise)
         lower, upper = np.minimum(lower, 0.0), np.maximum(upper, 0.0)
-        scale = np.maximum((upper - lower) / (2**self.bits - 1), 1e-12)
-        return scale, np.clip(-lower / scale, self.first, self.last)
+        scale = np.maximum((upper - lower) / self.cells, 1e-12)
+        return scale, self.zero(lower, scale)
+
+    @property
+    def cells(self) -> int:
+        """Steps from bound to bound of an affine grid."""
+        return 2**self.bits - (not self.mid_rise)
+
+    def zero(self, lower: Array, scale: Array) -> Array:
+        """Zero point of an affine grid, not rounded."""
+        return np.clip(-lower / scale, self.first + self.mid_rise, self.last) - 0.5 * self.mid_rise
+
+    def rounded(self, zero_point: Array) -> Array:
+        half = 0.5 * self.mid_rise
+        return np.round(zero_point + half) - half
 
 
 def quantize(rows: Array, scale: Array, zero_point: Array, levels: Levels) -> Array:
@@ -79,7 +92,7 @@ def percentile(values: Array, percent: float, symmetric: bool) -> tuple[Array, A
 
 def clipping_error(values: Array, scale: Array, zero_point: Array, levels: Levels) -> Array:
     """Sum of |Q(x) - x|^2.4; the zero point comes not rounded."""
-    zero_point = zero_point if levels.symmetric else np.round(zero_point)
+    zero_point = levels.rounded(zero_point)
     return (np.abs(quantize(values, scale, zero_point, levels) - values) ** 2.4).sum(axis=1)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +140,60 @@ def test_coarse_to_fine_finds_what_all_hundred_ratios_give(
     error, least = (mse.clipping_error(seen, grid, *bounds(ratio)) for ratio in (fast, exhaustive))
     assert (fast == exhaustive).float().mean() >= 0.9
     assert (error <= 1.02 * least).all() and error.mean() <= 1.001 * least.mean()
+
+
+def snr(x: Tensor, grid: Grid, bounds: tuple[Tensor, Tensor]) -> float:
+    """In decibels, of one tensor, in NumPy from the definition."""
+    values, (lower, upper) = x.double().numpy(), (bound.item() for bound in bounds)
+    step = (upper - lower) / (2**grid.bits - (not grid.mid_rise))
+    zero = max(round(-lower / step), int(grid.mid_rise)) - 0.5 * grid.mid_rise
+    codes = np.clip(np.round(values / step + zero), 0, 2**grid.bits - 1)
+    return float(10 * np.log10((values**2).sum() / (((codes - zero) * step - values) ** 2).sum()))
+
+
+def after_gelu(x: Tensor) -> Tensor:
+    """Down to -0.17, up to 3."""
+    return torch.nn.functional.gelu(0.7 * x - 0.3)
+
+
+@pytest.mark.parametrize(
+    ("make", "bits", "mid_rise", "at_least", "gain"),
+    [
+        (lambda x: x, 2, True, 9.0, 0.7),  # a normal distribution's best four levels, at equal steps, give 9.25 dB
+        (torch.relu, 2, False, 9.0, 0.0),
+        (after_gelu, 2, True, 8.5, 1.5),
+        (after_gelu, 3, True, 14.0, 5.0),
+    ],
+)
+def test_the_grid_of_least_error(make: Any, bits: int, mid_rise: bool, at_least: float, gain: float) -> None:
+    torch.manual_seed(0)
+    x = make(torch.randn(100_000))
+    seen, affine = observe(x), Grid(bits, symmetric=False, mid_rise=False)
+    grid = mse.least_error_grid(seen, affine)
+    assert grid == replace(affine, mid_rise=mid_rise)
+    found = snr(x, grid, mse.best_bounds(seen, grid))
+    ratio = best_clip_ratio(seen, affine, lambda ratio: (seen.minimum * ratio, seen.maximum * ratio))
+    before = snr(x, affine, (seen.minimum * ratio, seen.maximum * ratio))
+    assert found >= at_least and found >= before + gain
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_bounds_of_their_own_a_channel(bits: int) -> None:
+    torch.manual_seed(0)
+    x = torch.stack([after_gelu(torch.randn(4000)), torch.randn(4000), torch.relu(torch.randn(4000))])
+    grid = Grid(bits, symmetric=False, mid_rise=False)
+    together = mse.best_bounds(Distribution.of(x, 0), grid)
+    for channel in range(3):
+        one = mse.best_bounds(Distribution.of(x[channel], None), grid)
+        assert [bound[channel] for bound in together] == [bound[0] for bound in one]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_of_more_bits_one_ratio_is_that_of_both_bounds(symmetric: bool) -> None:
+    torch.manual_seed(0)
+    seen = observe(after_gelu(torch.randn(4000)))
+    lower, upper = mse.best_bounds(seen, Grid(4, symmetric=symmetric, mid_rise=False))
+    torch.testing.assert_close(lower / seen.minimum, upper / seen.maximum)
 
 
 def test_mse_is_found_a_channel() -> None:

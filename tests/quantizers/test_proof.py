@@ -40,7 +40,7 @@ def expected_grid(case: Case) -> tuple[Array, Array]:
         if case.levels.symmetric:
             return scale, np.full_like(scale, -0.5 * case.levels.mid_rise)
         beta = case.learned["offset"] * (2**case.levels.bits - 1) * first_grid(case)[0]
-        return scale, np.clip(-beta / scale, case.levels.first, case.levels.last)
+        return scale, case.levels.zero(beta, scale)
     if case.method == "pact":
         clips = np.exp(case.learned["log_clips"])
         return case.levels.cover(-clips[0], clips[-1])
@@ -101,7 +101,24 @@ def first_bounds(case: Case) -> tuple[Array, Array, Array, Array]:
     if spec.range == "percentile":
         return *reference.percentile(values, spec.percentile, case.levels.symmetric), low, high
     ratio = searched_ratio(case, values, low, high)
+    if spec.range == "mse" and not case.levels.symmetric and case.levels.bits <= 3:
+        return *own_ratios(case, values, low, high, ratio), low, high
     return low * ratio, high * ratio, low, high
+
+
+def own_ratios(case: Case, values: Array, low: Array, high: Array, ratio: Array) -> tuple[Array, Array]:
+    """The bounds (C,), hundredths of `low` and `high`, nearest to what was found, if better than one `ratio` (C,)."""
+    lower, upper = RATIOS[:, None, None] * low, RATIOS[:, None] * high  # (100, 1, C), (100, C)
+    scale, zero_point = case.levels.cover(lower, upper)
+    other_zero = np.abs(zero_point - case.found[1]) > 0.5 + 1e-3
+    pair = (np.abs(np.log(scale / case.found[0])) + 10.0 * other_zero).reshape(-1, len(low)).argmin(axis=0)
+    bounds = low * RATIOS[pair // 100], high * RATIOS[pair % 100]
+    own, one = (
+        reference.clipping_error(values, *case.levels.cover(*each), case.levels)
+        for each in (bounds, (low * ratio, high * ratio))
+    )
+    assert (own <= one * (1 + 1e-3) + 1e-12).all()
+    return bounds
 
 
 def searched_ratio(case: Case, values: Array, low: Array, high: Array) -> Array:
@@ -137,7 +154,7 @@ def first_grid(case: Case) -> tuple[Array, Array]:
         scale = 2 * np.abs(rows).mean(axis=1) / np.sqrt(case.levels.largest)
         lower = rows.min(axis=1)
         symmetric = np.full_like(scale, -0.5 * case.levels.mid_rise)
-        return scale, symmetric if case.levels.symmetric else np.clip(-lower / scale, 0, 2**bits - 1)
+        return scale, symmetric if case.levels.symmetric else case.levels.zero(lower, scale)
     if spec.range == "three_sigma":
         lower, upper = rows.mean(axis=1) - 3 * rows.std(axis=1), rows.mean(axis=1) + 3 * rows.std(axis=1)
         if case.quantizer.role == "weight":
@@ -159,8 +176,8 @@ def assert_grid(case: Case, found: tuple[Array, Array], expected: tuple[Array, A
     assert (np.abs(found[0] / expected[0] - 1) <= tolerance).all()
     if case.levels.symmetric:
         np.testing.assert_array_equal(found[1], expected[1])
-    else:  # an integer, and the nearest one
-        np.testing.assert_array_equal(found[1], np.round(found[1]))
+    else:  # an integer or between two, and the nearest one
+        np.testing.assert_array_equal(found[1], case.levels.rounded(found[1]))
         assert (np.abs(found[1] - expected[1]) <= 0.5 + 1e-2).all()
 
 
@@ -214,7 +231,7 @@ def on_exact_residuals(case: Case, seed: int) -> Tensor:
 
 def expected_learned(case: Case, of: reference.Gradients, scale: Array, zero_point: Array) -> dict[str, Array]:
     """Gradients of the learned parameters from those of scale and zero point, by the chain rule."""
-    n = 2**case.levels.bits - 1
+    n = case.levels.cells
     if case.method in ("lsq", "seq"):
         return {"log_scale": of.scale * scale}
     if case.method == "lsq_plus":

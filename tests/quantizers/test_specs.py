@@ -43,6 +43,28 @@ def test_mid_rise_needs_symmetric() -> None:
         LSQSpec(bits=2, grid="mid_rise", symmetric=False)
 
 
+def test_the_grid_of_least_error_is_for_affine_activations() -> None:
+    with pytest.raises(ValidationError, match="grid=least_error places the zero point: use it with symmetric=false"):
+        LSQSpec(bits=2, grid="least_error", symmetric=True)
+    assert error_of(weights={"method": "lsq", "bits": 2, "grid": "least_error"}) == (
+        "quantize.weights: grid=least_error is for activations only: give weights auto, mid_tread or mid_rise"
+    )
+    assert LSQSpec(bits=2, grid="least_error").for_role("activation").symmetric is False
+
+
+@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_which_methods_have_the_grid_of_least_error_by_themselves(method: str, bits: int) -> None:
+    spec_type = methods()[method]
+    if "activation" not in spec_type.roles:
+        pytest.skip("a method for weights")
+    spec = spec_type(method=method, bits=bits)
+    assert (spec.for_role("activation").grid == "least_error") == (method in ("lsc", "mse") and bits <= 3)
+    if method != "lsq_plus":
+        symmetric = spec_type(method=method, bits=bits, symmetric=True)
+        assert symmetric.for_role("activation").grid == "mid_tread"
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -4,10 +4,10 @@ Quantizers of a finalized model are replaced by modules that call two operations
 translates: nothing is measured or rounded again. Activations of 2-8 bits, weights of 2-8 bits. ONNX has integers of 4
 and 8 bits (opset 21); what lies between is expressed exactly:
   activation of 2, 3, 5, 6, 7 bits   clipped to the outer levels of our grid, then the next wider integer
+  activation on a mid-rise grid      Div, Round, Clip and Mul: no integer type has a zero point between two codes
   weight of 2, 3, 5, 6, 7 bits       the next wider integer
   weight on a mid-rise grid          scale * (code + 1/2) = scale/2 * (2 code + 1): 4-bit integers to 3 bits, 8-bit
                                      ones to 7, 16-bit ones at 8
-Activations on a mid-rise grid are refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam2.errors import UserError
 from qsam2.layers.convert import quantized_weights, quantizers
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer
@@ -55,20 +54,18 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Ten
 
 
 class ActivationGrid(nn.Module):
-    """Stands in for the quantizer of an activation. Raises UserError where ONNX has no such grid."""
+    """Stands in for the quantizer of an activation."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
-        if quantizer.grid.mid_rise:
-            raise UserError(
-                f"{quantizer.name}: ONNX has no mid-rise grid for activations; "
-                "use grid=mid_tread or auto for them, or give --format packed"
-            )
-        self.scale, self.zero_point = quantizer.scale.item(), int(quantizer.zero_point.item())
-        self.qmin, self.qmax = quantizer.qmin, quantizer.qmax
+        self.scale, self.zero_point = quantizer.scale.item(), quantizer.zero_point.item()
+        self.qmin, self.qmax, self.mid_rise = quantizer.qmin, quantizer.qmax, quantizer.grid.mid_rise
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.qsam2.quantize_dequantize(x, self.scale, self.zero_point, self.qmin, self.qmax)
+        if self.mid_rise:
+            levels = (x / self.scale - 0.5).round() + 0.5
+            return levels.clamp(self.qmin - self.zero_point, self.qmax - self.zero_point) * self.scale
+        return torch.ops.qsam2.quantize_dequantize(x, self.scale, int(self.zero_point), self.qmin, self.qmax)
 
 
 class WeightCodes(nn.Module):
@@ -99,7 +96,7 @@ class WeightCodes(nn.Module):
 
 @torch.no_grad()
 def use_onnx_grids(model: nn.Module) -> None:
-    """Replace the quantizers of a finalized model, in place. Raises UserError where ONNX lacks a grid."""
+    """Replace the quantizers of a finalized model, in place."""
     weights = {id(quantizer): layer for _, layer, quantizer in quantized_weights(model)}
     for name, quantizer in list(quantizers(model)):
         layer = weights.get(id(quantizer))
