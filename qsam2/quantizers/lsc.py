@@ -7,7 +7,8 @@ only. log alpha is learned, one a side, of a tensor or channel; its gradient com
 PACT, times 1/sqrt(N Qp). The alphas start at the calibrated range: that of least error (`range=mse`), minmax or
 percentile.
 One factor a side is ours, too: what comes out of a GELU reaches far above its mean and hardly below it, and bounds at
-equal distances leave 6 of the 16 codes of 4 bits unused there. And sigma is followed as that of all batches together,
+equal distances leave 6 of the 16 codes of 4 bits unused there. Of 2 and 3 bits, zero of an activation may lie half-way
+between two codes (`grid=least_error`). And sigma is followed as that of all batches together,
 as calibration sees it: where one call differs from the next the mean of their own deviations is smaller (nano: 0.44 of
 it for mask prompts, 0.75 to 0.95 in the mask decoder's heads), and training would clip what calibration had kept.
 """
