@@ -177,6 +177,25 @@ def test_the_grid_of_least_error(make: Any, bits: int, mid_rise: bool, at_least:
     assert found >= at_least and found >= before + gain
 
 
+def test_bounds_of_their_own_where_zero_has_a_code() -> None:
+    torch.manual_seed(0)
+    x = after_gelu(torch.randn(100_000))
+    seen, grid = observe(x), Grid(3, symmetric=False, mid_rise=False)
+    ratio = best_clip_ratio(seen, grid, lambda ratio: (seen.minimum * ratio, seen.maximum * ratio))
+    one = snr(x, grid, (seen.minimum * ratio, seen.maximum * ratio))
+    assert snr(x, grid, mse.best_bounds(seen, grid)) >= one + 4.0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_zero_lies_between_two_codes_of_an_affine_mid_rise_grid(bits: int) -> None:
+    grid = Grid(bits, symmetric=False, mid_rise=True)
+    bounds = torch.tensor([0.0, -1.0, -1.0, -3.0]), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    scale, zero_point = grid.from_bounds(*bounds)
+    torch.testing.assert_close(scale * 2**bits, torch.tensor([1.0, 1.0, 2.0, 4.0]))
+    codes = 2**bits
+    assert zero_point.tolist() == [0.5, codes - 1.5, codes / 2 - 0.5, codes * 3 / 4 - 0.5]
+
+
 @pytest.mark.parametrize("bits", [2, 3])
 def test_bounds_of_their_own_a_channel(bits: int) -> None:
     torch.manual_seed(0)
