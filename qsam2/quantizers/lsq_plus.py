@@ -6,7 +6,7 @@ Activations: x^ = s * clip([(x - beta)/s]; 0, 2^b - 1) + beta (eq. 2 and 3), bot
 Ours: the offset enters as the zero point [-beta/s], clipped to the codes and straight through, so that zero is exact
 and integer runtimes can follow; d x^/d beta is then 1 where clipped, as in the paper, and d x^/d s differs from it by
 what the zero point is rounded. log s is learned, and beta in units of the first range, so that one learning rate suits
-activations of all sizes. The first error is |.|^2.4, searched over one clip ratio of both ends.
+activations of all sizes. The first error is |.|^2.4, searched as `mse` says.
 """
 
 from __future__ import annotations
