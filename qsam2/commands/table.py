@@ -19,9 +19,9 @@ EPILOG = """examples:
 
 Each run is a process of its own, with its log in its folder. The same command goes on where it was stopped: finished
 runs are not repeated, one that was cut off resumes, a failed one is marked in the table and tried again. --write puts
-the table between <!-- table:NAME --> and <!-- /table:NAME -->, its figures into docs/tables/NAME.json beside. --keep
-takes cells over from such a file, where the runs' folders are gone or on another machine: those whose recipes, seeds,
-data and checkpoints are still the table's."""
+the table between <!-- table:NAME --> and <!-- /table:NAME -->, its figures into docs/tables/NAME.json beside it, or
+tables/NAME.json where it lies in docs/ itself. --keep takes cells over from such a file, where the runs' folders are
+gone or on another machine: those whose recipes, seeds, data and checkpoints are still the table's."""
 
 
 def add_table(commands: Commands) -> None:
@@ -80,7 +80,7 @@ def _table(given: argparse.Namespace) -> None:
         command = ["table", str(given.table), "--output", str(output), *given.overrides]
         run_table(table, to_run, command=command, jobs=given.jobs)
     jobs = ["--jobs", str(given.jobs)] if given.jobs > 1 else []
-    write = ["--write", given.write.name] if given.write else []
+    write = ["--write", os.path.relpath(given.write)] if given.write else []
     results = collect(table, runs, shlex.join(["qsam2", "table", name, *jobs, *write, *given.overrides]), earlier)
     text = render(results)
     from qsam2.run_folder import write_text
@@ -88,6 +88,8 @@ def _table(given: argparse.Namespace) -> None:
     write_text(output / "table.json", json.dumps(results, indent=1))
     write_text(output / "table.md", text)
     if given.write:
-        write_text(given.write.parent / "docs" / "tables" / f"{table.name}.json", json.dumps(results, indent=1) + "\n")
+        beside = given.write.absolute().parent
+        docs = beside if beside.name == "docs" else beside / "docs"
+        write_text(docs / "tables" / f"{table.name}.json", json.dumps(results, indent=1) + "\n")
         insert(given.write, table.name, text)
     print(text)

@@ -45,7 +45,7 @@ def test_tables_that_come_with_qsam2_fit_the_recipe(path: Path, tmp_path: Path) 
         assert {getattr(run, axis) for run in runs} == set(table.axis(axis)), f"a {axis} that no run has"
     assert {run.recipe.model.size for run in runs} >= {"nano", "nano_heavy"}, "every table shows both"
     assert {run.recipe.evaluate.float_cache for run in runs} == {tmp_path / "float"}
-    assert all((run.recipe.train is not None) == (path.stem == "qat") for run in runs)
+    assert all((run.recipe.train is not None) == (path.stem in ("qat", "lsc")) for run in runs)
 
 
 def test_runs_are_combinations_in_order_each_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -227,15 +228,38 @@ def test_render_writes_what_is_finished_into_a_document(
     assert capsys.readouterr().out.splitlines()[-1] == "4 runs, 4 to come: about 4 min with --jobs 1"
 
 
+def test_a_document_in_docs_has_its_figures_beside_it(
+    table: tuple[TableDefinition, list[TableRun]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = folder / "docs" / "small.md"
+    document.parent.mkdir(exist_ok=True)
+    document.write_text("<!-- table:small -->\n<!-- /table:small -->\n")
+    for inside in (folder, document.parent):
+        monkeypatch.chdir(inside)
+        shown = os.path.relpath(document)
+        given = ["table", os.path.relpath(write(folder)), "--output", str(folder / "out"), "--render", "--write", shown]
+        assert main(given) == 0
+        assert f"small.yaml --write {shown}\n" in extract(document, "small")
+        kept = (folder / "docs" / "tables" / "small.json").read_text()
+        assert extract(document, "small") == render(json.loads(kept))
+    assert not (folder / "docs" / "docs").exists()
+
+
+SHOWN = {
+    line.split(":")[1].split()[0]: document
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    for line in document.read_text().splitlines()
+    if line.startswith("<!-- table:")
+}
+"""The document of each table that is shown."""
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "tables").glob("*.json")), ids=lambda file: file.stem)
-def test_the_readme_shows_the_results_that_are_kept(file: Path) -> None:
-    shown = extract(ROOT / "README.md", file.stem)
+def test_documents_show_the_results_that_are_kept(file: Path) -> None:
+    shown = extract(SHOWN[file.stem], file.stem)
     assert shown == render(json.loads(file.read_text()))
     assert "|  |" not in shown  # empty cells, also side by side
 
 
-def test_every_table_of_the_readme_has_its_results() -> None:
-    names = [
-        line.split(":")[1].split()[0] for line in (ROOT / "README.md").read_text().splitlines() if "<!-- table:" in line
-    ]
-    assert sorted(names) == sorted(file.stem for file in (ROOT / "docs" / "tables").glob("*.json"))
+def test_every_table_that_is_shown_has_its_results() -> None:
+    assert sorted(SHOWN) == sorted(file.stem for file in (ROOT / "docs" / "tables").glob("*.json"))
