@@ -45,9 +45,7 @@ def expected_grid(case: Case) -> tuple[Array, Array]:
         clips = np.exp(case.learned["log_clips"])
         return case.levels.cover(-clips[0], clips[-1])
     if case.method == "lsc":
-        center, std = lsc_statistics(case)
-        reach = np.exp(case.learned["log_alpha"]) * std
-        return case.levels.cover(center - reach[0], center + reach[-1])
+        return lsc_scale(case, np.exp(case.learned["log_alpha"])), case.found[1]
     if case.method == "minmax" and case.quantizer.role == "weight":
         # the kept fraction of each end is that of the first weight, the ends are those of this one
         lower, upper, low, high = first_bounds(case)
@@ -74,20 +72,21 @@ def weight_statistics(case: Case) -> tuple[Array, Array]:
 
 
 def first_lsc_grid(case: Case) -> tuple[Array, Array]:
-    """Each alpha reaches its bound, but is at least 1e-3; on a symmetric grid the larger one."""
-    center, std = lsc_statistics(case)
+    """That of the first bounds, but alpha is at least 1e-3."""
     lower, upper, _, _ = first_bounds(case)
-    below, above = (np.maximum(reach / std, 1e-3) for reach in (center - lower, upper - center))
-    if case.levels.symmetric:
-        below = above = np.maximum(below, above)
-    return case.levels.cover(center - below * std, center + above * std)
+    scale, zero_point = case.levels.cover(lower, upper)
+    return np.maximum(scale, lsc_scale(case, np.full_like(scale, 1e-3))), zero_point
 
 
-def lsc_statistics(case: Case) -> tuple[Array, Array]:
+def lsc_scale(case: Case, alpha: Array) -> Array:
+    """alpha deviations are Qp steps of a symmetric grid (mid-rise: to the outer edge), half of an affine one's."""
+    steps = case.levels.cells / 2 if not case.levels.symmetric else case.levels.largest + 0.5 * case.levels.mid_rise
+    return alpha * lsc_deviation(case) / steps
+
+
+def lsc_deviation(case: Case) -> Array:
     rows = case.first_rows()
-    mean, std = rows.mean(axis=1), rows.std(axis=1)
-    std = np.maximum(np.maximum(std, 1e-3 * np.abs(mean)), 1e-12)
-    return np.zeros_like(mean) if case.levels.symmetric else mean, std
+    return np.maximum(np.maximum(rows.std(axis=1), 1e-3 * np.abs(rows.mean(axis=1))), 1e-12)
 
 
 def first_bounds(case: Case) -> tuple[Array, Array, Array, Array]:
@@ -170,7 +169,7 @@ def first_grid(case: Case) -> tuple[Array, Array]:
 
 
 def assert_grid(case: Case, found: tuple[Array, Array], expected: tuple[Array, Array]) -> None:
-    _, std = lsc_statistics(case)
+    std = lsc_deviation(case)
     # float32's E[x^2] - E[x]^2
     tolerance = 3e-5 + (1e-6 * (case.first_rows().mean(axis=1) / std) ** 2 if case.method == "lsc" else 0.0)
     assert (np.abs(found[0] / expected[0] - 1) <= tolerance).all()
@@ -250,17 +249,8 @@ def expected_learned(case: Case, of: reference.Gradients, scale: Array, zero_poi
         lower = of.scale / n + of.zero_point * (1 / scale - clips[0] / (scale**2 * n))
         upper = of.scale / n - of.zero_point * clips[0] / (scale**2 * n)
         return {"log_clips": np.stack([lower, upper]) * clips}
-    if case.method == "lsc":
-        if case.levels.symmetric:
-            return {"log_alpha": (of.scale * scale)[None]}
-        mean, std = case.quantizer.mean.numpy(), case.quantizer.std.numpy()  # type: ignore[operator]
-        std = np.maximum(np.maximum(std, 1e-3 * np.abs(mean)), 1e-12)
-        reach = np.exp(case.learned["log_alpha"]) * std
-        lower, upper = np.minimum(mean - reach[0], 0), np.maximum(mean + reach[1], 0)
-        d_lower, d_upper = np.where(lower < 0, -reach[0], 0), np.where(upper > 0, reach[1], 0)
-        of_lower = -of.scale * d_lower / n + of.zero_point * (-lower * d_lower / n / scale**2 - d_lower / scale)
-        of_upper = of.scale * d_upper / n + of.zero_point * lower * d_upper / n / scale**2
-        return {"log_alpha": np.stack([of_lower, of_upper])}
+    if case.method == "lsc":  # scale is proportional to alpha
+        return {"log_alpha": of.scale * scale}
     return {}
 
 
