@@ -1,4 +1,4 @@
-"""`qsam2` in processes of its own: so many at a time, each with a log in its folder, Ctrl-C handed to each once."""
+"""`qsam2` in processes of its own: so many at a time, each with a log in its folder, stopped when this one is."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
+from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,7 +23,7 @@ QSAM2 = (sys.executable, "-m", "qsam2.cli")
 
 
 class Processes:
-    """Starts processes and stops them all when interrupted; `lock` guards what threads share."""
+    """Starts processes and hands Ctrl-C or SIGTERM on to each of them once; `lock` guards what threads share."""
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
@@ -30,16 +32,20 @@ class Processes:
         self._started: list[Popen[bytes]] = []
 
     def each(self, work: Callable[[T], None], items: Iterable[T]) -> None:
-        """Call `work`, which starts a process and waits for it, with each of the items, `jobs` at a time."""
-        with ThreadPoolExecutor(self.jobs) as pool:
+        """Call `work`, which starts a process and waits for it, with each of the items, `jobs` at a time.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; to be called in the main thread, which alone hears of them.
+        """
+        with _hear_of_sigterm(), ThreadPoolExecutor(self.jobs) as pool:
             try:
                 list(pool.map(work, items))
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 self.stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in self._started:
-                    if process.poll() is None:
-                        process.send_signal(signal.SIGINT)
+                    if process.poll() is None:  # one begun in the background may be deaf to Ctrl-C
+                        process.send_signal(signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
                 raise
 
     def start(self, command: Sequence[str], folder: Path) -> Popen[bytes]:
@@ -55,6 +61,22 @@ class Processes:
             )
         self._started.append(process)
         return process
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+@contextmanager
+def _hear_of_sigterm() -> Iterator[None]:
+    def terminated(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def failure(status: int, folder: Path) -> str:

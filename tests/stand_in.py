@@ -55,11 +55,11 @@ class StandIn:
         while not (file.is_file() and name in file.read_text()) and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    def interrupt_at(self, name: str) -> None:
+    def interrupt_at(self, name: str, by: signal.Signals = signal.SIGINT) -> None:
         """Ctrl-C for this process as soon as a run of this name has begun; needs the fixture `interruptible`."""
 
         def interrupt() -> None:
             self.wait_for(name)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), by)
 
         threading.Thread(target=interrupt, daemon=True).start()

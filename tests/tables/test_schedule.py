@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -147,13 +148,16 @@ def test_a_set_that_is_added_is_all_that_is_still_to_score(runs: Runs, tmp_path:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_reaches_the_run_once_and_stops_the_table(runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_reaches_the_run_once_and_stops_the_table(runs: Runs, tmp_path: Path, by: signal.Signals) -> None:
     table, some = small_table(tmp_path)
     runs.tell(everything(table, some), **{some[0].name: "long"})
-    runs.interrupt_at(some[0].name)
+    runs.interrupt_at(some[0].name, by)
+    before = signal.getsignal(signal.SIGTERM)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         carry_out(table, some, tmp_path)
     assert time.monotonic() - started < 30
     assert runs.begun() == ["float_nano", some[0].name]
     assert read_scores(some[0]) is None  # neither finished nor failed
+    assert signal.getsignal(signal.SIGTERM) is before
