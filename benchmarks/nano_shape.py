@@ -1,0 +1,151 @@
+"""What nano's shape costs and wins: width, layers of memory attention, resolution, each trained by the same short plan.
+
+    python benchmarks/nano_shape.py [--output runs/shapes] [SHAPE ...]
+
+Each shape is trained by recipes/pretrain_nano.yaml and pretrain_nano_clips.yaml, cut to a few hundred steps and to the
+sets that QSAM2_DATA holds in any case, then scored on generated videos and DAVIS, `val` both. The seconds a tracked
+frame are taken at the end, shape by shape in turn, so that their ratios hold on a busy machine. A run that was killed
+goes on where it was; a table of what is finished ends each call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from qsam2.data.sources import open_videos
+from qsam2.models import SAM2, load_sam2, sam2
+from qsam2.pipeline import run
+from qsam2.recipe import load_recipe
+from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
+from qsam2.replaced import replaced
+from qsam2.run_folder import write_text
+from qsam2.tasks.scoring import score_videos
+from qsam2.tasks.tracking import first_masks, track
+from qsam2.text import aligned
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SCORED = {"MovingObjects": ("moving_objects:20:val", 30), "DAVIS": ("davis:davis16_240p:val", 40)}
+TRAINED = "data.train=[moving_objects:50000:train, davis:davis16_240p:train, yolo:coco128_seg]"
+PLAN = {  # steps and the sources' shares; all else as in the recipes
+    "pretrain_nano": ["trainer.max_steps=500", "data.weights=[4, 2, 4]"],
+    "pretrain_nano_clips": ["trainer.max_steps=400", "data.weights=[6, 3, 1]"],
+}
+TIMED, REPEATS = 20, 7
+"""Frames, and how often."""
+
+
+def trunk(embed_dim: int) -> dict[str, Any]:
+    """Changes to `NANO` for a trunk of another width."""
+    channels = [8 * embed_dim, 4 * embed_dim, 2 * embed_dim, embed_dim]
+    return {"image_encoder": {"trunk": {"embed_dim": embed_dim}, "neck": {"backbone_channel_list": channels}}}
+
+
+SHAPES: dict[str, tuple[dict[str, Any], int]] = {  # changes to NANO, side in pixels
+    "nano: width 32, 256 px": ({}, 256),
+    "width 16": (trunk(16), 256),
+    "width 48": (trunk(48), 256),
+    "192 px": ({"image_encoder": {"trunk": {"window_spec": [8, 8, 12, 6]}}}, 192),
+    "320 px": ({"image_encoder": {"trunk": {"window_spec": [8, 8, 20, 10]}}}, 320),
+    "4 layers of memory attention": ({"memory_attention": {"num_layers": 4}}, 256),
+}
+
+
+def main() -> None:
+    """Train and score the shapes asked for that are not finished, then time all that are and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="; ".join(SHAPES))
+    parser.add_argument("--output", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--recipe", choices=PLAN, help=argparse.SUPPRESS)  # train one shape by it, and no more
+    given = parser.parse_args()
+    if unknown := set(given.shapes) - set(SHAPES):
+        parser.error(f"unknown shape {', '.join(sorted(unknown))}: choose from {'; '.join(SHAPES)}")
+    if given.recipe:
+        train(given.shapes[0], given.recipe, given.output)
+        return
+    for name in given.shapes or SHAPES:
+        for recipe in PLAN:  # each in a process of its own: it starts others
+            command = [sys.executable, __file__, "--recipe", recipe, "--output", str(given.output), name]
+            subprocess.run(command, check=True)
+        if not (file := scores_file(name, given.output)).is_file():
+            model = load(name, given.output)
+            write_text(file, json.dumps({what: score(model, *source) for what, source in SCORED.items()}, indent=1))
+    report([name for name in SHAPES if scores_file(name, given.output).is_file()], given.output)
+
+
+@contextlib.contextmanager
+def shaped(name: str) -> Iterator[None]:
+    """`nano` has this shape."""
+    shape = OmegaConf.to_container(OmegaConf.merge(sam2.NANO, SHAPES[name][0]))
+    with replaced(sam2, NANO=shape):
+        yield
+
+
+def run_folder(name: str, recipe: str, output: Path) -> Path:
+    """Where a shape's run by a recipe lies."""
+    return output / name.replace(" ", "-").replace(":", "").replace(",", "") / recipe
+
+
+def scores_file(name: str, output: Path) -> Path:
+    """A shape's scores, there when it is finished."""
+    return run_folder(name, "scores.json", output)
+
+
+def train(name: str, recipe: str, output: Path) -> None:
+    """One run of the plan; the second goes on from the first."""
+    first, folder = run_folder(name, next(iter(PLAN)), output), run_folder(name, recipe, output)
+    checkpoint = "null" if folder == first else first / "model.safetensors"
+    common = [TRAINED, "data.val=moving_objects:2:val", "evaluate.frames=4", "train.distill.imagenet=0"]
+    own = [f"output={folder}", f"model.checkpoint={checkpoint}", f"model.image_size={SHAPES[name][1]}"]
+    with shaped(name):
+        run(load_recipe(RECIPES / f"{recipe}.yaml", [*common, *PLAN[recipe], *own]))
+
+
+def load(name: str, output: Path) -> SAM2:
+    """A shape that is trained."""
+    file = run_folder(name, list(PLAN)[-1], output) / "model.safetensors"
+    with shaped(name):
+        return load_sam2("nano", checkpoint=file, image_size=SHAPES[name][1])
+
+
+def score(model: SAM2, data: str, frames: int) -> float:
+    """J&F."""
+    recipe = EvaluateRecipe(frames=frames)
+    return score_videos(model, open_videos(data), recipe, TrainerRecipe(), folder=Path("."))[0]["J&F"]
+
+
+def report(names: Sequence[str], output: Path) -> None:
+    """Print a row a shape: parameters, bytes, seconds a frame over nano's, minutes of training, J&F."""
+    models = {name: load(name, output) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    video = open_videos("moving_objects:1:val")[0]
+    first = first_masks(video, TIMED, later_objects=False)
+    for _ in range(REPEATS):
+        for name, model in models.items():
+            started = time.perf_counter()
+            track(model, video, first, length=TIMED, non_overlapping=True)
+            seconds[name].append(time.perf_counter() - started)
+    rows = [["shape", "million parameters", "fp16 MB", f"time over {names[0]}'s", "training min", *SCORED]]
+    for name, model in models.items():
+        stages = [json.loads((run_folder(name, recipe, output) / "metrics.json").read_text()) for recipe in PLAN]
+        minutes = sum(metrics["seconds"]["train"] for metrics in stages) / 60
+        scores = json.loads(scores_file(name, output).read_text())
+        million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        ratio = np.median(np.divide(seconds[name], seconds[names[0]]))
+        figures = [f"{million:.1f}", f"{2 * million:.1f}", f"{ratio:.2f}", f"{minutes:.0f}"]
+        rows.append([name, *figures, *(f"{scores[what]:.1f}" for what in SCORED)])
+    print(aligned(rows))
+
+
+if __name__ == "__main__":
+    main()
