@@ -55,8 +55,6 @@ class Quantizer(nn.Module):
 
     residual_gradient: ClassVar[bool] = True
     """Whether a learned step feels the rounding of what is not clipped (LSQ), or only what is (PACT)."""
-    follows_sums: ClassVar[bool] = False
-    """Whether `_follow` is called with the sums of what an activation quantizer has quantized in training mode."""
 
     frozen_scale: Tensor
     frozen_zero_point: Tensor
@@ -99,6 +97,11 @@ class Quantizer(nn.Module):
 
     def _update_statistics(self, x: Tensor) -> None:
         """Follows x before it is quantized: for weights on each forward, for activations on each in training mode."""
+
+    @property
+    def follows_sums(self) -> bool:
+        """Whether `_follow` is called with the sums of what an activation quantizer has quantized in training mode."""
+        return False
 
     def _follow(self, sums: Tensor, count: int) -> None:
         """Follows the sums of x and x^2 (2, C), of `count` elements each, that quantizing gave; see `follows_sums`."""

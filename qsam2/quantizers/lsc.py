@@ -2,17 +2,17 @@
 
 s = alpha * sigma / Qp on a symmetric grid (mid-rise: / 2^(b-1)), 2 alpha * sigma / (2^b - 1) on an affine one
 (mid-rise: / 2^b), whose zero point is the one that calibration found, as LSQ's is. sigma is detached and follows by
-momentum: for weights that of the current weight, for activations that of each call, which counts from the next
-optimizer step on; both in training mode only. log alpha is learned, one a tensor or channel, by LSQ's gradient of s,
-times 1/sqrt(N Qp).
+momentum, in training mode only: for weights that of the current weight, for activations, if asked to, that of each
+call, which counts from the next optimizer step on. log alpha is learned, one a tensor or channel, by LSQ's gradient of
+s, times 1/sqrt(N Qp).
 alpha starts at the calibrated range: that of least error (`range=mse`), minmax or percentile.
 
 Why bounds are not mu -+ alpha * sigma in training: what comes out of a GELU reaches far above its mean and hardly below
 it, and ends where it does whatever its mean. With bounds that moved with mu and sigma the zero point of such layers
-went from 1 to 0, which costs them 10 dB. Why activations follow a hundred times as slowly as weights: 2-bit weights in
-ruins send values far beyond the float model's (nano_heavy: 0.4 of one layer's), and the clip is what cuts them off; a
-sigma that followed them at 0.99 widened that step by 30.
-Of 2 and 3 bits, zero of an activation may lie half-way between two codes (`grid=least_error`). And sigma is followed as
+went from 1 to 0, which costs them 10 dB. Why sigma of activations stays as well unless told otherwise (`momentum` 1):
+weights in ruins send values far beyond the float model's (nano_heavy at 2 bits: 0.4 of one layer's), and the clip is
+what cuts them off; a sigma that followed them at 0.99 widened that step by 30 (docs/quantizers.md has what it cost).
+Of 2 and 3 bits, zero of an activation may lie half-way between two codes (`grid=least_error`). A sigma that follows is
 that of all batches together, as calibration sees it: where one call differs from the next the mean of their own
 deviations is smaller (nano: 0.44 of it for mask prompts, 0.75 to 0.95 in the mask decoder's heads), and training would
 clip what calibration had kept.
@@ -40,8 +40,6 @@ SMALLEST_STD = 1e-3  # of |mean|: a constant tensor has a range, too
 @register(LSCSpec)
 class LSCQuantizer(Quantizer):
     """Learned `log_alpha` (C,), fixed zero point (C,); followed `mean` and `std` (C,)."""
-
-    follows_sums = True
 
     spec: LSCSpec
     mean: Tensor
@@ -72,14 +70,23 @@ class LSCQuantizer(Quantizer):
         self.log_alpha.copy_(alpha.clamp(SMALLEST_ALPHA, LARGEST_ALPHA).log())
         self.fixed_zero_point.copy_(zero_point)
 
+    @property
+    def momentum(self) -> float:
+        """The spec's, or the default of the role."""
+        assert self.spec.momentum is not None  # `for_role` has resolved it
+        return self.spec.momentum
+
+    @property
+    def follows_sums(self) -> bool:
+        return self.momentum < 1
+
     def _update_statistics(self, x: Tensor) -> None:
-        if self.training and self.role == "weight":
+        if self.training and self.role == "weight" and self.momentum < 1:
             self._follow(*sums(x, self._observed_dim))
 
     def _follow(self, sums: Tensor, count: int) -> None:
         seen = moments(sums, count, over_ranks=self.role == "activation")
-        assert self.spec.momentum is not None  # `for_role` has resolved it
-        follow_moments(self.mean, self.std, seen, self.spec.momentum)
+        follow_moments(self.mean, self.std, seen, self.momentum)
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         alpha = positive(self.log_alpha).clamp(max=LARGEST_ALPHA)

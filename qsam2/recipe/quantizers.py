@@ -193,15 +193,15 @@ class SEQSpec(RangedSpec):
 class LSCSpec(RangedSpec):
     """Learnable statistical clipping (Q-SAM2): the range is a learned number of standard deviations.
 
-    `momentum` by which these follow: 0.99 for weights, 0.9999 a call for activations.
+    `momentum` by which these follow: 0.99 for weights, for activations 1: they stay as calibration found them.
     """
 
     has_least_error_grid = True
     method: Literal["lsc"] = "lsc"
-    momentum: float | None = Field(default=None, ge=0.0, lt=1.0)
+    momentum: float | None = Field(default=None, ge=0.0, le=1.0)
 
     def for_role(self, role: Role) -> Self:
-        default = 0.99 if role == "weight" else 0.9999
+        default = 0.99 if role == "weight" else 1.0
         momentum = default if self.momentum is None else self.momentum
         return super().for_role(role).model_copy(update={"momentum": momentum})
 

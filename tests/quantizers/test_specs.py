@@ -69,7 +69,7 @@ def test_which_methods_have_the_grid_of_least_error_by_themselves(method: str, b
     "values",
     [
         {"method": "lsq", "bits": 4, "momentum": 0.9},
-        {"method": "lsc", "bits": 4, "momentum": 1.0},
+        {"method": "lsc", "bits": 4, "momentum": 1.1},
         {"method": "lsc", "bits": 4, "range": "mean_abs"},
         {"method": "lsq", "bits": 4, "percentile": 30},
         {"method": "mse", "bits": 4, "range": "minmax"},
