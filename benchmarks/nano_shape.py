@@ -23,10 +23,9 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from qsam2 import cli
 from qsam2.data.sources import open_videos
 from qsam2.models import SAM2, load_sam2, sam2
-from qsam2.pipeline import run
-from qsam2.recipe import load_recipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
 from qsam2.replaced import replaced
 from qsam2.run_folder import write_text
@@ -71,12 +70,12 @@ def main() -> None:
     if unknown := set(given.shapes) - set(SHAPES):
         parser.error(f"unknown shape {', '.join(sorted(unknown))}: choose from {'; '.join(SHAPES)}")
     if given.recipe:
-        train(given.shapes[0], given.recipe, given.output)
-        return
+        sys.exit(train(given.shapes[0], given.recipe, given.output))
     for name in given.shapes or SHAPES:
         for recipe in PLAN:  # each in a process of its own: it starts others
             command = [sys.executable, __file__, "--recipe", recipe, "--output", str(given.output), name]
-            subprocess.run(command, check=True)
+            if status := subprocess.run(command).returncode:
+                sys.exit(status)  # it has said why
         if not (file := scores_file(name, given.output)).is_file():
             model = load(name, given.output)
             write_text(file, json.dumps({what: score(model, *source) for what, source in SCORED.items()}, indent=1))
@@ -91,29 +90,29 @@ def shaped(name: str) -> Iterator[None]:
         yield
 
 
-def run_folder(name: str, recipe: str, output: Path) -> Path:
-    """Where a shape's run by a recipe lies."""
-    return output / name.replace(" ", "-").replace(":", "").replace(",", "") / recipe
+def shape_folder(name: str, output: Path) -> Path:
+    """Where all of a shape lies, its runs by the names of their recipes."""
+    return output / name.replace(" ", "-").replace(":", "").replace(",", "")
 
 
 def scores_file(name: str, output: Path) -> Path:
     """A shape's scores, there when it is finished."""
-    return run_folder(name, "scores.json", output)
+    return shape_folder(name, output) / "scores.json"
 
 
-def train(name: str, recipe: str, output: Path) -> None:
-    """One run of the plan; the second goes on from the first."""
-    first, folder = run_folder(name, next(iter(PLAN)), output), run_folder(name, recipe, output)
+def train(name: str, recipe: str, output: Path) -> int:
+    """One run of the plan, its exit status; the second goes on from the first."""
+    first, folder = (shape_folder(name, output) / which for which in (next(iter(PLAN)), recipe))
     checkpoint = "null" if folder == first else first / "model.safetensors"
     common = [TRAINED, "data.val=moving_objects:2:val", "evaluate.frames=4", "train.distill.imagenet=0"]
     own = [f"output={folder}", f"model.checkpoint={checkpoint}", f"model.image_size={SHAPES[name][1]}"]
     with shaped(name):
-        run(load_recipe(RECIPES / f"{recipe}.yaml", [*common, *PLAN[recipe], *own]))
+        return cli.main(["train", str(RECIPES / f"{recipe}.yaml"), *common, *PLAN[recipe], *own])
 
 
 def load(name: str, output: Path) -> SAM2:
     """A shape that is trained."""
-    file = run_folder(name, list(PLAN)[-1], output) / "model.safetensors"
+    file = shape_folder(name, output) / list(PLAN)[-1] / "model.safetensors"
     with shaped(name):
         return load_sam2("nano", checkpoint=file, image_size=SHAPES[name][1])
 
@@ -125,7 +124,7 @@ def score(model: SAM2, data: str, frames: int) -> float:
 
 
 def report(names: Sequence[str], output: Path) -> None:
-    """Print a row a shape: parameters, bytes, seconds a frame over nano's, minutes of training, J&F."""
+    """Print a row a shape: parameters, bytes, seconds a frame over the first's, minutes of training, J&F."""
     models = {name: load(name, output) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     video = open_videos("moving_objects:1:val")[0]
@@ -137,7 +136,7 @@ def report(names: Sequence[str], output: Path) -> None:
             seconds[name].append(time.perf_counter() - started)
     rows = [["shape", "million parameters", "fp16 MB", f"time over {names[0]}'s", "training min", *SCORED]]
     for name, model in models.items():
-        stages = [json.loads((run_folder(name, recipe, output) / "metrics.json").read_text()) for recipe in PLAN]
+        stages = [json.loads((shape_folder(name, output) / recipe / "metrics.json").read_text()) for recipe in PLAN]
         minutes = sum(metrics["seconds"]["train"] for metrics in stages) / 60
         scores = json.loads(scores_file(name, output).read_text())
         million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
