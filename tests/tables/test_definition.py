@@ -97,7 +97,7 @@ def test_every_float_model_has_a_run_that_only_scores(tmp_path: Path) -> None:
         ({"methods": {"lsc": {"quantize.weights.bits": 9}}}, "table small, nano, lsc, .*bits=9 is not supported"),
         ({"methods": {"LSQ/SEQ": {}, "LSQ SEQ": {}}}, "two runs would share the folder nano_LSQ-SEQ_W4A4_s0"),
         ({"settings": {"W4A4": {"model.image_size": 64}}}, "runs of 'nano' start from several models; set model"),
-        ({"common": {"quantize": None, "calibrate.weights": None, "train": None}}, "quantizes nothing; a table compares"),
+        ({"common": {"quantize": None, "calibrate.weights": None, "train": None}}, "quantizes nothing; a table"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
