@@ -72,7 +72,7 @@ class LSCQuantizer(Quantizer):
 
     @property
     def momentum(self) -> float:
-        """The spec's, or the default of the role."""
+        """Share of what was followed that a step (weights) or call (activations) keeps, 0 to 1; 1: it stays. Ours."""
         assert self.spec.momentum is not None  # `for_role` has resolved it
         return self.spec.momentum
 
