@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -19,6 +20,7 @@ from qsam2.commands.sweep import add_sweep
 from qsam2.commands.table import add_table
 from qsam2.commands.train import add_train
 from qsam2.errors import UserError
+from qsam2.processes import stopped_by_sigterm
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -28,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     message, status = "", 0
     try:
         given = _parse(sys.argv[1:] if arguments is None else arguments)
-        given.run(given)
+        with stopped_by_sigterm():
+            _run(given)
     except UserError as error:
         message, status = f"error: {error}", 2
     except OSError as error:
@@ -37,10 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" for {error.filename}" if error.filename else ""
         message, status = f"error: no room on the disk{where}: make some and give the same command again", 2
     except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on from the last checkpoint", 130
+        status = 130
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks
+            message = "stopped; the same command goes on from the last checkpoint"
     if message:  # only here have the frames that were left let go of their progress bars, which end their line then
         print(message, file=sys.stderr)
     return status
+
+
+def _run(given: argparse.Namespace) -> None:
+    try:
+        given.run(given)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes one of the other
+            raise KeyboardInterrupt from ended
+        raise
 
 
 class _Parser(argparse.ArgumentParser):

@@ -328,8 +328,6 @@ def train(
         )
         stream = ClipDataModule(clips, batch_size=data.batch_size, num_workers=data.num_workers)
         trainer.fit(module, stream, ckpt_path=str(last) if last.is_file() else None)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         trainer.save_checkpoint(last)  # a run that is killed while it is scored need not train again
     model.eval()
 

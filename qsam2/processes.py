@@ -1,4 +1,4 @@
-"""`qsam2` in processes of its own: so many at a time, each with a log in its folder, stopped when this one is."""
+"""`qsam2` in processes of its own, each with a log in its folder, which stop when the one that started them does."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
-from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,9 +21,13 @@ LOG = "log.txt"
 
 QSAM2 = (sys.executable, "-m", "qsam2.cli")
 
+PARENT = "QSAM2_PARENT"
+"""Environment variable: the id of the `qsam2` that started this one, which is not to outlive it."""
+POLL_S = 1.0
+
 
 class Processes:
-    """Starts processes and hands Ctrl-C or SIGTERM on to each of them once; `lock` guards what threads share."""
+    """Starts processes and stops them all by SIGTERM at a KeyboardInterrupt; `lock` guards what threads share."""
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
@@ -35,48 +39,62 @@ class Processes:
         """Call `work`, which starts a process and waits for it, with each of the items, `jobs` at a time.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM; to be called in the main thread, which alone hears of them.
+            KeyboardInterrupt: Ctrl-C, or SIGTERM within `stopped_by_sigterm`; to be called in the main thread, which
+                alone hears of them.
         """
-        with _hear_of_sigterm(), ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 list(pool.map(work, items))
-            except KeyboardInterrupt as stop:
+            except KeyboardInterrupt:
                 self.stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in self._started:
-                    if process.poll() is None:  # one begun in the background may be deaf to Ctrl-C
-                        process.send_signal(signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+                    if process.poll() is None:
+                        process.terminate()  # they may be deaf to SIGINT, and take it for the end of a stage
                 raise
 
     def start(self, command: Sequence[str], folder: Path) -> Popen[bytes]:
         """Start a process whose output goes to the folder's log; call it with `lock` held and `stopped` false."""
         folder.mkdir(parents=True, exist_ok=True)
+        threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
         with (folder / LOG).open("ab") as output:
             process = Popen(
                 list(command),
                 stdout=output,
                 stderr=output,
-                env={"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.jobs, 1)), **os.environ},
+                env={"OMP_NUM_THREADS": threads, **os.environ},
                 start_new_session=True,  # Ctrl-C reaches it once, from here
             )
         self._started.append(process)
         return process
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
 @contextmanager
-def _hear_of_sigterm() -> Iterator[None]:
-    def terminated(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM is Ctrl-C meanwhile, and comes by itself once the `qsam2` that started this one has ended.
 
-    before = signal.signal(signal.SIGTERM, terminated)
+    Runs of a table or sweep have such a parent, and the ranks of a run that has several devices.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other set handlers
+        yield
+        return
+    before, parent = signal.signal(signal.SIGTERM, signal.default_int_handler), os.environ.get(PARENT)
+    if parent == str(os.getppid()):
+        threading.Thread(target=_stop_without, args=(int(parent),), daemon=True).start()
+    os.environ[PARENT] = str(os.getpid())
     try:
         yield
     finally:
+        del os.environ[PARENT]
+        if parent:
+            os.environ[PARENT] = parent
         signal.signal(signal.SIGTERM, before)
+
+
+def _stop_without(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def failure(status: int, folder: Path) -> str:

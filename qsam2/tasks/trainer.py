@@ -6,6 +6,8 @@ import errno
 import netrc
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,21 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.initial = trainer.fit_loop.batch_idx + 1
 
 
+class StopAtSigterm(Callback):
+    """SIGTERM ends a stage as Ctrl-C does.
+
+    Lightning would announce it to the other ranks by a broadcast, for which they, waiting in another collective, may
+    never be ready; on one device it would end training as if it were finished.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Lightning puts back what was there before it
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+
+
 class FreezeStatistics(Callback):
     """Stops the running statistics of all quantizers from a step on, so that the last part trains what is shipped."""
 
@@ -124,7 +141,7 @@ def build_trainer(
         bar.disable()
     try:
         return L.Trainer(
-            callbacks=[bar, *callbacks],
+            callbacks=[bar, StopAtSigterm(), *callbacks],
             accelerator=recipe.accelerator,
             devices=recipe.devices,
             num_nodes=recipe.num_nodes,

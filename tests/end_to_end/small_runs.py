@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -52,8 +52,8 @@ def small(checkpoint: Path, output: Path, **more: Any) -> dict[str, Any]:
     return copy.deepcopy(merge(merge(FLOAT, own), more))
 
 
-def start(values: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
-    """`python train.py RECIPE` in a process group of its own, on one thread a process."""
+def start(values: dict[str, Any], folder: Path, log: IO[bytes] | int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """`python train.py RECIPE` in a process group of its own, on one thread a process; `log`: what it says."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "given.yaml"
     recipe.write_text(yaml.safe_dump(values))
@@ -61,8 +61,8 @@ def start(values: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
         [sys.executable, str(ROOT / "train.py"), str(recipe)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
         text=True,
         start_new_session=True,
     )

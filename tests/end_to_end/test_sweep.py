@@ -82,10 +82,10 @@ def begin(sweep: Path, *flags: str) -> subprocess.Popen[str]:
 def test_nothing_that_was_finished_is_repeated(sweep: Path, killed: dict[Path, int], said: str) -> None:
     assert {file: file.stat().st_mtime_ns for file in killed} == killed
     assert "4 runs, 3 to come" in said and "run 000" not in said
-    for number in NUMBERS:  # each was begun once, that of the kill included: it outlived the sweep
+    for number in NUMBERS:
         assert len(list((sweep / "out" / number).glob("wandb/offline-run-*"))) == 1
-    reused = [(sweep / "out" / number / "log.txt").read_text().count("score float:") for number in NUMBERS]
-    assert reused == [1, 1, 1, 1]
+    begun = [(sweep / "out" / number / "log.txt").read_text().count("score float:") for number in NUMBERS]
+    assert begun == [1, 2, 1, 1]  # that of the kill stopped with the sweep
 
 
 def test_the_table_is_sorted_and_names_the_best(sweep: Path, said: str) -> None:
