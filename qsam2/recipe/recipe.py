@@ -123,7 +123,8 @@ class TrainRecipe(Section):
     """Optimization. Defaults: Meta's fine-tuning recipe (sam2.1_hiera_b+_MOSE_finetune.yaml); quantizers: ours."""
 
     lr: PositiveFloat = 5e-6
-    image_encoder_lr: PositiveFloat = 3e-6
+    image_encoder_lr: NonNegative = 3e-6
+    """0: the image encoder stays as it is, with its quantizers, and no gradients of it are computed."""
     quantizer_lr: PositiveFloat = 1e-3
     """Learned steps and clips: logarithms, hence a rate of their own."""
     lr_end: Share = 0.1

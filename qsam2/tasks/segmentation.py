@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Collection
@@ -28,6 +29,8 @@ from qsam2.tasks.optimizer import adamw, cosine_share, parameter_groups
 from qsam2.tasks.prompts import drawn_clicks, set_dropout, set_prompts
 from qsam2.tasks.tracking import first_masks, track, true_masks
 
+log = logging.getLogger("qsam2")
+
 PLAIN_ATTENTION_PX = 384
 """Largest image on a CPU for which training writes attention scores out."""
 
@@ -43,6 +46,11 @@ def attention_backend(device: torch.device, image_size: int) -> AbstractContextM
     """
     small = device.type == "cpu" and image_size <= PLAIN_ATTENTION_PX
     return sdpa_kernel([SDPBackend.MATH]) if small else nullcontext()
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for products of bfloat16 numbers, or those that oneDNN makes do with."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class VideoSegmentation(L.LightningModule):
@@ -85,6 +93,8 @@ class VideoSegmentation(L.LightningModule):
         self.seconds_per_frame: list[float] = []
         if recipe is not None:
             self.loss = segmentation_loss(recipe.losses)
+            if not recipe.image_encoder_lr:
+                model.image_encoder.requires_grad_(False)
             if recipe.distill.imagenet:
                 self.imagenet = ImageNetDistillation(model)
             set_prompts(model, recipe.prompts)
@@ -99,6 +109,10 @@ class VideoSegmentation(L.LightningModule):
         self.train()  # Lightning leaves the modes as they are, and models come in eval mode
         for teacher in self._teacher:
             teacher.to(self.device).train().requires_grad_(False)
+        if self.device.type == "cpu" and str(self.trainer.precision).startswith("bf16") and not multiplies_bf16():
+            log.warning(
+                "this processor multiplies no bfloat16 numbers: trainer.precision=32-true is several times faster here"
+            )
 
     def training_step(self, batch: BatchedVideoDatapoint, batch_index: int) -> Tensor:
         self._seed_step(batch_index)

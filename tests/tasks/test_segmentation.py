@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
+import qsam2.tasks.segmentation
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
@@ -58,8 +59,14 @@ class Watched(VideoSegmentation):
             del self.model.prepare_prompt_inputs
 
 
-def fit(module: VideoSegmentation, batches: list[BatchedVideoDatapoint], folder: Path, *callbacks: Callback) -> None:
-    recipe = build_recipe({"trainer": {"accelerator": "cpu", "devices": 1}}).trainer
+def fit(
+    module: VideoSegmentation,
+    batches: list[BatchedVideoDatapoint],
+    folder: Path,
+    *callbacks: Callback,
+    precision: str = "32-true",
+) -> None:
+    recipe = build_recipe({"trainer": {"accelerator": "cpu", "devices": 1, "precision": precision}}).trainer
     trainer = build_trainer(recipe, folder=folder, callbacks=callbacks, max_steps=len(batches))
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
 
@@ -73,6 +80,37 @@ def test_models_train_in_training_mode_whatever_they_came_in(
     fit(module, [batch, batch], tmp_path, watch)
     assert watch.training == {True}
     assert watch.clicked == [True, True]
+
+
+def test_an_image_encoder_whose_rate_is_0_stays_as_it_is(
+    model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    recipe = TrainRecipe(image_encoder_lr=0, lr=1e-3, weight_decay=0.1, ema=0.9)
+    fit(VideoSegmentation(model, recipe, EvaluateRecipe(), max_steps=2), [batch, batch], tmp_path)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith("image_encoder.") for name in changed)
+    assert {name.partition(".")[0] for name in changed} >= {"memory_attention", "memory_encoder", "sam_mask_decoder"}
+    assert all(parameter.grad is None for parameter in model.image_encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("precision", "able", "warned"), [("bf16-mixed", False, 1), ("bf16-mixed", True, 0), ("32-true", False, 0)]
+)
+def test_a_processor_without_bf16_products_is_warned_of(
+    model: SAM2,
+    batch: BatchedVideoDatapoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
+    able: bool,
+    warned: int,
+) -> None:
+    monkeypatch.setattr(qsam2.tasks.segmentation, "multiplies_bf16", lambda: able)
+    module = VideoSegmentation(model, TrainRecipe(), EvaluateRecipe(), max_steps=1)
+    fit(module, [batch], tmp_path, precision=precision)
+    assert sum("trainer.precision=32-true is several times faster" in message for message in caplog.messages) == warned
 
 
 def test_a_student_equal_to_its_teacher_has_no_distance_from_it(model: SAM2, batch: BatchedVideoDatapoint) -> None:
