@@ -5,8 +5,8 @@
 PARTs: davis (J&F a sequence; keeping the first mask and moving it by optical flow beside it), moving_objects (50 videos
 of 40 frames of the test split), memory (both with fewer remembered frames), stills (box and click mIoU on coco_stills,
 which nano never saw), speed. All of them by default; davis, memory and stills need QSAM2_DATA. Only on request:
-pictures (docs/nano.jpg: three tracked videos) and curve (docs/nano_training.png: the loss of the three runs of
-its recipes, found in runs/).
+pictures (docs/nano.jpg: three tracked videos) and curve (docs/nano_training*.png: the loss of the runs of its
+recipes that are found in runs/).
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ BANKS = {"full bank (7 frames, 16 pointers)": (7, 16), "prompted frame and the l
 """What memory attention sees: (`num_maskmem`, `max_obj_ptrs_in_encoder`) of sam2, which divides by the latter less one;
 the prompted frame is always kept."""
 PICTURED = "moving_objects:3:val"
-RUNS = ("pretrain-nano", "pretrain-nano-clips", "pretrain-nano-long")
+CURVES = {
+    "nano_training.png": ("pretrain-nano", "pretrain-nano-clips", "pretrain-nano-long"),
+    "nano_training_finish.png": ("pretrain-nano-finish",),
+}
+"""Pictures and the runs that each shows."""
 SMOOTHING = 30
 """Logged steps that the curve is a mean of."""
 DOCS = Path(__file__).parent.parent / "docs"
@@ -139,14 +143,18 @@ def pictures(model: SAM2) -> None:
 
 
 def curve(model: SAM2) -> None:
-    """The loss of the three runs, each on an axis of its own: their losses are of different clips."""
-    figure, axes = plt.subplots(1, len(RUNS), figsize=(10, 3), layout="constrained")
-    for axis, run in zip(axes, RUNS, strict=True):
-        steps, losses = np.array(read_curves(Path("runs", run, "curves"))["loss"]).T
-        width = min(SMOOTHING, len(losses))
-        axis.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, mode="valid"))
-        axis.set(xlabel="step", ylabel="loss", title=run)
-    figure.savefig(DOCS / "nano_training.png", dpi=110)
+    """The loss of the runs found, each on an axis of its own: their losses are of different clips."""
+    for picture, runs in CURVES.items():
+        if not all(Path("runs", run).is_dir() for run in runs):
+            print(f"docs/{picture}: not drawn, as runs/ has not {' and '.join(runs)}")
+            continue
+        figure, axes = plt.subplots(1, len(runs), figsize=(10 / 3 * len(runs), 3), layout="constrained", squeeze=False)
+        for axis, run in zip(axes[0], runs, strict=True):
+            steps, losses = np.array(read_curves(Path("runs", run, "curves"))["loss"]).T
+            width = min(SMOOTHING, len(losses))
+            axis.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, mode="valid"))
+            axis.set(xlabel="step", ylabel="loss", title=run)
+        figure.savefig(DOCS / picture, dpi=110)
 
 
 def rate(function: Callable[[], Any], frames: int, repeats: int = 7) -> float:

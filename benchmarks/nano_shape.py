@@ -1,11 +1,11 @@
 """What nano's shape costs and wins: width, layers of memory attention, resolution, each trained by the same short plan.
 
-    python benchmarks/nano_shape.py [--output runs/shapes] [SHAPE ...]
+    python benchmarks/nano_shape.py [--output runs/shapes] [--scores docs/nano_shape.json] [SHAPE ...]
 
 Each shape is trained by recipes/pretrain_nano.yaml and pretrain_nano_clips.yaml, cut to a few hundred steps and to the
-sets that QSAM2_DATA holds in any case, then scored on generated videos and DAVIS, `val` both. The seconds a tracked
-frame are taken at the end, shape by shape in turn, so that their ratios hold on a busy machine. A run that was killed
-goes on where it was; a table of what is finished ends each call.
+sets that QSAM2_DATA holds in any case, then scored on generated videos and DAVIS, `val` both. A run that was killed
+goes on where it was, and a shape whose scores are in the file is not trained again. Each call ends with a table of the
+shapes in the file; their seconds a tracked frame are taken there, in turn, so that ratios hold on a busy machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ from qsam2.tasks.scoring import score_videos
 from qsam2.tasks.tracking import first_masks, track
 from qsam2.text import aligned
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
 SCORED = {"MovingObjects": ("moving_objects:20:val", 30), "DAVIS": ("davis:davis16_240p:val", 40)}
 TRAINED = "data.train=[moving_objects:50000:train, davis:davis16_240p:train, yolo:coco128_seg]"
 PLAN = {  # steps and the sources' shares; all else as in the recipes
-    "pretrain_nano": ["trainer.max_steps=500", "data.weights=[4, 2, 4]"],
-    "pretrain_nano_clips": ["trainer.max_steps=400", "data.weights=[6, 3, 1]"],
+    "pretrain_nano": ["trainer.max_steps=300", "data.weights=[4, 2, 4]"],
+    "pretrain_nano_clips": ["trainer.max_steps=250", "data.weights=[6, 3, 1]"],
 }
+PRECISION = "trainer.precision=32-true"  # which every processor multiplies
 TIMED, REPEATS = 20, 7
 """Frames, and how often."""
 
@@ -65,21 +67,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="; ".join(SHAPES))
     parser.add_argument("--output", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--scores", type=Path, default=ROOT / "docs" / "nano_shape.json")
     parser.add_argument("--recipe", choices=PLAN, help=argparse.SUPPRESS)  # train one shape by it, and no more
     given = parser.parse_args()
     if unknown := set(given.shapes) - set(SHAPES):
         parser.error(f"unknown shape {', '.join(sorted(unknown))}: choose from {'; '.join(SHAPES)}")
     if given.recipe:
         sys.exit(train(given.shapes[0], given.recipe, given.output))
+    scores = json.loads(given.scores.read_text()) if given.scores.is_file() else {}
     for name in given.shapes or SHAPES:
+        if name in scores:
+            continue
         for recipe in PLAN:  # each in a process of its own: it starts others
             command = [sys.executable, __file__, "--recipe", recipe, "--output", str(given.output), name]
             if status := subprocess.run(command).returncode:
                 sys.exit(status)  # it has said why
-        if not (file := scores_file(name, given.output)).is_file():
-            model = load(name, given.output)
-            write_text(file, json.dumps({what: score(model, *source) for what, source in SCORED.items()}, indent=1))
-    report([name for name in SHAPES if scores_file(name, given.output).is_file()], given.output)
+        model = load(name, given.output)
+        scores[name] = {what: score(model, *source) for what, source in SCORED.items()}
+        write_text(given.scores, json.dumps(scores, indent=1) + "\n")
+    report({name: scores[name] for name in SHAPES if name in scores})
 
 
 @contextlib.contextmanager
@@ -95,16 +101,11 @@ def shape_folder(name: str, output: Path) -> Path:
     return output / name.replace(" ", "-").replace(":", "").replace(",", "")
 
 
-def scores_file(name: str, output: Path) -> Path:
-    """A shape's scores, there when it is finished."""
-    return shape_folder(name, output) / "scores.json"
-
-
 def train(name: str, recipe: str, output: Path) -> int:
     """One run of the plan, its exit status; the second goes on from the first."""
     first, folder = (shape_folder(name, output) / which for which in (next(iter(PLAN)), recipe))
     checkpoint = "null" if folder == first else first / "model.safetensors"
-    common = [TRAINED, "data.val=moving_objects:2:val", "evaluate.frames=4", "train.distill.imagenet=0"]
+    common = [TRAINED, PRECISION, "data.val=moving_objects:2:val", "evaluate.frames=4", "train.distill.imagenet=0"]
     own = [f"output={folder}", f"model.checkpoint={checkpoint}", f"model.image_size={SHAPES[name][1]}"]
     with shaped(name):
         return cli.main(["train", str(RECIPES / f"{recipe}.yaml"), *common, *PLAN[recipe], *own])
@@ -123,10 +124,13 @@ def score(model: SAM2, data: str, frames: int) -> float:
     return score_videos(model, open_videos(data), recipe, TrainerRecipe(), folder=Path("."))[0]["J&F"]
 
 
-def report(names: Sequence[str], output: Path) -> None:
-    """Print a row a shape: parameters, bytes, seconds a frame over the first's, minutes of training, J&F."""
-    models = {name: load(name, output) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+def report(scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a row a shape: parameters, bytes, seconds a frame over the first's, J&F."""
+    models: dict[str, SAM2] = {}
+    for name in scores:
+        with shaped(name):
+            models[name] = load_sam2("nano", checkpoint=None, image_size=SHAPES[name][1])
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     video = open_videos("moving_objects:1:val")[0]
     first = first_masks(video, TIMED, later_objects=False)
     for _ in range(REPEATS):
@@ -134,15 +138,13 @@ def report(names: Sequence[str], output: Path) -> None:
             started = time.perf_counter()
             track(model, video, first, length=TIMED, non_overlapping=True)
             seconds[name].append(time.perf_counter() - started)
-    rows = [["shape", "million parameters", "fp16 MB", f"time over {names[0]}'s", "training min", *SCORED]]
+    first_name = next(iter(models))
+    rows = [["shape", "million parameters", "fp16 MB", f"time over {first_name}'s", *SCORED]]
     for name, model in models.items():
-        stages = [json.loads((shape_folder(name, output) / recipe / "metrics.json").read_text()) for recipe in PLAN]
-        minutes = sum(metrics["seconds"]["train"] for metrics in stages) / 60
-        scores = json.loads(scores_file(name, output).read_text())
         million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        ratio = np.median(np.divide(seconds[name], seconds[names[0]]))
-        figures = [f"{million:.1f}", f"{2 * million:.1f}", f"{ratio:.2f}", f"{minutes:.0f}"]
-        rows.append([name, *figures, *(f"{scores[what]:.1f}" for what in SCORED)])
+        ratio = np.median(np.divide(seconds[name], seconds[first_name]))
+        figures = [f"{million:.1f}", f"{2 * million:.1f}", f"{ratio:.2f}"]
+        rows.append([name, *figures, *(f"{scores[name][what]:.1f}" for what in SCORED)])
     print(aligned(rows))
 
 
