@@ -24,7 +24,7 @@ HIERA_WIDTH, HIERA_STAGES = 96, (2, 3, 16, 3)
 """What `sam2` builds where a size's configuration says nothing (base_plus)."""
 
 SHA256 = {
-    "nano.safetensors": "d1c7b49139cea0b2c31f1ec4421e9b8e655787256326adf58fe3da1a6e2977e6",
+    "nano.safetensors": "192062a2307d5c98366139022348530ef3b11de8dd88e8238f9f770164d61ae8",
     "nano_heavy.safetensors": "06c1c35f72e116ec9cf0af12f1b38f8e97c67dd22f9cea586d30c60b33d1da76",
 }
 """Of the files that ship in the package."""
