@@ -43,11 +43,11 @@ the prompted frame is always kept."""
 PICTURED = "moving_objects:3:val"
 CURVES = {
     "nano_training.png": ("pretrain-nano", "pretrain-nano-clips", "pretrain-nano-long"),
-    "nano_training_finish.png": ("pretrain-nano-finish",),
+    "nano_training_finish.png": ("pretrain-nano-finish-first", "pretrain-nano-finish"),
 }
 """Pictures and the runs that each shows."""
 SMOOTHING = 30
-"""Logged steps that the curve is a mean of."""
+"""Logged steps that the curve is the median of: single clips can cost ten times as much as others."""
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -152,7 +152,7 @@ def curve(model: SAM2) -> None:
         for axis, run in zip(axes[0], runs, strict=True):
             steps, losses = np.array(read_curves(Path("runs", run, "curves"))["loss"]).T
             width = min(SMOOTHING, len(losses))
-            axis.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, mode="valid"))
+            axis.plot(steps[width - 1 :], np.median(np.lib.stride_tricks.sliding_window_view(losses, width), axis=1))
             axis.set(xlabel="step", ylabel="loss", title=run)
         figure.savefig(DOCS / picture, dpi=110)
 
