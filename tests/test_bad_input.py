@@ -298,7 +298,8 @@ def test_nan_in_a_calibration_batch_names_the_layer(
 ) -> None:
     layer = "image_encoder.trunk.blocks.3.mlp.layers.0"
     broken = {name: tensor.clone() for name, tensor in state.items()}
-    broken[f"{layer}.weight"] *= 1e38  # finite, but its outputs are not
+    weight = broken[f"{layer}.weight"]
+    broken[f"{layer}.weight"] = weight / weight.abs().max() * 3e38  # finite, but its outputs are not
     path = tmp_path / "c.pt"
     torch.save({"model": broken}, path)
     message = refused("train", recipe, *FAST, f"model.checkpoint={path}")

@@ -29,6 +29,7 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.tasks.prompts import drawn_clicks
 
 
 def quantize(**changes: Any) -> QuantizeRecipe:
@@ -164,7 +165,11 @@ def test_the_function_stays(size: str, nano: SAM2) -> None:
     assert all(row.range_over_mean[1] < row.range_over_mean[0] for row in rows)
     for name in layers:
         assert not torch.equal(smoothed.get_submodule(name).weight, model.get_submodule(name).weight)
-    for one, other in zip(logits(model, sample), logits(smoothed, sample), strict=True):
+    with drawn_clicks() as clicks:
+        expected = list(logits(model, sample))
+    with drawn_clicks(clicks):  # one pixel's sign, which rounding may turn, could move a click
+        found = list(logits(smoothed, sample))
+    for one, other in zip(expected, found, strict=True):
         assert float((one - other).abs().max() / one.abs().max()) < 1e-5
 
 
