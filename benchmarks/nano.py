@@ -44,7 +44,6 @@ PICTURED = "moving_objects:3:val"
 CURVES = {
     "nano_training.png": ("pretrain-nano", "pretrain-nano-clips", "pretrain-nano-long"),
     "nano_training_finish.png": ("pretrain-nano-finish-first", "pretrain-nano-finish"),
-    "nano_training_whole.png": ("pretrain-nano-whole",),
 }
 """Pictures and the runs that each shows."""
 SMOOTHING = 30

@@ -87,8 +87,6 @@ NANO = {
         "fuser": {"layer": {"dim": 128}},
     },
     "decoder_mlp_dim": 512,
-    # One mask a frame while tracking, not the best of three by an IoU that a small model predicts badly
-    "multimask_output_for_tracking": False,
 }
 
 

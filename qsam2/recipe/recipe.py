@@ -55,8 +55,7 @@ class DataRecipe(Section):
     max_objects: PositiveInt = 3
     batch_size: PositiveInt = 1
     """Clips a step and device."""
-    augment: bool | Literal["real"] = True
-    """real: all but generated videos, of which no two are the same as they are."""
+    augment: bool = True
     num_workers: Annotated[int, Field(ge=0)] = 2
 
     @property
