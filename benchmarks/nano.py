@@ -5,8 +5,8 @@
 PARTs: davis (J&F a sequence; keeping the first mask and moving it by optical flow beside it), moving_objects (50 videos
 of 40 frames of the test split), memory (both with fewer remembered frames), stills (box and click mIoU on coco_stills,
 which nano never saw), speed. All of them by default; davis, memory and stills need QSAM2_DATA. Only on request:
-pictures (docs/nano.jpg: three tracked videos) and curve (docs/nano_training*.png: the loss of the runs of its
-recipes that are found in runs/).
+pictures (docs/nano.jpg: three tracked videos), curve (docs/nano_training*.png: the loss of the runs of its
+recipes that are found in runs/) and resolution (the same weights at other input sizes: J&F, and the time of a frame).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
 from qsam2.loading import load_model
 from qsam2.metrics.vos import VOSScore
-from qsam2.models import SAM2
+from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
 from qsam2.report.curves import read_curves
 from qsam2.report.overlays import contact_sheet
@@ -41,6 +41,7 @@ BANKS = {"full bank (7 frames, 16 pointers)": (7, 16), "prompted frame and the l
 """What memory attention sees: (`num_maskmem`, `max_obj_ptrs_in_encoder`) of sam2, which divides by the latter less one;
 the prompted frame is always kept."""
 PICTURED = "moving_objects:3:val"
+MOVING_VAL, OTHER_SIDES_PX = "moving_objects:16:val", (192, 320, 384)
 CURVES = {
     "nano_training.png": ("pretrain-nano", "pretrain-nano-clips", "pretrain-nano-long"),
     "nano_training_finish.png": ("pretrain-nano-finish-first", "pretrain-nano-finish"),
@@ -100,9 +101,7 @@ def memory(model: SAM2) -> dict[str, Any]:
             model.num_maskmem, model.max_obj_ptrs_in_encoder = frames, pointers
             model.maskmem_tpos_enc = torch.nn.Parameter(torch.cat([encoding[: frames - 1], encoding[-1:]]))
             blocks[name] = score(model, videos)
-            difference = compare(blocks[name], blocks[next(iter(BANKS))])
-            interval = f"{difference['difference']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
-            print(f"{data}, {name}: J&F {blocks[name]['J&F']:.1f}, {interval}")
+            print(f"{data}, {name}: {against(blocks[name], blocks[next(iter(BANKS))])}")
         results[data] = blocks
     model.num_maskmem, model.max_obj_ptrs_in_encoder = BANKS[next(iter(BANKS))]
     model.maskmem_tpos_enc = torch.nn.Parameter(encoding)
@@ -127,6 +126,38 @@ def speed(model: SAM2) -> dict[str, Any]:
     result = {"threads": torch.get_num_threads(), "tracking_fps": tracking, "image_encoder_fps": encoding}
     print(result)
     return result
+
+
+def resolution(model: SAM2) -> dict[str, Any]:
+    """J&F of nano's weights at input sizes beside their own, and the time of a tracked frame over that at their own."""
+    sides = (model.image_size, *OTHER_SIDES_PX)
+    models = {side: build_sam2("nano", image_size=side) for side in sides}
+    for other in models.values():
+        other.load_state_dict(model.state_dict())
+    video = open_videos("moving_objects:1:val")[0]
+    prompts, length, repeats = first_masks(video, 10, later_objects=False), 10, 5
+    seconds: dict[int, list[float]] = {side: [] for side in sides}
+    for _ in range(repeats):  # in turn, so that ratios hold on a busy machine
+        for side, other in models.items():
+            started = time.perf_counter()
+            track(other, video, prompts, length=length, non_overlapping=True)
+            seconds[side].append(time.perf_counter() - started)
+    results: dict[str, Any] = {}
+    for side, other in models.items():
+        blocks = {data: score(other, open_videos(data)) for data in (MOVING_VAL, DAVIS)}
+        ratio = float(np.median(np.divide(seconds[side], seconds[model.image_size])))
+        results[f"{side} px"] = {**blocks, "time": ratio}
+        own = results[f"{model.image_size} px"]
+        scores = "; ".join(f"{data} {against(block, own[data])}" for data, block in blocks.items())
+        print(f"{side} px: {scores}; {ratio:.2f} times the time")
+    return results
+
+
+def against(block: dict[str, Any], reference: dict[str, Any]) -> str:
+    """J&F, and its difference to the reference's with a 95 % interval."""
+    difference = compare(block, reference)
+    interval = f"{difference['difference']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
+    return f"J&F {block['J&F']:.1f}, {interval}"
 
 
 def pictures(model: SAM2) -> None:
@@ -206,7 +237,7 @@ def cell(objects: dict[str, Any]) -> str:
 
 
 PARTS = {"davis": davis, "moving_objects": moving_objects, "memory": memory, "stills": stills, "speed": speed}
-ON_REQUEST = {"pictures": pictures, "curve": curve}
+ON_REQUEST = {"pictures": pictures, "curve": curve, "resolution": resolution}
 
 
 if __name__ == "__main__":
