@@ -140,8 +140,8 @@ def test_nothing_before_the_prompt(model: SAM2, video: Blobs) -> None:
 
 
 def test_length_cuts_the_video(model: SAM2, video: Blobs) -> None:
-    cut = copy.copy(video)  # not the first frames of a longer track: sam2 encodes pointers by a short video's length
-    cut.frame_names = video.frame_names[:3]
-    short = track(model, video, {0: {1: blob(8)}}, length=3, non_overlapping=False)
-    assert len(short[1]) == 3
-    assert np.array_equal(short[1], track(model, cut, {0: {1: blob(8)}}, length=3, non_overlapping=False)[1])
+    longer = copy.copy(video)  # below 16 frames sam2 encodes pointers by the video's length
+    longer.frame_names = 3 * video.frame_names
+    short = track(model, longer, {0: {1: blob(8)}}, length=16, non_overlapping=False)
+    long = track(model, longer, {0: {1: blob(8)}}, length=18, non_overlapping=False)
+    assert len(short[1]) == 16 and np.array_equal(short[1], long[1][:16])
