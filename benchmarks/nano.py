@@ -29,6 +29,7 @@ from qsam2.data.video import Video
 from qsam2.loading import load_model
 from qsam2.metrics.vos import VOSScore
 from qsam2.models import SAM2, build_sam2
+from qsam2.models.sam2 import EMBEDDED
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
 from qsam2.report.curves import read_curves
 from qsam2.report.overlays import contact_sheet
@@ -41,11 +42,12 @@ BANKS = {"full bank (7 frames, 16 pointers)": (7, 16), "prompted frame and the l
 """What memory attention sees: (`num_maskmem`, `max_obj_ptrs_in_encoder`) of sam2, which divides by the latter less one;
 the prompted frame is always kept."""
 PICTURED = "moving_objects:3:val"
-MOVING_VAL, OTHER_SIDES_PX = "moving_objects:16:val", (192, 320, 384)
+MOVING_VAL, OTHER_SIDES_PX = "moving_objects:16:val", (256, 384)
 """What a size may be chosen on, and the input sizes that stand beside nano's own."""
 CURVES = {
     "nano_training.png": ("pretrain-nano", "pretrain-nano-clips", "pretrain-nano-long"),
     "nano_training_finish.png": ("pretrain-nano-finish-first", "pretrain-nano-finish"),
+    "nano_training_whole.png": ("pretrain-nano-whole", "pretrain-nano-320"),
 }
 """Pictures and the runs that each shows."""
 SMOOTHING = 30
@@ -63,7 +65,9 @@ def main() -> None:
     known = PARTS | ON_REQUEST
     if unknown := set(arguments.parts) - set(known):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
-    model, _ = load_model(arguments.model)
+    model, recipe = load_model(arguments.model)
+    if "resolution" in arguments.parts and (recipe.quantize or recipe.model.size not in EMBEDDED):
+        parser.error(f"resolution wants a float {' or '.join(EMBEDDED)}, and {arguments.model} is none")
     results: dict[str, Any] = {"model": arguments.model}
     for part in arguments.parts or PARTS:
         results[part] = known[part](model)
@@ -132,7 +136,7 @@ def speed(model: SAM2) -> dict[str, Any]:
 def resolution(model: SAM2) -> dict[str, Any]:
     """J&F of a float nano's weights at other input sizes, and the time of a tracked frame over that at their own.
 
-    Nothing is trained, and the trunk's windows stay as they are. Times: the median of five passes over ten frames.
+    Nothing is trained. Times: the median of five passes over ten frames.
     """
     sides = (model.image_size, *OTHER_SIDES_PX)
     models = {side: build_sam2("nano", image_size=side) for side in sides}

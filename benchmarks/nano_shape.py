@@ -1,11 +1,12 @@
-"""What nano's shape costs and wins: width, layers of memory attention, resolution, each trained by the same short plan.
+"""What nano's shape costs and wins: width and layers of memory attention, each trained by the same short plan.
 
     python benchmarks/nano_shape.py [--output runs/shapes] [--scores docs/nano_shape.json] [SHAPE ...]
 
-Each shape is trained by recipes/pretrain_nano.yaml and pretrain_nano_clips.yaml, cut to a few hundred steps and to the
-sets that QSAM2_DATA holds in any case, then scored on generated videos and DAVIS, `val` both. A run that was killed
-goes on where it was, and a shape whose scores are in the file is not trained again. Each call ends with a table of the
-shapes in the file; their seconds a tracked frame are taken there, in turn, so that ratios hold on a busy machine.
+Each shape is trained by recipes/pretrain_nano.yaml and pretrain_nano_clips.yaml, at their 256 px, cut to a few hundred
+steps and to the sets that QSAM2_DATA holds in any case, then scored on generated videos and DAVIS, `val` both. A run that
+was killed goes on where it was, and a shape whose scores are in the file is not trained again. Each call ends with a
+table of the shapes in the file; their seconds a tracked frame are taken there, in turn, so that ratios hold on a busy
+machine. What the input size is worth: nano.py resolution.
 """
 
 from __future__ import annotations
@@ -52,13 +53,12 @@ def trunk(embed_dim: int) -> dict[str, Any]:
     return {"image_encoder": {"trunk": {"embed_dim": embed_dim}, "neck": {"backbone_channel_list": channels}}}
 
 
-SHAPES: dict[str, tuple[dict[str, Any], int]] = {  # changes to NANO, side in pixels
-    "nano: width 32, 256 px": ({}, 256),
-    "width 16": (trunk(16), 256),
-    "width 48": (trunk(48), 256),
-    "192 px": ({"image_encoder": {"trunk": {"window_spec": [8, 8, 12, 6]}}}, 192),
-    "320 px": ({"image_encoder": {"trunk": {"window_spec": [8, 8, 20, 10]}}}, 320),
-    "4 layers of memory attention": ({"memory_attention": {"num_layers": 4}}, 256),
+SIDE_PX = 256
+SHAPES: dict[str, dict[str, Any]] = {  # changes to NANO
+    "nano: width 32, 2 layers": {},
+    "width 16": trunk(16),
+    "width 48": trunk(48),
+    "4 layers of memory attention": {"memory_attention": {"num_layers": 4}},
 }
 
 
@@ -91,7 +91,7 @@ def main() -> None:
 @contextlib.contextmanager
 def shaped(name: str) -> Iterator[None]:
     """`nano` has this shape."""
-    shape = OmegaConf.to_container(OmegaConf.merge(sam2.NANO, SHAPES[name][0]))
+    shape = OmegaConf.to_container(OmegaConf.merge(sam2.NANO, SHAPES[name]))
     with replaced(sam2, NANO=shape):
         yield
 
@@ -106,7 +106,7 @@ def train(name: str, recipe: str, output: Path) -> int:
     first, folder = (shape_folder(name, output) / which for which in (next(iter(PLAN)), recipe))
     checkpoint = "null" if folder == first else first / "model.safetensors"
     common = [TRAINED, PRECISION, "data.val=moving_objects:2:val", "evaluate.frames=4", "train.distill.imagenet=0"]
-    own = [f"output={folder}", f"model.checkpoint={checkpoint}", f"model.image_size={SHAPES[name][1]}"]
+    own = [f"output={folder}", f"model.checkpoint={checkpoint}", f"model.image_size={SIDE_PX}"]
     with shaped(name):
         return cli.main(["train", str(RECIPES / f"{recipe}.yaml"), *common, *PLAN[recipe], *own])
 
@@ -115,7 +115,7 @@ def load(name: str, output: Path) -> SAM2:
     """A shape that is trained."""
     file = shape_folder(name, output) / list(PLAN)[-1] / "model.safetensors"
     with shaped(name):
-        return load_sam2("nano", checkpoint=file, image_size=SHAPES[name][1])
+        return load_sam2("nano", checkpoint=file, image_size=SIDE_PX)
 
 
 def score(model: SAM2, data: str, frames: int) -> float:
@@ -129,7 +129,7 @@ def report(scores: Mapping[str, Mapping[str, float]]) -> None:
     models: dict[str, SAM2] = {}
     for name in scores:
         with shaped(name):
-            models[name] = load_sam2("nano", checkpoint=None, image_size=SHAPES[name][1])
+            models[name] = load_sam2("nano", checkpoint=None, image_size=SIDE_PX)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     video = open_videos("moving_objects:1:val")[0]
     first = first_masks(video, TIMED, later_objects=False)

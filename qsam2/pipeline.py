@@ -321,7 +321,7 @@ def train(
             max_objects=data.max_objects,
             image_size=model.image_size,
             length=batches * data.batch_size * trainer.world_size,
-            augment=data.augment,
+            augment=data.augment is not False,
             seed=recipe.seed,
             max_stride=data.max_stride,
             reverse=data.reverse,

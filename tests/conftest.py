@@ -10,6 +10,8 @@ import torch
 from hypothesis import settings
 from small_predictors import write_models
 
+from qsam2.models.sam2 import SIZES
+
 settings.register_profile("qsam2", deadline=None, derandomize=True)  # a busy machine is slow now and then
 settings.load_profile("qsam2")
 torch.set_num_threads(1)  # small tensors; more threads wait for each other where the machine is busy
@@ -41,7 +43,8 @@ def data_root() -> Path:
 def frames() -> list[torch.Tensor]:
     """Six frames of noise at nano's resolution."""
     generator = torch.Generator().manual_seed(0)
-    return list(torch.randn(6, 3, 256, 256, generator=generator))
+    side = SIZES["nano"].image_size
+    return list(torch.randn(6, 3, side, side, generator=generator))
 
 
 @pytest.fixture

@@ -21,10 +21,14 @@ MAX_DRAWS = 100
 
 @dataclass(frozen=True)
 class Source:
-    """Videos that are drawn from with equal probability; `weight` is the source's share against other sources."""
+    """Videos that are drawn from with equal probability; `weight` is the source's share against other sources.
+
+    A dataset that augments does so with clips of the sources that have `augment`.
+    """
 
     videos: Sequence[Video]
     weight: float = 1.0
+    augment: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ class ClipDataset(Dataset[Clip]):
 
     def _draw(self, rng: np.random.Generator, index: int) -> Clip | None:
         """One attempt: None where no object is visible in its first frame at the model's resolution."""
-        videos = self._sources[rng.choice(len(self._sources), p=self._shares)].videos
+        source = self._sources[rng.choice(len(self._sources), p=self._shares)]
+        videos = source.videos
         video = videos[int(rng.integers(len(videos)))]
         if len(video) == 1 and self.num_frames > 1:
             if not any(mask.any() for mask in _annotation(video, 0).values()):
@@ -118,7 +123,7 @@ class ClipDataset(Dataset[Clip]):
             read[i] = video.frame(i), _stack(annotation, ids, video.size)
         pictures = np.stack([read[i][0] for i in frames])  # (T, H, W, 3)
         masks = np.stack([read[i][1] for i in frames])  # (T, O, H, W)
-        if self._augmentation is None:
+        if self._augmentation is None or not source.augment:
             images = torch.stack([to_model_input(picture, self.image_size) for picture in pictures])
             resized = torch.stack([resize_masks(frame_masks, self.image_size) for frame_masks in masks])
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qsam2.data.clips import Source
-from qsam2.data.sources import open_videos
+from qsam2.data.sources import is_generated, open_videos
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.recipe.recipe import Recipe
@@ -32,6 +32,10 @@ def open_train(recipe: Recipe) -> list[Source]:
     data = recipe.data
     weights = data.weights or (1.0,) * len(data.train)
     return [
-        Source(open_videos(source, root=data.root, split="train"), weight)
+        Source(
+            open_videos(source, root=data.root, split="train"),
+            weight,
+            augment=data.augment is True or (data.augment == "real" and not is_generated(source)),
+        )
         for source, weight in zip(data.train, weights, strict=True)
     ]

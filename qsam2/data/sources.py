@@ -45,6 +45,11 @@ def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val"
     return list(_READERS[kind](_folder(spec, kind, place or root), split))
 
 
+def is_generated(spec: str) -> bool:
+    """Whether `spec` names generated videos."""
+    return spec.split(":")[0] == "moving_objects"
+
+
 def _count(spec: str, given: str, split: str) -> int:
     if not given:
         return MOVING_OBJECTS_COUNT.get(split, 1)

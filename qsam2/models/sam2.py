@@ -41,8 +41,8 @@ class Size:
 
 
 SIZES = {
-    "nano": Size("t", image_size=256),
-    "nano_heavy": Size("t", image_size=256),
+    "nano": Size("t", image_size=320),
+    "nano_heavy": Size("t", image_size=320),
     "tiny": Size("t", checkpoint="tiny"),
     "small": Size("s", checkpoint="small"),
     "base_plus": Size("b+", checkpoint="base_plus"),
@@ -52,15 +52,13 @@ VERSIONS = ("2", "2.1")
 EMBEDDED = ("nano", "nano_heavy")
 """Sizes whose weights ship in the package: one shape, `NANO`, and one file of weights (see `heavy.py`)."""
 
-# nano: sam2.1_hiera_t with fewer channels and blocks. Its windows tile the 64, 32, 16 and 8 tokens a side of a 256 px
-# image without padding (Hiera's own 14 and 7 were chosen for 1024 px).
+# nano: sam2.1_hiera_t with fewer channels and blocks. Its windows are set by `model_config`.
 NANO = {
     "image_encoder": {
         "trunk": {
             "embed_dim": 32,
             "stages": [1, 2, 4, 2],
             "global_att_blocks": [],
-            "window_spec": [8, 8, 16, 8],
             "window_pos_embed_bkg_spatial_size": [8, 8],
         },
         "neck": {
@@ -87,6 +85,9 @@ NANO = {
         "fuser": {"layer": {"dim": 128}},
     },
     "decoder_mlp_dim": 512,
+    # One mask a frame while tracking, not the best of three by an IoU that a small model predicts badly
+    "multimask_output_for_tracking": False,
+    "sam_mask_decoder_extra_args": {"dynamic_multimask_via_stability": False},
 }
 
 
@@ -332,13 +333,6 @@ def model_config(size: str, *, version: str = "2.1", image_size: int | None = No
     name = f"sam{version}"
     path = importlib.resources.files("sam2") / "configs" / name / f"{name}_hiera_{SIZES[size].config}.yaml"
     config = OmegaConf.create(path.read_text()).model
-    if size in EMBEDDED:
-        config = OmegaConf.merge(config, NANO)
-    config._target_ = f"{SAM2.__module__}.{SAM2.__qualname__}"
-    config.image_size = image_size
-    side = image_size // 16
-    for attention in (config.memory_attention.layer.self_attention, config.memory_attention.layer.cross_attention):
-        attention.feat_sizes = [side, side]
     # What sam2's own builders set for inference; none of it acts while training.
     config.sam_mask_decoder_extra_args = {
         "dynamic_multimask_via_stability": True,
@@ -346,4 +340,13 @@ def model_config(size: str, *, version: str = "2.1", image_size: int | None = No
         "dynamic_multimask_stability_thresh": 0.98,
     }
     config.binarize_mask_from_pts_for_mem_enc = True
+    config._target_ = f"{SAM2.__module__}.{SAM2.__qualname__}"
+    config.image_size = image_size
+    side = image_size // 16
+    if size in EMBEDDED:
+        config = OmegaConf.merge(config, NANO)
+        # Stages 3 and 4 see the whole image at any size (Hiera's own 14 and 7 tokens were chosen for 1024 px)
+        config.image_encoder.trunk.window_spec = [8, 8, side, side // 2]
+    for attention in (config.memory_attention.layer.self_attention, config.memory_attention.layer.cross_attention):
+        attention.feat_sizes = [side, side]
     return config

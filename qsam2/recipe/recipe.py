@@ -55,7 +55,8 @@ class DataRecipe(Section):
     max_objects: PositiveInt = 3
     batch_size: PositiveInt = 1
     """Clips a step and device."""
-    augment: bool = True
+    augment: bool | Literal["real"] = True
+    """real: all but generated videos, of which no two are the same as they are."""
     num_workers: Annotated[int, Field(ge=0)] = 2
 
     @property

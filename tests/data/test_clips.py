@@ -164,6 +164,15 @@ def test_augmentation_is_drawn_anew_for_each_item():
     assert all(clip.masks[0].any() for clip in drawn)
 
 
+def test_a_source_may_stay_as_it_is_beside_others_that_are_augmented():
+    plain, turned = Made("plain", frames=4), Made("turned", frames=4)
+    sources = [Source([plain], augment=False), Source([turned])]
+    augmented, as_is = clips(sources, augment=True), clips(sources)
+    assert {clip.name for clip in augmented} == {"plain", "turned"}
+    for a, b in zip(augmented, as_is, strict=True):
+        assert same(a, b) == (a.name == "plain")
+
+
 def test_errors():
     with pytest.raises(UserError, match="no object is visible in the first frame of 100 clips drawn from 2 videos"):
         clips([Made("a", visible={}), Made("b", visible={1: ()})])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qsam2.data.sources import KINDS, open_videos
+from qsam2.data.sources import KINDS, is_generated, open_videos
 from qsam2.errors import UserError
 
 PICTURE = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
@@ -108,3 +108,7 @@ def test_errors(roots, monkeypatch):
     check("moving_objects: count is 0", "moving_objects:0")
     check("moving_objects: split is 'x'", "moving_objects:2:x")
     check("the splits are val, all", "davis:davis:test")
+
+
+def test_only_moving_objects_are_generated():
+    assert [kind for kind in KINDS if is_generated(f"{kind}:somewhere:train")] == ["moving_objects"]

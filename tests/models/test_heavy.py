@@ -34,9 +34,9 @@ def heavy():
 
 
 @pytest.fixture(scope="module")
-def images():
+def images(nano):
     videos = moving_objects("val", 4, num_frames=1)
-    return torch.stack([to_model_input(video.frame(0), 256) for video in videos])
+    return torch.stack([to_model_input(video.frame(0), nano.image_size) for video in videos])
 
 
 def test_tails_are_those_of_the_official_model(nano, heavy):

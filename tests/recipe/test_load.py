@@ -133,7 +133,7 @@ def test_null_takes_a_part_away() -> None:
             "train.lr_end": st.floats(0, 1),
             "trainer.max_steps": st.integers(1, 10**9),
             "quantize.weights.bits": st.integers(2, 8),
-            "data.augment": st.booleans(),
+            "data.augment": st.sampled_from([True, False, "real"]),
             "evaluate.frames": st.none() | st.integers(1, 500),
             "log.wandb": st.sampled_from(["auto", "online", "offline", "off"]),
             "model.version": st.sampled_from(["2", "2.1"]),

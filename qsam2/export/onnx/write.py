@@ -76,6 +76,7 @@ def need_packages() -> None:
 def describe(model: SAM2) -> dict[str, Any]:
     """What a tracker has to know of a model besides its graphs."""
     decoder = model.sam_mask_decoder
+    threshold = decoder.dynamic_multimask_stability_thresh if decoder.dynamic_multimask_via_stability else 0.0
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -92,7 +93,7 @@ def describe(model: SAM2) -> dict[str, Any]:
         "choices_from_points": [model.multimask_min_pt_num, model.multimask_max_pt_num],
         "choices_while_tracking": model.multimask_output_for_tracking,
         "stability_delta": decoder.dynamic_multimask_stability_delta,
-        "stability_threshold": decoder.dynamic_multimask_stability_thresh,
+        "stability_threshold": threshold,
     }
 
 
