@@ -3,9 +3,9 @@
     python benchmarks/nano_shape.py [--output runs/shapes] [--scores docs/nano_shape.json] [SHAPE ...]
 
 Each shape is trained by recipes/pretrain_nano.yaml and pretrain_nano_clips.yaml, at their 256 px, cut to a few hundred
-steps and to the sets that QSAM2_DATA holds in any case, then scored on generated videos and DAVIS, `val` both. A run that
-was killed goes on where it was, and a shape whose scores are in the file is not trained again. Each call ends with a
-table of the shapes in the file; their seconds a tracked frame are taken there, in turn, so that ratios hold on a busy
+steps and to the sets that QSAM2_DATA holds in any case, then scored on generated videos and DAVIS, `val` both. A run
+that was killed goes on where it was, and a shape whose scores are in the file is not trained again. Each call ends with
+a table of the shapes in the file; their seconds a tracked frame are taken there, in turn, so that ratios hold on a busy
 machine. What the input size is worth: nano.py resolution.
 """
 

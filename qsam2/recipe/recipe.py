@@ -34,7 +34,7 @@ class ModelRecipe(Section):
     checkpoint: str | None = "auto"
     """A path; auto: the size's official weights; null: random weights, to train from scratch."""
     image_size: int | None = None
-    """Side of the square input in pixels, a multiple of 32; null: the size's own (1024, nano 256)."""
+    """Side of the square input in pixels, a multiple of 32; null: the size's own (1024, nano 320)."""
 
 
 class DataRecipe(Section):

@@ -8,7 +8,9 @@ from qsam2.data.of_recipe import open_train
 from qsam2.recipe.load import build_recipe
 
 
-@pytest.mark.parametrize(("augment", "augmented"), [(True, [True, True]), ("real", [False, True]), (False, [False] * 2)])
+@pytest.mark.parametrize(
+    ("augment", "augmented"), [(True, [True, True]), ("real", [False, True]), (False, [False, False])]
+)
 def test_sources_are_augmented_as_the_recipe_says(tmp_path, augment, augmented):
     for folder in ("images", "instance_png"):
         (tmp_path / folder).mkdir()
