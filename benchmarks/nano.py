@@ -51,7 +51,7 @@ CURVES = {
 }
 """Pictures and the runs that each shows."""
 SMOOTHING = 30
-"""Logged steps that the curve is the median of: single clips can cost ten times as much as others."""
+"""Logged steps that the line is the median of, in short runs a third: one clip can cost ten times as much as another."""
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -190,7 +190,8 @@ def curve(model: SAM2) -> None:
         figure, axes = plt.subplots(1, len(runs), figsize=(10 / 3 * len(runs), 3), layout="constrained", squeeze=False)
         for axis, run in zip(axes[0], runs, strict=True):
             steps, losses = np.array(read_curves(Path("runs", run, "curves"))["loss"]).T
-            width = min(SMOOTHING, len(losses))
+            width = min(SMOOTHING, max(len(losses) // 3, 1))
+            axis.semilogy(steps, losses, ".", alpha=0.3)
             axis.plot(steps[width - 1 :], np.median(np.lib.stride_tricks.sliding_window_view(losses, width), axis=1))
             axis.set(xlabel="step", ylabel="loss", title=run)
         figure.savefig(DOCS / picture, dpi=110)
