@@ -51,7 +51,7 @@ CURVES = {
 }
 """Pictures and the runs that each shows."""
 SMOOTHING = 30
-"""Logged steps that the line is the median of, in short runs a third: one clip can cost ten times as much as another."""
+"""Logged steps that the line is the median of, in short runs a third: one clip can cost ten times another."""
 DOCS = Path(__file__).parent.parent / "docs"
 
 

@@ -24,8 +24,8 @@ HIERA_WIDTH, HIERA_STAGES = 96, (2, 3, 16, 3)
 """What `sam2` builds where a size's configuration says nothing (base_plus)."""
 
 SHA256 = {
-    "nano.safetensors": "192062a2307d5c98366139022348530ef3b11de8dd88e8238f9f770164d61ae8",
-    "nano_heavy.safetensors": "06c1c35f72e116ec9cf0af12f1b38f8e97c67dd22f9cea586d30c60b33d1da76",
+    "nano.safetensors": "a72cba8ef0dda6da1ea99f3501a52aeba636c599c37588e1df9d8f8c7369243e",
+    "nano_heavy.safetensors": "ed10bace8f789449653fed5eef8055a86421d5d53299f8a35c4f6d72b11c0be4",
 }
 """Of the files that ship in the package."""
 
