@@ -33,6 +33,16 @@ def test_nano_is_small_and_has_every_module():
         assert getattr(nano, option) == getattr(tiny, option)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", [192, 320])
+def test_coarse_stages_of_nano_see_the_whole_image(side):
+    trunk, image = build_sam2("nano", image_size=side).image_encoder.trunk, torch.zeros(1, 3, side, side)
+    before = trunk(image)
+    image[..., :8, :8] = 1
+    change = [float((a - b)[..., -1, -1].abs().max()) for a, b in zip(before, trunk(image), strict=True)]
+    assert change[0] == change[1] == 0 < min(change[2:])  # at the opposite corner
+
+
 def test_tracks_bit_for_bit_as_the_stock_predictor(frames):
     ours = build_sam2("nano")
     config = model_config("nano")
