@@ -19,7 +19,7 @@ from qsam2.run_folder import RunFolder
 from qsam2.tasks.kept import weights_digest
 
 SMALL = (
-    "model.image_size=64",
+    "model.image_size=128",
     "data.train=moving_objects:4:train",
     "calibrate={stills: 2, clips: 1, num_frames: 2}",
     "trainer={accelerator: cpu, devices: 1}",
@@ -43,7 +43,7 @@ def test_every_group_is_measured_alone(measured: Path) -> None:
     assert len(weights) == 18 and all(0 <= loss <= 100 for loss in weights.values())
     assert len(set(weights.values())) > 5  # not the same model again and again
     assert max(weights.values()) > 1
-    small = load_sam2("nano", image_size=64)  # overrides reach the model
+    small = load_sam2("nano", image_size=128)  # overrides reach the model
     assert json.loads(measured.read_text())["weights"] == weights_digest(small)
 
 

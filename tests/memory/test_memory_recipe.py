@@ -71,6 +71,6 @@ def test_evaluation_reads_memory_by_the_recipe(model: SAM2, tmp_path: Path) -> N
         more = ["memory.sharing=oldest"] if name == "one" else []
         assert main([*given, "--reference", str(tmp_path / "nano.pt"), *memory, *more]) == 0
         fidelity[name] = json.loads((tmp_path / "out.json").read_text())["fidelity"]
-    assert fidelity["cache"] == 100  # the reference's memory is always sam2's
-    assert fidelity["one"] < 100
+    assert fidelity["cache"] == pytest.approx(100, abs=0.1)  # equal but for rounding: the reference reads as sam2 does
+    assert fidelity["one"] < 99
     assert main([*given, "memory.frames=0"]) == 2
