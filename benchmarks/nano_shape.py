@@ -47,7 +47,7 @@ COMMON = [
 ]
 PLAN = {  # steps, warm-up and the sources' shares
     "pretrain_nano": ["trainer.max_steps=200", "train.warmup_steps=40", "data.weights=[4, 2, 4]"],
-    "pretrain_nano_clips": ["trainer.max_steps=170", "train.warmup_steps=30", "data.weights=[6, 3, 1]"],
+    "pretrain_nano_clips": ["trainer.max_steps=100", "train.warmup_steps=20", "data.weights=[6, 3, 1]"],
 }
 TIMED, REPEATS = 20, 7
 """Frames, and how often."""
