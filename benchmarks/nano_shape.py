@@ -1,12 +1,14 @@
-"""What nano's shape costs and wins: width and layers of memory attention, each trained by the same short plan.
+"""What nano's shape costs and wins: width of its trunk and layers of its memory attention, each trained alike.
 
     python benchmarks/nano_shape.py [--output runs/shapes] [--scores docs/nano_shape.json] [SHAPE ...]
 
-Each shape is trained by recipes/pretrain_nano.yaml and pretrain_nano_clips.yaml, at their 256 px, cut to a few hundred
-steps and to the sets that QSAM2_DATA holds in any case, then scored on generated videos and DAVIS, `val` both. A run
-that was killed goes on where it was, and a shape whose scores are in the file is not trained again. Each call ends with
-a table of the shapes in the file; their seconds a tracked frame are taken there, in turn, so that ratios hold on a busy
-machine. What the input size is worth: nano.py resolution.
+Training every shape as nano was trained takes a day of two cores each. Here a part of nano is made anew in each shape
+and the rest taken over: an image encoder learns to give nano's image embeddings of pictures, a memory attention learns
+to track in clips, the image encoder as it is. Parts of nano's own shape are made anew as well, since only what had the
+same training can be compared. Each is then scored on generated videos and DAVIS, `val` both. A run that was killed goes
+on where it was, and a shape whose scores are in the file is not trained again; several calls may share the file. Each
+call ends with a table of the shapes in the file; their seconds a tracked frame are taken there, in turn, so that ratios
+hold on a busy machine. What the input size is worth: nano.py resolution.
 """
 
 from __future__ import annotations
@@ -14,40 +16,53 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
-from qsam2 import cli
+from qsam2 import pipeline
+from qsam2.data.of_recipe import open_train
 from qsam2.data.sources import open_videos
 from qsam2.models import SAM2, load_sam2, sam2
+from qsam2.recipe import load_recipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
 from qsam2.replaced import replaced
-from qsam2.run_folder import write_text
+from qsam2.run_folder import RunFolder, write_text
+from qsam2.tasks.losses import embedding_distillation
 from qsam2.tasks.scoring import score_videos
+from qsam2.tasks.segmentation import VideoSegmentation
 from qsam2.tasks.tracking import first_masks, track
 from qsam2.text import aligned
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
-SCORED = {"MovingObjects": ("moving_objects:20:val", 30), "DAVIS": ("davis:davis16_240p:val", 40)}
+SIDE_PX = 256
+SCORED = {"MovingObjects": ("moving_objects:20:val", 20), "DAVIS": ("davis:davis16_240p:val", 24)}
 COMMON = [
     "data.train=[moving_objects:50000:train, davis:davis16_240p:train, yolo:coco128_seg]",
-    "data.val=moving_objects:2:val",
-    "evaluate.frames=4",
+    f"model.image_size={SIDE_PX}",
+    "model.checkpoint=null",
     "train.distill.imagenet=0",
     "train.ema=0.97",  # over 33 steps: the recipes' 500 are more than a run has
+    "trainer.devices=1",
+    "trainer.accelerator=cpu",
     "trainer.precision=32-true",  # which every processor multiplies
 ]
-PLAN = {  # steps, warm-up and the sources' shares
-    "pretrain_nano": ["trainer.max_steps=200", "train.warmup_steps=40", "data.weights=[4, 2, 4]"],
-    "pretrain_nano_clips": ["trainer.max_steps=100", "train.warmup_steps=20", "data.weights=[6, 3, 1]"],
+PLAN = {  # the part that is made anew, its recipe and what differs from it
+    "image_encoder": (
+        "pretrain_nano",
+        ["data.weights=[4, 2, 4]", "data.batch_size=12", "trainer.max_steps=280", "train.warmup_steps=20"],
+    ),
+    "memory_attention": (
+        "pretrain_nano_clips",
+        ["data.weights=[6, 3, 1]", "trainer.max_steps=140", "train.warmup_steps=10", "train.image_encoder_lr=0"],
+    ),
 }
 TIMED, REPEATS = 20, 7
 """Frames, and how often."""
@@ -59,13 +74,37 @@ def trunk(embed_dim: int) -> dict[str, Any]:
     return {"image_encoder": {"trunk": {"embed_dim": embed_dim}, "neck": {"backbone_channel_list": channels}}}
 
 
-SIDE_PX = 256
-SHAPES: dict[str, dict[str, Any]] = {  # changes to NANO
-    "nano: width 32, 2 layers": {},
+def memory_attention(layers: int) -> dict[str, Any]:
+    """Changes to `NANO` for another number of layers."""
+    return {"memory_attention": {"num_layers": layers}}
+
+
+SHAPES: dict[str, dict[str, Any]] = {  # changes to NANO; nano has width 32 and 2 layers
+    "width 32": trunk(32),
     "width 16": trunk(16),
     "width 48": trunk(48),
-    "4 layers of memory attention": {"memory_attention": {"num_layers": 4}},
+    "2 layers of memory attention": memory_attention(2),
+    "1 layer of memory attention": memory_attention(1),
+    "4 layers of memory attention": memory_attention(4),
 }
+
+
+class Imitation(VideoSegmentation):
+    """The image encoder learns to give nano's image embeddings."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **{**named, "teacher": load_sam2("nano", image_size=SIDE_PX)})
+        self.model.requires_grad_(False)
+        self.model.image_encoder.requires_grad_(True)
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        """Their squared error over the variance of nano's, summed over levels."""
+        images = batch.flat_img_batch
+        with torch.no_grad():
+            theirs = self._teacher[0].forward_image(images)["backbone_fpn"]
+        loss = embedding_distillation(self.model.forward_image(images)["backbone_fpn"], theirs)
+        self.log("loss", loss, prog_bar=True)
+        return loss
 
 
 def main() -> None:
@@ -74,24 +113,21 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="; ".join(SHAPES))
     parser.add_argument("--output", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--scores", type=Path, default=ROOT / "docs" / "nano_shape.json")
-    parser.add_argument("--recipe", choices=PLAN, help=argparse.SUPPRESS)  # train one shape by it, and no more
     given = parser.parse_args()
     if unknown := set(given.shapes) - set(SHAPES):
         parser.error(f"unknown shape {', '.join(sorted(unknown))}: choose from {'; '.join(SHAPES)}")
-    if given.recipe:
-        sys.exit(train(given.shapes[0], given.recipe, given.output))
-    scores = json.loads(given.scores.read_text()) if given.scores.is_file() else {}
     for name in given.shapes or SHAPES:
-        if name in scores:
-            continue
-        for recipe in PLAN:  # each in a process of its own: it starts others
-            command = [sys.executable, __file__, "--recipe", recipe, "--output", str(given.output), name]
-            if status := subprocess.run(command).returncode:
-                sys.exit(status)  # it has said why
-        model = load(name, given.output)
-        scores[name] = {what: score(model, *source) for what, source in SCORED.items()}
-        write_text(given.scores, json.dumps(scores, indent=1) + "\n")
-    report({name: scores[name] for name in SHAPES if name in scores})
+        if name not in read(given.scores):
+            model = trained(name, given.output)
+            scores = {what: score(model, *source) for what, source in SCORED.items()}
+            write_text(given.scores, json.dumps({**read(given.scores), name: scores}, indent=1) + "\n")
+    done = read(given.scores)
+    report({name: done[name] for name in SHAPES if name in done})
+
+
+def read(file: Path) -> dict[str, dict[str, float]]:
+    """The scores so far."""
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 @contextlib.contextmanager
@@ -102,25 +138,21 @@ def shaped(name: str) -> Iterator[None]:
         yield
 
 
-def shape_folder(name: str, output: Path) -> Path:
-    """Where all of a shape lies, its runs by the names of their recipes."""
-    return output / name.replace(" ", "-").replace(":", "").replace(",", "")
-
-
-def train(name: str, recipe: str, output: Path) -> int:
-    """One run of the plan, its exit status; the second goes on from the first."""
-    first, folder = (shape_folder(name, output) / which for which in (next(iter(PLAN)), recipe))
-    checkpoint = "null" if folder == first else first / "model.safetensors"
-    own = [f"output={folder}", f"model.checkpoint={checkpoint}", f"model.image_size={SIDE_PX}"]
+def trained(name: str, output: Path) -> SAM2:
+    """nano with one part in this shape, made anew and trained."""
+    (part,) = SHAPES[name]
+    file, differences = PLAN[part]
+    folder = output / name.replace(" ", "-")
+    recipe = load_recipe(RECIPES / f"{file}.yaml", [*COMMON, *differences, f"output={folder}"])
+    torch.manual_seed(recipe.seed)
     with shaped(name):
-        return cli.main(["train", str(RECIPES / f"{recipe}.yaml"), *COMMON, *PLAN[recipe], *own])
-
-
-def load(name: str, output: Path) -> SAM2:
-    """A shape that is trained."""
-    file = shape_folder(name, output) / list(PLAN)[-1] / "model.safetensors"
-    with shaped(name):
-        return load_sam2("nano", checkpoint=file, image_size=SIDE_PX)
+        model = load_sam2("nano", checkpoint=None, image_size=SIDE_PX)
+    nano = load_sam2("nano", image_size=SIDE_PX).state_dict()
+    model.load_state_dict({**model.state_dict(), **{k: v for k, v in nano.items() if not k.startswith(part)}})
+    task = Imitation if part == "image_encoder" else VideoSegmentation
+    with replaced(pipeline, VideoSegmentation=task):
+        pipeline.train(model, open_train(recipe), recipe, RunFolder(recipe), [])
+    return model.eval()
 
 
 def score(model: SAM2, data: str, frames: int) -> float:
