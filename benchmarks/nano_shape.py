@@ -4,8 +4,8 @@
 
 Training every shape as nano was trained takes a day of two cores each. Here a part of nano is made anew in each shape
 and the rest taken over: an image encoder learns to give nano's image embeddings of pictures, a memory attention learns
-to track in clips, together with all that is not the image encoder. Parts of nano's own shape are made anew as well, since only what had the
-same training can be compared. Each is then scored on generated videos and DAVIS, `val` both. A run that was killed goes
+to track in clips, together with all that is not the image encoder. Parts of nano's own shape are made anew as well,
+since only what had the same training can be compared. Each is then scored on generated videos and DAVIS, `val` both. A run that was killed goes
 on where it was, and a shape whose scores are in the file is not trained again; several calls may share the file. Each
 call ends with a table of the shapes in the file; their seconds a tracked frame are taken there, in turn, so that ratios
 hold on a busy machine. What the input size is worth: nano.py resolution.
@@ -29,6 +29,7 @@ from torch import Tensor
 from qsam2 import pipeline
 from qsam2.data.of_recipe import open_train
 from qsam2.data.sources import open_videos
+from qsam2.errors import UserError
 from qsam2.models import SAM2, load_sam2, sam2
 from qsam2.recipe import load_recipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
@@ -119,8 +120,11 @@ def main() -> None:
         parser.error(f"unknown shape {', '.join(sorted(unknown))}: choose from {'; '.join(SHAPES)}")
     for name in given.shapes or SHAPES:
         if name not in read(given.scores):
-            model = trained(name, given.output)
-            scores = {what: score(model, *source) for what, source in SCORED.items()}
+            try:
+                model = trained(name, given.output)
+                scores = {what: score(model, *source) for what, source in SCORED.items()}
+            except UserError as error:
+                parser.error(str(error))
             write_text(given.scores, json.dumps({**read(given.scores), name: scores}, indent=1) + "\n")
     done = read(given.scores)
     report({name: done[name] for name in SHAPES if name in done})
