@@ -5,10 +5,10 @@
 Training every shape as nano was trained takes a day of two cores each. Here a part of nano is made anew in each shape
 and the rest taken over: an image encoder learns to give nano's image embeddings of pictures, a memory attention learns
 to track in clips, together with all that is not the image encoder. Parts of nano's own shape are made anew as well,
-since only what had the same training can be compared. Each is then scored on generated videos and DAVIS, `val` both. A run that was killed goes
-on where it was, and a shape whose scores are in the file is not trained again; several calls may share the file. Each
-call ends with a table of the shapes in the file; their seconds a tracked frame are taken there, in turn, so that ratios
-hold on a busy machine. What the input size is worth: nano.py resolution.
+since only what had the same training can be compared. Each is then scored on generated videos and DAVIS, `val` both. A
+run that was killed goes on where it was, and a shape whose scores are in the file is not trained again; several calls
+may share the file. Each call ends with a table of the shapes in the file; their seconds a tracked frame are taken
+there, in turn, so that ratios hold on a busy machine. What the input size is worth: nano.py resolution.
 """
 
 from __future__ import annotations
