@@ -16,14 +16,15 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from qsam2.calibration.ranges import calibrate_sam2
-from qsam2.data.of_recipe import open_train
+from qsam2.calibration.activation_ranges import calibrate_sam2
+from qsam2.data.sources import open_train
 from qsam2.layers.convert import convert
-from qsam2.pipeline import calibration_data, load_float
+from qsam2.load import load_float
+from qsam2.pipeline import calibration_data
 from qsam2.quantizers import Quantizer
-from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.mse import best_bounds, best_clip_ratio, least_error_grid
+from qsam2.quantizers.observers import Distribution
 from qsam2.quantizers.passes import to_levels
 from qsam2.recipe import build_recipe
 

@@ -29,12 +29,12 @@ def measure(size: str, image_size: int, row: str, stills: int, clips: int, frame
     """Seconds, the ratio to plain passes, and peak memory of one row: a kind of ranges, or Frobenius calibration."""
     import torch
 
+    from qsam2.calibration.activation_ranges import calibrate_sam2
     from qsam2.calibration.data import CalibrationData, encode, run_sample
     from qsam2.calibration.gram import gather_inputs
-    from qsam2.calibration.ranges import calibrate_sam2
     from qsam2.calibration.weights import calibrate_weights, choose_layers, input_quantizers
     from qsam2.data.clips import Source
-    from qsam2.data.moving_objects import moving_objects
+    from qsam2.data.synthetic.moving_objects import moving_objects
     from qsam2.layers.convert import convert
     from qsam2.models import build_sam2
     from qsam2.recipe import build_recipe

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qsam2.quantizers import build_quantizer
-from qsam2.recipe.quantizers import QuantizerSpec, methods
+from qsam2.recipe.quantizer_specs import QuantizerSpec, methods
 
 SHAPE = (128, 1792)
 STD = 0.03

@@ -26,21 +26,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
-from qsam2.benchmarks.memory import attention_macs
-from qsam2.data.moving_objects import MovingObjects, moving_objects
+from qsam2.benchmark.remembered_frames import attention_macs
 from qsam2.data.sources import open_videos
+from qsam2.data.synthetic.moving_objects import MovingObjects, moving_objects
 from qsam2.data.video import Video
-from qsam2.loading import load_model
+from qsam2.evaluate.metrics.bootstrap import paired_bootstrap
+from qsam2.evaluate.metrics.iou import mask_iou
+from qsam2.evaluate.scoring import score_float, score_videos
+from qsam2.evaluate.tracking import Predictions
+from qsam2.load import load_model
 from qsam2.memory.reader import MemoryReader, use_memory
-from qsam2.metrics.bootstrap import paired_bootstrap
-from qsam2.metrics.iou import mask_iou
 from qsam2.models import SAM2, build_sam2
+from qsam2.output import write_text
 from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
-from qsam2.report.svg import BLUE, GREEN, GREY, ORANGE, PURPLE
-from qsam2.run_folder import write_text
-from qsam2.tasks.scoring import score_float, score_videos
-from qsam2.tasks.segmentation import Predictions
+from qsam2.report.draw import BLUE, GREEN, GREY, ORANGE, PURPLE
 
 DAVIS = "davis:davis16_240p:val"
 CLIP_FRAMES = 48

@@ -12,12 +12,13 @@ import sys
 
 import torch
 
-from qsam2.benchmarks.memory import state_bytes
-from qsam2.data.moving_objects import moving_objects
-from qsam2.loading import load_model
+from qsam2.benchmark.remembered_frames import state_bytes
+from qsam2.data.synthetic.moving_objects import moving_objects
+from qsam2.data.transforms import FrameSequence
+from qsam2.evaluate.tracking import first_masks
+from qsam2.load import load_model
 from qsam2.memory.reader import use_memory
 from qsam2.recipe.memory import MemoryRecipe
-from qsam2.tasks.tracking import FrameSequence, first_masks
 
 SHOWN = (20, 31, 50, 100, 200, 500)
 

@@ -27,19 +27,18 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from qsam2 import pipeline
-from qsam2.data.of_recipe import open_train
-from qsam2.data.sources import open_videos
+from qsam2.data.sources import open_train, open_videos
 from qsam2.errors import UserError
+from qsam2.evaluate.scoring import score_videos
+from qsam2.evaluate.tracking import first_masks, track
 from qsam2.models import SAM2, load_sam2, sam2
+from qsam2.models.replaced import replaced
+from qsam2.output import aligned, write_text
 from qsam2.recipe import load_recipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
-from qsam2.replaced import replaced
-from qsam2.run_folder import RunFolder, write_text
-from qsam2.tasks.losses import embedding_distillation
-from qsam2.tasks.scoring import score_videos
-from qsam2.tasks.segmentation import VideoSegmentation
-from qsam2.tasks.tracking import first_masks, track
-from qsam2.text import aligned
+from qsam2.run_folder import RunFolder
+from qsam2.train.losses import embedding_distillation
+from qsam2.train.module import VideoSegmentation
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"

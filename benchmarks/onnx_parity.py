@@ -38,18 +38,17 @@ from onnx.reference.op_run import OpRun
 from scipy.special import erf
 from torch import Tensor, nn
 
+from qsam2.calibration.activation_ranges import calibrate_sam2
 from qsam2.calibration.data import CalibrationData
-from qsam2.calibration.ranges import calibrate_sam2
 from qsam2.data.clips import Source
-from qsam2.data.moving_objects import moving_objects
+from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.video import Video
 from qsam2.export.onnx.graphs import Graph, build_graphs
 from qsam2.export.onnx.grids import ActivationGrid
 from qsam2.export.onnx.runtime import OnnxTracker, RunGraph
 from qsam2.export.onnx.write import describe, export_onnx
-from qsam2.layers.convert import convert
-from qsam2.layers.finalize import finalize
-from qsam2.loading import load_model
+from qsam2.layers.convert import convert, finalize
+from qsam2.load import load_model
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe import build_recipe
 

@@ -23,17 +23,16 @@ def measure(size: str, image_size: int) -> dict[str, float | int | str]:
     """Seconds of each part and peak memory of one size."""
     import torch
 
-    from qsam2.calibration.ranges import calibrate_ranges
+    from qsam2.calibration.activation_ranges import calibrate_ranges
     from qsam2.data.clips import ClipDataset, collate_clips
-    from qsam2.data.moving_objects import moving_objects
-    from qsam2.layers.convert import convert
-    from qsam2.layers.finalize import finalize
+    from qsam2.data.synthetic.moving_objects import moving_objects
+    from qsam2.evaluate.tracking import first_masks, track
+    from qsam2.layers.convert import convert, finalize
     from qsam2.models import build_sam2
     from qsam2.recipe import build_recipe
-    from qsam2.tasks.losses import segmentation_loss
-    from qsam2.tasks.optimizer import adamw, parameter_groups
-    from qsam2.tasks.prompts import prompted_forward, set_dropout, set_prompts
-    from qsam2.tasks.tracking import first_masks, track
+    from qsam2.train.losses import segmentation_loss
+    from qsam2.train.optimizer import adamw, parameter_groups
+    from qsam2.train.prompts import prompted_forward, set_dropout, set_prompts
 
     quantizer = {"method": "lsc", "bits": 4}
     recipe = build_recipe({"quantize": {"weights": quantizer, "activations": quantizer}, "train": {}})

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qsam2.predictors import image_predictor, load, video_predictor
+    from qsam2.load import image_predictor, load, video_predictor
 
-__version__ = "0.1.0"
+_OFFERED = {"load": "qsam2.load", "image_predictor": "qsam2.load", "video_predictor": "qsam2.load"}
+"""Where each name lives. It is imported when it is first used, so that `import qsam2` does not wait for torch."""
+
 __all__ = ["image_predictor", "load", "video_predictor"]
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch is imported when it is first asked for: the command line starts without it."""
-    if name not in __all__:
-        raise AttributeError(f"module 'qsam2' has no attribute {name!r}")
-    from qsam2 import predictors
+    if name == "__version__":
+        from qsam2.output import version
 
-    return getattr(predictors, name)
+        return version()
+    if name not in _OFFERED:
+        raise AttributeError(f"module 'qsam2' has no attribute {name!r}")
+    return getattr(importlib.import_module(_OFFERED[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
-from qsam2 import __version__
 from qsam2.commands.benchmark import add_benchmark
 from qsam2.commands.evaluate import add_evaluate
 from qsam2.commands.export import add_export
@@ -20,7 +23,12 @@ from qsam2.commands.sweep import add_sweep
 from qsam2.commands.table import add_table
 from qsam2.commands.train import add_train
 from qsam2.errors import UserError
-from qsam2.processes import stopped_by_sigterm
+from qsam2.output import version
+
+PARENT = "QSAM2_PARENT"
+"""Environment variable: the id of the `qsam2` that started this one, which is not to outlive it."""
+POLL_S = 1.0
+"""How often a process looks whether its parent still runs."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -66,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="qsam2", description="Quantization of Segment Anything Model 2.")
-    parser.add_argument("--version", action="version", version=f"qsam2 {__version__}")
+    parser.add_argument("--version", action="version", version=f"qsam2 {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands)
     add_evaluate(commands)
@@ -101,6 +109,34 @@ def _switches(command: argparse.ArgumentParser) -> set[str]:
 def _is_override(word: str) -> bool:
     key, equals, _ = word.partition("=")  # a path with = in it has a slash, or belongs to the flag before it
     return bool(equals) and "/" not in key and not key.startswith("-")
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM is Ctrl-C meanwhile, and comes by itself once the `qsam2` that started this one has ended.
+
+    Runs of a table or sweep have such a parent, and the ranks of a run that has several devices.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other set handlers
+        yield
+        return
+    before, parent = signal.signal(signal.SIGTERM, signal.default_int_handler), os.environ.get(PARENT)
+    if parent == str(os.getppid()):
+        threading.Thread(target=_stop_without, args=(int(parent),), daemon=True).start()
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[PARENT]
+        if parent:
+            os.environ[PARENT] = parent
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop_without(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

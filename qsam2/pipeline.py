@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 from tqdm import tqdm
 
+from qsam2.calibration.activation_ranges import calibrate_sam2
 from qsam2.calibration.allocation import (
     Allocation,
     allocatable,
@@ -26,40 +27,37 @@ from qsam2.calibration.allocation import (
 from qsam2.calibration.data import CalibrationData, encode, far_apart, run_sample
 from qsam2.calibration.gptq import round_sam2
 from qsam2.calibration.gram import gather_inputs, gram_bytes
-from qsam2.calibration.ranges import calibrate_sam2
-from qsam2.calibration.reconstruction.blocks import Scale
-from qsam2.calibration.reconstruction.ranges import HierarchicalData
-from qsam2.calibration.reconstruction.scales import time_scales
 from qsam2.calibration.smooth import gather_reader_inputs, norms_and_readers, reader_layers, smooth
 from qsam2.calibration.weights import calibrate_weights, choose_layers, input_quantizers
 from qsam2.data.clips import ClipDataset, Source
 from qsam2.data.datamodule import ClipDataModule
-from qsam2.data.of_recipe import open_stills, open_train, open_val
+from qsam2.data.sources import open_stills, open_train, open_val
 from qsam2.data.video import Video
 from qsam2.errors import UserError
+from qsam2.evaluate.scoring import compare, score_any, score_float, score_videos
+from qsam2.evaluate.tracking import Predictions
 from qsam2.export.card import write_card
-from qsam2.export.packed import model_bytes, save_packed
-from qsam2.export.weights import save_weights
+from qsam2.export.packed import model_bytes, save_packed, save_weights
 from qsam2.layers.audit import audit
-from qsam2.layers.convert import ConvertedLayer, conversion_table, convert, quantizers
-from qsam2.layers.finalize import finalize
+from qsam2.layers.convert import ConvertedLayer, conversion_table, convert, finalize, quantizers
+from qsam2.load import load_float
 from qsam2.memory.reader import use_memory
-from qsam2.models import SAM2, load_sam2
-from qsam2.models.scratch import initialise
+from qsam2.models import SAM2
 from qsam2.quantizers.kernels import choose_kernels
 from qsam2.recipe import Recipe
-from qsam2.report.clips import keep_clips
-from qsam2.report.kept import LAYERS, MEMORY, keep
+from qsam2.reconstruction.blocks import Scale
+from qsam2.reconstruction.reconstruct import reconstruct
+from qsam2.reconstruction.time_scales import HierarchicalData, time_scales
 from qsam2.report.measure import latent_weights, measure_layers
-from qsam2.report.memory import memory_use
+from qsam2.report.memory_use import memory_use
 from qsam2.report.overlays import contact_sheet
 from qsam2.report.page import write_report
+from qsam2.report.read import LAYERS, MEMORY, keep
+from qsam2.report.tracked_clips import keep_clips
 from qsam2.report.wandb import log_results
 from qsam2.run_folder import RunFolder, is_first_rank
-from qsam2.tasks.block_by_block import reconstruct
-from qsam2.tasks.scoring import compare, score_any, score_float, score_videos
-from qsam2.tasks.segmentation import Predictions, VideoSegmentation
-from qsam2.tasks.trainer import LAST, build_loggers, build_trainer, training_options
+from qsam2.train.module import VideoTraining
+from qsam2.train.trainer import LAST, build_loggers, build_trainer, training_options
 
 OVERLAYS = 3
 """How many videos a run's pictures show."""
@@ -121,20 +119,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
     folder.record("bytes", model_bytes(model))
     write_results(model, layers, videos, tracked, recipe, folder, loggers)
     return folder.metrics
-
-
-def load_float(recipe: Recipe) -> SAM2:
-    """The float model that the recipe starts from."""
-    model = load_sam2(
-        recipe.model.size,
-        version=recipe.model.version,
-        checkpoint=recipe.model.checkpoint,
-        image_size=recipe.model.image_size,
-        drop_path_rate=recipe.train.drop_path if recipe.train else 0.0,
-    )
-    if recipe.model.checkpoint is None:
-        initialise(model, recipe.seed)
-    return model
 
 
 def allocate_bits(model: SAM2, sources: list[Source], recipe: Recipe, folder: RunFolder) -> Recipe:
@@ -298,10 +282,9 @@ def train(
         return
     learned = dict(quantizers(model))
     trainer_recipe, data = recipe.trainer, recipe.data
-    module = VideoSegmentation(
+    module = VideoTraining(
         model,
         recipe.train,
-        recipe.evaluate,
         seed=recipe.seed,
         max_steps=trainer_recipe.max_steps,
         teacher=teacher if recipe.train.distill.needs_teacher else None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from qsam2.errors import UserError
+from qsam2.output import write_text
 from qsam2.recipe import Recipe, load_recipe, save_recipe
 
 log = logging.getLogger("qsam2")
@@ -122,28 +122,6 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file, UTF-8, whole or not at all; see `write_bytes`."""
-    write_bytes(file, text.encode())
-
-
-def write_bytes(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all: to a temporary name, then renamed; folders are made.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{file} could not be written: {error.strerror}; make room or give another path") from error
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,24 +15,25 @@ import qsam2
 ROOT = Path(qsam2.__file__).parent
 MAX_LINES = 450
 
-# A part may import itself and those of the lines above its own.
-LEVELS = (
-    ("errors", "processes", "replaced", "text", "version"),
-    ("recipe",),
-    ("metrics", "data", "models", "quantizers"),
+# From the ground up: a room may import itself and those of the lines above its own.
+FLOORS = (
+    ("errors",),
+    ("output", "recipe"),
+    ("data", "models", "quantizers", "metrics"),
+    ("run_folder", "run"),
     ("layers",),
-    ("calibration", "memory"),
-    ("tasks", "fast"),
-    ("run_folder",),
-    ("export", "report"),
-    ("pipeline", "loading"),
-    ("evaluate", "benchmarks", "predictors", "sensitivity"),
-    ("predict",),
-    ("tables", "sweeps"),
+    ("memory",),
+    ("calibration", "train", "export", "fast"),
+    ("load", "reconstruction"),
+    ("evaluate",),
+    ("report",),
+    ("pipeline", "predict"),
+    ("sweep", "benchmark"),
+    ("api",),
     ("commands",),
     ("cli",),
 )
-LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+LEVEL = {part: level for level, parts in enumerate(FLOORS) for part in parts}
 
 
 def modules() -> dict[str, Path]:
@@ -62,12 +63,13 @@ def own(name: str) -> set[str]:
 
 
 def part(name: str) -> str:
-    return name.split(".")[1]
+    """The room of a module; the metrics, a room within another, have a floor of their own."""
+    return "metrics" if name.startswith("qsam2.evaluate.metrics") else name.split(".")[1]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {"qsam2"}))
 def test_imports_point_downwards(name: str) -> None:
-    assert part(name) in LEVEL, f"qsam2/{part(name)} has no place in the order of imports: add it to LEVELS"
+    assert part(name) in LEVEL, f"qsam2/{part(name)} has no place in the order of imports: add it to FLOORS"
     for module in own(name):
         below = LEVEL[part(module)] < LEVEL[part(name)]
         assert below or part(module) == part(name), f"{name} imports {module}, which stands no lower"
@@ -79,7 +81,7 @@ def test_no_cycle() -> None:
 
 def test_the_order_is_that_of_real_parts() -> None:
     present = {part(name) for name in MODULES if name != "qsam2"}
-    assert LEVEL.keys() - present <= {"memory"}  # is to come
+    assert LEVEL.keys() - present <= {"run", "api"}  # are to come
 
 
 def test_nothing_imports_a_module_that_is_not_there() -> None:

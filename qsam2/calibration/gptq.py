@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qsam2.calibration.activation_ranges import in_image_encoder
 from qsam2.calibration.data import CalibrationData, Sample, encode, run_sample
 from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs
-from qsam2.calibration.ranges import in_image_encoder
 from qsam2.calibration.weights import output_energy, output_error, refit_bias
 from qsam2.errors import UserError
 from qsam2.layers.convert import quantized_weights

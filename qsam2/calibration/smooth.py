@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qsam2.calibration.data import Sample
 from qsam2.errors import UserError
 from qsam2.models import SAM2
-from qsam2.models.heavy import norms_and_readers as trunk_norms_and_readers
+from qsam2.models.nano.heavy import norms_and_readers as trunk_norms_and_readers
 from qsam2.quantizers import QuantizerState, build_quantizer
 from qsam2.recipe.quantize import LayerPlan, QuantizeRecipe
 

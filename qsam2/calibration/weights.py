@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam2.calibration.acnr import acnr
-from qsam2.calibration.frobenius import Spectrum, ridge
+from qsam2.calibration.frobenius import Spectrum, acnr, ridge
 from qsam2.calibration.gram import LayerInputs, Moments
 from qsam2.errors import UserError
 from qsam2.quantizers import Quantizer, build_quantizer
 from qsam2.recipe.calibrate import FrobeniusRecipe, WeightCalibration
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.quantizers import QuantizerSpec
+from qsam2.recipe.quantizer_specs import QuantizerSpec
 
 NEAREST = 3
 """How many layer names the message on a pattern without a match gives."""

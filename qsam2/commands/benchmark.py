@@ -73,8 +73,8 @@ def add_benchmark(commands: Commands) -> None:
 
 def _benchmark_quantizers(given: argparse.Namespace) -> None:
     _prepare_benchmark(given)
-    from qsam2.benchmarks.peers import PEERS
-    from qsam2.benchmarks.quantizers import benchmark_quantizers, markdown_table
+    from qsam2.benchmark.peers import PEERS
+    from qsam2.benchmark.quantization import benchmark_quantizers, markdown_table
 
     result = benchmark_quantizers(
         size=given.size,
@@ -89,7 +89,7 @@ def _benchmark_quantizers(given: argparse.Namespace) -> None:
 
 def _benchmark_memory(given: argparse.Namespace) -> None:
     _prepare_benchmark(given)
-    from qsam2.benchmarks.memory import benchmark_memory, markdown_table
+    from qsam2.benchmark.remembered_frames import benchmark_memory, markdown_table
 
     flags = ("size", "image_size", "objects", "frames", "repeats", "precision", "device")
     result = benchmark_memory(**{flag: getattr(given, flag) for flag in flags})
@@ -98,7 +98,7 @@ def _benchmark_memory(given: argparse.Namespace) -> None:
 
 def _benchmark_tracking(given: argparse.Namespace) -> None:
     _prepare_benchmark(given)
-    from qsam2.benchmarks.tracking import benchmark_tracking, markdown_table
+    from qsam2.benchmark.tracked_frame import benchmark_tracking, markdown_table
 
     result = benchmark_tracking(
         size=given.size, image_size=given.image_size, repeats=given.repeats, engines=given.engines
@@ -117,6 +117,6 @@ def _prepare_benchmark(given: argparse.Namespace) -> None:
 def _show_benchmark(given: argparse.Namespace, table: str, result: Mapping[str, Any]) -> None:
     print(table)
     if given.json:
-        from qsam2.run_folder import write_text
+        from qsam2.output import write_text
 
         write_text(given.json, json.dumps(result, indent=1))

@@ -39,10 +39,10 @@ def _report(given: argparse.Namespace) -> None:
     if given.overrides:
         raise UserError(f"{given.overrides[0]} does nothing here: a report shows a run as it was")
     quiet_logs()
+    from qsam2.output import write_text
     from qsam2.report.compare import render_comparison
     from qsam2.report.page import REPORT, render
     from qsam2.report.read import read_run
-    from qsam2.run_folder import write_text
 
     runs = [read_run(path) for path in given.runs]
     file = given.out or _default(runs)

@@ -44,7 +44,7 @@ def _sensitivity(given: argparse.Namespace) -> None:
     output = given.json or folder / "sensitivity.json"
     make_room(output)
     quiet_logs()
-    from qsam2.sensitivity import measure_sensitivity, ranking
+    from qsam2.sweep.sensitivity import measure_sensitivity, ranking
 
     flags = ("bits", "data", "videos", "frames")
     chosen = {flag: getattr(given, flag) for flag in flags}

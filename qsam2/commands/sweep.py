@@ -33,7 +33,7 @@ def add_sweep(commands: Commands) -> None:
 
 
 def _sweep(given: argparse.Namespace) -> None:
-    from qsam2.sweeps.definition import load_sweep
+    from qsam2.sweep.definition import load_sweep
 
     for flag in ("jobs", "count"):
         if (number := getattr(given, flag)) is not None and number < 1:
@@ -41,14 +41,14 @@ def _sweep(given: argparse.Namespace) -> None:
     sweep = load_sweep(given.sweep, given.overrides)
     folder = given.output or Path("runs", "sweeps", sweep.name)
     quiet_logs()
-    from qsam2.tasks.trainer import has_wandb_key
+    from qsam2.train.trainer import has_wandb_key
 
     if not given.dry_run and sweep.logs_online and has_wandb_key():
-        from qsam2.sweeps.online import run_agent
+        from qsam2.sweep.online import run_agent
 
         run_agent(sweep, folder, runs=given.count, jobs=given.jobs)
         return
-    from qsam2.sweeps.local import list_runs, results_table, run_sweep
+    from qsam2.sweep.local import list_runs, results_table, run_sweep
 
     if given.dry_run:
         print(list_runs(sweep, folder, given.count, given.jobs))

@@ -45,7 +45,7 @@ def add_table(commands: Commands) -> None:
 
 
 def _table(given: argparse.Namespace) -> None:
-    from qsam2.tables.definition import float_runs, load_table, table_runs
+    from qsam2.sweep.table_definition import float_runs, load_table, table_runs
 
     if given.jobs < 1:
         raise UserError(f"--jobs {given.jobs}: give at least 1")
@@ -53,7 +53,7 @@ def _table(given: argparse.Namespace) -> None:
     output = given.output or Path("runs", "tables", table.name)
     runs = table_runs(table, output, given.overrides)
     quiet_logs()
-    from qsam2.tables.scores import carry_out
+    from qsam2.sweep.table_scores import carry_out
 
     if given.only:
         named = {run.name: run for run in [*float_runs(runs), *runs]}
@@ -61,9 +61,9 @@ def _table(given: argparse.Namespace) -> None:
             raise UserError(f"--only {given.only}: no such run; --dry-run lists them")
         carry_out(table, named[given.only])
         return
-    from qsam2.tables.markdown import extract, insert, render
-    from qsam2.tables.results import collect, left_to_run, read_results
-    from qsam2.tables.schedule import list_runs, run_table
+    from qsam2.sweep.table_markdown import extract, insert, render
+    from qsam2.sweep.table_results import collect, left_to_run, read_results
+    from qsam2.sweep.table_schedule import list_runs, run_table
 
     earlier, to_run = None, runs
     if given.keep:
@@ -83,7 +83,7 @@ def _table(given: argparse.Namespace) -> None:
     write = ["--write", os.path.relpath(given.write)] if given.write else []
     results = collect(table, runs, shlex.join(["qsam2", "table", name, *jobs, *write, *given.overrides]), earlier)
     text = render(results)
-    from qsam2.run_folder import write_text
+    from qsam2.output import write_text
 
     write_text(output / "table.json", json.dumps(results, indent=1))
     write_text(output / "table.md", text)

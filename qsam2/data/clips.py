@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import Dataset
 from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaData
 
+from qsam2.data.synthetic.warped_stills import WarpedStill
 from qsam2.data.transforms import ClipAugmentation, resize_masks, to_model_input
 from qsam2.data.video import Video
-from qsam2.data.warped_stills import WarpedStill
 from qsam2.errors import UserError
 
 MAX_DRAWS = 100

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qsam2.data.files import list_pictures, read_index_mask, split_ids, subfolders
 from qsam2.data.footage import FrameFolder
+from qsam2.data.pictures import list_pictures, read_index_mask, split_ids, subfolders
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 

@@ -14,7 +14,7 @@ from typing import Any
 import av
 import numpy as np
 
-from qsam2.data.files import list_pictures, picture_size, read_frame
+from qsam2.data.pictures import list_pictures, picture_size, read_frame
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 
@@ -143,3 +143,17 @@ class VideoFile(Video):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_decoder": None, "_process": 0}
+
+
+def open_video(path: str | Path) -> Video:
+    """A folder of frames, in the order of their numbers, or a video file; frames are read when they are asked for.
+
+    Raises:
+        UserError: there is no such path, or no video there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return FrameFolder(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a picture, a folder of frames or a video file")
+    return VideoFile(path)

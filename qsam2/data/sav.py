@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qsam2.data.files import decode_rle, list_pictures, read_index_mask, read_json, subfolders
 from qsam2.data.footage import FrameFolder, VideoFile
+from qsam2.data.pictures import decode_rle, list_pictures, read_index_mask, read_json, subfolders
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from qsam2.data.files import (
+from qsam2.data.pictures import (
     decode_rle,
     list_pictures,
     picture_size,

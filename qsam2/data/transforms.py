@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would otherwise ask the network for a newer version
+from collections.abc import Sequence
 
 import albumentations as A  # noqa: E402
 import cv2  # noqa: E402
@@ -13,6 +12,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
+from torch import Tensor
+
+from qsam2.data.video import Video
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would otherwise ask the network for a newer version
+
 
 cv2.setNumThreads(0)  # loader workers are the parallelism
 
@@ -100,3 +105,16 @@ def _jitter(brightness: float, other: float) -> A.ColorJitter:
 def _seed(transforms: A.Compose, seed: int) -> None:
     # one stream for all its transforms: set_random_seed would start each of them from the same draw
     transforms.set_random_state(np.random.default_rng(seed), random.Random(seed))
+
+
+class FrameSequence(Sequence[Tensor]):
+    """A video's frames as the model wants them, decoded when they are asked for: float (3, S, S) each."""
+
+    def __init__(self, video: Video, image_size: int, length: int) -> None:
+        self.video, self.image_size, self.length = video, image_size, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        return to_model_input(self.video.frame(index), self.image_size)

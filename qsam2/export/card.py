@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import qsam2
 from qsam2.layers.convert import ConvertedLayer
 from qsam2.models.checkpoints import find_checkpoint
+from qsam2.output import version, write_text
 from qsam2.recipe import Recipe
-from qsam2.run_folder import RunFolder, write_text
+from qsam2.run_folder import RunFolder
 
 LICENCES = {"nano": "Apache-2.0; see the model card of nano for its training data"}
 OFFICIAL_LICENCE = "that of the source checkpoint (SAM 2 and 2.1: Apache-2.0)"
@@ -28,7 +28,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
     """The card as plain values."""
     return {
         "name": recipe.name,
-        "qsam2": qsam2.__version__,
+        "qsam2": version(),
         "source": checkpoint_source(recipe),
         "licence": LICENCES.get(recipe.model.size, OFFICIAL_LICENCE),
         "method": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
@@ -44,7 +44,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         "evaluation": {
             "data": recipe.data.scored,
             "protocol": recipe.evaluate.protocol,
-            "evaluator": f"qsam2 {qsam2.__version__}",
+            "evaluator": f"qsam2 {version()}",
         },
         "scores": {name: _headline(metrics[name]) for name in ("float", "ptq", "quantized") if name in metrics},
         "bytes": metrics.get("bytes"),

@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
-from qsam2.export.files import write_whole
 from qsam2.layers.convert import ConvertedLayer, convert, quantized_weights, quantizers
+from qsam2.models import SAM2
+from qsam2.output import write_tensors
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe
 
@@ -115,7 +116,7 @@ def save_packed(
         "weights": json.dumps(_descriptions(model)),
     }
     checksums = {"crc32": str(_checksum(_bytes(tensors))), "header_crc32": str(_checksum(_encoded(header)))}
-    write_whole(Path(path), tensors, {"format": FORMAT, "version": str(VERSION), **checksums, **header})
+    write_tensors(Path(path), tensors, {"format": FORMAT, "version": str(VERSION), **checksums, **header})
 
 
 def read_header(path: str | Path) -> PackedHeader:
@@ -304,3 +305,16 @@ def _damaged(path: Path) -> UserError:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:MAX_SHOWN]
+
+
+FLOAT_FORMAT = "qsam2-float"
+
+
+def save_weights(path: Path, model: SAM2, recipe: dict[str, Any]) -> None:
+    """Write a float model's state dict; `qsam2.load.load_model` and `model.checkpoint=PATH` read it.
+
+    Raises:
+        UserError: the file could not be written; no part of it is left.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_tensors(path, state, {"format": FLOAT_FORMAT, "recipe": json.dumps(recipe)})

@@ -15,7 +15,7 @@ from sam2.modeling.memory_encoder import CXBlock
 from sam2.modeling.sam2_utils import MLP
 from torch import Tensor, nn
 
-from qsam2.layers.linear import QuantLinear
+from qsam2.layers.weight import QuantLinear
 from qsam2.quantizers import Quantizer, QuantizerState
 
 LAYERS = ("image_encoder.*", "memory_attention.layers.*.linear?", "memory_encoder.*")

@@ -12,8 +12,8 @@ from sam2.modeling.position_encoding import PositionEmbeddingSine
 from torch import Tensor, nn
 
 from qsam2.fast.integers import multiplies_bytes, use_integers
-from qsam2.fast.layers import use_plain_layers
-from qsam2.layers.adopt import adopt
+from qsam2.fast.plain_layers import use_plain_layers
+from qsam2.layers.weight import adopt
 from qsam2.models import SAM2
 
 log = logging.getLogger("qsam2")

@@ -11,7 +11,13 @@ from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
 from qsam2.layers.attention import QuantizedAttention
-from qsam2.layers.convert import ATTENTION_TWINS, WEIGHT_TWINS, ConvertedLayer, quantized_weights, quantizers
+from qsam2.layers.convert import (
+    ATTENTION_TWINS,
+    WEIGHT_TWINS,
+    ConvertedLayer,
+    quantized_weights,
+    quantizers,
+)
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe

@@ -1,4 +1,4 @@
-"""Conversion: float layers are replaced, in place and by rules, by their quantized twins."""
+"""Conversion: float layers become quantized layers, in place and by rules; after training they are finalized."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from dataclasses import astuple, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+import torch
 from sam2.modeling.backbones.hieradet import MultiScaleAttention
 from sam2.modeling.sam.transformer import Attention, RoPEAttention
 from torch import nn
 
 from qsam2.errors import UserError
-from qsam2.layers.attention import QuantAttention, QuantizedAttention, QuantMultiScaleAttention, QuantRoPEAttention
-from qsam2.layers.conv import QuantConv2d, QuantConvTranspose2d
-from qsam2.layers.linear import QuantLinear
-from qsam2.layers.weight import QuantizedLayer
+from qsam2.layers.attention import (
+    QuantAttention,
+    QuantizedAttention,
+    QuantMultiScaleAttention,
+    QuantRoPEAttention,
+)
+from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantizedLayer, QuantLinear
+from qsam2.output import aligned
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.recipe.quantize import LayerPlan, QuantizeRecipe
-from qsam2.recipe.quantizers import QuantizerSpec
-from qsam2.text import aligned
+from qsam2.recipe.quantizer_specs import QuantizerSpec
 
 WEIGHT_TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantLinear,
@@ -139,3 +143,20 @@ def _check_rules(quantize: QuantizeRecipe, names: list[str]) -> None:
             raise UserError(f"{where} decides on no layer, earlier rules match them all: put it first or remove it")
         nearest = get_close_matches(rule.match.strip("*."), names, n=NEAREST, cutoff=0.0)
         raise UserError(f"{where} matches no layer; nearest names: {', '.join(nearest)} (* stands for anything)")
+
+
+@torch.no_grad()
+def finalize(model: nn.Module) -> None:
+    """Freeze all quantizers and replace each quantized weight by its dequantized integers, in place (ours).
+
+    Afterwards `weight == dequantize(to_int(weight))` exactly; a second call changes nothing.
+
+    Raises:
+        UserError: a quantizer has no range yet.
+    """
+    for _, layer, quantizer in quantized_weights(model):
+        quantizer.freeze(layer.weight)
+        layer.weight.copy_(quantizer.dequantize(quantizer.to_int(layer.weight), layer.weight.dtype))
+    for _, quantizer in quantizers(model):
+        if quantizer.state is not QuantizerState.FROZEN:
+            quantizer.freeze()

@@ -1,17 +1,29 @@
-"""What every layer with a quantized weight shares: its two quantizers, and one quantized weight an optimizer step."""
+"""Quantized linear and convolutional layers: two quantizers each, one quantized weight per optimizer step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from typing_extensions import Self
 
-from qsam2.layers.adopt import adopt
 from qsam2.quantizers import Quantizer
+from qsam2.quantizers.fake_quant import Codes, dequantize
 from qsam2.quantizers.once_a_step import forget_after_backward, outside_checkpointing
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def adopt(cls: type[M], module: nn.Module) -> M:
+    """A `cls` with all that `module` has: tensors, submodules and hooks are shared, the dictionaries of them copied."""
+    twin = cls.__new__(cls)
+    for name, value in vars(module).items():
+        twin.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    return twin
 
 
 class CachedWeight(NamedTuple):
@@ -101,3 +113,81 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 
 def _source(tensors: list[Tensor], dtype: torch.dtype, training: bool) -> tuple[object, ...]:
     return dtype, training, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """Q(x) Q(W)^T + b, the bias in float.
+
+    For the gradient of W its input is saved as codes, a byte an element in place of four (ours).
+    """
+
+    channel_dim = 0
+    reads_codes = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        codes = Codes.of(x)
+        if codes is None:
+            return F.linear(x, weight, self.bias)
+        # a view that a Function returns could not be written to: sam2 turns queries and keys in place
+        rows: Tensor = _LinearOfCodes.apply(x.reshape(-1, x.shape[-1]), weight, self.bias, *codes)
+        return rows.view(*x.shape[:-1], self.out_features)
+
+
+class _LinearOfCodes(torch.autograd.Function):
+    """`F.linear` of x (N, in) that saves the codes (..., in) of x in place of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, low: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(weight, codes, scale, low)
+        ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, codes, scale, low = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            grad_x = (grad @ weight.to(grad.dtype)).to(ctx.dtype)
+        if needs_weight:
+            # as the forward pass had it: rounded to its dtype, then to autocast's
+            x = dequantize(codes, scale, low, ctx.dtype).to(grad.dtype)
+            grad_weight = (grad.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        if needs_bias:
+            grad_bias = grad.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
+    """Convolution of quantized input and weight, depthwise ones included."""
+
+    channel_dim = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H', W')."""
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    """Transposed convolution of quantized input and weight. Its weight is (in, out / groups, h, w)."""
+
+    channel_dim = 1
+    padding: tuple[int, ...]
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # SAM2 gives no output_size
+        """(B, in_channels, H, W) to (B, out_channels, H', W')."""
+        return F.conv_transpose2d(
+            self.quantized_input(input),
+            self.quantized_weight(),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from sam2.modeling.sam.transformer import RoPEAttention
 from torch import Tensor, nn
 
-from qsam2.layers.attention import QuantRoPEAttention, axial_rotary_table, rotate, split_heads
+from qsam2.layers.attention import Table, quantizer_of, quantizes, rotate, split_heads
 from qsam2.layers.weight import QuantizedLayer
-from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
-from qsam2.recipe.quantizers import MinMaxSpec
+from qsam2.quantizers import Quantizer, build_quantizer
+from qsam2.recipe.quantizer_specs import MinMaxSpec
 
-Table = tuple[Tensor, Tensor]
 CODES_A_BYTE = {2: 4, 3: 2, 4: 2}
 """By bits; from 5 bits on a code takes a byte."""
 
@@ -148,37 +147,6 @@ def mixed(of_slots: Tensor, mixes: Sequence[Mapping[int, float]]) -> Tensor:
             total = torch.add(total, of_slots[slot], alpha=share)
         sums.append(total)
     return sums[0].unsqueeze(0) if len(sums) == 1 else torch.stack(sums)
-
-
-def project(attention: RoPEAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, heads, tokens, C / heads), neither rotated nor quantized."""
-    return split_heads(attention.k_proj(k), attention.num_heads), split_heads(attention.v_proj(v), attention.num_heads)
-
-
-def quantizer_of(attention: nn.Module, part: str) -> Quantizer | None:
-    """The quantizer of q, k or v; float attentions have none."""
-    return getattr(attention, f"{part}_quantizer", None)
-
-
-def quantized(x: Tensor, attention: nn.Module, part: str) -> Tensor:
-    """q, k or v as the attention quantizes it."""
-    quantizer = quantizer_of(attention, part)
-    return x if quantizer is None else quantizer(x)
-
-
-def quantizes(quantizer: Quantizer) -> bool:
-    """Whether its forward rounds."""
-    return quantizer.state in (QuantizerState.QUANTIZE, QuantizerState.FROZEN)
-
-
-def rotary_table(attention: RoPEAttention, tokens: int) -> Table:
-    """Cosines and sines for a square of that many tokens, of a float or a quantized attention."""
-    if isinstance(attention, QuantRoPEAttention):
-        return attention.rotary_table(tokens)
-    side, theta = round(tokens**0.5), attention.compute_cis.keywords["theta"]
-    device = attention.k_proj.weight.device
-    cos, sin = axial_rotary_table(attention.internal_dim // attention.num_heads, side, side, theta)
-    return cos.to(device), sin.to(device)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qsam2.errors import UserError
-from qsam2.models.heavy import make_heavy
+from qsam2.models.nano.heavy import make_heavy
 from qsam2.models.sam2 import EMBEDDED, SAM2, SIZES, build_sam2, model_config
 
 HIERA_WIDTH, HIERA_STAGES = 96, (2, 3, 16, 3)
@@ -66,7 +66,7 @@ def packaged(name: str) -> Path:
     Raises:
         UserError: it is damaged or another version's.
     """
-    path = Path(str(importlib.resources.files("qsam2.models") / name))
+    path = Path(str(importlib.resources.files("qsam2.models.nano") / name))
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[name]:
         raise UserError(f"{path} is missing, damaged or of another version (SHA-256): install qsam2 anew")
     return path

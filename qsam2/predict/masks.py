@@ -10,11 +10,11 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch import Tensor
 
+from qsam2.data.transforms import FrameSequence
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.predict.prompts import Prompt, Prompts
-from qsam2.tasks.tracking import FrameSequence
 
 MASK_LOGIT = 10.0
 """What a pixel of a mask prompt weighs, as in sam2's video predictor."""

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from qsam2.data.files import read_index_mask, split_ids
+from qsam2.data.pictures import read_index_mask, split_ids
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from qsam2.data.files import IMAGE_SUFFIXES, picture_size, read_frame
-from qsam2.data.footage import VideoFile
+from qsam2.data.footage import VideoFile, open_video
+from qsam2.data.pictures import IMAGE_SUFFIXES, picture_size, read_frame
 from qsam2.data.video import Video
+from qsam2.load import image_predictor, video_predictor
 from qsam2.models import SAM2
-from qsam2.predict.files import outputs, read_ids, write_ids, write_overlay, write_overlay_video
 from qsam2.predict.masks import segment_picture, track_objects
+from qsam2.predict.outputs import outputs, read_ids, write_ids, write_overlay, write_overlay_video
 from qsam2.predict.prompts import Prompts, Word, read_prompts
-from qsam2.predictors import image_predictor, open_video, video_predictor
 
 FRAMES_PER_SECOND = Fraction(24)
 """Of the overlay of a folder of frames."""
@@ -53,7 +53,7 @@ def predict(
         source: a picture, a folder of frames or a video file.
         words: see `qsam2.predict.prompts`.
         overrides: `key=value` on top of the model's own recipe.
-        fast: see `qsam2.predictors.load`.
+        fast: see `qsam2.load.load`.
         force: replace what is there.
 
     Returns:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from qsam2.errors import UserError
-from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize
 from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.mse import least_error_grid
-from qsam2.quantizers.observers import Observer
+from qsam2.quantizers.observers import Distribution, Observer
 from qsam2.quantizers.once_a_step import forget_after_backward, outside_checkpointing
 from qsam2.quantizers.passes import to_levels
-from qsam2.recipe.quantizers import QuantizerSpec, Role
+from qsam2.recipe.quantizer_specs import QuantizerSpec, Role
 
 
 class QuantizerState(Enum):

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.grid import Grid
+from qsam2.quantizers.observers import Distribution
 
 BINS = 2048  # of a side
 CLIP_RATIOS = 100

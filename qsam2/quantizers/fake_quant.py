@@ -28,17 +28,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qsam2.quantizers.layout import Layout
+from qsam2.quantizers.observers import sums
 from qsam2.quantizers.passes import (
     Gradients,
     Keep,
+    Layout,
     Quantized,
     dequantize_pass,
     gradients_in_blocks,
     quantize_in_blocks,
     to_levels,
 )
-from qsam2.quantizers.statistics import sums
 
 Follow = Callable[[Tensor, int], None]
 """Takes the sums of x and x^2 (2, C) and how many elements each is of."""

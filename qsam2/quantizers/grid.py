@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsam2.recipe.quantizers import QuantizerSpec
+from qsam2.recipe.quantizer_specs import QuantizerSpec
 
 SMALLEST_SCALE = 1e-12  # float32 values divided by it stay finite up to 3e26
 LARGEST_SCALE = 1e30

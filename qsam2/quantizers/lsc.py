@@ -26,12 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.quantizers.base import Quantizer
-from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.grid import SMALLEST_SCALE, positive
+from qsam2.quantizers.observers import Distribution, follow_moments, moments, sums
 from qsam2.quantizers.ranges import initial_bounds
 from qsam2.quantizers.registry import register
-from qsam2.quantizers.statistics import follow_moments, moments, sums
-from qsam2.recipe.quantizers import LSCSpec, Role
+from qsam2.recipe.quantizer_specs import LSCSpec, Role
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-3, 1e6
 SMALLEST_STD = 1e-3  # of |mean|: a constant tensor has a range, too

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.quantizers.base import Quantizer
-from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.grid import positive
+from qsam2.quantizers.observers import Distribution
 from qsam2.quantizers.ranges import initial_bounds
 from qsam2.quantizers.registry import register
-from qsam2.recipe.quantizers import LSQSpec, Role
+from qsam2.recipe.quantizer_specs import LSQSpec, Role
 
 
 @register(LSQSpec)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from qsam2.quantizers.base import Quantizer
-from qsam2.quantizers.distribution import Distribution
+from qsam2.quantizers.observers import Distribution, extremes, follow
 from qsam2.quantizers.ranges import initial_bounds
 from qsam2.quantizers.registry import register
-from qsam2.quantizers.statistics import extremes, follow
-from qsam2.recipe.quantizers import MinMaxSpec, Role
+from qsam2.recipe.quantizer_specs import MinMaxSpec, Role
 
 
 @register(MinMaxSpec)

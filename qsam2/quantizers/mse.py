@@ -17,10 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.grid import Grid
+from qsam2.quantizers.observers import Distribution
 from qsam2.quantizers.passes import to_levels
-from qsam2.recipe.quantizers import FEW_BITS
+from qsam2.recipe.quantizer_specs import FEW_BITS
 
 ERROR_POWER = 2.4
 CLIP_RATIOS = 100

@@ -1,15 +1,138 @@
-"""Observers: what calibration remembers of the tensors that pass, in one pass and bounded memory."""
+"""Observers: what calibration remembers of a tensor, in one pass and bounded memory, equal on all ranks."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from qsam2.quantizers.distributed import all_reduce_max, all_reduce_sum
-from qsam2.quantizers.distribution import Distribution, at_most_half_the_range, row_extremes
-from qsam2.quantizers.layout import to_rows
+from qsam2.quantizers.passes import to_rows
+
+
+def world_size() -> int:
+    """Number of ranks; 1 in a single process."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over ranks; x itself in a single process. Every rank must call it equally often."""
+    return _all_reduce(x, dist.ReduceOp.SUM) if world_size() > 1 else x
+
+
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Maximum over ranks; x itself in a single process. Every rank must call it equally often."""
+    return _all_reduce(x, dist.ReduceOp.MAX) if world_size() > 1 else x
+
+
+def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    reduced = x.clone()
+    dist.all_reduce(reduced, op=op)
+    return reduced
+
+
+def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Min and max (C,) of rows (C, n). On CPUs PyTorch's `aminmax` of a dimension takes 30 times as long."""
+    return rows.amin(dim=1), rows.amax(dim=1)
+
+
+def at_most_half_the_range(std: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
+    """A standard deviation is never larger; one that overflowed becomes finite."""
+    return torch.minimum(std, (maximum - minimum) / 2)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Values and their counts, (C, n) float32 each, with the exact statistics (C,) a channel."""
+
+    values: Tensor
+    counts: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    mean: Tensor
+    std: Tensor
+    mean_abs: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, channel_dim: int | None) -> Distribution:
+        """All values of one finite tensor, each counted once."""
+        rows = to_rows(x, channel_dim).float()
+        minimum, maximum = row_extremes(rows)
+        return cls(
+            values=rows,
+            counts=torch.ones_like(rows[:1]).expand_as(rows),
+            minimum=minimum,
+            maximum=maximum,
+            mean=rows.mean(dim=1),
+            std=at_most_half_the_range(rows.std(dim=1, correction=0), minimum, maximum),
+            mean_abs=rows.abs().mean(dim=1),
+        )
+
+
+def extremes(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[Tensor, Tensor]:
+    """Min and max (C,) float32 of a batch; infinite where no rank had data."""
+    rows = to_rows(x, channel_dim)
+    if rows.numel() > 0:
+        minimum, maximum = (bound.float() for bound in row_extremes(rows))
+    else:
+        maximum = torch.full((rows.shape[0],), -math.inf, device=x.device)
+        minimum = -maximum
+    if over_ranks:
+        negated, maximum = all_reduce_max(torch.stack([-minimum, maximum]))
+        minimum = -negated
+    return minimum, maximum
+
+
+def sums(x: Tensor, channel_dim: int | None) -> tuple[Tensor, int]:
+    """Sums of x and of x^2 (2, C) of a batch, and how many elements each is of."""
+    rows = to_rows(x, channel_dim)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    square = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_()
+    return torch.stack([rows.sum(dim=1, dtype=dtype), square]), rows.shape[1]
+
+
+def moments(sums: Tensor, count: int, *, over_ranks: bool) -> Tensor:
+    """Mean and mean square (2, C) of a batch, from what `sums` gives; NaN where no rank had data."""
+    if not over_ranks:
+        return sums / count
+    counts = torch.full_like(sums[:1], count)
+    sums = all_reduce_sum(torch.cat([sums, counts]))
+    return sums[:2] / sums[2]
+
+
+def magnitudes(x: Tensor, channel_dim: int | None) -> tuple[Tensor, Tensor]:
+    """Mean magnitude and root mean square (C,) of a weight."""
+    rows = to_rows(x, channel_dim)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = rows.abs().sum(dim=1, dtype=dtype)  # a norm of order 1 takes four times as long
+    root = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    return total / rows.shape[1], root / math.sqrt(rows.shape[1])
+
+
+def follow(running: Tensor, batch: Tensor, momentum: float) -> None:
+    """running <- momentum * running + (1 - momentum) * batch, in place.
+
+    A batch that is empty or overflowed (as under a gradient scaler's search) leaves it as it is.
+    """
+    batch = batch.to(running.dtype)
+    running.copy_(torch.where(batch.isfinite(), torch.lerp(batch, running, momentum), running))
+
+
+def follow_moments(mean: Tensor, std: Tensor, batch: Tensor, momentum: float) -> None:
+    """`follow` for mean and standard deviation (C,) of all that is followed, in place; `batch` is of `moments`.
+
+    Mean squares are followed, not deviations: so the deviation is that of the values of all batches together, their
+    own and how far their means lie apart (law of total variance). Averaged by itself it would miss the latter, and
+    shrink below the one that calibration found on all batches at once wherever one batch differs from the next.
+    """
+    squares = torch.stack([mean, mean.square().addcmul_(std, std)])
+    now = torch.lerp(batch.to(mean.dtype), squares, momentum)
+    now[1] = now[1].addcmul_(now[0], now[0], value=-1.0).clamp_(min=0.0).sqrt_()
+    for running, new in zip((mean, std), torch.where(now.isfinite(), now, torch.stack([mean, std])), strict=True):
+        running.copy_(new)
+
 
 BINS_PER_SIDE = 4096
 MAX_SAMPLES = 2**20  # values of one tensor that enter the histogram; min, max and sums use all of them

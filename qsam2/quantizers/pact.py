@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.quantizers.base import Quantizer
-from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.fake_quant import gradient_scale
 from qsam2.quantizers.grid import SMALLEST_SCALE, positive
+from qsam2.quantizers.observers import Distribution
 from qsam2.quantizers.ranges import initial_bounds
 from qsam2.quantizers.registry import register
-from qsam2.recipe.quantizers import PACTSpec, Role
+from qsam2.recipe.quantizer_specs import PACTSpec, Role
 
 LARGEST_PULL = 1e6  # keeps the penalty's gradient finite for any clip
 

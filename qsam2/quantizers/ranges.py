@@ -1,15 +1,15 @@
-"""The first range of a quantizer: from what calibration saw to lower and upper bounds."""
+"""The first range of a quantizer, from what calibration observed."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.entropy import least_divergence_ratio
 from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.mse import best_bounds
-from qsam2.quantizers.percentile import percentile_bounds
-from qsam2.recipe.quantizers import RangedSpec
+from qsam2.quantizers.observers import Distribution
+from qsam2.recipe.quantizer_specs import RangedSpec
 
 
 def initial_bounds(seen: Distribution, spec: RangedSpec, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -25,3 +25,20 @@ def initial_bounds(seen: Distribution, spec: RangedSpec, grid: Grid) -> tuple[Te
         raise ValueError(f"range={spec.range} gives no bounds")
     ratio = least_divergence_ratio(seen, grid, lambda ratio: (lower * ratio, upper * ratio))
     return lower * ratio, upper * ratio
+
+
+def percentile_bounds(seen: Distribution, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Bounds that leave out (100 - percentile) % of the values at each end; symmetric: of the magnitudes."""
+    if symmetric:
+        bound = _quantile(seen.values.abs(), seen.counts, percentile / 100.0)
+        return -bound, bound
+    lower = -_quantile(-seen.values, seen.counts, percentile / 100.0)
+    return lower.clamp(max=0.0), _quantile(seen.values, seen.counts, percentile / 100.0).clamp(min=0.0)
+
+
+def _quantile(values: Tensor, counts: Tensor, fraction: float) -> Tensor:
+    """Smallest value (C,) that at least `fraction` of the counts do not exceed."""
+    values, order = values.sort(dim=1)
+    cumulative = counts.gather(1, order).double().cumsum(dim=1)
+    position = torch.searchsorted(cumulative, fraction * cumulative[:, -1:])
+    return values.gather(1, position.clamp(max=values.shape[1] - 1)).squeeze(1)

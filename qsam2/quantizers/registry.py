@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from qsam2.errors import UserError
 from qsam2.quantizers.base import Quantizer
-from qsam2.recipe.quantizers import QuantizerSpec, Role
+from qsam2.recipe.quantizer_specs import QuantizerSpec, Role
 
 QUANTIZERS: dict[type[QuantizerSpec], type[Quantizer]] = {}
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from qsam2.quantizers.base import Quantizer
-from qsam2.quantizers.distribution import Distribution
+from qsam2.quantizers.observers import Distribution, follow, magnitudes
 from qsam2.quantizers.registry import register
-from qsam2.quantizers.statistics import follow, magnitudes
-from qsam2.recipe.quantizers import Role, SAWBSpec
+from qsam2.recipe.quantizer_specs import Role, SAWBSpec
 
 COEFFICIENTS = {
     2: (3.12, -2.064),

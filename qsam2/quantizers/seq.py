@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from qsam2.quantizers.lsq import LSQQuantizer
 from qsam2.quantizers.registry import register
-from qsam2.recipe.quantizers import SEQSpec
+from qsam2.recipe.quantizer_specs import SEQSpec
 
 
 @register(SEQSpec)

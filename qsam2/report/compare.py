@@ -7,11 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-import qsam2
 from qsam2.errors import UserError
+from qsam2.output import version
 from qsam2.report.curves import draw_loss
+from qsam2.report.draw import Point, draw_pareto
 from qsam2.report.page import bits, environment, headline
-from qsam2.report.pareto import Point, draw_pareto
 from qsam2.report.read import KeptRun
 from qsam2.run_folder import flat
 
@@ -36,7 +36,7 @@ def render_comparison(runs: Sequence[KeptRun]) -> str:
         environment()
         .get_template("compare.html.j2")
         .render(
-            version=qsam2.__version__,
+            version=version(),
             runs=names,
             rows=rows,
             floats={name: headline(run.metrics)[0] for name, run in scored.items()},

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qsam2.errors import UserError
-from qsam2.report.svg import BLUE, GREY, ORANGE, SERIES, inline, new_figure
+from qsam2.report.draw import BLUE, GREY, ORANGE, SERIES, inline, new_figure
 
 SMOOTHING = 20
 """Logged values that the drawn mean is taken over, at most; of a short run a fifth of all."""

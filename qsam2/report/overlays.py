@@ -1,15 +1,17 @@
-"""Tracked masks drawn over their frames, one row a model."""
+"""Tracked masks drawn over their frames, and frames as a small video."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
 
+import av
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from qsam2.data.video import Video
-from qsam2.tasks.segmentation import Predictions
+from qsam2.evaluate.tracking import Predictions
 
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 """Okabe and Ito's palette, told apart by the colour-blind; an object a colour."""
@@ -68,3 +70,25 @@ def _truth(video: Video, index: int, ids: Sequence[int]) -> list[np.ndarray]:
 def _unpack(packed: np.ndarray, length: int, size: tuple[int, int]) -> np.ndarray:
     count = length * size[0] * size[1]
     return np.unpackbits(packed, count=count).reshape(length, *size).astype(bool)
+
+
+FRAMES_PER_SECOND = 10
+QUALITY = "30"
+"""x264's constant rate factor: smaller is better and larger."""
+
+
+def encode_video(frames: Iterable[np.ndarray], *, frames_per_second: int = FRAMES_PER_SECOND) -> bytes:
+    """H.264 in MP4 of RGB frames, uint8 (H, W, 3), of one size, H and W even."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=frames_per_second)
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                stream.options = {"crf": QUALITY, "preset": "veryfast", "threads": "1"}
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        if stream is not None:
+            container.mux(stream.encode())
+    return buffer.getvalue()

@@ -10,17 +10,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-import qsam2
-from qsam2.metrics.bootstrap import paired_bootstrap
+from qsam2.evaluate.metrics.bootstrap import paired_bootstrap
+from qsam2.output import read_json, version, write_text
 from qsam2.recipe import save_recipe
-from qsam2.recipe.quantizers import QuantizerSpec
+from qsam2.recipe.quantizer_specs import QuantizerSpec
 from qsam2.report.curves import draw_clips, draw_loss
-from qsam2.report.histograms import draw_histograms
-from qsam2.report.kept import read_json
-from qsam2.report.layers import draw_noise, draw_sensitivity, draw_worst
-from qsam2.report.memory import draw_memory
+from qsam2.report.draw import draw_histograms, draw_noise, draw_sensitivity, draw_worst
+from qsam2.report.memory_use import draw_memory
 from qsam2.report.read import MODELS, KeptRun, read_run
-from qsam2.run_folder import write_text
 
 SENSITIVITY = "sensitivity.json"
 REPORT = "report.html"
@@ -50,7 +47,7 @@ def render(run: KeptRun) -> str:
             videos=len(scored),
             objects=sum(len(objects) for objects in scored.values()),
             recipe_text=save_recipe(run.recipe),
-            version=qsam2.__version__,
+            version=version(),
             rows=headline(metrics),
             missing=run.missing_stages,
             sizes=metrics.get("bytes", {}),

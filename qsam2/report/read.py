@@ -1,17 +1,41 @@
-"""A run folder as its report reads it: no model is run, nothing is changed."""
+"""A run folder as its report reads it, and what a run keeps there for its report."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qsam2.errors import UserError
+from qsam2.output import read_json, write_bytes, write_text
 from qsam2.recipe import Recipe, load_recipe
 from qsam2.report.curves import Curve, read_curves
-from qsam2.report.kept import CLIPS, FOLDER, LAYERS, MEMORY, kept, read_json
-from qsam2.tasks.trainer import CURVES
+from qsam2.train.trainer import CURVES
+
+FOLDER = "report"
+LAYERS, CLIPS, MEMORY = "layers.json", "clips.json", "memory.json"
+
+
+def keep(run: Path, name: str, values: Any) -> None:
+    """Write plain values; raises UserError where the disk is full."""
+    write_text(run / FOLDER / name, json.dumps(values))
+
+
+def keep_bytes(run: Path, name: str, data: bytes) -> None:
+    """Write a picture or a video; raises UserError where the disk is full."""
+    write_bytes(run / FOLDER / name, data)
+
+
+def kept(run: Path, name: str) -> Any:
+    """What `keep` wrote; None where the run kept no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return read_json(run / FOLDER / name)
+
 
 MODELS = ("float", "ptq", "quantized")
 

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from qsam2.report.kept import FOLDER, LAYERS, kept
+from qsam2.report.read import FOLDER, LAYERS, kept
 
 SCORES = ("J&F", "J", "F", "fidelity", "box_mIoU", "seconds_per_frame")
 COLUMNS = (

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import qsam2.pipeline
-from qsam2.data.of_recipe import open_train
+from qsam2.data.sources import open_train
 from qsam2.errors import UserError
 from qsam2.export.packed import load_packed
 from qsam2.models import load_sam2

@@ -10,11 +10,11 @@ import torch
 
 from qsam2.calibration.data import CalibrationData, ImageFeatures, Sample, encode, far_apart, run_sample
 from qsam2.data.clips import Source, collate_clips
-from qsam2.data.moving_objects import moving_objects
+from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.calibrate import CalibrateRecipe
-from qsam2.tasks.prompts import prompted_forward
+from qsam2.train.prompts import prompted_forward
 
 
 def calibration_data(videos: int = 4, seed: int = 0, **amount: int) -> CalibrationData:

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qsam2.calibration.acnr import acnr
-from qsam2.calibration.frobenius import Spectrum, ridge
+from qsam2.calibration.frobenius import Spectrum, acnr, ridge
 from qsam2.calibration.gram import Moments
 
 RHOS = (0.0, 1e-6, 1e-3, 0.1, 1.0, 100.0)

@@ -15,23 +15,30 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qsam2.calibration import gptq as module
+from qsam2.calibration.activation_ranges import calibrate_ranges, calibrate_sam2
 from qsam2.calibration.data import CalibrationData
-from qsam2.calibration.gptq import RoundedLayer, RowGrid, gptq, round_layers, round_sam2, rounded_layers, second_moment
+from qsam2.calibration.gptq import (
+    RoundedLayer,
+    RowGrid,
+    gptq,
+    round_layers,
+    round_sam2,
+    rounded_layers,
+    second_moment,
+)
 from qsam2.calibration.gram import Moments, gather_inputs
-from qsam2.calibration.ranges import calibrate_ranges, calibrate_sam2
 from qsam2.data.clips import Source
-from qsam2.data.moving_objects import moving_objects
+from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError
 from qsam2.export.packed import load_packed, save_packed
 from qsam2.layers.audit import audit
-from qsam2.layers.convert import convert, quantized_weights
-from qsam2.layers.finalize import finalize
+from qsam2.layers.convert import convert, finalize, quantized_weights
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.models import build_sam2
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.quantizers import methods
+from qsam2.recipe.quantizer_specs import methods
 
 WEIGHT_METHODS = sorted(name for name, spec in methods().items() if "weight" in spec.roles)
 

@@ -14,7 +14,7 @@ from qsam2.calibration.gram import Moments, gather_inputs, gram_bytes
 from qsam2.errors import UserError
 from qsam2.models.sam2 import model_config
 from qsam2.quantizers import build_quantizer
-from qsam2.recipe.quantizers import MinMaxSpec
+from qsam2.recipe.quantizer_specs import MinMaxSpec
 
 
 def rows(count: int, size: int = 5, seed: int = 0, mean: float = 0.0) -> Tensor:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qsam2.calibration.activation_ranges import calibrate_ranges, calibrate_sam2, in_image_encoder
 from qsam2.calibration.data import CalibrationData
-from qsam2.calibration.ranges import calibrate_ranges, calibrate_sam2, in_image_encoder
 from qsam2.data.clips import Source
-from qsam2.data.moving_objects import moving_objects
+from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError
 from qsam2.layers.convert import convert, quantizers, set_state
 from qsam2.models import SAM2, build_sam2

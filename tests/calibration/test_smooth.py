@@ -24,12 +24,12 @@ from qsam2.calibration.smooth import (
     smoothing_scales,
 )
 from qsam2.data.clips import Source, collate_clips
-from qsam2.data.moving_objects import moving_objects
+from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.tasks.prompts import drawn_clicks
+from qsam2.train.prompts import drawn_clicks
 
 
 def quantize(**changes: Any) -> QuantizeRecipe:

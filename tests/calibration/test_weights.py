@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsam2.calibration.acnr import acnr
+from qsam2.calibration.frobenius import acnr
 from qsam2.calibration.gram import LayerInputs, gather_inputs
 from qsam2.calibration.weights import (
     CalibratedLayer,
@@ -27,7 +27,7 @@ from qsam2.models import build_sam2
 from qsam2.quantizers import Quantizer, build_quantizer
 from qsam2.recipe.calibrate import ACNRRecipe, FrobeniusRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.quantizers import MinMaxSpec
+from qsam2.recipe.quantizer_specs import MinMaxSpec
 
 W4 = MinMaxSpec(bits=4)
 METHODS = (FrobeniusRecipe(), ACNRRecipe())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from training.utils.data_utils import Frame, Object, VideoDatapoint, collate_fn
 
 from qsam2.data.clips import Clip, ClipDataset, Source, collate_clips
-from qsam2.data.moving_objects import moving_objects
+from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.transforms import resize_masks, to_model_input
 from qsam2.data.video import Video
 from qsam2.errors import UserError

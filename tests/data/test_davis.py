@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qsam2.data.davis import davis_videos
-from qsam2.data.files import read_frame, read_index_mask
+from qsam2.data.pictures import read_frame, read_index_mask
 from qsam2.errors import UserError
 
 SIZE = (24, 32)

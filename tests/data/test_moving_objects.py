@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsam2.data import moving_objects as module
-from qsam2.data.moving_objects import FIRST_SEED, MovingObjects, moving_objects
-from qsam2.data.sprites import draw_sprite
+from qsam2.data.synthetic import moving_objects as module
+from qsam2.data.synthetic.moving_objects import FIRST_SEED, MovingObjects, moving_objects
+from qsam2.data.synthetic.sprites import draw_sprite
 from qsam2.errors import UserError
 
 seeds = st.integers(0, 3 * 10**9)

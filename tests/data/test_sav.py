@@ -15,8 +15,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from qsam2.data.files import decode_rle
 from qsam2.data.footage import FrameFolder, VideoFile
+from qsam2.data.pictures import decode_rle
 from qsam2.data.sav import _read_masklets, sav_videos
 from qsam2.errors import UserError
 

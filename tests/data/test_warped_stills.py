@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsam2.data import warped_stills as module
-from qsam2.data.moving_objects import MovingObjects
 from qsam2.data.stills import coco_stills
+from qsam2.data.synthetic import warped_stills as module
+from qsam2.data.synthetic.moving_objects import MovingObjects
+from qsam2.data.synthetic.warped_stills import WarpedStill
 from qsam2.data.video import Video
-from qsam2.data.warped_stills import WarpedStill
 from qsam2.errors import UserError
 
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsam2.data.outlines import draw_outline
-from qsam2.data.sprites import Sprite, add_grain, blend, brighten, draw_grain, draw_sprite
-from qsam2.data.textures import PHOTOGRAPHS, _read, cut, cut_smooth, photographs
-from qsam2.data.warps import (
+from qsam2.data.synthetic.outlines import draw_outline
+from qsam2.data.synthetic.sprites import Sprite, add_grain, blend, brighten, draw_grain, draw_sprite
+from qsam2.data.synthetic.textures import PHOTOGRAPHS, _read, cut, cut_smooth, photographs
+from qsam2.data.synthetic.warps import (
     Wave,
     corners,
     draw_wave,

@@ -14,12 +14,13 @@ from lightning.pytorch.callbacks import Callback
 from small_models import write_stills
 from small_runs import FLOAT, TRAIN, W4A4
 
-from qsam2 import pipeline, processes
+from qsam2 import pipeline
 from qsam2.cli import main
-from qsam2.evaluate import evaluate_model
+from qsam2.evaluate.scoring import evaluate_model
 from qsam2.recipe.load import merge
-from qsam2.tables import schedule
-from qsam2.tables.markdown import extract, render
+from qsam2.sweep import processes
+from qsam2.sweep import table_schedule as schedule
+from qsam2.sweep.table_markdown import extract, render
 
 CUT_OFF = "nano_minmax_W2A4_s0"
 

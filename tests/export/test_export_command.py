@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.cli import main
 from qsam2.export.packed import save_packed
-from qsam2.layers.convert import convert
-from qsam2.layers.finalize import finalize
+from qsam2.layers.convert import convert, finalize
 from qsam2.models import build_sam2
 from qsam2.recipe import build_recipe
 

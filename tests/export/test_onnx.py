@@ -19,15 +19,14 @@ from small_models import seeing
 from torch import Tensor
 
 import qsam2
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.cli import main
 from qsam2.data.transforms import to_model_input
 from qsam2.errors import UserError
 from qsam2.export.onnx import write
 from qsam2.export.onnx.graphs import Graph, build_graphs
 from qsam2.export.onnx.runtime import GRAPHS, OnnxTracker, as_bfloat16
-from qsam2.layers.convert import convert
-from qsam2.layers.finalize import finalize
+from qsam2.layers.convert import convert, finalize
 from qsam2.models import SAM2
 from qsam2.recipe.quantize import QuantizeRecipe
 

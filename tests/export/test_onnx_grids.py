@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from qsam2.export.onnx.graphs import Graph
 from qsam2.export.onnx.grids import use_onnx_grids
 from qsam2.export.onnx.write import OPSET, graph_bytes
-from qsam2.layers.conv import QuantConvTranspose2d
-from qsam2.layers.linear import QuantLinear
+from qsam2.layers.weight import QuantConvTranspose2d, QuantLinear
 from qsam2.quantizers import Quantizer, build_quantizer
-from qsam2.recipe.quantizers import MinMaxSpec
+from qsam2.recipe.quantizer_specs import MinMaxSpec
 
 pytestmark = pytest.mark.timeout(1800)  # the exporter is slow on a busy machine
 BITS = range(2, 9)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_packed import Small, assert_equal, finalized, recipe
 from torch import nn
 
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.errors import UserError
 from qsam2.export.packed import (
     load_packed,
@@ -29,8 +29,7 @@ from qsam2.export.packed import (
     unpack_bits,
 )
 from qsam2.layers.audit import audit
-from qsam2.layers.convert import convert, quantizers
-from qsam2.layers.finalize import finalize
+from qsam2.layers.convert import convert, finalize, quantizers
 from qsam2.models import build_sam2
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe

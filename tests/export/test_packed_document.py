@@ -15,7 +15,7 @@ from torch import nn
 
 from qsam2.export.packed import VERSION, pack_bits, save_packed
 from qsam2.layers.convert import quantized_weights
-from qsam2.loading import load_model
+from qsam2.load import load_model
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "packed.md").read_text()
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from qsam2.errors import UserError
 from qsam2.export.packed import load_packed, read_header, save_packed
-from qsam2.loading import load_model
+from qsam2.load import load_model
 
 MUTATED, FORGED = 1000, 300
 GROWTH_MB = 300

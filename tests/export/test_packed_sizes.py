@@ -9,10 +9,9 @@ from small_models import seeing
 from small_packed import assert_equal
 from torch import Tensor
 
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.export.packed import load_packed, save_packed
-from qsam2.layers.convert import convert
-from qsam2.layers.finalize import finalize
+from qsam2.layers.convert import convert, finalize
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.quantize import QuantizeRecipe
 

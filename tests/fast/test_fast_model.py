@@ -16,17 +16,16 @@ from small_predictors import SIZE_PX, pictures, random_nano, square, write_folde
 from torch import Tensor, nn
 
 import qsam2
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.cli import main
-from qsam2.data.files import read_index_mask
+from qsam2.data.pictures import read_index_mask
 from qsam2.data.transforms import to_model_input
 from qsam2.errors import UserError
-from qsam2.evaluate import evaluate_model
+from qsam2.evaluate.scoring import evaluate_model
 from qsam2.fast import model as fast_model
 from qsam2.fast.model import FastSAM2, fast_dtype, make_fast
 from qsam2.layers.attention import QuantizedAttention
-from qsam2.layers.convert import convert, quantizers
-from qsam2.layers.finalize import finalize
+from qsam2.layers.convert import convert, finalize, quantizers
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2, load_sam2
@@ -206,7 +205,7 @@ def test_predict_fast(models: dict[str, Path], tmp_path: Path) -> None:
 def test_evaluate_fast_scores_a_fast_model_and_keeps_no_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     make = make_fast
-    monkeypatch.setattr("qsam2.evaluate.make_fast", lambda model: seen.append(make(model)) or seen[-1])
+    monkeypatch.setattr("qsam2.evaluate.scoring.make_fast", lambda model: seen.append(make(model)) or seen[-1])
     cache = tmp_path / "kept"
     overrides = ["data.val=moving_objects:1:test", "evaluate.frames=4", f"evaluate.float_cache={cache}"]
     block = evaluate_model("nano", overrides, fast=True)

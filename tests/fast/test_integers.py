@@ -13,11 +13,11 @@ from sam2.modeling.sam2_utils import MLP
 from small_predictors import random_nano
 from torch import nn
 
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.fast.integers import IntegerLinear, multiplies_bytes, use_integers
 from qsam2.fast.model import make_fast
 from qsam2.layers.convert import convert, quantized_weights, quantizers, set_state
-from qsam2.layers.linear import QuantLinear
+from qsam2.layers.weight import QuantLinear
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe
 

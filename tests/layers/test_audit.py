@@ -11,16 +11,13 @@ import torch
 from small_sam2 import track_video
 from torch import Tensor, nn
 
-from qsam2.calibration.ranges import calibrate_ranges
-from qsam2.calibration.reconstruction.rounding import SoftRounding
-from qsam2.calibration.reconstruction.soften import harden, learn_steps, soften_weights
-from qsam2.calibration.reconstruction.steps import LearnedStep
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.layers.audit import AuditError, _most_levels, audit
-from qsam2.layers.convert import ConvertedLayer, convert, quantized_weights, quantizers
-from qsam2.layers.finalize import finalize
+from qsam2.layers.convert import ConvertedLayer, convert, finalize, quantized_weights, quantizers
 from qsam2.models import SAM2
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe, Rule
+from qsam2.reconstruction.rounding import LearnedStep, SoftRounding, harden, learn_steps, soften_weights
 
 Converted = tuple[SAM2, list[ConvertedLayer]]
 RECIPE = QuantizeRecipe.model_validate(

@@ -10,18 +10,11 @@ import torch
 from small_sam2 import RUNS, segment_image, track_video, train_forward
 from torch import nn
 
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.errors import UserError
 from qsam2.layers.attention import QuantizedAttention
-from qsam2.layers.conv import QuantConv2d, QuantConvTranspose2d
-from qsam2.layers.convert import (
-    conversion_table,
-    convert,
-    quantized_weights,
-    quantizers,
-    set_state,
-)
-from qsam2.layers.linear import QuantLinear
+from qsam2.layers.convert import conversion_table, convert, quantized_weights, quantizers, set_state
+from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from qsam2.models import SAM2, build_sam2
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe.quantize import DEFAULT_RULES, QuantizeRecipe

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.layers.convert import convert
-from qsam2.layers.linear import QuantLinear
+from qsam2.layers.weight import QuantLinear
 from qsam2.quantizers.fake_quant import Codes
 from qsam2.recipe.quantize import QuantizeRecipe
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qsam2.layers.conv import QuantConv2d, QuantConvTranspose2d
-from qsam2.layers.linear import QuantLinear
+from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantLinear
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from qsam2.data.moving_objects import moving_objects
+from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.models import SAM2
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "memory_accuracy.py"

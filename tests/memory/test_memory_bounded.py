@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_videos import SIZE_PX, box, distance, track, video
 from torch import Tensor
 
-from qsam2.benchmarks.memory import state_bytes
+from qsam2.benchmark.remembered_frames import state_bytes
 from qsam2.errors import UserError
 from qsam2.memory.bounded import Spans
 from qsam2.memory.reader import use_memory

@@ -12,18 +12,17 @@ from hypothesis import strategies as st
 from sam2.build_sam import build_sam2_video_predictor
 from small_videos import SIZE_PX, bfloat16, box, distance, lively, track, track_with, video
 
-from qsam2.calibration.ranges import calibrate_ranges
-from qsam2.layers.attention import rotate
-from qsam2.layers.convert import convert
-from qsam2.layers.finalize import finalize
+from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.layers.attention import rotary_table, rotate
+from qsam2.layers.convert import convert, finalize
 from qsam2.memory import cache
-from qsam2.memory.cache import CODES_A_BYTE, Stored, TemporalKeys, mixed, pack_codes, rotary_table, unpack_codes
+from qsam2.memory.cache import CODES_A_BYTE, Stored, TemporalKeys, mixed, pack_codes, unpack_codes
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2
 from qsam2.quantizers import build_quantizer
 from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.quantizers import MinMaxSpec
+from qsam2.recipe.quantizer_specs import MinMaxSpec
 
 LENGTH = 12
 CLOSE = 1e-5

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from small_videos import SIZE_PX, box, distance, track, track_with, video
 from torch import Tensor
 
-from qsam2.memory.attention import _most_attended
 from qsam2.memory.bank import HISTORY, Bank, Remembered
 from qsam2.memory.cache import FrameMemory
-from qsam2.memory.reader import use_memory
+from qsam2.memory.reader import _most_attended, use_memory
 from qsam2.memory.sharing import KeySet, adaptive, key_sets, sparse, synthesis
 from qsam2.models import SAM2
 from qsam2.recipe.memory import MemoryRecipe

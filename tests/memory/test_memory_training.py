@@ -11,17 +11,17 @@ from small_videos import SIZE_PX, distance, random_nano, track, track_with
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.data.clips import ClipDataset, collate_clips
-from qsam2.data.moving_objects import moving_objects
+from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.layers.convert import convert
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
 from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.quantizers import LSQSpec
+from qsam2.recipe.quantizer_specs import LSQSpec
 from qsam2.recipe.recipe import PromptRecipe
-from qsam2.tasks.prompts import prompted_forward, set_dropout, set_prompts
+from qsam2.train.prompts import prompted_forward, set_dropout, set_prompts
 
 FRAMES = 5
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qsam2.quantizers import QuantizerState, build_quantizer
 from qsam2.quantizers.fake_quant import Codes, dequantize, fake_quantize
-from qsam2.quantizers.layout import SHORTEST_ROW, Layout, to_rows
-from qsam2.recipe.quantizers import LSQSpec
+from qsam2.quantizers.passes import SHORTEST_ROW, Layout, to_rows
+from qsam2.recipe.quantizer_specs import LSQSpec
 
 
 def quantized(x: Tensor, spec: LSQSpec, **options: object) -> Tensor:

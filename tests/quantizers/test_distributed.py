@@ -10,7 +10,15 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from qsam2.quantizers import QuantizerState, build_quantizer
-from qsam2.recipe.quantizers import EntropySpec, LSCSpec, LSQPlusSpec, LSQSpec, MinMaxSpec, PACTSpec, QuantizerSpec
+from qsam2.recipe.quantizer_specs import (
+    EntropySpec,
+    LSCSpec,
+    LSQPlusSpec,
+    LSQSpec,
+    MinMaxSpec,
+    PACTSpec,
+    QuantizerSpec,
+)
 
 SPECS: list[QuantizerSpec] = [
     MinMaxSpec(bits=4, momentum=0.9),

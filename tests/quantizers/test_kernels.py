@@ -15,7 +15,7 @@ from torch import Tensor
 from qsam2.quantizers import fake_quant, kernels, passes
 from qsam2.quantizers.fake_quant import EAGER, Codes, Kernels, dequantize, fake_quantize, use_kernels
 from qsam2.quantizers.kernels import choose_kernels, compiled_kernels
-from qsam2.quantizers.layout import Layout
+from qsam2.quantizers.passes import Layout
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

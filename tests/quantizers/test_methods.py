@@ -16,7 +16,7 @@ from torch import Tensor
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.quantizers.lsc import LSCQuantizer
 from qsam2.quantizers.minmax import MinMaxQuantizer
-from qsam2.recipe.quantizers import LSCSpec, LSQSpec, MinMaxSpec, QuantizerSpec, Role, methods
+from qsam2.recipe.quantizer_specs import LSCSpec, LSQSpec, MinMaxSpec, QuantizerSpec, Role, methods
 
 
 @st.composite

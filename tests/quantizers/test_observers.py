@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qsam2.quantizers import mse, observers
-from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.mse import best_clip_ratio
-from qsam2.quantizers.observers import Observer
-from qsam2.quantizers.percentile import percentile_bounds
-from qsam2.quantizers.ranges import initial_bounds
-from qsam2.recipe.quantizers import LSQSpec, MinMaxSpec
+from qsam2.quantizers.observers import Distribution, Observer
+from qsam2.quantizers.ranges import initial_bounds, percentile_bounds
+from qsam2.recipe.quantizer_specs import LSQSpec, MinMaxSpec
 
 CPU = torch.device("cpu")
 

@@ -9,14 +9,13 @@ import torch
 from cases import activation_quantizer, weight_quantizer
 from torch import Tensor, nn
 
-from qsam2.calibration.ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import calibrate_ranges
 from qsam2.errors import UserError
 from qsam2.layers.audit import audit
-from qsam2.layers.convert import convert
-from qsam2.layers.finalize import finalize
+from qsam2.layers.convert import convert, finalize
 from qsam2.quantizers import Quantizer
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.quantizers import QuantizerSpec, Role, methods
+from qsam2.recipe.quantizer_specs import QuantizerSpec, Role, methods
 
 SPECS_AND_ROLES = [(spec(bits=4), role) for spec in methods().values() for role in spec.roles]
 IDS = [f"{spec.method}-{role}" for spec, role in SPECS_AND_ROLES]

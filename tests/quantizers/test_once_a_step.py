@@ -13,12 +13,12 @@ from cases import activation_quantizer, weight_quantizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qsam2.layers.linear import QuantLinear
+from qsam2.layers.weight import QuantLinear
 from qsam2.quantizers import Quantizer, passes
 from qsam2.quantizers.fake_quant import EAGER, Kernels, use_kernels
 from qsam2.quantizers.kernels import choose_kernels, compiled_kernels
-from qsam2.quantizers.statistics import sums
-from qsam2.recipe.quantizers import LSCSpec, LSQPlusSpec, LSQSpec, MinMaxSpec, PACTSpec, QuantizerSpec
+from qsam2.quantizers.observers import sums
+from qsam2.recipe.quantizer_specs import LSCSpec, LSQPlusSpec, LSQSpec, MinMaxSpec, PACTSpec, QuantizerSpec
 
 LEARNED: list[QuantizerSpec] = [
     LSQSpec(bits=4), LSQPlusSpec(bits=4), PACTSpec(bits=4, decay=0.0), LSCSpec(bits=4, momentum=0.5)

@@ -12,12 +12,12 @@ import torch
 from cases import activation_quantizer, weight_quantizer
 from torch import Tensor
 
-from qsam2.quantizers.distribution import Distribution
 from qsam2.quantizers.entropy import least_divergence_ratio
 from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.lsq_plus import LSQPlusQuantizer
+from qsam2.quantizers.observers import Distribution
 from qsam2.quantizers.pact import PACTQuantizer
-from qsam2.recipe.quantizers import (
+from qsam2.recipe.quantizer_specs import (
     DoReFaSpec,
     EntropySpec,
     LSQPlusSpec,

@@ -15,7 +15,7 @@ from reference import Array
 from torch import Tensor
 
 from qsam2.quantizers import Quantizer, build_quantizer, fake_quant, grid, passes
-from qsam2.recipe.quantizers import methods
+from qsam2.recipe.quantizer_specs import methods
 
 CASES, EXAMPLES = 2000, 200
 """A case is a channel (or a tensor), with values and a range of its own; an example has one or many."""

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from qsam2.errors import UserError
 from qsam2.quantizers.grid import Grid
 from qsam2.recipe.load import build_recipe
-from qsam2.recipe.quantizers import (
+from qsam2.recipe.quantizer_specs import (
     AnyQuantizerSpec,
     LSCSpec,
     LSQPlusSpec,

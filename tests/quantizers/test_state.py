@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qsam2.errors import UserError
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.quantizers.registry import QUANTIZERS
-from qsam2.recipe.quantizers import LSQSpec, MinMaxSpec, PACTSpec, QuantizerSpec, methods
+from qsam2.recipe.quantizer_specs import LSQSpec, MinMaxSpec, PACTSpec, QuantizerSpec, methods
 
 SPECS = list(methods().values())
 SPECS_AND_ROLES = [(spec, role) for spec in SPECS for role in spec.roles]

@@ -9,8 +9,8 @@ import torch
 from cases import activation_quantizer, weight_quantizer
 from torch.utils.checkpoint import checkpoint
 
-from qsam2.layers.linear import QuantLinear
-from qsam2.recipe.quantizers import LSCSpec, LSQSpec, MinMaxSpec, PACTSpec, QuantizerSpec, Role, methods
+from qsam2.layers.weight import QuantLinear
+from qsam2.recipe.quantizer_specs import LSCSpec, LSQSpec, MinMaxSpec, PACTSpec, QuantizerSpec, Role, methods
 
 LEARNING: list[tuple[type[QuantizerSpec], Role]] = [
     (methods()[method], role)

@@ -13,7 +13,7 @@ from test_page import Page
 from qsam2.cli import main
 from qsam2.errors import UserError
 from qsam2.report.compare import recipe_differences, render_comparison, unique_names
-from qsam2.report.pareto import Point, draw_pareto, pareto_front
+from qsam2.report.draw import Point, draw_pareto, pareto_front
 from qsam2.report.read import KeptRun
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from kept_run import layers
 
-from qsam2.report.histograms import draw_histograms
-from qsam2.report.layers import draw_noise, draw_worst
+from qsam2.report.draw import draw_histograms, draw_noise, draw_worst
 
 
 def row(name: str = "trunk", levels: tuple[int, int] = (-2, 1)) -> dict[str, Any]:

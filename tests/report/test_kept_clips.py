@@ -14,7 +14,8 @@ import pytest
 from kept_run import SIZE, Squares, square, tracked
 
 from qsam2.errors import UserError
-from qsam2.report.clips import (
+from qsam2.report.overlays import encode_video
+from qsam2.report.tracked_clips import (
     CONFUSED,
     GAINED,
     LOST,
@@ -25,7 +26,6 @@ from qsam2.report.clips import (
     panels,
     worst_frames,
 )
-from qsam2.report.video import encode_video
 
 VIDEO = Squares()
 MODELS = tracked(VIDEO, "float", "ptq", "quantized")
@@ -119,7 +119,7 @@ def test_a_film_holds_the_frames_in_their_order() -> None:
 
 
 def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsam2.report.clips.MAX_FRAMES", 4)
+    monkeypatch.setattr("qsam2.report.tracked_clips.MAX_FRAMES", 4)
     videos = [Squares(f"v{index}") for index in range(4)]
     models = {name: {} for name in MODELS}
     for video in videos:

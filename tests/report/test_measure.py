@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from qsam2.calibration.ranges import calibrate_ranges
-from qsam2.layers.convert import ConvertedLayer, convert
-from qsam2.layers.finalize import finalize
+from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.layers.convert import ConvertedLayer, convert, finalize
 from qsam2.recipe import build_recipe
 from qsam2.report.measure import BINS, latent_weights, measure_layers
 

@@ -10,7 +10,7 @@ from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.recipe import EvaluateRecipe
-from qsam2.report.memory import draw_memory, memory_use
+from qsam2.report.memory_use import draw_memory, memory_use
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from PIL import Image
 from qsam2.errors import UserError
 from qsam2.report.page import headline, render, write_report
 from qsam2.report.read import read_run
-from qsam2.report.table import results_table, score_line
+from qsam2.report.summary import results_table, score_line
 
 FLOAT_METRICS = {key: METRICS[key] for key in ("float", "bytes")} | {"seconds": {"train": 12.34, "score float": 1.0}}
 VOID = {"meta", "link", "img", "source", "br", "input", "hr"}

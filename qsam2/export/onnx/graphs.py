@@ -17,8 +17,7 @@ from sam2.modeling.sam2_utils import get_1d_sine_pe
 from torch import Tensor, nn
 
 from qsam2.export.onnx.grids import use_onnx_grids
-from qsam2.layers.attention import QuantRoPEAttention, join_heads, rotate, split_heads
-from qsam2.memory.cache import project, quantized
+from qsam2.layers.attention import QuantRoPEAttention, join_heads, project, quantized, rotate, split_heads
 from qsam2.models import SAM2
 
 HIDDEN_KEY = -1e9

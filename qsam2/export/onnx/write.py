@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import qsam2
 from qsam2.data.transforms import MEAN, STD
 from qsam2.errors import UserError
 from qsam2.export.onnx.graphs import Graph, build_graphs
 from qsam2.export.onnx.grids import narrow, translations
 from qsam2.export.onnx.runtime import FORMAT, VERSION
 from qsam2.models import SAM2
-from qsam2.run_folder import write_text
+from qsam2.output import version, write_text
 
 OPSET = 21
 """The first with 4-bit integers in QuantizeLinear and DequantizeLinear."""
@@ -80,7 +79,7 @@ def describe(model: SAM2) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "qsam2": qsam2.__version__,
+        "qsam2": version(),
         "opset": OPSET,
         "image_size": model.image_size,
         "mean": MEAN,

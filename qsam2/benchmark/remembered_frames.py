@@ -1,0 +1,206 @@
+"""What tracking costs with a full memory bank: stock `sam2`, the cache, sharing at several budgets, bounded state."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsam2.benchmark.measure import WARM_UPS, Seconds, held_bytes, machine, medians
+from qsam2.errors import UserError
+from qsam2.memory.reader import use_memory
+from qsam2.models import SAM2, build_sam2
+from qsam2.models.replaced import without_bar
+from qsam2.recipe.memory import MemoryRecipe
+
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
+SHARED_BUDGETS = (2, 3, 4)
+COMPETITORS_BUDGET = 3
+
+SETTINGS: dict[str, MemoryRecipe] = {
+    "sam2": MemoryRecipe(),
+    "bounded": MemoryRecipe(bounded=True),
+    "cache": MemoryRecipe(cache=True, bounded=True),
+    **{
+        f"adaptive {frames}": MemoryRecipe(cache=True, sharing="adaptive", frames=frames, bounded=True)
+        for frames in SHARED_BUDGETS
+    },
+    **{
+        f"{recipe.sharing} {recipe.frames}": recipe
+        for recipe in (
+            MemoryRecipe(cache=True, sharing="oldest", frames=COMPETITORS_BUDGET, bounded=True),
+            MemoryRecipe(cache=True, sharing="stride", frames=COMPETITORS_BUDGET, bounded=True),
+            MemoryRecipe(cache=True, sharing="pool", frames=COMPETITORS_BUDGET, bounded=True),
+            MemoryRecipe(cache=True, sharing="sparse", frames=COMPETITORS_BUDGET, bounded=True),
+            MemoryRecipe(cache=True, sharing="synthesis", frames=COMPETITORS_BUDGET, bounded=True),
+        )
+    },
+}
+"""What is measured, by name; "sam2" is sam2 as it is."""
+
+
+def benchmark_memory(
+    *, size: str, image_size: int | None, objects: int, frames: int, repeats: int, precision: str, device: str
+) -> dict[str, dict[str, float]]:
+    """Tracks noise with random weights in all settings in turn, a frame each, behind `frames` frames.
+
+    Returns {SETTING: {"seconds_per_frame", "attention_seconds", "keys", "state_bytes", "attention_macs"}}, seconds as
+    medians over `repeats` frames; on one thread of its CPU time, which other programs disturb less. Seconds and
+    multiply-adds are of a frame with all its objects: of the memory attention, and there of scores and weighted sums.
+    Keys are those of a layer and object; bytes are those of all tensors that the state holds after the last frame, the
+    frames that are still there included.
+
+    Raises:
+        UserError: a number that is not positive, a precision, device, size or image size that is none.
+    """
+    for flag, number in (("--objects", objects), ("--frames", frames), ("--repeats", repeats)):
+        if number < 1:
+            raise UserError(f"{flag} {number}: give a whole number from 1 up")
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device {device}: choose cpu, or cuda where PyTorch finds a GPU")
+    torch.manual_seed(0)
+    model = build_sam2(size, image_size=image_size).to(device)
+    # Random weights see no object; without this all masks would be constant.
+    nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 10.0)
+    runs = {
+        name: _Tracking(model, memory, objects, frames, WARM_UPS + repeats, PRECISIONS[precision])
+        for name, memory in SETTINGS.items()
+    }
+    seconds = medians(runs, repeats, progress="memory")
+    return {
+        name: {
+            "seconds_per_frame": seconds[name][0],
+            "attention_seconds": seconds[name][1],
+            "keys": run.keys,
+            "state_bytes": state_bytes(run.state),
+            "attention_macs": objects * attention_macs(model, run.keys, run.value_channels),
+        }
+        for name, run in runs.items()
+    }
+
+
+class _Tracking:
+    """One setting behind a full bank. Calling it tracks one more frame: its seconds, those of memory attention."""
+
+    def __init__(
+        self, model: SAM2, memory: MemoryRecipe, objects: int, frames: int, more: int, dtype: torch.dtype | None
+    ) -> None:
+        self.model = copy.copy(model)  # the same weights
+        self.dtype = dtype
+        self.attention_seconds = 0.0
+        self.keys = 0
+        self.value_channels = model.hidden_dim
+        use_memory(self.model, memory)
+        read = self.model._prepare_memory_conditioned_features
+        timed: Any = lambda *given, **named: self._timed(read, given, named)  # noqa: E731
+        object.__setattr__(self.model, "_prepare_memory_conditioned_features", timed)
+        side = model.image_size
+        length = 1 + frames + more
+        # sam2 decodes a whole video before it starts; a bounded state is given a stream
+        video = _noise(side, length) if memory.bounded else torch.stack(list(_noise(side, length)))
+        self.state = self.model.init_state(video, video_size=(side, side))
+        for index in range(objects):
+            mask = torch.zeros(side, side, dtype=torch.bool)
+            mask[side // 4 : side // 2, side // 8 * index : side // 8 * index + side // 2] = True
+            with self._precision():
+                self.model.add_new_mask(self.state, 0, index, mask)
+        self.frames = self.model.propagate_in_video(self.state)
+        for _ in range(1 + frames):
+            self()
+
+    def __call__(self) -> Seconds:
+        self.attention_seconds = 0.0
+        started = self._now()
+        with self._precision(), without_bar():
+            next(self.frames)
+        return self._now() - started, self.attention_seconds
+
+    def _timed(self, read: Any, given: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+        started = self._now()
+        with _counted(self.model, self):
+            result = read(*given, **named)
+        self.attention_seconds += self._now() - started
+        if self.model.memory_reader is not None:
+            reading = self.model.memory_reader.reading  # type: ignore[attr-defined]
+            self.keys, self.value_channels = reading.keys, reading.value_channels
+        return result
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif torch.get_num_threads() == 1:
+            return time.process_time()
+        return time.perf_counter()
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype is not None)
+
+
+@contextlib.contextmanager
+def _counted(model: SAM2, run: _Tracking) -> Iterator[None]:
+    """Notes how many keys sam2's own memory attention is given."""
+
+    def note(_: nn.Module, __: object, named: Mapping[str, Any]) -> None:
+        run.keys = len(named["memory"])
+
+    hook = model.memory_attention.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _noise(side: int, length: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(3, side, side, generator=generator) for _ in range(length))
+
+
+def attention_macs(model: SAM2, keys: int, value_channels: int) -> int:
+    """Multiply-adds of scores and weighted sums in the memory attention of one frame and object."""
+    tokens = (model.image_size // model.backbone_stride) ** 2
+    itself, memory = 2 * model.hidden_dim * tokens, (model.hidden_dim + value_channels) * keys
+    return len(model.memory_attention.layers) * tokens * (itself + memory)
+
+
+def state_bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of all tensors that a tracking state holds, what it was given by the user included."""
+    return held_bytes(_tensors(state, set()))
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each, seen)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each, seen)
+    elif type(value).__module__.startswith("qsam2.") and id(value) not in seen:
+        seen.add(id(value))
+        yield from _tensors(vars(value), seen)
+
+
+def markdown_table(result: Mapping[str, Mapping[str, float]]) -> str:
+    """The figures of `benchmark_memory` as text, a row a setting, times also relative to sam2."""
+    about, stock = machine(), result["sam2"]
+    lines = [
+        f"{about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}",
+        "",
+        "| setting | frame s | times faster | memory attention s | times faster | keys | attention GMACs | state MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result.items():
+        cells = [name]
+        for key in ("seconds_per_frame", "attention_seconds"):
+            cells += [f"{row[key]:.3f}", f"{stock[key] / row[key]:.2f}"]
+        cells += [str(row["keys"]), f"{row['attention_macs'] / 1e9:.1f}", f"{row['state_bytes'] / 1e6:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

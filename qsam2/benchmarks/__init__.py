@@ -1,1 +1,0 @@
-"""Speed and memory of quantization, beside those of other libraries."""

@@ -1,0 +1,1 @@
+"""Generated videos, and clips made from stills."""

@@ -1,0 +1,141 @@
+"""Pictures that move over a background: how a frame and its label map are composed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from qsam2.data.synthetic.warps import (
+    Wave,
+    corners,
+    draw_wave,
+    interpolate,
+    positions,
+    project,
+    ripple,
+    similarity,
+)
+
+_STILL = Wave(0.0)
+
+
+@dataclass(frozen=True)
+class Bend:
+    """A sway of the outline: ``reach`` in parts of the picture, two phases in radians, two numbers of periods."""
+
+    reach: float
+    phases: tuple[Wave, Wave]
+    waves: tuple[float, float]
+
+
+def draw_bend(rng: np.random.Generator, reach: float) -> Bend:
+    """A random sway that runs along the outline."""
+    first, second = (
+        draw_wave(rng, start, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.1))
+        for start in rng.uniform(0, 2 * np.pi, 2)
+    )
+    return Bend(reach, (first, second), (rng.uniform(0.5, 1.6), rng.uniform(0.5, 1.6)))
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """A picture with opacity and its motion, in the pixels of the scene, whose origin is the middle of the frame.
+
+    Attributes:
+        picture: RGBA, uint8 (S, S, 4), without opacity along its edges.
+        object_id: the object it shows, 0 for what is not annotated.
+        x, y: where its pivot is; in the picture of its ``parent``, when it has one.
+        angle: turn in radians.
+        size: log2 of its scale.
+        aspect: log2 of its stretch in x, as when a flat thing turns away.
+        light: log2 of its brightness.
+        bend: the sway of its outline.
+        pivot: the point of the picture, in parts of S, about which it turns.
+        parent: the sprite that carries it, as a body carries a limb.
+    """
+
+    picture: np.ndarray
+    object_id: int
+    x: Wave
+    y: Wave
+    angle: Wave
+    size: Wave = _STILL
+    aspect: Wave = _STILL
+    light: Wave = _STILL
+    bend: Bend | None = None
+    pivot: tuple[float, float] = (0.5, 0.5)
+    parent: Sprite | None = None
+
+    def placement(self, time: float) -> np.ndarray:
+        """Matrix (3, 3) from the picture's pixels to the scene's at ``time`` in frames."""
+        side = self.picture.shape[0]
+        scale, aspect = 2 ** self.size(time), 2 ** self.aspect(time)
+        moved = similarity(self.x(time), self.y(time), self.angle(time), scale, aspect)
+        own = moved @ similarity(-self.pivot[0] * side, -self.pivot[1] * side)
+        return self.parent.placement(time) @ own if self.parent else own
+
+
+def draw_sprite(
+    frame: np.ndarray, labels: np.ndarray, sprite: Sprite, view: np.ndarray, time: float, blur: np.ndarray | None = None
+) -> None:
+    """Lays ``sprite`` over ``frame`` (uint8 (H, W, 3)) and its object id over ``labels`` (uint8 (H, W)), in place.
+
+    A pixel belongs to the sprite where its opacity is at least one half. ``view`` (3, 3) goes from the scene to the
+    frame; ``blur`` is the way in (x, y) pixels that it moves while the shutter is open, which does not widen its label.
+    """
+    side = sprite.picture.shape[0]
+    matrix = view @ sprite.placement(time)
+    sway = sprite.bend.reach * side if sprite.bend else 0.0
+    outline = project(matrix, corners(side, side, sway))
+    spread = np.zeros(2) if blur is None else np.abs(blur) / 2
+    left, top = np.maximum(np.floor(outline.min(0) - spread).astype(int) - 1, 0)
+    right, bottom = np.minimum(np.ceil(outline.max(0) + spread).astype(int) + 2, (frame.shape[1], frame.shape[0]))
+    if right <= left or bottom <= top:
+        return
+    inverse = np.linalg.inv(matrix)
+    x, y = positions(inverse, (bottom - top, right - left), (left, top))
+    if sprite.bend:
+        phases = sprite.bend.phases[0](time), sprite.bend.phases[1](time)
+        ripple(x, y, (side, side), (sway, sway), phases, sprite.bend.waves)
+    layer = interpolate(sprite.picture, x, y)
+    inside = layer[..., 3] >= 128
+    if blur is not None:
+        layer = _smear(sprite.picture, x, y, inverse[:2, :2] @ blur)
+    colours = brighten(layer[..., :3], sprite.light(time))
+    blend(frame[top:bottom, left:right], colours, layer[..., 3])
+    labels[top:bottom, left:right][inside] = sprite.object_id
+
+
+def blend(below: np.ndarray, above: np.ndarray, opacity: np.ndarray) -> None:
+    """Lays ``above`` over ``below`` (both uint8 (H, W, 3)) with ``opacity`` (uint8 (H, W)), in place."""
+    weight = cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB).astype(np.uint16)  # faster than to broadcast
+    weight += weight >> 7  # 0 to 256
+    total = below * (256 - weight) + above * weight + 128  # at most 65408: fits uint16
+    below[:] = np.right_shift(total, 8)
+
+
+def brighten(image: np.ndarray, light: float) -> np.ndarray:
+    """``image`` (uint8) times 2 ** ``light``, saturated."""
+    gain = int(np.rint(256 * 2**light))
+    return cv2.LUT(image, np.minimum(np.arange(256) * gain >> 8, 255).astype(np.uint8))
+
+
+def draw_grain(rng: np.random.Generator, size: tuple[int, int], strength: int) -> np.ndarray:
+    """Noise to add (three channels) and to subtract (three), below ``strength``; uint8, larger than (height, width)."""
+    return rng.integers(0, strength, (size[0] + 64, size[1] + 64, 6), dtype=np.uint8)
+
+
+def add_grain(frame: np.ndarray, grain: np.ndarray, index: int) -> np.ndarray:
+    """``frame`` (uint8 (H, W, 3)) with another piece of ``grain`` at every ``index``."""
+    top, left = index * 29 % 64, index * 47 % 63
+    window = grain[top : top + frame.shape[0], left : left + frame.shape[1]]
+    return cv2.subtract(cv2.add(frame, window[..., :3]), window[..., 3:])
+
+
+def _smear(picture: np.ndarray, x: np.ndarray, y: np.ndarray, way: np.ndarray) -> np.ndarray:
+    """The mean of ``picture`` at five positions along ``way`` (in its pixels)."""
+    steps = np.rint(way[:, None] * (np.arange(-2, 3) / 5 * 65536)).astype(np.int32)  # (2, 5)
+    taps = np.stack([interpolate(picture, x + dx, y + dy) for dx, dy in steps.T])
+    return (taps.sum(0, dtype=np.uint16) // 5).astype(np.uint8)

@@ -1,0 +1,259 @@
+"""Clips made from annotated stills: the camera drifts, the picture bends, objects move over what was behind them.
+
+Ours, in the spirit of the static-image pretraining of STM (Oh et al., ICCV 2019, section 3.4).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+from qsam2.data.synthetic.sprites import Bend, Sprite, add_grain, brighten, draw_bend, draw_grain, draw_sprite
+from qsam2.data.synthetic.warps import (
+    Wave,
+    corners,
+    draw_wave,
+    halve,
+    interpolate,
+    nearest,
+    positions,
+    project,
+    ripple,
+    similarity,
+)
+from qsam2.data.video import Video
+from qsam2.errors import UserError
+
+SMALLEST_AREA = 0.003
+"""Of the frame: smaller objects stay a part of the picture, unless all are (half of COCO's are below it)."""
+_PERIOD = (24, 72)  # of the motion, in frames
+_ATTEMPTS = 8
+
+
+class WarpedStill(Video):
+    """A clip of ``num_frames`` that a still and a ``seed`` stand for, the same on every machine.
+
+    The camera pans, turns, zooms and tilts without ever leaving the picture, which bends slowly. Objects that the
+    still shows whole may be cut out and move on their own over the picture filled in behind them; those that its edge
+    cuts, or that cover more than a quarter of it, stay a part of it. In frame 0 every object has at least half as many
+    pixels as in the still. The masks are disjoint (where the still's overlap, the smaller object is in front) and every
+    object has one in every frame, all False while it is out of view. Objects that vanish at ``size`` are left out, and
+    those below ``SMALLEST_AREA`` where the still has a larger one.
+
+    Args:
+        still: an annotated video of one frame; it is resized to ``size`` (height, width), not keeping its proportions.
+
+    Raises:
+        UserError: an argument is out of range; on reading, a still without objects or with more than 255.
+    """
+
+    def __init__(self, still: Video, *, num_frames: int, seed: int, size: tuple[int, int] = (256, 256)) -> None:
+        if len(still) != 1:
+            raise UserError(f"WarpedStill: {still.name} has {len(still)} frames; give a video of one frame")
+        limits = {"num_frames": (num_frames, 1, 100_000), "seed": (seed, 0, 2**63 - 1)}
+        limits |= {"height": (size[0], 64, 2048), "width": (size[1], 64, 2048)}
+        for key, (value, low, high) in limits.items():
+            if not low <= value <= high:
+                raise UserError(f"WarpedStill: {key} is {value}; give a whole number from {low} to {high}")
+        self.still = still
+        self.seed = int(seed)
+        self.name = f"{still.name}-warped-{seed}"
+        self.frame_names = [f"{index:05d}" for index in range(num_frames)]
+        self.size = (int(size[0]), int(size[1]))
+
+    def frame(self, index: int) -> np.ndarray:
+        """Frame ``index`` as RGB, uint8 (H, W, 3)."""
+        return self._rendered(index)[0].copy()
+
+    def masks(self, index: int) -> dict[int, np.ndarray]:
+        """Visible part of every object in frame ``index``: {id in the still: bool (H, W)}, all False out of view."""
+        labels = self._rendered(index)[1]
+        return {object_id: labels == label for label, object_id in enumerate(_scene(self).object_ids, start=1)}
+
+    def _rendered(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: frame {index} of {len(self)}")
+        return _render(self, index)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    picture: np.ndarray  # RGB, without the objects that move
+    labels: np.ndarray  # of the objects that do not
+    sprites: Sequence[Sprite]
+    camera: tuple[Wave, ...]  # x, y, angle, log2 of the zoom, log2 of the stretch in x, tilt in x, tilt in y
+    bend: Bend
+    light: Wave
+    grain: np.ndarray | None
+    object_ids: list[int]  # of labels 1, 2, ...
+
+    def seen(self, time: float) -> np.ndarray:
+        """Matrix (3, 3) from the frame to the scene, whose origin is the middle of the picture."""
+        height, width = self.labels.shape
+        x, y, angle, zoom, aspect, *tilt = (wave(time) for wave in self.camera)
+        tilted = np.array([[1, 0, 0], [0, 1, 0], [tilt[0] / width, tilt[1] / height, 1]])
+        matrix = np.linalg.inv(similarity(x, y, angle, 2**zoom, 2**aspect)) @ tilted
+        matrix = matrix @ similarity(-width / 2, -height / 2)
+        room = np.array([width, height]) * (0.5 - self.bend.reach)
+        reach = np.abs(project(matrix, corners(height, width))).max(0)
+        closer = min(1.0, *(room / reach))  # go nearer until the frame lies within the picture
+        return np.diag([closer, closer, 1.0]) @ matrix
+
+
+@lru_cache(maxsize=2)
+def _render(video: WarpedStill, index: int) -> tuple[np.ndarray, np.ndarray]:
+    scene = _scene(video)
+    frame, labels = _compose(scene, index)
+    frame = brighten(frame, scene.light(index))
+    return (frame if scene.grain is None else add_grain(frame, scene.grain, index)), labels
+
+
+def _compose(scene: _Scene, time: float) -> tuple[np.ndarray, np.ndarray]:
+    height, width = size = scene.labels.shape
+    seen = scene.seen(time)
+    x, y = positions(similarity(width / 2, height / 2) @ seen, size)
+    if scene.bend.reach:
+        phases = scene.bend.phases[0](time), scene.bend.phases[1](time)
+        ripple(x, y, size, (scene.bend.reach * width, scene.bend.reach * height), phases, scene.bend.waves)
+    frame, labels = interpolate(scene.picture, x, y), nearest(scene.labels, x, y)
+    view = np.linalg.inv(seen)
+    for sprite in scene.sprites:
+        draw_sprite(frame, labels, sprite, view, time)
+    return frame, labels
+
+
+@lru_cache(maxsize=8)
+def _scene(video: WarpedStill) -> _Scene:
+    """Draws the motion, each time with a calmer start, until frame 0 shows enough of every object."""
+    picture = _resize(video.still.frame(0), video.size)
+    masks = _visible_objects(video)
+    areas = _areas(_paint(masks, video.size), len(masks))
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((video.seed, zlib.crc32(video.name.encode())))))
+    for attempt in range(_ATTEMPTS + 1):
+        scene = _draw_scene(rng, picture, masks, 1 - attempt / _ATTEMPTS)
+        if (2 * _areas(_compose(scene, 0)[1], len(masks)) >= areas).all():
+            break
+    return scene
+
+
+def _draw_scene(rng: np.random.Generator, picture: np.ndarray, masks: dict[int, np.ndarray], start: float) -> _Scene:
+    """A random motion; with a ``start`` of 0 its frame 0 is the picture, with 1 it may begin turned and bent."""
+    lively = rng.uniform()
+    height, width = picture.shape[:2]
+    labels = _paint(masks, (height, width))
+    shown = {label: labels == label for label in range(1, len(masks) + 1)}
+    moving = [label for label, mask in shown.items() if _may_move(mask) and rng.random() < 0.75]
+    sprites = [_draw_sprite(rng, picture, shown[label], label, lively, start) for label in moving]
+    hole = np.isin(labels, moving).astype(np.uint8)
+    ranges = (0.1 * width, 0.1 * height, 0.15, 0.3, 0.15, 0.2, 0.2)
+    firsts = start * rng.uniform(-0.5, 0.5, len(ranges)) * ranges
+    firsts[3] = abs(firsts[3])
+    strength = int(rng.integers(0, 12))
+    return _Scene(
+        picture=_fill(picture, cv2.dilate(hole, np.ones((7, 7), np.uint8)) > 0),
+        labels=_paint(masks, (height, width), leave_out=moving),
+        sprites=[sprites[index] for index in rng.permutation(len(sprites))],
+        camera=tuple(
+            draw_wave(rng, first, reach * lively * rng.uniform(0, 1), _PERIOD)
+            for first, reach in zip(firsts, ranges, strict=True)
+        ),
+        bend=draw_bend(rng, start * rng.uniform(0, 0.03)),
+        light=draw_wave(rng, rng.uniform(-0.3, 0.2), rng.uniform(0, 0.5) * lively, _PERIOD),
+        grain=draw_grain(rng, labels.shape, strength) if strength > 3 else None,
+        object_ids=list(masks),
+    )
+
+
+def _may_move(mask: np.ndarray) -> bool:
+    """Whether the picture shows the object whole and enough of what is around it."""
+    whole = not (mask[[0, -1]].any() or mask[:, [0, -1]].any())
+    return bool(whole and 4 * np.count_nonzero(mask) <= mask.size)
+
+
+def _draw_sprite(
+    rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray, label: int, lively: float, start: float
+) -> Sprite:
+    """The object cut out of the ``picture``, with a motion of its own."""
+    height, width = mask.shape
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    side = (max(np.ptp(rows), np.ptp(columns)) + 6) // 2 * 2
+    top, left = (rows[0] + rows[-1] - side) // 2 + 1, (columns[0] + columns[-1] - side) // 2 + 1
+    window = np.ix_(
+        np.clip(np.arange(top, top + side), 0, height - 1), np.clip(np.arange(left, left + side), 0, width - 1)
+    )
+    reach = lively * rng.uniform(0.1, 0.5) * (side + 0.1 * min(height, width))
+    return Sprite(
+        np.dstack([picture[window], mask[window].astype(np.uint8) * 255]),
+        label,
+        x=draw_wave(rng, left + side / 2 - width / 2, reach, _PERIOD),
+        y=draw_wave(rng, top + side / 2 - height / 2, reach, _PERIOD),
+        angle=draw_wave(rng, 0, rng.uniform(0, 0.5) * lively, _PERIOD, rng.normal(0, 0.01) * lively),
+        size=draw_wave(rng, 0, rng.uniform(0, 0.4) * lively, _PERIOD),
+        aspect=draw_wave(rng, 0, rng.uniform(0, 0.4) * lively, _PERIOD),
+        light=draw_wave(rng, 0, rng.uniform(0, 0.3) * lively, _PERIOD),
+        bend=draw_bend(rng, start * rng.uniform(0, 0.05)),
+    )
+
+
+def _visible_objects(video: WarpedStill) -> dict[int, np.ndarray]:
+    """The masks of the still at the video's size, by ascending id, without those of which nothing is seen."""
+    masks = video.still.masks(0)
+    if masks is None:
+        raise UserError(f"WarpedStill: {video.still.name} has no masks; give an annotated still")
+    if len(masks) > 255:
+        raise UserError(f"WarpedStill: {video.still.name} has {len(masks)} objects; give at most 255")
+    resized = {key: nearest(masks[key], *_spread(masks[key].shape, video.size)) for key in sorted(masks)}
+    areas = _areas(_paint(resized, video.size), len(resized))
+    smallest = max(1, min(SMALLEST_AREA * video.size[0] * video.size[1], areas.max(initial=0)))
+    visible = {key: mask for (key, mask), area in zip(resized.items(), areas, strict=True) if area >= smallest}
+    if not visible:
+        raise UserError(
+            f"WarpedStill: {video.still.name} shows no object at {video.size[0]}x{video.size[1]}; leave it out"
+        )
+    return visible
+
+
+def _paint(masks: dict[int, np.ndarray], size: tuple[int, int], leave_out: Sequence[int] = ()) -> np.ndarray:
+    """Label map, uint8 (H, W): the k-th of ``masks`` has label k, smaller ones lie in front."""
+    labels = np.zeros(size, np.uint8)
+    order = sorted(enumerate(masks.values(), start=1), key=lambda item: -np.count_nonzero(item[1]))
+    for label, mask in order:
+        if label not in leave_out:
+            labels[mask] = label
+    return labels
+
+
+def _areas(labels: np.ndarray, count: int) -> np.ndarray:
+    """Number of pixels of labels 1..count."""
+    return np.bincount(labels.ravel(), minlength=count + 1)[1:]
+
+
+def _spread(source: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in a ``source`` (height, width) picture of the pixels of one resized to ``size``."""
+    down, across = source[0] / size[0], source[1] / size[1]
+    return positions(np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]]), size)
+
+
+def _resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """``picture`` (uint8) at ``size`` (height, width): halved while it is twice too large, then bilinear."""
+    while picture.shape[0] >= 2 * size[0] and picture.shape[1] >= 2 * size[1]:
+        picture = halve(picture)
+    return interpolate(picture, *_spread(picture.shape[:2], size))
+
+
+def _fill(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """``picture`` with its ``hole`` (bool (H, W)) filled in smoothly from around it, from coarse to fine."""
+    if not hole.any() or min(hole.shape) < 2:
+        return picture
+    even = ((0, hole.shape[0] % 2), (0, hole.shape[1] % 2))
+    known = np.pad(~hole, even)[..., None].astype(np.int32)
+    values = np.pad(picture, (*even, (0, 0))) * known
+    count, total = (a[::2, ::2] + a[1::2, ::2] + a[::2, 1::2] + a[1::2, 1::2] for a in (known, values))
+    coarse = _fill((total // np.maximum(count, 1)).astype(np.uint8), count[..., 0] == 0)
+    smooth = interpolate(coarse, *_spread(coarse.shape[:2], hole.shape))
+    return np.where(hole[..., None], smooth, picture)

@@ -1,0 +1,1 @@
+"""Scoring of tracking and of stills."""

@@ -1,0 +1,1 @@
+"""nano: the small SAM2 whose weights ship in the package, and its variants."""

@@ -1,0 +1,175 @@
+"""Block reconstruction as training: a Lightning module that fits the rounding of one block (see `block_by_block`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from qsam2.errors import UserError
+from qsam2.recipe.recipe import TrainerRecipe
+from qsam2.recipe.reconstruct import ReconstructRecipe
+from qsam2.reconstruction.capture import Call, features
+from qsam2.reconstruction.rounding import (
+    beta_at,
+    flipped_share,
+    harden,
+    learn_steps,
+    learned_steps,
+    soft_roundings,
+    soften_weights,
+)
+from qsam2.train.module import attention_backend
+from qsam2.train.optimizer import QUANTIZER_EPS, cosine_share
+from qsam2.train.trainer import build_trainer
+
+
+@dataclass(frozen=True)
+class ReconstructedBlock:
+    """What became of one block. Errors: E (output - float output)^2 over the float outputs' variance, hard-rounded."""
+
+    name: str
+    calls: int
+    """Of the block, that it was fitted to."""
+    error: tuple[float, float]
+    """With nearest rounding, and of what was kept."""
+    kept: bool
+    """Whether the fit was better than nearest rounding; else the block is as it was before."""
+    flipped: float
+    """Share of weights that are not rounded to the nearest."""
+
+
+class BlockReconstruction(L.LightningModule):
+    """Fits the soft rounding and the learned steps of one softened block to the float block's outputs.
+
+    Loss: squared error over the variance of each output + regularization of the rounding (see `SoftRounding`).
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        recipe: ReconstructRecipe,
+        variances: Sequence[Tensor],
+        image_size: int,
+        stopped: Callable[[], bool],
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.recipe = recipe
+        self.variances = variances
+        self.image_size = image_size
+        self.roundings = soft_roundings(block)
+        self.stopped = stopped
+
+    def training_step(self, batch: list[Call], batch_index: int) -> Tensor:
+        if self.stopped():
+            self.trainer.should_stop = True
+        with attention_backend(self.device, self.image_size):
+            error = torch.stack([block_error(self.block, call, self.variances) for call in batch]).mean()
+        loss = error
+        beta = beta_at(batch_index / self.recipe.iterations, self.recipe.warmup)
+        if beta is not None:
+            penalty = torch.stack([rounding.regularization(beta) for rounding in self.roundings]).sum()
+            loss = error + self.recipe.regularization * penalty
+        if not torch.isfinite(loss):
+            raise UserError(f"reconstruct: the loss is {float(loss)} at step {batch_index}; lower reconstruct.lr")
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {"params": [rounding.v for rounding in self.roundings], "lr": self.recipe.lr},
+            {
+                "params": [step.log_scale for step in learned_steps(self.block)],
+                "lr": self.recipe.step_lr,
+                "eps": QUANTIZER_EPS,
+            },
+        ]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        shares = [lambda _: 1.0, lambda step: cosine_share(step, max_steps=self.recipe.iterations, end=0.0)]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares[: len(optimizer.param_groups)])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def block_error(block: nn.Module, call: Call, variances: Sequence[Tensor]) -> Tensor:
+    """Squared error of a block's outputs over their variances, summed over outputs; a scalar."""
+    outputs = features(block(*call.args, **call.kwargs))
+    errors = [
+        (output.float() - target).square().mean() / variance.to(output.device)
+        for output, target, variance in zip(outputs, call.targets, variances, strict=True)
+    ]
+    return torch.stack(errors).sum()
+
+
+def target_variances(calls: Sequence[Call]) -> list[Tensor]:
+    """The variance of each output of the float block over all calls; 1 where it is constant."""
+    variances = []
+    for outputs in zip(*(call.targets for call in calls), strict=True):
+        count = sum(output.numel() for output in outputs)
+        mean = sum(output.double().sum() for output in outputs) / count
+        variance = sum((output.double() - mean).square().sum() for output in outputs) / count
+        variances.append((variance if variance > 0 else torch.ones_like(variance)).float())
+    return variances
+
+
+@torch.no_grad()
+def mean_error(block: nn.Module, calls: Sequence[Call], variances: Sequence[Tensor], device: torch.device) -> float:
+    """Mean of `block_error` over all calls."""
+    errors = [block_error(block, move_data_to_device(call, device), variances) for call in calls]
+    return float(torch.stack(errors).mean())
+
+
+def fit_block(
+    name: str,
+    block: nn.Module,
+    calls: Sequence[Call],
+    recipe: ReconstructRecipe,
+    trainer_recipe: TrainerRecipe,
+    *,
+    folder: Path,
+    image_size: int,
+    seed: int,
+    stopped: Callable[[], bool],
+) -> ReconstructedBlock | None:
+    """Reconstruct a calibrated block in place. It keeps its nearest rounding where the fit is no better on `calls`.
+
+    None, and the block as it was, where `stopped` became true meanwhile.
+    """
+    options: dict[str, Any] = {"max_steps": recipe.iterations, "limit_val_batches": 0, "enable_checkpointing": False}
+    trainer = build_trainer(trainer_recipe, folder=folder, silent=True, **options)
+    device = trainer.strategy.root_device
+    variances = target_variances(calls)
+    nearest = mean_error(block, calls, variances, device)
+    before = {key: tensor.clone() for key, tensor in block.state_dict().items()}
+    trainable = [parameter for parameter in block.parameters() if parameter.requires_grad]
+
+    torch.manual_seed(seed)
+    block.requires_grad_(False)
+    soften_weights(block)
+    if recipe.method != "adaround":
+        learn_steps(block, drop=recipe.drop if recipe.method == "qdrop" else 0.0)
+    module = BlockReconstruction(block, recipe, variances, image_size, stopped)
+    count = recipe.iterations * recipe.batch_size
+    sampler = RandomSampler(calls, replacement=True, num_samples=count, generator=torch.Generator().manual_seed(seed))
+    try:
+        trainer.fit(module, DataLoader(calls, recipe.batch_size, sampler=sampler, collate_fn=list))  # type: ignore[arg-type]
+    finally:
+        block.to(device)  # Lightning leaves it on the CPU
+        flipped = flipped_share(block)
+        harden(block)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    fitted = mean_error(block, calls, variances, device)
+    kept = fitted < nearest and not stopped()
+    if not kept:
+        block.load_state_dict(before)
+    if stopped():
+        return None
+    after, share = (fitted, flipped) if kept else (nearest, 0.0)
+    return ReconstructedBlock(name, len(calls), (nearest, after), kept, share)

@@ -1,0 +1,276 @@
+"""Reconstruction of a whole model, one block after another: what each sees, what is stored, how it is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qsam2.calibration.data import CalibrationData, ImageFeatures, Sample
+from qsam2.layers.convert import quantizers
+from qsam2.models import SAM2
+from qsam2.recipe.recipe import TrainerRecipe
+from qsam2.recipe.reconstruct import ReconstructRecipe
+from qsam2.reconstruction.blocks import Block, Scale, find_blocks
+from qsam2.reconstruction.capture import capture
+from qsam2.reconstruction.fit_block import ReconstructedBlock, fit_block
+from qsam2.reconstruction.fit_video import fit_video, track_clip
+from qsam2.train.trainer import SafeCheckpointIO
+
+GIGABYTE = 1e9
+SMALLEST = 1e-9
+STORED = "reconstruction"
+"""Folder, in a run's `checkpoints/`, of the blocks that are finished."""
+log = logging.getLogger("qsam2")
+
+
+@dataclass
+class Reconstruction:
+    """What became of a model."""
+
+    total: int
+    """Blocks to reconstruct."""
+    fits_video: bool = False
+    """Whether steps were to be fitted on video after the blocks."""
+    blocks: list[ReconstructedBlock] = field(default_factory=list)
+    video: tuple[float, float] | None = None
+    """Summed loss on video before and after that."""
+
+    @property
+    def complete(self) -> bool:
+        """False where it was stopped: the other blocks are rounded to the nearest."""
+        return len(self.blocks) == self.total and (self.video is not None or not self.fits_video)
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        better = [block for block in self.blocks if block.kept]
+        ratios = [math.log(max(block.error[1] / block.error[0], SMALLEST)) for block in better]
+        ratio = math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
+        text = (
+            f"{len(self.blocks)} of {self.total} blocks reconstructed, "
+            f"{len(better)} are better than nearest rounding, their error x {ratio:.2f} (geometric mean)"
+        )
+        if self.video is not None:
+            text += f"; loss on video {self.video[0]:.4f} -> {self.video[1]:.4f}"
+        return text if self.complete else f"{text}; STOPPED EARLY, what is left is as calibration made it"
+
+    def figures(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        return {
+            "complete": self.complete,
+            "total": self.total,
+            "blocks": [asdict(block) for block in self.blocks],
+            "video": self.video,
+        }
+
+
+def reconstruct(
+    model: SAM2,
+    teacher: SAM2,
+    data: Mapping[Scale, CalibrationData],
+    recipe: ReconstructRecipe,
+    trainer_recipe: TrainerRecipe,
+    *,
+    folder: Path,
+    seed: int,
+    silent: bool = False,
+) -> Reconstruction:
+    """Fit rounding and steps of a calibrated model, block by block, to the float `teacher` (BRECQ, arXiv 2102.05426).
+
+    A block sees what the quantized model gives it, with all blocks before it reconstructed and those behind it rounded
+    to the nearest; tracking blocks see a memory that the quantized model filled. Its target is the output of the
+    teacher's block on the same sample. With `recipe.video` the steps of all blocks are then fitted together. What is
+    finished is stored: a run that was killed goes on behind it. The first Ctrl-C ends reconstruction and leaves a
+    usable model, the second one the run.
+
+    Args:
+        data: stills and clips for the blocks of each scale; those of the scale "frame" see them frame by frame.
+        folder: the run folder.
+        silent: no progress bar.
+
+    Raises:
+        UserError: see `find_blocks` and `capture`; a loss is not finite, the disk is full.
+    """
+    video = recipe.video
+    scales = [scale for scale in data if video is None or getattr(video, scale) > 0]
+    groups = [group for group in find_blocks(model, recipe) if group[0].scale in scales]
+    fits_video = video is not None and video.iterations > 0
+    done = Reconstruction(sum(len(group) for group in groups), fits_video)
+    samples: Sequence[Tensor | Sample] = ()
+    source: tuple[CalibrationData, bool] | None = None
+    with (
+        _interruptible() as stopped,
+        tqdm(total=done.total + fits_video, desc="reconstruct", disable=silent) as bar,
+        contextlib.suppress(_Stopped),
+    ):
+        run = _Run(model, teacher, recipe, trainer_recipe, folder, stopped, bar)
+        for index, group in enumerate(groups):
+            stored = _load(run.file(f"{index:03d}"), {block.name: block.module for block in group})
+            if stored is not None:
+                done.blocks += [ReconstructedBlock(**row) for row in stored]
+                bar.update(len(stored))
+                continue
+            frames = group[0].scale == "frame"
+            if source != (data[group[0].scale], frames):
+                source = (data[group[0].scale], frames)
+                samples = _frames(source[0]) if frames else list(source[0].clip_samples())
+                run.encode_anew()
+            for row in run.fit_group(group, samples, seed=_seed(seed, index)):
+                done.blocks.append(row)
+                bar.update()
+            rows = [asdict(row) for row in done.blocks[-len(group) :]]
+            _save(run.file(f"{index:03d}"), {block.name: block.module for block in group}, rows)
+        if fits_video:
+            done.video = run.fit_video({scale: list(data[scale].clip_samples()) for scale in scales})
+            bar.update()
+    return done
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all blocks of a run share."""
+
+    model: SAM2
+    teacher: SAM2
+    recipe: ReconstructRecipe
+    trainer_recipe: TrainerRecipe
+    folder: Path
+    stopped: Callable[[], bool]
+    bar: Any
+    features: dict[bool, ImageFeatures] = field(default_factory=dict)
+    """Of the clips, by whether the model is quantized; no block that is fitted on clips changes them."""
+
+    def file(self, name: str) -> Path:
+        """Where something finished is stored."""
+        return self.folder / "checkpoints" / STORED / f"{name}.ckpt"
+
+    def encode_anew(self) -> None:
+        """The clips are others from now on."""
+        budget = self.recipe.cache_gb * GIGABYTE / 2
+        self.features.update({True: ImageFeatures(self.model, budget), False: ImageFeatures(self.teacher, budget)})
+
+    def fit_group(
+        self, group: Sequence[Block], samples: Sequence[Tensor | Sample], seed: int
+    ) -> Iterator[ReconstructedBlock]:
+        """Capture what the blocks of a group see, then fit one after another."""
+        self.bar.set_postfix_str(f"{group[0].name}: inputs")
+        calls = capture(
+            {block.name: block.module for block in group},
+            {block.name: self.teacher.get_submodule(block.name) for block in group},
+            self.forward,
+            samples,
+            budget_bytes=self.recipe.cache_gb * GIGABYTE,
+            one_call=group[0].scale == "frame",
+        )
+        for number, block in enumerate(group):
+            self.bar.set_postfix_str(block.name)
+            row = fit_block(
+                block.name,
+                block.module,
+                calls.pop(block.name),
+                self.recipe,
+                self.trainer_recipe,
+                folder=self.folder,
+                image_size=self.model.image_size,
+                seed=_seed(seed, number),
+                stopped=self.stopped,
+            )
+            if row is None:
+                raise _Stopped
+            yield row
+
+    def forward(self, quantized: bool, sample: Tensor | Sample) -> None:
+        """Pass a frame, or a clip twice, through the quantized or the float model."""
+        if self.stopped():
+            raise _Stopped
+        network = self.model if quantized else self.teacher
+        if not isinstance(sample, Sample):
+            network.forward_image(sample.to(network.device))
+            return
+        features = self.features[quantized].of(sample)
+        for points in (False, True):
+            track_clip(network, sample, features, points=points)
+
+    def fit_video(self, samples: Mapping[Scale, Sequence[Sample]]) -> tuple[float, float]:
+        """See `qsam2.reconstruction.fit_video`."""
+        self.bar.set_postfix_str("steps on " + ", ".join(samples))
+        activations = {name: q for name, q in quantizers(self.model) if q.role == "activation"}
+        if (stored := _load(self.file("video"), activations)) is not None:
+            return stored[0], stored[1]
+        assert self.recipe.video is not None
+        losses = fit_video(
+            self.model,
+            self.teacher,
+            samples,
+            self.recipe.video,
+            self.trainer_recipe,
+            folder=self.folder,
+            stopped=self.stopped,
+        )
+        if losses is None:
+            raise _Stopped
+        _save(self.file("video"), activations, list(losses))
+        return losses
+
+
+def _frames(data: CalibrationData) -> list[Tensor]:
+    """All frames of stills and clips, (1, 3, S, S) each."""
+    return [image for sample in data.samples() for image in sample.clip.images.split(1)]
+
+
+class _Stopped(Exception):
+    """The user has had enough of it."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed; pressed again, it does what it did before."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield pressed.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        log.warning("reconstruction stops: the other blocks stay rounded to the nearest; Ctrl-C again ends the run")
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@rank_zero_only
+def _save(file: Path, modules: Mapping[str, nn.Module], figures: list[Any]) -> None:
+    state = {name: module.state_dict() for name, module in modules.items()}
+    SafeCheckpointIO().save_checkpoint({"figures": figures, "state": state}, file)
+
+
+def _load(file: Path, modules: Mapping[str, nn.Module]) -> list[Any] | None:
+    """The figures that were stored, the modules as they were then; None where nothing is."""
+    if not file.is_file():
+        return None
+    stored = SafeCheckpointIO().load_checkpoint(file)
+    for name, module in modules.items():
+        module.load_state_dict(stored["state"][name])
+    return stored["figures"]
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

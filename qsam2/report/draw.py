@@ -1,0 +1,252 @@
+"""Figures of a report as SVG elements, in colours that follow light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's colours, told apart by the colour-blind; the page gives each a lighter twin in the dark.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c8c8c"
+VARIABLES = {BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple", GREY: "grey"}
+SERIES = tuple(
+    {"color": colour, "linestyle": dashes, "marker": marker}
+    for colour, dashes, marker in ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"))
+)
+"""Colour, dashes and marker together: told apart in black and white, too."""
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def inline(figure: Figure, label: str) -> str:
+    """A figure as an `<svg role="img">` element that says `label`; black becomes the colour of the text around it."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
+    svg = svg[svg.index("<svg") + len("<svg ") :].replace("#000000", "currentColor")
+    for colour, name in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{name}, {colour})")
+    return f'<svg role="img" aria-label="{escape(label)}" {_own_ids(svg, label)}'
+
+
+def _own_ids(svg: str, label: str) -> str:
+    """Ids that no other figure of the page has; none where nothing refers to them."""
+    own = re.sub(r"\W+", "-", label)[:40]
+    used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{own}-{found[1]}"' if found[1] in used else "", svg)
+    return re.sub(r'(href="#|url\(#)', rf"\1{own}-", svg)
+
+
+WORST = 12
+PARTS = {
+    "image_encoder": (BLUE, "o"),
+    "memory_attention": (ORANGE, "s"),
+    "memory_encoder": (GREEN, "^"),
+    "sam_mask_decoder": (PURPLE, "D"),
+    "other": (GREY, "x"),
+}
+
+
+def draw_noise(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """All layers in the order of their weights' signal to noise in dB; None where no weight is quantized."""
+    measured = sorted((row for row in rows if row.get("weight_snr_db") is not None), key=lambda r: r["weight_snr_db"])
+    if not measured:
+        return None
+    figure = new_figure(8, 3.2)
+    axes = figure.subplots()
+    part = [row["name"].split(".")[0] for row in measured]
+    part = [name if name in PARTS else "other" for name in part]
+    for name, (colour, marker) in PARTS.items():
+        at = [index for index, own in enumerate(part) if own == name]
+        if at:
+            values = [measured[index]["weight_snr_db"] for index in at]
+            axes.scatter(
+                at, values, s=14, color=colour, marker=marker, label=name.replace("_", " ").removeprefix("sam ")
+            )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="layers, the noisiest first", ylabel="weights, signal to noise (dB)")
+    axes.legend(frameon=False, fontsize=8)
+    values = [row["weight_snr_db"] for row in measured]
+    label = (
+        f"Signal to noise of the weights of {len(values)} layers: from {values[0]:.1f} dB ({measured[0]['name']}) to "
+        f"{values[-1]:.1f} dB, {np.median(values):.1f} dB in the median"
+    )
+    return inline(figure, label)
+
+
+def draw_worst(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The layers whose weights or inputs are noisiest, by name; None where nothing is quantized."""
+    worst = sorted((row for row in rows if _lowest(row) is not None), key=lambda row: _lowest(row) or 0.0)[:WORST]
+    if not worst:
+        return None
+    figure = new_figure(8, 0.28 * len(worst) + 1.2)
+    axes = figure.subplots()
+    for key, label, colour, marker in (
+        ("weight_snr_db", "weights", BLUE, "o"),
+        ("input_snr_db", "inputs", ORANGE, "s"),
+    ):
+        found = [(row[key], place) for place, row in enumerate(worst) if row.get(key) is not None]
+        if found:
+            values, places = zip(*found, strict=True)
+            axes.scatter(values, places, color=colour, marker=marker, s=30, label=label)
+    _name_rows(axes, [_label(row) for row in worst], "signal to noise (dB)")
+    named = ", ".join(f"{row['name']} {_lowest(row):.1f} dB" for row in worst[:3])
+    return inline(figure, f"The {len(worst)} noisiest layers, the lower of weights and inputs; first {named}")
+
+
+def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What quantizing one group alone loses, as `qsam2 sensitivity` measures it: the most sensitive groups first."""
+    worst: dict[str, float] = {}
+    for row in rows:
+        worst[row["group"]] = max(worst.get(row["group"], 0.0), row["loss"])
+    groups = sorted(worst, key=lambda group: -worst[group])
+    figure = new_figure(8, 0.24 * len(groups) + 1)
+    axes = figure.subplots()
+    series = list(dict.fromkeys((row["part"], row["bits"]) for row in rows))
+    for index, (part, bits) in enumerate(series):
+        style = SERIES[index % len(SERIES)]
+        found = [
+            (row["loss"], groups.index(row["group"])) for row in rows if (row["part"], row["bits"]) == (part, bits)
+        ]
+        losses, places = zip(*found, strict=True)
+        axes.scatter(losses, places, color=style["color"], marker=style["marker"], s=24, label=f"{part} at {bits} bits")
+    _name_rows(axes, groups, "loss of fidelity (percent of mask IoU)")
+    named = ", ".join(f"{group} {worst[group]:.1f}" for group in groups[:3])
+    return inline(figure, f"Fidelity lost by quantizing each of {len(groups)} groups alone, at worst; most by {named}")
+
+
+def _name_rows(axes: Axes, names: Sequence[str], xlabel: str) -> None:
+    """A name a row, the first on top, and the legend above."""
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", color=GREY, linewidth=0.4, alpha=0.5)
+    axes.set_xlabel(xlabel)
+    axes.figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper right")
+
+
+def _lowest(row: Mapping[str, Any]) -> float | None:
+    found = [row[key] for key in ("weight_snr_db", "input_snr_db") if row.get(key) is not None]
+    return min(found) if found else None
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    bits = f"{row['weight_bits'] or '-'}/{row['activation_bits'] or '-'}"
+    return f"{row['name'].removeprefix('image_encoder.trunk.').removeprefix('sam_')}  {bits}"
+
+
+COLUMNS = 2
+TITLE = 48
+"""Letters that fit above one of them."""
+DRAWN_LEVELS = 32
+"""With more levels only the ends of the grid are drawn."""
+
+SMALLEST = 5e-7
+"""Share at which the axis begins: what is kept is rounded to 1e-6."""
+
+
+def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> str:
+    """Histograms as `measure_layers` keeps them, of weights or inputs (`what`), as an SVG element."""
+    down = -(-len(rows) // COLUMNS)
+    figure = new_figure(8, 2.1 * down + 0.5)
+    places = figure.subplots(down, COLUMNS, squeeze=False).flat
+    for row, axes in zip(rows, places, strict=False):
+        first, last = row["levels"]
+        edges = _edges(row)
+        drawn = range(first, last + 1) if last - first < DRAWN_LEVELS else (first, last)
+        axes.stairs(row["before"], edges, color=GREY, fill=True, alpha=0.6, label="float model")
+        axes.stairs(row["after"], edges, color=BLUE, linewidth=1.5, label="before rounding" if what == "weights"
+                    else "quantized model")  # fmt: skip
+        for level in drawn:
+            axes.axvline(level, color=GREEN, linewidth=0.8, linestyle=":", label="grid" if level == first else None)
+        axes.set_title(_wrapped(f"{_short(row['layer'])}, {row['bits']} bits"), fontsize=8)
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        axes.set(xlim=row["reach"], ylim=(SMALLEST, 1))
+        axes.tick_params(labelsize=7)
+    for axes in list(places):
+        axes.set_axis_off()
+    figure.supxlabel(f"{what}, in steps of the grid", fontsize=8)
+    figure.supylabel(f"share of the {what}", fontsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    beyond = [f"{_short(row['layer'])} {_beyond(row):.2%}" for row in rows]
+    return inline(figure, f"Histograms of the {what} of {len(rows)} layers, float and quantized, on their grids; "
+                          f"shares beyond the grid: {', '.join(beyond)}")  # fmt: skip
+
+
+def _beyond(row: Mapping[str, Any]) -> float:
+    edges = _edges(row)
+    outside = (edges[1:] <= row["levels"][0] - 0.5) | (edges[:-1] >= row["levels"][1] + 0.5)
+    return float(np.array(row["after"])[outside].sum())
+
+
+def _edges(row: Mapping[str, Any]) -> np.ndarray:
+    low, high = row["reach"]
+    return np.linspace(low, high, len(row["after"]) + 1)
+
+
+def _wrapped(title: str) -> str:
+    """A title that is wider than its drawing goes on in a second line, behind a dot in its middle."""
+    if len(title) <= TITLE:
+        return title
+    dots = [index for index, letter in enumerate(title) if letter == "."]
+    cut = min(dots, key=lambda index: abs(index - len(title) / 2), default=TITLE) + 1
+    return f"{title[:cut]}\n{title[cut:]}"
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("image_encoder.trunk.").removeprefix("sam_")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A scored model: its cost (less is better), its score in percent, whether it is a float model."""
+
+    label: str
+    cost: float
+    score: float
+    is_float: bool = False
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in one of cost and score without losing in the other, by cost."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost, -point.score)):
+        if not front or point.score > front[-1].score:
+            front.append(point)
+    return front
+
+
+def draw_pareto(points: Sequence[Point], cost: str) -> str:
+    """The points with their labels and the front as an SVG element; `cost` names the axis with its unit."""
+    front = pareto_front(points)
+    figure = new_figure(8, 3.6)
+    axes = figure.subplots()
+    for is_float, colour, marker, label in ((False, BLUE, "o", "quantized"), (True, ORANGE, "s", "float")):
+        group = [point for point in points if point.is_float == is_float]
+        if group:
+            at = [point.cost for point in group], [point.score for point in group]
+            axes.scatter(*at, color=colour, marker=marker, s=40, label=label, zorder=3)
+    steps = [(point.cost, point.score) for point in front]
+    axes.plot(*zip(*steps, strict=True), color=GREY, linestyle="--", drawstyle="steps-post", label="Pareto front")
+    for point in points:
+        axes.annotate(point.label, (point.cost, point.score), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.12, y=0.15)
+    axes.set(xlabel=cost, ylabel="J&F")
+    axes.legend(frameon=False, fontsize=8)
+    named = ", ".join(f"{point.label} {point.score:.1f} at {point.cost:.3g}" for point in front)
+    return inline(figure, f"J&F against {cost} of {len(points)} models; Pareto front: {named}")

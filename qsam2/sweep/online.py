@@ -1,0 +1,56 @@
+"""A sweep with a Weights & Biases account: created there once, then this machine is one of its agents."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import wandb
+from wandb.errors import Error
+
+from qsam2.errors import UserError
+from qsam2.output import write_text
+from qsam2.recipe.load import read_yaml
+from qsam2.sweep.definition import ARGUMENTS, Sweep, edges
+
+AGENT = "wandb.json"
+"""In a sweep's folder: {"id", "project", "entity", "config"} of the sweep as it was created."""
+
+log = logging.getLogger("qsam2")
+
+
+def run_agent(sweep: Sweep, folder: Path, *, runs: int | None, jobs: int) -> None:
+    """Create the sweep, or join the one that the folder knows, and carry out `runs` of its runs here.
+
+    Raises:
+        UserError: W&B refuses the sweep; the folder knows another one.
+    """
+    if jobs > 1:
+        raise UserError(f"--jobs {jobs}: an agent carries out one run at a time; start another agent instead")
+    config = online_config(sweep)
+    file = folder / AGENT
+    kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if kept and kept["config"] != config:
+        raise UserError(f"{folder} holds another sweep, {kept['id']}; give another folder with --output")
+    project = sweep.definition.project or sweep.recipe_of(next(edges(sweep))).log.project
+    try:
+        if not kept:
+            kept = {"id": wandb.sweep(config, entity=sweep.definition.entity, project=project), "project": project}
+            kept |= {"entity": sweep.definition.entity, "config": config}
+            write_text(file, json.dumps(kept, indent=1))
+        path = "/".join(part for part in (kept["entity"], kept["project"], kept["id"]) if part)
+        log.info("other machines join with: wandb agent %s", path)
+        wandb.agent(kept["id"], entity=kept["entity"], project=kept["project"], count=runs)
+    except Error as error:
+        raise UserError(f"sweep {sweep.file}: W&B refuses it: {' '.join(str(error).split())}") from error
+
+
+def online_config(sweep: Sweep) -> dict[str, Any]:
+    """The file as it is, with the user's overrides in its command."""
+    config = read_yaml(sweep.file, "sweep", "recipes/sweeps/")
+    words = list(sweep.definition.command)
+    place = words.index(ARGUMENTS)
+    given = [word for word in sweep.overrides if word not in words]
+    return {**config, "name": sweep.name, "command": [*words[:place], *given, *words[place:]]}

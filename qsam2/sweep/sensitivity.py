@@ -1,0 +1,170 @@
+"""Where quantization hurts: one group of layers at a time is quantized, the rest stays float."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from qsam2.calibration.activation_ranges import calibrate_sam2
+from qsam2.calibration.allocation import group_of
+from qsam2.data.sources import open_train, open_videos
+from qsam2.errors import UserError
+from qsam2.evaluate.float_scores import weights_digest
+from qsam2.evaluate.scoring import compare, score_float, score_videos
+from qsam2.layers.convert import ATTENTION_TWINS, WEIGHT_TWINS, convert, quantizers, set_state
+from qsam2.load import load_float, load_model
+from qsam2.models import SAM2
+from qsam2.output import aligned, write_text
+from qsam2.pipeline import calibration_data
+from qsam2.quantizers import Quantizer, QuantizerState
+from qsam2.recipe import Recipe, build_recipe
+from qsam2.recipe.quantize import QuantizeRecipe
+
+DEFAULT_QUANTIZERS = {"weights": {"method": "minmax", "bits": 4, "range": "mse"}}
+FOLDER = Path(".")
+"""Where profiles of a Trainer would go; scoring makes none."""
+
+
+def measure_sensitivity(
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    bits: Sequence[int] = (2, 4),
+    data: str | None = None,
+    videos: int = 8,
+    frames: int = 16,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """The loss of each group of layers at each number of weight bits, and of its activations at the recipe's (ours).
+
+    The loss is 100 - fidelity: percent of mean mask IoU with the float model on videos of the train split. Calibration
+    of weights and training play no part; ranges are found as the recipe says. Every figure is written into `output`
+    when it is known, and the same call goes on from there.
+
+    Args:
+        target: MODEL; of a run folder or its file the recipe's quantizers and the float model it started from.
+        overrides: `key=value` on top of the recipe.
+        bits: of the weights, one group at a time.
+        data: `KIND:ROOT:SPLIT`; default the train split of the recipe's first source.
+        videos, frames: how many to track, and how much of each.
+        output: JSON file.
+
+    Raises:
+        UserError: the model or the data cannot be used, rules decide on all layers, or `output` holds another
+            measurement.
+    """
+    model, recipe = _float_model(target, overrides)
+    assert recipe.quantize is not None
+    source = data or recipe.data.train[0]
+    scored = open_videos(source, root=recipe.data.root, split="train")[:videos]
+    if all(len(video) == 1 for video in scored):
+        raise UserError(f"{source} holds stills: sensitivity is measured on videos; give --data KIND:ROOT:SPLIT")
+    evaluation = recipe.evaluate.model_copy(update={"frames": frames})
+    result: dict[str, Any] = {
+        "weights": weights_digest(model),
+        "quantize": recipe.quantize.model_dump(mode="json"),
+        "data": {"source": source, "videos": len(scored), "frames": frames},
+        "groups": [],
+    }
+    result["groups"] = _begun(output, result)
+    done = {(row["group"], row["part"], row["bits"]) for row in result["groups"]}
+    parts = [("weights", each) for each in bits] if recipe.quantize.weights else []
+    if recipe.quantize.activations:
+        parts.append(("activations", recipe.quantize.activations.bits))
+    todo = [(group, *part) for part in parts for group in groups(model, recipe.quantize, part[0])]
+    if not todo:
+        raise UserError(f"{target}: its recipe's rules decide on all layers, none is left to measure; give a size")
+    todo = [each for each in todo if each not in done]
+    if not todo:
+        return result
+
+    block, masks = score_float(model, scored, evaluation, recipe.trainer, folder=FOLDER)
+
+    def measure(quantized: SAM2) -> dict[str, Any]:
+        given = (quantized, scored, evaluation, recipe.trainer)
+        theirs, _ = score_videos(*given, folder=FOLDER, reference=masks, silent=True)
+        return {"loss": 100 - theirs["fidelity"], "J&F": compare(theirs, block)}
+
+    shown = tqdm(_rows(model, recipe, todo, measure), "sensitivity", len(todo))
+    for row in shown:
+        result["groups"].append(row)
+        if output is not None:
+            write_text(output, json.dumps(result, indent=1))
+    return result
+
+
+def groups(model: SAM2, quantize: QuantizeRecipe, part: str) -> list[str]:
+    """The groups of a float model with weights, or activations, whose bits no rule of the recipe decides."""
+    kinds = set(WEIGHT_TWINS) if part == "weights" else {*WEIGHT_TWINS, *ATTENTION_TWINS}
+    layers = (name for name, layer in model.named_modules() if type(layer) in kinds)
+    return list(dict.fromkeys(group_of(name) for name in layers if quantize.rule_for(name) is None))
+
+
+def ranking(result: Mapping[str, Any]) -> str:
+    """The groups as text, the most sensitive first: the loss at each number of bits, and the worst change in J&F."""
+    measured = {(row["group"], row["part"], row["bits"]): row for row in result["groups"]}
+    columns = list(dict.fromkeys((part, bits) for _, part, bits in measured))
+    by_group: dict[str, list[dict[str, Any]]] = {}
+    for row in result["groups"]:
+        by_group.setdefault(row["group"], []).append(row)
+    lines = [["group", *(f"{bits}-bit {part}" for part, bits in columns), "J&F"]]
+    for group, rows in sorted(by_group.items(), key=lambda each: -max(row["loss"] for row in each[1])):
+        found = [measured.get((group, *column)) for column in columns]
+        worst = min(row["J&F"]["difference"] for row in rows)
+        lines.append([group, *(f"{row['loss']:.2f}" if row else "-" for row in found), f"{worst:+.1f}"])
+    return aligned(lines)
+
+
+def _float_model(target: str, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
+    _, recipe = load_model(target)
+    values = recipe.model_dump(mode="json")
+    recipe = build_recipe(values if recipe.quantize else values | {"quantize": DEFAULT_QUANTIZERS}, overrides)
+    return load_float(recipe), recipe
+
+
+def _begun(output: Path | None, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that an earlier call has measured."""
+    if output is None or not output.is_file():
+        return []
+    try:
+        before = json.loads(output.read_text())
+        same = all(before[key] == result[key] for key in ("weights", "quantize", "data"))
+        rows = before["groups"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{output} is no result of a sensitivity measurement: give another --json") from error
+    if not same:
+        raise UserError(f"{output} holds a measurement of another model, quantizer or data: give another --json")
+    return rows
+
+
+def _rows(
+    model: SAM2, recipe: Recipe, todo: Sequence[tuple[str, str, int]], measure: Callable[[SAM2], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Measure (group, part, bits) one after another; what shares its bits shares a converted model."""
+    for (part, bits), same in itertools.groupby(todo, key=lambda each: each[1:]):
+        twin = copy.deepcopy(model)
+        free = _quantized(twin, recipe, part, bits)
+        for group, _, _ in same:
+            set_state(twin, QuantizerState.FLOAT)
+            chosen = [quantizer for name, quantizer in free.items() if group_of(name) == group]
+            for quantizer in chosen:
+                quantizer.state = QuantizerState.QUANTIZE
+            yield {"group": group, "part": part, "bits": bits, **measure(twin)}
+
+
+def _quantized(model: SAM2, recipe: Recipe, part: str, bits: int) -> dict[str, Quantizer]:
+    """Convert a model in place and find the ranges of one part; the quantizers of layers that no rule decides on."""
+    assert recipe.quantize is not None
+    other = "activations" if part == "weights" else "weights"
+    spec = getattr(recipe.quantize, part).model_copy(update={"bits": bits})
+    quantize = recipe.quantize.model_copy(update={part: spec, other: None, "allocate": None})
+    rows = convert(model, quantize)
+    calibrate_sam2(model, calibration_data(model, open_train(recipe), recipe), progress=False)
+    free = {row.name for row in rows if recipe.quantize.rule_for(row.name) is None}
+    return {name: each for name, each in quantizers(model) if name.rpartition(".")[0] in free}

@@ -1,1 +1,0 @@
-"""Sweeps: many runs of one recipe, drawn from a file in Weights & Biases' own format."""

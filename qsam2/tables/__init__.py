@@ -1,1 +1,0 @@
-"""Tables: many runs of one recipe with overrides, scored on the same sets, as Markdown in a document."""

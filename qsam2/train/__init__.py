@@ -1,0 +1,1 @@
+"""Training: the Lightning module, its trainer, losses, prompts and optimizer."""

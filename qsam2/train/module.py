@@ -1,0 +1,159 @@
+"""The Lightning module that trains SAM2 on clips, pretraining and QAT alike."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from training.utils.data_utils import BatchedVideoDatapoint
+
+from qsam2.errors import UserError
+from qsam2.models import SAM2
+from qsam2.recipe.recipe import TrainRecipe
+from qsam2.train.imagenet import ImageNetDistillation
+from qsam2.train.losses import embedding_distillation, mask_distillation, segmentation_loss
+from qsam2.train.optimizer import adamw, cosine_share, parameter_groups
+from qsam2.train.prompts import drawn_clicks, set_dropout, set_prompts
+
+log = logging.getLogger("qsam2")
+
+PLAIN_ATTENTION_PX = 384
+"""Largest image on a CPU for which training writes attention scores out."""
+
+
+def attention_backend(device: torch.device, image_size: int) -> AbstractContextManager[None]:
+    """The fastest attention to train with: torch's own choice, but plain matrix products for small images on a CPU.
+
+    There the backward of torch's fused CPU attention is slow (nano at 256 px in bf16, one core: a training step takes
+    2.6 s with it and 2.3 s without); large images would not fit into memory with their scores written out.
+    """
+    small = device.type == "cpu" and image_size <= PLAIN_ATTENTION_PX
+    return sdpa_kernel([SDPBackend.MATH]) if small else nullcontext()
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for products of bfloat16 numbers, or those that oneDNN makes do with."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class VideoTraining(L.LightningModule):
+    """SAM2 as a trainable task.
+
+    Args:
+        model: the network, converted or not.
+        seed, max_steps: of the run; all randomness of a step follows from (seed, step), so a resumed run repeats it.
+        teacher: float model to distil from, needed if the recipe's distill weights are above zero.
+        quantizer_parameters: names, in `model`, of the learned steps and clips.
+    """
+
+    def __init__(
+        self,
+        model: SAM2,
+        recipe: TrainRecipe,
+        *,
+        seed: int = 0,
+        max_steps: int = 1,
+        teacher: SAM2 | None = None,
+        quantizer_parameters: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.seed = seed
+        self.max_steps = max_steps
+        self.quantizer_parameters = quantizer_parameters
+        self._teacher = [teacher] if teacher is not None else []  # in a list: no part of the module's state
+        self.loss = segmentation_loss(recipe.losses)
+        if not recipe.image_encoder_lr:
+            model.image_encoder.requires_grad_(False)
+        if recipe.distill.imagenet:
+            self.imagenet = ImageNetDistillation(model)
+        set_prompts(model, recipe.prompts)
+        set_dropout(model, recipe.dropout)
+        for network in self._teacher:
+            set_prompts(network, recipe.prompts)
+            set_dropout(network, 0.0)
+
+    def on_fit_start(self) -> None:
+        self.train()  # Lightning leaves the modes as they are, and models come in eval mode
+        for teacher in self._teacher:
+            teacher.to(self.device).train().requires_grad_(False)
+        if self.device.type == "cpu" and str(self.trainer.precision).startswith("bf16") and not multiplies_bf16():
+            log.warning(
+                "this processor multiplies no bfloat16 numbers: trainer.precision=32-true is several times faster here"
+            )
+
+    def training_step(self, batch: BatchedVideoDatapoint, batch_index: int) -> Tensor:
+        self._seed_step(batch_index)
+        with attention_backend(self.device, self.model.image_size):
+            return self._loss(batch)
+
+    def _loss(self, batch: BatchedVideoDatapoint) -> Tensor:
+        backbone = self.model.forward_image(batch.flat_img_batch)
+        embeddings = backbone["backbone_fpn"]
+        backbone = self.model.prepare_prompt_inputs(backbone, batch)
+        with drawn_clicks() as clicks:
+            frames = self.model.forward_tracking(backbone, batch)
+        losses = self.loss(frames, batch.masks)
+        total = losses.pop("core_loss")
+        distill = self.recipe.distill
+        if distill.imagenet:
+            losses["distill_imagenet"] = self.imagenet(batch.flat_img_batch, embeddings)
+            total = total + distill.imagenet * losses["distill_imagenet"]
+        for teacher in self._teacher:
+            with torch.no_grad(), drawn_clicks(clicks):
+                teacher_features = teacher.forward_image(batch.flat_img_batch)
+                if distill.mask_logits:
+                    teacher.rng = self.model.rng
+                    teacher_frames = teacher.forward_tracking({**backbone, **teacher_features}, batch)
+            if distill.mask_logits:
+                losses["distill_masks"] = mask_distillation(frames, teacher_frames)
+                total = total + distill.mask_logits * losses["distill_masks"]
+            if distill.image_embeddings:
+                losses["distill_embeddings"] = embedding_distillation(embeddings, teacher_features["backbone_fpn"])
+                total = total + distill.image_embeddings * losses["distill_embeddings"]
+        if not torch.isfinite(total):
+            raise UserError(f"the loss is {float(total)} at step {self.global_step}; lower train.lr")
+        self.log("loss", total, prog_bar=True)
+        self.log_dict({f"loss/{name.removeprefix('loss_')}": value for name, value in losses.items()})
+        return total
+
+    def _seed_step(self, step: int) -> None:
+        # sam2 draws the kind of prompt from `rng`, the same on all ranks, and points from torch
+        self.model.rng = np.random.default_rng((self.seed, step))
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, step, self.global_rank)).generate_state(1)[0]))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        recipe = self.recipe
+        groups = parameter_groups(self.model, recipe, self.quantizer_parameters)
+        if recipe.distill.imagenet:
+            heads = list(self.imagenet.parameters())
+            groups.append({"params": heads, "lr": recipe.lr, "weight_decay": 0.0, "role": "imagenet heads"})
+        optimizer = adamw(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: cosine_share(
+                step, max_steps=self.max_steps, end=recipe.lr_end, warmup_steps=recipe.warmup_steps
+            ),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Norms before clipping, by role: the shared clip could starve one of them
+        if self.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    squares[group["role"]] = squares[group["role"]] + parameter.grad.float().square().sum()
+        self.log_dict({f"gradient_norm/{role}": square.sqrt() for role, square in squares.items()})
+        self.log("lr", optimizer.param_groups[-1]["lr"])

@@ -1,0 +1,250 @@
+"""The one factory of Lightning Trainers: progress, logging, checkpoints, precision and devices for every stage."""
+
+from __future__ import annotations
+
+import errno
+import netrc
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from qsam2.errors import UserError
+from qsam2.output import code_version
+from qsam2.quantizers import Quantizer
+from qsam2.recipe.recipe import LogRecipe, Recipe, TrainerRecipe
+
+LAST = "last.ckpt"
+"""Name, in a run's `checkpoints/`, of the checkpoint that a killed run resumes from."""
+
+
+CURVES = "curves"
+"""Folder, in a run's, of what training logged: `version_*/metrics.csv`."""
+
+WANDB_ID = "wandb/id"
+"""File, in a run's folder: the run's id in Weights & Biases."""
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary name and renames: the previous checkpoint survives a full disk. Reads tensors only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"checkpoint {path} could not be written ({error}); the previous one is kept: "
+                "make room on the disk and run the same command again to resume"
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, with its end known to a resumed run too."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self.train_progress_bar.reset(trainer.num_training_batches)
+        self.train_progress_bar.initial = trainer.fit_loop.batch_idx + 1
+
+
+class StopAtSigterm(Callback):
+    """SIGTERM ends a stage as Ctrl-C does.
+
+    Lightning would announce it to the other ranks by a broadcast, for which they, waiting in another collective, may
+    never be ready; on one device it would end training as if it were finished.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Lightning puts back what was there before it
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+
+
+class FreezeStatistics(Callback):
+    """Stops the running statistics of all quantizers from a step on, so that the last part trains what is shipped."""
+
+    def __init__(self, quantizers: Mapping[str, Quantizer], at_step: int) -> None:
+        self.quantizers = quantizers
+        self.at_step = at_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_index: int) -> None:
+        if trainer.global_step >= self.at_step:
+            for quantizer in self.quantizers.values():
+                quantizer.eval()  # statistics follow in training mode only; learned clips go on learning
+
+
+class WeightAverage(EMAWeightAveraging):
+    """Lightning's moving average, which also becomes the weights of a run that was killed right after its last step."""
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, module, checkpoint)
+        if checkpoint["global_step"] >= trainer.max_steps:  # Lightning skips training, and with it on_train_end
+            module.load_state_dict(checkpoint["state_dict"])
+
+
+class LogClips(Callback):
+    """Logs the mean scale of learned quantizers now and then: a step that runs away shows here first."""
+
+    def __init__(self, quantizers: Mapping[str, Quantizer], every: int) -> None:
+        self.quantizers = quantizers
+        self.every = every
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            module.log_dict({f"scale/{name}": quantizer.scale.mean() for name, quantizer in self.quantizers.items()})
+
+
+def build_trainer(
+    recipe: TrainerRecipe,
+    *,
+    folder: Path,
+    loggers: Sequence[Logger] = (),
+    callbacks: Sequence[Callback] = (),
+    silent: bool = False,
+    **more: Any,
+) -> L.Trainer:
+    """A Trainer with the recipe's devices and precision.
+
+    Args:
+        folder: the run folder; profiles go there.
+        silent: whether it shows no progress, as where many short fits or scorings share a bar.
+        more: what one stage needs beyond that, passed to Lightning.
+
+    Raises:
+        UserError: there are no such devices, accelerator or strategy.
+    """
+    bar = ProgressBar(refresh_rate=max(recipe.log_every // 2, 1))
+    if silent:
+        bar.disable()
+    try:
+        return L.Trainer(
+            callbacks=[bar, StopAtSigterm(), *callbacks],
+            accelerator=recipe.accelerator,
+            devices=recipe.devices,
+            num_nodes=recipe.num_nodes,
+            strategy=choose_strategy(recipe),
+            precision=recipe.precision,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+            logger=list(loggers) or False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            plugins=[SafeCheckpointIO()],
+            **more,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def choose_strategy(recipe: TrainerRecipe) -> str:
+    """The recipe's strategy; "auto" on several devices is DDP that allows unused parameters.
+
+    A clip without clicks leaves parts of the prompt encoder without gradients, at which plain DDP stops.
+    """
+    if recipe.strategy != "auto":
+        return recipe.strategy
+    uses_gpus = recipe.accelerator in ("auto", "gpu", "cuda")
+    every_gpu = uses_gpus and recipe.devices in ("auto", -1, "-1") and torch.cuda.device_count() > 1
+    several = recipe.devices not in ("auto", 1, "1", -1, "-1")
+    return "ddp_find_unused_parameters_true" if recipe.num_nodes > 1 or several or every_gpu else "auto"
+
+
+def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dict[str, Any]:
+    """What the training stage adds to `build_trainer`: steps, clipping, checkpoints, averaging, frozen statistics."""
+    assert recipe.train is not None
+    trainer = recipe.trainer
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            dirpath=recipe.run_folder / "checkpoints",
+            filename=LAST.removesuffix(".ckpt"),
+            every_n_train_steps=trainer.checkpoint_every,
+            save_top_k=1,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        ),
+    ]
+    if recipe.train.ema is not None:
+        callbacks.append(WeightAverage(decay=recipe.train.ema))
+    if quantizers:
+        callbacks.append(FreezeStatistics(quantizers, int(recipe.train.freeze_statistics_at * trainer.max_steps)))
+        callbacks.append(LogClips(quantizers, trainer.log_every))
+    return {
+        "max_steps": trainer.max_steps,
+        "gradient_clip_val": trainer.gradient_clip or None,
+        "accumulate_grad_batches": trainer.accumulate,
+        "log_every_n_steps": trainer.log_every,
+        "profiler": trainer.profiler,
+        "callbacks": callbacks,
+        "limit_val_batches": 0,
+    }
+
+
+def build_loggers(recipe: LogRecipe, *, folder: Path, name: str, config: dict[str, Any]) -> list[Logger]:
+    """Curves as CSV in the run folder, a version each time it is resumed; and Weights & Biases.
+
+    The latter online where a key is configured, offline otherwise, not at all on request; a resumed run goes on there.
+    """
+    loggers: list[Logger] = [CSVLogger(folder, name=CURVES, flush_logs_every_n_steps=1)]
+    if recipe.wandb != "off":
+        offline = recipe.wandb == "offline" or (recipe.wandb == "auto" and not has_wandb_key())
+        loggers.append(
+            WandbLogger(
+                name=name,
+                project=recipe.project,
+                group=recipe.group,
+                save_dir=folder,
+                offline=offline,
+                id=_wandb_id(folder),
+                resume="allow",
+                config={**config, "qsam2": code_version()},
+            )
+        )
+    return loggers
+
+
+@rank_zero_only
+def _wandb_id(folder: Path) -> str:
+    """The id of the folder's run in W&B: an agent's own, or one that is drawn when the run is first begun."""
+    if given := os.environ.get("WANDB_RUN_ID"):
+        return given
+    file = folder / WANDB_ID
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(file.name + ".tmp")
+        temporary.write_text(secrets.token_hex(4))
+        os.replace(temporary, file)
+    return file.read_text()
+
+
+def has_wandb_key() -> bool:
+    """Whether `wandb login` was done or WANDB_API_KEY is set (wandb's own check would ask for a key)."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,276 @@
+"""`qsam2.load`, `image_predictor`, `video_predictor`: the masks of sam2's own classes, from files read bit by bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sam2 import sam2_video_predictor
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from small_predictors import (
+    HEIGHT,
+    SIZE_PX,
+    WIDTH,
+    pictures,
+    random_nano,
+    square,
+    stock_predictor,
+    write_folder,
+    write_video,
+)
+from torch import Tensor
+
+import qsam2
+from qsam2.data.transforms import FrameSequence, to_model_input
+from qsam2.errors import UserError
+
+LENGTH = 10
+Masks = list[tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("video") / "frames", pictures(LENGTH))
+
+
+@pytest.fixture(autouse=True)
+def _no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sam2_video_predictor, "tqdm", lambda frames, **_: frames)
+
+
+def clicks(model: Any, state: Any) -> Masks:
+    return [
+        model.add_new_points_or_box(state, 0, 1, points=[[20.0, 20.0]], labels=[1]),
+        model.add_new_points_or_box(state, 0, 1, points=[[60.0, 5.0]], labels=[0], clear_old_points=False),
+        *model.propagate_in_video(state),
+    ]
+
+
+def boxes(model: Any, state: Any) -> Masks:
+    box = np.array([8.0, 12.0, 30.0, 30.0])
+    return [model.add_new_points_or_box(state, 0, 7, box=box), *model.propagate_in_video(state)]
+
+
+def masks(model: Any, state: Any) -> Masks:
+    return [model.add_new_mask(state, 0, 1, square()), *model.propagate_in_video(state)]
+
+
+def several_objects(model: Any, state: Any) -> Masks:
+    """One by a mask, one by a click, one by a box; a correction, tracked again and backwards, one removed."""
+    found = [
+        model.add_new_mask(state, 3, 1, square()),
+        model.add_new_points_or_box(state, 3, 2, points=[[60.0, 30.0]], labels=[1]),
+        model.add_new_points_or_box(state, 3, 4, box=[40.0, 5.0, 70.0, 40.0]),
+        *model.propagate_in_video(state, max_frame_num_to_track=5),
+        model.add_new_points_or_box(state, 8, 1, points=[[25.0, 20.0]], labels=[1]),
+        *model.propagate_in_video(state, start_frame_idx=8),
+        *model.propagate_in_video(state, reverse=True),
+    ]
+    ids, updated = model.remove_object(state, 2)
+    return [*found, (-1, list(ids), torch.cat([m for _, m in updated])), *model.propagate_in_video(state)]
+
+
+def reset(model: Any, state: Any) -> Masks:
+    before = clicks(model, state)
+    model.reset_state(state)
+    return [*before, *boxes(model, state)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "use"),
+    [
+        ("float", clicks),
+        ("float", boxes),
+        ("float", masks),
+        ("float", reset),
+        ("float", several_objects),
+        ("packed", several_objects),
+    ],
+)
+def test_videos_get_the_masks_of_sam2s_own_class(
+    kind: str, use: Callable[[Any, Any], Masks], models: dict[str, Path], folder: Path
+) -> None:
+    stock, ours = stock_predictor(kind, models[kind]), qsam2.video_predictor(models[kind])
+    expected, found = (use(model, model.init_state(str(folder))) for model in (stock, ours))
+    assert [row[:2] for row in found] == [row[:2] for row in expected] and len(found) > LENGTH
+    for (_, _, mine), (frame, _, theirs) in zip(found, expected, strict=True):
+        assert mine.shape[-2:] == (HEIGHT, WIDTH) and torch.equal(mine, theirs), f"frame {frame} differs"
+    assert any(0.02 < float((logits > 0).float().mean()) < 0.98 for _, _, logits in expected)
+
+
+def test_an_object_is_tracked_before_its_prompt(models: dict[str, Path], folder: Path) -> None:
+    """Which sam2's own class cannot do in float32: it has no object pointer to read then, and memory in bfloat16."""
+    stock, ours = stock_predictor("float", models["float"]), qsam2.video_predictor(models["float"])
+    results = []
+    for model, autocast in ((stock, True), (ours, True), (ours, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            state = model.init_state(str(folder))
+            model.add_new_mask(state, 0, 1, square())
+            model.add_new_points_or_box(state, 2, 2, points=[[60.0, 30.0]], labels=[1])
+            results.append([logits for _, _, logits in model.propagate_in_video(state, max_frame_num_to_track=2)])
+    for theirs, mine, precise in zip(*results, strict=True):
+        assert torch.equal(mine, theirs) and float((precise - mine).abs().mean()) < 0.1 * float(mine.abs().mean())
+
+
+@pytest.mark.parametrize("kind", ["float", "packed"])
+def test_pictures_get_the_masks_of_sam2s_own_class(kind: str, models: dict[str, Path]) -> None:
+    stock = SAM2ImagePredictor(stock_predictor(kind, models[kind]))
+    stock._bb_feat_sizes = [(SIZE_PX // stride,) * 2 for stride in (4, 8, 16)]  # fixed to 1024 px in sam2
+    ours = qsam2.image_predictor(models[kind])
+    assert type(ours) is SAM2ImagePredictor
+    points = {"point_coords": np.array([[20.0, 20.0], [60.0, 5.0]]), "point_labels": np.array([1, 0])}
+    prompts: list[dict[str, Any]] = [
+        points,
+        {"box": np.array([8.0, 12.0, 30.0, 30.0]), "multimask_output": False},
+        {**points, "mask_input": np.full((1, SIZE_PX // 4, SIZE_PX // 4), 3.0), "return_logits": True},
+    ]
+    for frame in pictures(2):
+        ours.set_image(frame)
+        stock.set_image(frame)
+        for prompt in prompts:
+            for mine, theirs in zip(ours.predict(**prompt), stock.predict(**prompt), strict=True):
+                assert np.array_equal(mine, theirs)
+    ours.reset_predictor()
+    with pytest.raises(RuntimeError, match="An image must be set"):
+        ours.predict(**points)
+
+
+def test_load_gives_the_model(models: dict[str, Path]) -> None:
+    loaded = qsam2.load(models["float"])
+    pairs = zip(loaded.parameters(), random_nano().parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    assert not loaded.training and loaded.memory_bound is None
+    assert qsam2.load(models["float"], ["memory.bounded=true"]).memory_bound is not None
+    assert qsam2.load("nano", ["model.image_size=128"]).image_size == 128
+    assert qsam2.video_predictor(models["packed"], ["memory.bounded=false"]).memory_bound is None
+
+
+def test_a_video_file_is_tracked_as_its_frames(models: dict[str, Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", pictures(20, 46, 80))
+    model = qsam2.video_predictor(models["float"])
+    with av.open(str(path)) as container:  # one after another, by PyAV alone
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    inputs = [to_model_input(frame, SIZE_PX) for frame in decoded]
+    mask = np.zeros((46, 80), dtype=bool)
+    mask[12:30, 12:34] = True
+    results = []
+    for video in (path, str(path), inputs):
+        state = model.init_state(video, video_size=(46, 80) if video is inputs else None)
+        model.add_new_mask(state, 9, 1, mask)
+        results.append([*model.propagate_in_video(state), *model.propagate_in_video(state, reverse=True)])
+    for result in results[:2]:
+        assert [row[:2] for row in result] == [row[:2] for row in results[2]]
+        assert all(torch.equal(mine[2], theirs[2]) for mine, theirs in zip(result, results[2], strict=True))
+
+
+def test_a_long_video_is_not_kept(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[weakref.ref[Tensor]] = []
+    original = FrameSequence.__getitem__
+
+    def recorded(self: FrameSequence, index: int) -> Tensor:
+        frame = original(self, index)
+        read.append(weakref.ref(frame))
+        return frame
+
+    monkeypatch.setattr(FrameSequence, "__getitem__", recorded)
+    model = qsam2.video_predictor(models["float"])
+    state = model.init_state(write_video(tmp_path / "clip.mp4", pictures(28, 46, 80)))
+    assert not read  # nothing is decoded before it is needed
+    model.add_new_points_or_box(state, 0, 1, points=[[20.0, 20.0]], labels=[1])
+    assert len(list(model.propagate_in_video(state))) == 28
+    assert len(read) == 28 and sum(frame() is not None for frame in read) <= 1
+    kept = [output for output in state["output_dict_per_obj"][0]["non_cond_frame_outputs"].values()]
+    assert sum(output["maskmem_features"] is not None for output in kept) <= 2 * model.num_maskmem
+
+
+def test_frames_are_in_the_order_of_their_numbers(models: dict[str, Path], tmp_path: Path) -> None:
+    shades = {"2.png": 20, "10.png": 100, "007.jpg": 70, "1.jpeg": 10}
+    for name, shade in shades.items():
+        Image.new("RGB", (16, 16), (shade,) * 3).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    images = qsam2.video_predictor(models["float"]).init_state(tmp_path)["images"]
+    means = [float(images[index].mean()) for index in range(len(images))]
+    assert len(means) == 4 and means == sorted(means)
+
+
+def test_frames_without_numbers_are_sorted_by_name(models: dict[str, Path], tmp_path: Path) -> None:
+    for index, name in enumerate(["shot_2.png", "shot_9.png", "shot_10.png"]):
+        Image.new("RGB", (16, 16), (40 * index,) * 3).save(tmp_path / name)
+    images = qsam2.video_predictor(models["float"]).init_state(tmp_path)["images"]
+    assert float(images[0].mean()) < float(images[1].mean()) < float(images[2].mean())
+
+
+def _damaged(tmp_path: Path) -> Path:
+    path = write_video(tmp_path / "clip.mp4", pictures(20, 46, 80))
+    path.write_bytes(path.read_bytes()[:900])
+    return path
+
+
+def _empty(tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
+    return tmp_path / "empty"
+
+
+def _twice(tmp_path: Path) -> Path:
+    folder = write_folder(tmp_path / "twice", pictures(2))
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "1.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda tmp_path: tmp_path / "nowhere.mp4", "nowhere.mp4 does not exist: give a picture, a folder"),
+        (_damaged, "clip.mp4: cannot be read as a video"),
+        (_empty, "empty: holds no frames"),
+        (_twice, "twice: holds two pictures named 1; a folder of frames has one file a frame"),
+    ],
+)
+def test_what_is_no_video_is_refused_in_one_line(
+    make: Callable[[Path], Path], message: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = qsam2.video_predictor(models["float"])
+    with pytest.raises(UserError, match=message) as error:
+        model.init_state(make(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_frame_of_another_size_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "frames", pictures(3))
+    Image.new("RGB", (50, 50)).save(folder / "2.jpg")
+    model = qsam2.video_predictor(models["float"])
+    state = model.init_state(folder)
+    model.add_new_mask(state, 0, 1, square())
+    with pytest.raises(UserError, match="2.jpg: is 50x50 .* expected 45x79"):
+        list(model.propagate_in_video(state))
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="^device cuda: PyTorch finds 0 CUDA devices here; give cpu$"):
+        qsam2.load("nano", device="cuda")
+    with pytest.raises(UserError, match="device 'gpu' is none that PyTorch knows: give cpu or cuda"):
+        qsam2.image_predictor("nano", device="gpu")
+
+
+def test_models_that_are_not_there_are_refused() -> None:
+    with pytest.raises(UserError, match="nanno is no run folder, no model file and no size"):
+        qsam2.video_predictor("nanno")
+
+
+def test_the_package_is_light() -> None:
+    """Until a model is asked for."""
+    code = "import sys, qsam2; print('torch' in sys.modules, callable(qsam2.video_predictor), 'torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False True True"
+    with pytest.raises(AttributeError, match="has no attribute 'predictor'"):
+        _ = qsam2.predictor

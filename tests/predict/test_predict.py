@@ -1,0 +1,319 @@
+"""`qsam2 predict`: what it writes, whole or not at all, and every mistake in one line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_predictors import HEIGHT, WIDTH, pictures, square, write_folder, write_video
+
+import qsam2
+from qsam2.cli import main
+from qsam2.data.pictures import read_index_mask
+from qsam2.report.overlays import COLOURS
+
+LENGTH = 5
+CLICK = ["--point", "20,20"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("video") / "frames", pictures(LENGTH))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "photo.png"
+    Image.fromarray(pictures(1)[0]).save(path)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def write_mask(path: Path, ids: np.ndarray, mode: str = "P") -> str:
+    Image.fromarray(ids.astype(np.uint8)).convert(mode).save(path)
+    return str(path)
+
+
+def run(model: Path | str, source: Path, out: Path, *words: str) -> None:
+    assert main(["predict", str(model), str(source), *words, "--out", str(out)]) == 0
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as mask:
+        assert mask.mode == "P"
+        return np.array(mask)
+
+
+def tracked(out: Path) -> list[np.ndarray]:
+    return [read(path) for path in sorted((out / "masks").iterdir())]
+
+
+def overlay_of(out: Path) -> tuple[list[np.ndarray], Fraction | None]:
+    with av.open(str(out / "overlay.mp4")) as container:
+        stream = container.streams.video[0]
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)], stream.average_rate
+
+
+# What it writes
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt"),
+    [
+        (CLICK, {"point_coords": np.array([[20.0, 20.0]]), "point_labels": np.array([1]), "multimask_output": True}),
+        (
+            [*CLICK, "--point", "60,5,0"],
+            {"point_coords": np.array([[20.0, 20.0], [60, 5]]), "point_labels": np.array([1, 0])},
+        ),
+        (["--box", "8,12,30.5,30"], {"box": np.array([8, 12, 30.5, 30])}),
+    ],
+)
+def test_a_picture_gets_the_mask_of_the_image_predictor(
+    words: list[str], prompt: dict, models: dict[str, Path], picture: Path, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(models["packed"], picture, out, *words)
+    assert {path.name for path in out.iterdir()} == {"mask.png", "overlay.png"}
+    assert capsys.readouterr().out.split() == [str(out / "mask.png"), str(out / "overlay.png")]
+    predictor = qsam2.image_predictor(models["packed"])
+    predictor.set_image(np.array(Image.open(picture)))
+    masks, confidence, _ = predictor.predict(**{"multimask_output": False, **prompt})
+    expected = masks[confidence.argmax()] > 0
+    assert 0.01 < expected.mean() < 0.99 and np.array_equal(read(out / "mask.png"), expected)
+    overlay = np.array(Image.open(out / "overlay.png")).astype(int)
+    frame = np.array(Image.open(picture)).astype(int)
+    assert np.array_equal((overlay != frame).any(axis=2) | (frame == COLOURS[0]).all(axis=2), expected)
+
+
+def test_a_mask_of_a_picture_is_refined(models: dict[str, Path], picture: Path, out: Path, tmp_path: Path) -> None:
+    run(models["float"], picture, out, "--mask", write_mask(tmp_path / "mask.png", square() * 255, "L"))
+    assert 0 < read(out / "mask.png").mean() < 1
+
+
+def test_a_folder_is_tracked_as_by_the_video_predictor(models: dict[str, Path], folder: Path, out: Path) -> None:
+    """Two objects, on their first frame and corrected on a later one; the surer one has the pixel."""
+    words = ["--point", "20,20", "--frame", "2", "--point", "25,20", "--object", "7", "--frame", "0"]
+    run(models["packed"], folder, out, *words, "--box", "40,5,70,40")
+    assert {path.name for path in out.iterdir()} == {"masks", "overlay.mp4"}
+    assert sorted(path.name for path in (out / "masks").iterdir()) == [f"{index}.png" for index in range(LENGTH)]
+    model = qsam2.video_predictor(models["packed"])
+    state = model.init_state(folder)
+    model.add_new_points_or_box(state, 0, 1, points=[[20.0, 20.0]], labels=[1])
+    model.add_new_points_or_box(state, 2, 1, points=[[25.0, 20.0]], labels=[1])
+    model.add_new_points_or_box(state, 0, 7, box=[40.0, 5.0, 70.0, 40.0])
+    found = tracked(out)
+    for index, _, logits in model.propagate_in_video(state):
+        first, second = logits[:, 0].numpy()
+        expected = np.where(first >= second, 1, 7) * (np.maximum(first, second) > 0)
+        assert np.array_equal(found[index], expected)
+    assert {1, 7} <= set(np.unique(found))
+    frames, rate = overlay_of(out)
+    assert len(frames) == LENGTH and rate == 24
+    assert frames[0].shape == (HEIGHT + 1, WIDTH + 1, 3)  # H.264 has even sides
+
+
+def test_a_video_file_keeps_its_length_and_rate(models: dict[str, Path], out: Path, tmp_path: Path) -> None:
+    run(models["float"], write_video(tmp_path / "clip.mp4", pictures(6, 46, 80), rate=12), out, *CLICK)
+    assert sorted(path.name for path in (out / "masks").iterdir()) == [f"{index:05d}.png" for index in range(6)]
+    frames, rate = overlay_of(out)
+    assert len(frames) == 6 and rate == 12 and frames[0].shape == (46, 80, 3)
+    ids = tracked(out)[0]
+    inside = frames[0][ids > 0].mean(axis=0) - pictures(6, 46, 80)[0][ids > 0].mean(axis=0)
+    assert inside[0] > 20  # tinted orange
+
+
+def test_objects_are_tracked_both_ways_from_their_own_first_frames(
+    models: dict[str, Path], folder: Path, out: Path, tmp_path: Path
+) -> None:
+    first, later = square() * 3, square(30) * 5
+    words = ["--mask", write_mask(tmp_path / "first.png", first), "--frame", "3"]
+    run(models["float"], folder, out, *words, "--mask", write_mask(tmp_path / "later.png", later))
+    found = tracked(out)
+    alone = []
+    for words in (["--object", "3"], ["--object", "5", "--frame", "3"]):
+        mask = tmp_path / ("first.png" if words[1] == "3" else "later.png")
+        run(models["float"], folder, out, *words, "--mask", str(mask), "--force")
+        alone.append(tracked(out))
+    assert any((ids == 5).any() for ids in found[:3])  # before its prompt
+    for ids, early, late in zip(found, *alone, strict=True):
+        assert np.array_equal(ids, np.where(early > 0, early, late))  # what was prompted earlier keeps its pixels
+
+
+def test_a_mask_of_several_ids_prompts_all_of_them(
+    models: dict[str, Path], folder: Path, out: Path, tmp_path: Path
+) -> None:
+    ids = np.maximum(square() * 2, square(40) * 9)
+    run(models["float"], folder, out, "--mask", write_mask(tmp_path / "ids.png", ids))
+    assert set(np.unique(tracked(out)[0])) == {0, 2, 9}
+    with Image.open(out / "masks" / "0.png") as picture:
+        palette = np.array(picture.getpalette()).reshape(-1, 3)
+    assert [tuple(palette[index]) for index in (0, 2, 9)] == [(0, 0, 0), *COLOURS[:2]]
+    assert set(np.unique(read_index_mask(out / "masks" / "0.png"))) == {0, 2, 9}  # as everything else here reads it
+    run(models["float"], folder, out, "--object", "4", "--mask", str(tmp_path / "ids.png"), "--force")
+    assert set(np.unique(tracked(out)[0])) == {0, 4}
+
+
+def test_keys_of_the_recipe_are_taken(models: dict[str, Path], picture: Path, out: Path) -> None:
+    run("nano", picture, out, *CLICK, "model.image_size=64")
+    assert read(out / "mask.png").shape == (HEIGHT, WIDTH)
+
+
+# Whole or not at all
+
+
+def test_what_is_there_is_not_overwritten_silently(
+    models: dict[str, Path], picture: Path, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out.mkdir()
+    (out / "mask.png").write_text("precious")
+    (out / "notes.txt").write_text("kept")
+    arguments = ["predict", str(models["float"]), str(picture), *CLICK, "--out", str(out)]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == (
+        f"error: {out / 'mask.png'} is there already: give another --out, or --force to replace it\n"
+    )
+    assert (out / "mask.png").read_text() == "precious"
+    assert main([*arguments, "--force"]) == 0
+    assert read(out / "mask.png").shape == (HEIGHT, WIDTH)
+    assert {path.name for path in out.iterdir()} == {"mask.png", "overlay.png", "notes.txt"}
+
+
+def test_a_run_that_fails_leaves_nothing(
+    models: dict[str, Path], folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "3.jpg").write_bytes((broken / "3.jpg").read_bytes()[:400])
+    assert main(["predict", str(models["float"]), str(broken), *CLICK, "--out", str(out)]) == 2
+    assert "3.jpg: cannot be read as a picture" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_full_disk_is_one_line(
+    models: dict[str, Path], folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qsam2.predict.run.write_ids", full)
+    assert main(["predict", str(models["float"]), str(folder), *CLICK, "--out", str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: --out {out}: cannot be written (No space left on device); give a folder with room to write"
+    assert not out.exists()
+
+
+# Mistakes
+
+
+def _file(tmp_path: Path) -> list[str]:
+    (tmp_path / "file").write_text("text")
+    return [*CLICK, "--out", str(tmp_path / "file")]
+
+
+def _mask(ids: np.ndarray, mode: str = "P") -> Callable[[Path], list[str]]:
+    return lambda tmp_path: ["--mask", write_mask(tmp_path / "mask.png", ids, mode)]
+
+
+MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
+    "nothing": ([], "nothing says what to segment: give --point X,Y, --box X0,Y0,X1,Y1 or --mask PNG"),
+    "point outside": (
+        ["--point", "80,20"],
+        "--point 80,20 is outside the picture, which is 79x45 (width x height)",
+    ),
+    "negative": (["--point=-1,20"], "--point -1,20 is outside the picture"),
+    "three corners": (["--box", "1,2,3"], "--box '1,2,3': give X0,Y0,X1,Y1 in pixels, as 10,20,200,150"),
+    "box outside": (["--box", "1,2,30,46"], "--box 1,2,30,46 is outside the picture"),
+    "box inside out": (["--box", "30,2,1,20"], "--box 30,2,1,20 is empty: give its left, top, right and bottom edge"),
+    "one number": (["--point", "20"], "--point '20': give X,Y or X,Y,LABEL in pixels, LABEL 1 on the object or 0 off"),
+    "words": (["--point", "a,b"], "--point 'a,b': give X,Y"),
+    "no number": (["--point", "nan,3"], "--point 'nan,3': give X,Y"),
+    "label": (["--point", "20,20,2"], "--point '20,20,2': give X,Y or X,Y,LABEL"),
+    "only off": (["--point", "20,20,0"], "object 1 has only points off it on frame 0: give one on it as well"),
+    "two boxes": (
+        ["--box", "1,1,5,5", "--box", "2,2,6,6"],
+        "--box: object 1 has one on frame 0 already; --object N before it is for another object",
+    ),
+    "no such frame": (["--frame", "5", *CLICK], "--frame 5: frames has frames 0 to 4"),
+    "frame text": (["--frame", "first", *CLICK], "--frame first: frames has frames 0 to 4"),
+    "object 0": (["--object", "0", *CLICK], "--object 0: objects have ids 1 to 254"),
+    "object last": ([*CLICK, "--object", "2"], "--object 2: no prompt follows it"),
+    "no mask": (["--mask", "nowhere.png"], "--mask nowhere.png: no such file; give a PNG of object ids, or of black"),
+    "mask size": (_mask(np.ones((20, 20))), "mask.png: is 20x20 (height x width), expected 45x79"),
+    "mask empty": (_mask(np.zeros((HEIGHT, WIDTH))), "mask.png: shows no object, all its pixels are 0 or void"),
+    "mask colour": (_mask(pictures(1)[0], "RGB"), "mask.png: a mask picture holds one object id a pixel"),
+    "mask and point": (
+        lambda tmp_path: [*_mask(square() * 1)(tmp_path), *CLICK],
+        "object 1 has a mask and points or a box on frame 0: in a video give one of them",
+    ),
+    "out is a file": (_file, "file: is a file; give a folder"),
+    "device": ([*CLICK, "--device", "gpu"], "device 'gpu' is none that PyTorch knows: give cpu or cuda"),
+    "override": ([*CLICK, "model.size=tiny"], "model"),
+    "flag": ([*CLICK, "--points", "1,1"], "unknown argument '--points'"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_one_line(
+    words: list[str] | Callable[[Path], list[str]],
+    message: str,
+    models: dict[str, Path],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = tmp_path / "out"
+    given = words if isinstance(words, list) else words(tmp_path)
+    where = [] if "--out" in given else ["--out", str(out)]
+    assert main(["predict", str(models["packed"]), str(folder), *where, *given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nowhere.mp4", None, "nowhere.mp4 does not exist: give a picture, a folder of frames or a video file"),
+        ("film.mp4", b"no film at all", "film.mp4: cannot be read as a video"),
+        ("notes.txt", b"text", "notes.txt: cannot be read as a video"),
+        ("photo.jpg", b"no photo", "photo.jpg: cannot be read as a picture"),
+    ],
+)
+def test_inputs_that_cannot_be_read_are_one_line(
+    name: str, content: bytes | None, message: str, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert main(["predict", "nano", str(tmp_path / name), *CLICK, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error, error
+    assert not out.exists()
+
+
+def test_a_picture_has_one_frame(picture: Path, out: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["predict", "nano", str(picture), "--frame", "1", *CLICK, "--out", str(out)]) == 2
+    assert capsys.readouterr().err == "error: --frame 1: photo has frames 0 to 0\n"
+
+
+def test_a_model_that_is_not_there_is_one_line(picture: Path, out: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["predict", "nanno", str(picture), *CLICK, "--out", str(out)]) == 2
+    assert "nanno is no run folder, no model file and no size" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_cuda_is_checked(
+    picture: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["predict", "nano", str(picture), *CLICK, "--out", str(out), "--device", "cuda"]) == 2
+    assert "device cuda: PyTorch finds 0 CUDA devices here; give cpu" in capsys.readouterr().err

@@ -1,0 +1,236 @@
+"""The runs of a local sweep: their order, what is drawn, what is repeated and what is not, how they fail and stop."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_sweep import ACTIVATIONS, COMMAND, RANGES, WEIGHTS, Runs, small_sweep, write
+from sqlalchemy import Engine, event
+
+from qsam2.cli import main
+from qsam2.errors import UserError
+from qsam2.sweep.definition import Sweep
+from qsam2.sweep.local import list_runs, results_table, run_sweep
+from qsam2.sweep.processes import Processes
+from qsam2.sweep.study import STUDY, SweepRun
+
+QAT = [COMMAND[3].replace("ptq_", "qat_"), COMMAND[-1]]
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from qsam2.sweeps import local
+from qsam2.sweeps.definition import load_sweep
+local.QSAM2 = (sys.executable, sys.argv[2])
+local.run_sweep(load_sweep(sys.argv[3]), Path(sys.argv[4]), runs=None, jobs=1)
+"""
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    return Runs(tmp_path, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "qsam2")
+
+
+def carry_out(sweep: Sweep, tmp_path: Path, count: int | None = None, jobs: int = 1) -> list[SweepRun]:
+    return run_sweep(sweep, tmp_path / "out", runs=count, jobs=jobs)
+
+
+def test_a_grid_from_its_first_run_to_the_table(runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sweep = small_sweep(tmp_path)
+    assert list_runs(sweep, tmp_path / "out", None, 2).splitlines() == [
+        *(f"to come   00{n}  {WEIGHTS}={w}, {ACTIVATIONS}={a}" for n, (w, a) in enumerate(pairs())),
+        "6 runs, 6 to come: about 3 min with --jobs 2",
+    ]
+    board = carry_out(sweep, tmp_path)
+    given = runs.given()
+    assert [each["name"] for each in given] == [f"small-00{n}" for n in range(6)]
+    assert [(int(each[WEIGHTS]), int(each[ACTIVATIONS])) for each in given] == pairs()
+    assert {(each["log.wandb"], each["log.group"], each["seed"]) for each in given} == {("offline", '"small"', "1")}
+    assert json.loads(given[0]["output"]) == str(tmp_path / "out" / "000")
+    assert [run.number for run in board] == ["005", "004", "003", "002", "001", "000"]
+    assert board[0].values == {WEIGHTS: 4, ACTIVATIONS: 8} and board[0].metric == pytest.approx(4.8)
+    table = results_table(sweep, board).splitlines()
+    assert table[0].split() == ["run", "quantized/J&F", "seconds", WEIGHTS, ACTIVATIONS]
+    assert table[1].split()[:2] == ["005", "4.8"] and table[1].split()[3:] == ["4", "8"]
+    kept = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [run["number"] for run in kept["runs"]] == [run.number for run in board]
+    assert kept["best"] == sweep.command_of(board[0].values)
+    assert caplog.messages[0] == "sweep small: 6 runs, 6 to come; about 6 min left"
+    assert caplog.messages[-1].startswith("run 005: quantized/J&F 4.8, ")
+
+
+def pairs() -> list[tuple[int, int]]:
+    return [(weights, activations) for weights in (2, 4) for activations in (4, 6, 8)]
+
+
+def test_a_failed_run_is_marked_stops_no_other_and_is_tried_again(
+    runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = small_sweep(tmp_path)
+    runs.tell({"small-001": "badly", "small-002": "damaged", "small-003": "killed", "small-004": "without"})
+    board = carry_out(sweep, tmp_path, jobs=2)
+    assert len(runs.begun()) == 6
+    errors = {run.number: run.error for run in board if run.state == "failed"}
+    assert "002/metrics.json is damaged (" in errors.pop("002")
+    assert errors == {
+        "001": "the loss is nan at step 3; lower train.lr",
+        "003": "killed by signal 9",
+        "004": "it has no quantized/J&F",
+    }
+    assert [run.state for run in board] == ["finished"] * 2 + ["failed"] * 4
+    assert "lower train.lr" in results_table(sweep, board)
+    assert any("run 001 failed: the loss is nan" in message for message in caplog.messages)
+    assert "failed    001" in list_runs(sweep, tmp_path / "out", None, 1)
+    runs.tell({})
+    board = carry_out(sweep, tmp_path)
+    assert sorted(runs.names()) == ["small-001", "small-002", "small-003", "small-004"]
+    assert [run.state for run in board] == ["finished"] * 6
+    carry_out(sweep, tmp_path)
+    assert runs.begun() == []
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_draws_within_their_ranges_and_goes_on_where_it_stopped(runs: Runs, tmp_path: Path, method: str) -> None:
+    parameters = {**RANGES, "calibrate.rounding": {"values": [None, {"method": "gptq", "damping": 0.1}]}}
+    sweep = small_sweep(tmp_path, method=method, parameters=parameters, run_cap=5)
+    with pytest.raises(UserError, match=f"method {method} has no end: give --count N or run_cap"):
+        carry_out(small_sweep(tmp_path, method=method, parameters=parameters), tmp_path)
+    assert f"{method}: {WEIGHTS} is int_uniform from 2 to 8" in list_runs(sweep, tmp_path / "out", None, 1)
+    runs.tell({"small-001": "badly"})
+    carry_out(sweep, tmp_path, count=3)
+    assert runs.names() == ["small-000", "small-001", "small-002"]
+    board = {run.number: run for run in carry_out(sweep, tmp_path)}
+    given = runs.given()
+    assert given[0]["name"] == "small-001" and len(given) == 3 and len(board) == 5
+    assert int(given[0][WEIGHTS]) == board["001"].values[WEIGHTS]  # tried again with what it was given
+    for run in board.values():
+        assert 2 <= run.values[WEIGHTS] <= 8 and 0 <= run.values["calibrate.smooth"] <= 1
+        assert run.values["calibrate.rounding"] in parameters["calibrate.rounding"]["values"]
+    assert len({json.dumps(run.values) for run in board.values()}) == 5
+
+
+def test_a_sweep_ends_at_its_target(runs: Runs, tmp_path: Path) -> None:
+    board = carry_out(small_sweep(tmp_path, metric={"target": 2.6}), tmp_path)
+    assert len(runs.begun()) == 2
+    assert [run.state for run in board] == ["finished"] * 2 + ["to come"] * 4
+
+
+def test_hyperband_stops_what_is_worse_at_a_rung(runs: Runs, tmp_path: Path) -> None:
+    good, bad = [9 - n for n in range(8)], [20.0] * 200
+    rule = {"type": "hyperband", "min_iter": 2, "eta": 2}
+    metric = {"name": "loss", "goal": "minimize"}
+    values = {"values": [2, 3, 4]}
+    sweep = small_sweep(tmp_path, command=QAT, metric=metric, early_terminate=rule, parameters={WEIGHTS: values})
+    runs.tell({"small-000": good, "small-001": bad, "small-002": [1.0] * 8})
+    board = {run.number: run for run in carry_out(sweep, tmp_path)}
+    assert [board[number].state for number in ("000", "001", "002")] == ["finished", "stopped", "finished"]
+    assert (board["000"].metric, board["002"].metric) == (2.0, 1.0)
+    carry_out(sweep, tmp_path)
+    assert len(runs.begun()) == 3  # what was stopped early is not begun again
+
+
+ROOT = os.pathsep.join([str(Path(COMMAND[3]).parents[1]), os.environ.get("PYTHONPATH", "")])
+
+
+def test_kill_9_in_the_middle(runs: Runs, tmp_path: Path) -> None:
+    """What is finished is not repeated; what was cut off goes on first, in its own folder."""
+    runs.tell({"small-002": "long"})
+    (tmp_path / "killed.py").write_text(KILLED)
+    here, out = str(Path(__file__).parent), tmp_path / "out"
+    command = [sys.executable, "killed.py", here, "stand_in.py", str(write(tmp_path)), str(out)]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, env={**os.environ, "PYTHONPATH": ROOT})
+    runs.wait_for("small-002")
+    process.kill()
+    process.wait()
+    assert runs.names() == ["small-000", "small-001", "small-002"]
+    sweep = small_sweep(tmp_path)
+    assert "cut off   002" in list_runs(sweep, out, None, 1)
+    runs.tell({})
+    board = carry_out(sweep, tmp_path)
+    assert runs.names() == ["small-002", "small-003", "small-004", "small-005"]
+    assert [run.state for run in board] == ["finished"] * 6
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_stops_the_run_and_the_sweep(runs: Runs, tmp_path: Path) -> None:
+    runs.tell({"small-001": "long"})
+    runs.interrupt_at("small-001")
+    sweep = small_sweep(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(sweep, tmp_path)
+    assert runs.names() == ["small-000", "small-001"]
+    assert "cut off   001" in list_runs(sweep, tmp_path / "out", None, 1)  # neither finished nor failed
+
+
+def test_two_sweeps_do_not_share_a_folder(runs: Runs, tmp_path: Path) -> None:
+    carry_out(small_sweep(tmp_path), tmp_path, count=1)
+    other: list[tuple[dict[str, Any], str]] = [
+        ({"parameters": {WEIGHTS: {"values": [2, 3]}}}, "parameters"),
+        ({"metric": {"goal": "minimize"}}, "metric"),
+        ({"command": [COMMAND[3], COMMAND[-1]]}, "overrides"),
+    ]
+    for changes, what in other:
+        with pytest.raises(UserError, match=rf"out holds another sweep \(it differs in {what}\); give another folder"):
+            carry_out(small_sweep(tmp_path, **changes), tmp_path)
+
+
+def test_what_only_wandb_draws(runs: Runs, tmp_path: Path) -> None:
+    parameters = {"calibrate.smooth": {"distribution": "normal"}}
+    sweep = small_sweep(tmp_path, method="random", parameters=parameters, run_cap=2)
+    with pytest.raises(UserError, match="calibrate.smooth: distribution=normal is drawn by W&B only: wandb login, or"):
+        carry_out(sweep, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["database", "log"])
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    file, out = str(write(tmp_path)), tmp_path / "out"
+    monkeypatch.setattr("qsam2.train.trainer.has_wandb_key", lambda: False)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if what == "log":
+            patch.setattr(Processes, "start", full)
+        else:
+            patch.setattr("qsam2.sweep.study.optuna.create_study", full)
+        assert main(["sweep", file, "--output", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {out}/") and "could not be written: No space left on device; make room" in said
+    assert runs.begun() == [] and not list(out.rglob("*.tmp"))
+    assert main(["sweep", file, "--output", str(out)]) == 0
+    assert len(runs.begun()) == 6
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-2].startswith("best: qsam2 train ") and shown[-1].startswith("to upload: wandb sync ")
+
+
+def test_a_database_that_may_not_grow(runs: Runs, tmp_path: Path) -> None:
+    """SQLite's own words for a full disk."""
+    sweep = small_sweep(tmp_path, method="random", run_cap=200)
+    carry_out(sweep, tmp_path, count=1)
+
+    def limit(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA max_page_count=1")  # no more than there are
+
+    event.listen(Engine, "connect", limit)
+    try:
+        with pytest.raises(UserError, match=f"{STUDY} could not be written: database or disk is full; make room on"):
+            carry_out(sweep, tmp_path)
+    finally:
+        event.remove(Engine, "connect", limit)
+    assert len(carry_out(sweep, tmp_path, count=len(runs.names()) + 1)) > 1

@@ -1,0 +1,89 @@
+"""What stops a process: SIGTERM as Ctrl-C does, and the end of the one that started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import qsam2
+from qsam2.cli import stopped_by_sigterm
+from qsam2.cli import PARENT
+
+ROOT = Path(qsam2.__file__).parents[1]
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from qsam2.processes import stopped_by_sigterm
+folder = Path(sys.argv[1])
+try:
+    with stopped_by_sigterm():
+        (folder / "begun").touch()
+        time.sleep(60)
+except KeyboardInterrupt:
+    (folder / "stopped").touch()
+"""
+PARENTS = """
+import sys
+from pathlib import Path
+from qsam2.processes import Processes, stopped_by_sigterm
+folder = Path(sys.argv[1])
+with stopped_by_sigterm():
+    Processes(1).start([sys.executable, str(folder / "child.py"), str(folder)], folder).wait()
+"""
+
+
+def wait_for(file: Path) -> bool:
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return file.exists()
+
+
+def test_sigterm_is_an_interrupt_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PARENT, "1")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stopped_by_sigterm():
+        assert os.environ[PARENT] == str(os.getpid())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert os.environ[PARENT] == "1"
+
+
+def test_a_thread_may_carry_out_a_command() -> None:
+    handlers = []
+
+    def command() -> None:
+        with stopped_by_sigterm():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_what_a_killed_process_started_stops(tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text(CHILD)
+    command = [sys.executable, "-c", PARENTS, str(tmp_path)]
+    parent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    assert wait_for(tmp_path / "begun")
+    assert not (tmp_path / "stopped").exists()
+    parent.kill()
+    parent.wait()
+    assert wait_for(tmp_path / "stopped")
+
+
+def test_a_process_whose_variable_names_another_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PARENT, "1")  # inherited from the parent of a shell, say, which has ended
+    before = threading.active_count()
+    with stopped_by_sigterm():
+        assert threading.active_count() == before

@@ -1,0 +1,266 @@
+"""Figures of a table's cells, and the Markdown that shows them, in the README too."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_table import scores, small_table, write
+
+import qsam2
+from qsam2.cli import main
+from qsam2.errors import UserError
+from qsam2.sweep.table_definition import TableDefinition, TableRun, float_runs
+from qsam2.sweep.table_markdown import extract, insert, render
+from qsam2.sweep.table_results import Results, _budget, _digest, collect, left_to_run, read_results
+from qsam2.sweep.table_scores import save_scores
+
+ROOT = Path(qsam2.__file__).parents[1]
+SCORES = {"nano_minmax_W4A4_s0": 45.0, "nano_mse_W4A4_s0": 46.0, "nano_mse_W4A4_s1": 48.0, "nano_mse_W2A4_s0": 20.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("table")
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path) -> tuple[TableDefinition, list[TableRun]]:
+    """Float 50; one run failed, the frobenius ones are to come."""
+    table, runs = small_table(folder)
+    for run in float_runs(runs):
+        save_scores(run, scores(table, run, 50.0))
+    for run in runs:
+        if run.name in SCORES:
+            save_scores(run, scores(table, run, SCORES[run.name], version="1.1"))
+    failed = next(run for run in runs if run.name == "nano_minmax_W2A4_s0")
+    save_scores(failed, {**scores(table, failed, 0.0), "sets": {}, "error": "the loss is nan"})
+    return table, runs
+
+
+@pytest.fixture(scope="module")
+def results(table: tuple[TableDefinition, list[TableRun]]) -> Results:
+    return json.loads(json.dumps(collect(*table, "qsam2 table small.yaml")))
+
+
+def cell(results: Results, method: str, setting: str, start: str = "") -> dict[str, Any]:
+    (found,) = (c for c in results["cells"] if (c["method"], c["setting"], c["start"]) == (method, setting, start))
+    return found
+
+
+def test_seeds_are_averaged_and_their_spread_is_given(results: Results) -> None:
+    found = cell(results, "mse", "W4A4")
+    assert found["seeds"] == [0, 1]
+    assert found["sets"]["clips"] == {
+        "score": 48.0, "std": 1.414, "fidelity": 90.0, "difference": -3.0, "low": -3.0, "high": -3.0
+    }  # fmt: skip
+    assert found["sets"]["stills"]["score"] == 24.5 and found["sets"]["stills"]["difference"] == -1.5
+
+
+def test_one_seed_has_no_spread_and_what_did_not_end_no_score(results: Results) -> None:
+    assert cell(results, "minmax", "W4A4")["sets"]["clips"]["std"] is None
+    digest = {"digest": cell(results, "minmax", "W2A4")["digest"]}
+    assert cell(results, "minmax", "W2A4") == digest | {
+        "model": "nano", "method": "minmax", "start": "", "setting": "W2A4", "seeds": [], "failed": 1, "sets": {}
+    }  # fmt: skip
+    assert cell(results, "mse", "W4A4", "frobenius")["failed"] == 0
+    assert results["runs"] == {"all": 7, "finished": 4, "failed": 1, "median_seconds": 10.0}
+    assert results["float"] == {"nano": {"clips": 51.0, "stills": 26.0}}
+    assert results["versions"] == ["1.0 (abc)", "1.1"]
+
+
+def test_a_budget_that_differs_is_not_called_the_same(
+    table: tuple[TableDefinition, list[TableRun]], results: Results
+) -> None:
+    runs, stills = table[1], {"calibration stills": 32}
+    assert results["budget"] == {
+        "data": ["moving_objects"],
+        "calibration clips": 8,
+        "frames a calibration clip": 6,
+        **stills,
+    }
+    first = runs[0].recipe
+    changed = first.model_copy(update={"calibrate": first.calibrate.model_copy(update={"clips": 5})})
+    others = [TableRun(**{**vars(runs[0]), "recipe": changed}), *runs[1:]]
+    assert "calibration clips" not in _budget(others) and "calibration stills" in _budget(others)
+
+
+def test_without_the_float_model_there_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="table small: the float model 'nano' is not scored; run the table again"):
+        collect(*small_table(tmp_path), "")
+
+
+def test_cells_of_earlier_results_stand_where_the_folders_are_gone(results: Results, tmp_path: Path) -> None:
+    table, runs = small_table(tmp_path)
+    assert collect(table, runs, results["command"], results) == results | {"runs": results["runs"] | {"failed": 0}} | {
+        "cells": [c if c["sets"] else c | {"failed": 0} for c in results["cells"]]
+    }
+    left = left_to_run(table, runs, results)
+    assert [run.name for run in left] == [run.name for run in runs if run.name not in SCORES]
+
+
+def test_a_cell_is_kept_with_all_its_seeds_or_run_again_with_all(results: Results, tmp_path: Path) -> None:
+    table, runs = small_table(tmp_path)
+    one = cell(results, "mse", "W4A4") | {"seeds": [0]}
+    fewer = results | {"cells": [one if c["seeds"] == [0, 1] else c for c in results["cells"]]}
+    both = [run for run in runs if run.place == ("nano", "mse", "W4A4", "")]
+    assert [run for run in left_to_run(table, runs, fewer) if run.method == "mse" and not run.start][:2] == both
+    assert cell(collect(table, runs, "", fewer), "mse", "W4A4")["seeds"] == [0]  # until there are more here
+    for run in [*float_runs(runs), *both]:
+        save_scores(run, scores(table, run, 30.0, version="2.0"))
+    found = collect(table, runs, "", fewer)
+    assert (
+        cell(found, "mse", "W4A4")["seeds"] == [0, 1] and cell(found, "mse", "W4A4")["sets"]["clips"]["score"] == 31.0
+    )
+    assert cell(found, "minmax", "W4A4") == cell(results, "minmax", "W4A4")
+    assert found["versions"] == ["1.0 (abc)", "1.1", "2.0"] and found["runs"]["finished"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({}, 3),
+        ({"methods": {"minmax": {"calibrate.clips": 3}}}, 4),
+        ({"settings": {"W4A4": {"calibrate.clips": 3}}}, 6),
+        ({"common": {"model.checkpoint": "nano.pt"}}, 7),
+        ({"sets": {"stills": {"data": "coco:others"}}}, 7),
+        ({"runs": [{"starts": [""]}, {"methods": ["mse"], "settings": ["W4A4"], "seeds": [0, 2]}]}, 5),
+    ],
+)
+def test_earlier_cells_of_other_recipes_data_or_weights_are_run_again(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], left: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nano.pt").write_bytes(b"other weights")
+    assert len(left_to_run(*small_table(tmp_path, **changes), results)) == left
+
+
+def test_the_weights_behind_one_path_may_change(results: Results, tmp_path: Path) -> None:
+    file = tmp_path / "nano.pt"
+    own = {"common": {"model.checkpoint": str(file)}}
+    digests = []
+    for content in (b"a", b"b", b"a"):
+        file.write_bytes(content)
+        digests.append(_digest(*small_table(tmp_path, **own)))
+    assert digests[0] == digests[2] != digests[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "does not hold the results of a table: give the JSON that --write wrote"),
+        ("{", "does not hold the results"),
+        ("[]", "does not hold the results"),
+        ('{"name": "small", "cells": [{}]}', "does not hold the results"),
+        ('{"name": "other", "cells": []}', "holds the results of table 'other', not of 'small'"),
+    ],
+)
+def test_what_is_no_earlier_result_is_refused(tmp_path: Path, content: str | None, why: str) -> None:
+    file = tmp_path / "small.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=f"small.json {why}"):
+        read_results(file, small_table(tmp_path)[0])
+
+
+def test_markdown(results: Results) -> None:
+    text = render(results)
+    caption, _, rest = text.partition("\n\nOn clips")
+    assert caption.startswith(
+        "**A small table**\n\n    qsam2 table small.yaml\n\n4 runs of 10 s in the median, 1 failed"
+    )
+    assert ", 2 to come. The same for all: 8 calibration clips, 6 frames a calibration clip" in caption
+    assert "Seeds 0, 1; ± is the standard deviation" in caption and "qsam2 1.0 (abc), 1.1." in caption
+    assert rest.startswith(" (moving_objects:2:val, 4 frames, 3 objects): J&F:\n\n| nano, float")
+    assert [line for line in rest.partition("<details>")[0].splitlines() if line.startswith("|")] == [
+        "| nano, float 51.0 | W4A4 | W2A4 |",
+        "|---|---|---|",
+        "| minmax | 46.0 (-5.0 to -5.0) 90 | failed |",
+        "| mse | **48.0** ± 1.4 (-3.0 to -3.0) 90 | **21.0** (-30.0 to -30.0) 90 |",
+    ]
+    assert "<details><summary>stills (coco:stills, 3 objects): mask IoU from a box</summary>\n\n| nano, float" in rest
+    assert rest.count("</details>") == 1
+
+
+def test_what_is_to_come_has_a_place_beside_what_has_ended(results: Results) -> None:
+    without = {"sets": {}, "failed": 0, "seeds": []}
+    changed = [c | without if (c["method"], c["setting"]) == ("minmax", "W2A4") else c for c in results["cells"]]
+    assert "| minmax | 46.0 (-5.0 to -5.0) 90 | - |" in render(results | {"cells": changed})
+    assert "| nano, float" not in render(results | {"cells": [c | without for c in results["cells"]]})
+
+
+def test_a_table_takes_its_place_between_the_markers(tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text("# A\n\n<!-- table:x -->\nold\n<!-- /table:x -->\n\nafter\n")
+    for _ in range(2):
+        insert(document, "x", "| new |")
+        assert document.read_text() == "# A\n\n<!-- table:x -->\n\n| new |\n\n<!-- /table:x -->\n\nafter\n"
+    assert extract(document, "x") == "| new |"
+    with pytest.raises(UserError, match="README.md lacks a place for the table: write the lines <!-- table:y --> and"):
+        insert(document, "y", "")
+    with pytest.raises(UserError, match=r"none.md does not exist; give a Markdown file that holds <!-- table:x -->"):
+        extract(tmp_path / "none.md", "x")
+
+
+def test_render_writes_what_is_finished_into_a_document(
+    table: tuple[TableDefinition, list[TableRun]], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(folder)
+    file, document = write(folder), folder / "README.md"
+    given = ["table", str(file), "--output", "out", "--render", "--write", "README.md", "--jobs", "2"]
+    assert main(given) == 2
+    assert "README.md does not exist" in capsys.readouterr().err
+    document.write_text("<!-- table:small -->\n<!-- /table:small -->\n")
+    assert main(given) == 0
+    shown = extract(document, "small")
+    assert "    qsam2 table small.yaml --jobs 2 --write README.md\n" in shown
+    kept = json.loads((folder / "docs" / "tables" / "small.json").read_text())
+    assert render(kept) == shown == capsys.readouterr().out.strip() == (folder / "out" / "table.md").read_text()
+    assert str(folder) not in shown + json.dumps(kept)
+    again = ["table", str(file), "--output", "elsewhere", "--keep", "docs/tables/small.json"]
+    assert main([*again, "--render", "--write", "README.md", "--jobs", "2"]) == 0
+    assert "| minmax | 46.0 (-5.0 to -5.0) 90 | - |" in extract(document, "small")  # what had failed is to come
+    capsys.readouterr()
+    assert main([*again, "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "4 runs, 4 to come: about 4 min with --jobs 1"
+
+
+def test_a_document_in_docs_has_its_figures_beside_it(
+    table: tuple[TableDefinition, list[TableRun]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = folder / "docs" / "small.md"
+    document.parent.mkdir(exist_ok=True)
+    document.write_text("<!-- table:small -->\n<!-- /table:small -->\n")
+    for inside in (folder, document.parent):
+        monkeypatch.chdir(inside)
+        shown = os.path.relpath(document)
+        given = ["table", os.path.relpath(write(folder)), "--output", str(folder / "out"), "--render", "--write", shown]
+        assert main(given) == 0
+        assert f"small.yaml --write {shown}\n" in extract(document, "small")
+        kept = (folder / "docs" / "tables" / "small.json").read_text()
+        assert extract(document, "small") == render(json.loads(kept))
+    assert not (folder / "docs" / "docs").exists()
+
+
+SHOWN = [
+    (line.split(":")[1].split()[0], document)
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    for line in document.read_text().splitlines()
+    if line.startswith("<!-- table:")
+]
+"""Each table that is shown, and in which document."""
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "tables").glob("*.json")), ids=lambda file: file.stem)
+def test_documents_show_the_results_that_are_kept(file: Path) -> None:
+    shown = extract(dict(SHOWN)[file.stem], file.stem)
+    assert shown == render(json.loads(file.read_text()))
+    assert "|  |" not in shown  # empty cells, also side by side
+
+
+def test_every_table_that_is_shown_has_its_results() -> None:
+    names = [name for name, _ in SHOWN]
+    assert sorted(names) == sorted(file.stem for file in (ROOT / "docs" / "tables").glob("*.json"))
