@@ -16,7 +16,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from qsam2.calibration.activation_ranges import calibrate_sam2
+from qsam2.calibration.activation_ranges import find_sam2_ranges
 from qsam2.data.sources import open_train
 from qsam2.layers.convert import convert
 from qsam2.load import load_float
@@ -55,7 +55,7 @@ def seen_by_quantizers(size: str, bits: int, clips: int) -> dict[str, Distributi
 
     Quantizer._start_quantizing = remember  # type: ignore[method-assign]
     try:
-        calibrate_sam2(model, calibration_data(model, open_train(recipe), recipe))
+        find_sam2_ranges(model, calibration_data(model, open_train(recipe), recipe))
     finally:
         Quantizer._start_quantizing = start  # type: ignore[method-assign]
     return seen

@@ -29,10 +29,11 @@ def measure(size: str, image_size: int, row: str, stills: int, clips: int, frame
     """Seconds, the ratio to plain passes, and peak memory of one row: a kind of ranges, or Frobenius calibration."""
     import torch
 
-    from qsam2.calibration.activation_ranges import calibrate_sam2
-    from qsam2.calibration.data import CalibrationData, encode, run_sample
+    from qsam2.calibration.activation_ranges import find_sam2_ranges
+    from qsam2.calibration.forward import encode, run_sample
     from qsam2.calibration.gram import gather_inputs
-    from qsam2.calibration.weights import calibrate_weights, choose_layers, input_quantizers
+    from qsam2.calibration.weights import calibrate_layers, choose_layers, input_quantizers
+    from qsam2.data.calibration_data import CalibrationData
     from qsam2.data.clips import Source
     from qsam2.data.synthetic.moving_objects import moving_objects
     from qsam2.layers.convert import convert
@@ -61,14 +62,14 @@ def measure(size: str, image_size: int, row: str, stills: int, clips: int, frame
             (encode if row == FROBENIUS else run_sample)(model, sample)
 
     def ranges() -> None:
-        calibrate_sam2(converted, data, progress=False)
+        find_sam2_ranges(converted, data, progress=False)
 
     def frobenius() -> None:
         layers = choose_layers(converted, recipe.quantize, recipe.calibrate.weights.layers)
         samples = ((sample.label, sample) for sample in data.samples())
         quantizers = input_quantizers(layers, recipe.quantize)
         inputs = gather_inputs(layers, lambda sample: encode(converted, sample), samples, len(data), quantizers)
-        list(calibrate_weights(layers, inputs, recipe.quantize, recipe.calibrate.weights))
+        list(calibrate_layers(layers, inputs, recipe.quantize, recipe.calibrate.weights))
 
     converted = copy.deepcopy(model)
     if row != FROBENIUS:  # which comes before conversion

@@ -38,8 +38,8 @@ from onnx.reference.op_run import OpRun
 from scipy.special import erf
 from torch import Tensor, nn
 
-from qsam2.calibration.activation_ranges import calibrate_sam2
-from qsam2.calibration.data import CalibrationData
+from qsam2.calibration.activation_ranges import find_sam2_ranges
+from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.clips import Source
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.video import Video
@@ -77,7 +77,7 @@ def quantized_model(size: str, image_size: int, bits: int) -> SAM2:
     convert(model.eval(), recipe.quantize)
     source = Source(moving_objects("train", 8, num_frames=8, max_objects=1))
     data = CalibrationData([source], recipe.calibrate, image_size=image_size, max_objects=1, max_stride=1, seed=0)
-    calibrate_sam2(model, data, progress=False)
+    find_sam2_ranges(model, data, progress=False)
     finalize(model)
     return model
 

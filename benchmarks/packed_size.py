@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.export.packed import model_bytes, save_packed
 from qsam2.layers.convert import convert, finalize
 from qsam2.models import build_sam2
@@ -34,7 +34,7 @@ def measure(size: str, bits: int, rules: str) -> dict[str, float]:
     recipe = build_recipe({"quantize": {"weights": {"method": "minmax", "bits": bits}, "rules": given}})
     assert recipe.quantize is not None
     convert(model, recipe.quantize)
-    calibrate_ranges(model, lambda batch: None, [])
+    find_ranges(model, lambda batch: None, [])
     finalize(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

@@ -23,7 +23,7 @@ def measure(size: str, image_size: int) -> dict[str, float | int | str]:
     """Seconds of each part and peak memory of one size."""
     import torch
 
-    from qsam2.calibration.activation_ranges import calibrate_ranges
+    from qsam2.calibration.activation_ranges import find_ranges
     from qsam2.data.clips import ClipDataset, collate_clips
     from qsam2.data.synthetic.moving_objects import moving_objects
     from qsam2.evaluate.tracking import first_masks, track
@@ -55,7 +55,7 @@ def measure(size: str, image_size: int) -> dict[str, float | int | str]:
     timed("convert", lambda: convert(model, recipe.quantize))
     timed(
         "calibrate",
-        lambda: calibrate_ranges(model, lambda points: prompted_forward(model, batch, points=points), (False, True)),
+        lambda: find_ranges(model, lambda points: prompted_forward(model, batch, points=points), (False, True)),
     )
     set_prompts(model, recipe.train.prompts.model_copy(update={"point": 0.0, "box": 0.0, "conditioning_frames": 1}))
     set_dropout(model, 0.0)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qsam2.benchmark.measure import Seconds
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.data.transforms import to_model_input
 from qsam2.export.onnx.runtime import GRAPHS, OnnxTracker, read_description
 from qsam2.export.onnx.write import export_onnx
@@ -100,7 +100,7 @@ class Setting:
             model = copy.deepcopy(self.model)
             convert(model, W8A8)
             tracked = self.track(model)
-            calibrate_ranges(model, lambda _: next(tracked), range(CALIBRATION_FRAMES))
+            find_ranges(model, lambda _: next(tracked), range(CALIBRATION_FRAMES))
             self._quantized = model
         return self._quantized
 

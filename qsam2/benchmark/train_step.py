@@ -17,7 +17,7 @@ from training.utils.data_utils import BatchedVideoDatapoint
 
 from qsam2.benchmark.measure import Seconds, held_bytes, medians, peak_allocated_bytes
 from qsam2.benchmark.peers import Peer, Ranges
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.data.clips import ClipDataset, collate_clips
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.layers.convert import convert
@@ -65,7 +65,7 @@ def quantized_models(model: SAM2, batch: BatchedVideoDatapoint, peers: Sequence[
     spec = LSCSpec(bits=bits)
     ours, linear_only = copy.deepcopy(model), copy.deepcopy(model)
     rows = convert(ours, QuantizeRecipe(weights=spec, activations=spec))
-    calibrate_ranges(ours, lambda points: prompted_forward(ours, batch, points=points), (False, True))
+    find_ranges(ours, lambda points: prompted_forward(ours, batch, points=points), (False, True))
 
     rules = tuple(Rule(match=row.name, keep_float=True) for row in rows if row.kind != nn.Linear.__name__)
     convert(linear_only, QuantizeRecipe(weights=spec, activations=spec, rules=rules))

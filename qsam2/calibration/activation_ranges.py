@@ -9,20 +9,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qsam2.calibration.data import (
-    PROMPTS,
-    CalibrationData,
-    ImageFeatures,
-    Prompt,
-    Sample,
-    encode,
-    far_apart,
-    run_sample,
-)
+from qsam2.calibration.forward import PROMPTS, ImageFeatures, Prompt, encode, run_sample
+from qsam2.calibration.range_hierarchy import HierarchicalData
+from qsam2.data.calibration_data import CalibrationData, Sample, far_apart
 from qsam2.errors import UserError
-from qsam2.layers.convert import quantized_weights, quantizers, set_state
+from qsam2.layers.convert import latent_weights, quantized_weights, quantizers, set_state
 from qsam2.models import SAM2
 from qsam2.quantizers import QuantizerState
+from qsam2.run import Run
 
 Batch = TypeVar("Batch")
 FEATURES_BYTES = 2e9
@@ -31,12 +25,26 @@ MAX_NAMED = 5
 """How many quantizers an error message names before it counts the rest."""
 
 
+def calibrate_ranges(run: Run) -> None:
+    """Stage: find the ranges of all quantizers."""
+    if run.recipe.quantize is None:
+        return
+    amount, reconstruct = run.recipe.calibrate, run.recipe.reconstruct
+    data = run.calibration
+    if reconstruct is not None and reconstruct.video is not None:
+        data = HierarchicalData(run.model, data)
+    with run.folder.stage("calibrate", f"{amount.stills} stills, {amount.clips} clips of {amount.num_frames} frames"):
+        run.prepare_inference()
+        find_sam2_ranges(run.model, data, progress=not run.silent)
+    run.latent = latent_weights(run.model)
+
+
 def in_image_encoder(name: str) -> bool:
     """Whether a layer works on an image alone: `SAM2.forward_image` runs two of the mask decoder's."""
     return name.startswith(("image_encoder.", "sam_mask_decoder.conv_s"))
 
 
-def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True) -> None:
+def find_sam2_ranges(model: SAM2, data: CalibrationData, *, progress: bool = True) -> None:
     """Find the ranges of a converted SAM2, in eval mode, part by part, earlier parts quantized already (ours).
 
     First the image encoder, on the stills and three frames of each clip, far apart. Then, on these clips, what fills
@@ -44,7 +52,7 @@ def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True)
     other one from points, with a bank that the quantized model has filled.
 
     Raises:
-        UserError: see `calibrate_ranges`; names the sample.
+        UserError: see `find_ranges`; names the sample.
     """
 
     set_state(model, QuantizerState.FLOAT)
@@ -64,7 +72,7 @@ def calibrate_sam2(model: SAM2, data: CalibrationData, *, progress: bool = True)
             samples, count = data.samples(), len(data)
         if not any(quantizer.role == "activation" and part(name) for name, quantizer in quantizers(model)):
             samples, count = iter(()), 0  # weights have their ranges of themselves
-        calibrate_ranges(model, run, tqdm(samples, f"ranges, {what}", count, disable=not progress), part)
+        find_ranges(model, run, tqdm(samples, f"ranges, {what}", count, disable=not progress), part)
 
 
 def _prompt(sample: Sample) -> Prompt:
@@ -80,7 +88,7 @@ def _fills_the_bank(name: str) -> bool:
 
 
 @torch.no_grad()
-def calibrate_ranges(
+def find_ranges(
     model: nn.Module,
     run: Callable[[Batch], object],
     batches: Iterable[Batch],

@@ -6,8 +6,10 @@ minimise sum_l cost_l(b_l)  subject to  sum_l n_l b_l <= B sum_l n_l,  n_l weigh
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,15 @@ import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from qsam2.calibration.forward import run_sample
 from qsam2.errors import UserError
 from qsam2.layers.convert import WEIGHT_TWINS
 from qsam2.recipe.quantize import QuantizeRecipe, Rule
+from qsam2.run import Run
 
+log = logging.getLogger("qsam2")
 Sample = TypeVar("Sample")
 Costs = dict[str, dict[int, float]]
 """{layer or group: {bits: cost}}."""
@@ -44,6 +50,37 @@ class Allocation:
         """The recipe with a rule for each layer in place of its budget."""
         own = (Rule(match=name, weight_bits=bits, reason=reason) for name, bits in self.bits.items())
         return quantize.model_copy(update={"rules": (*quantize.rules, *own), "allocate": None})
+
+
+def allocate_bits(run: Run) -> None:
+    """Stage: give each layer its bits under the recipe's budget, as rules of the run's recipe."""
+    quantize, folder = run.recipe.quantize, run.folder
+    if quantize is None or quantize.allocate is None:
+        return
+    budget, layers = quantize.allocate, allocatable(run.model, quantize)
+    by = "importance" if budget.sensitivity is None else "measured sensitivity"
+    before = folder.metrics.get("allocated_bits")
+    if before is not None:  # a resumed run goes on with the bits that it began with
+        allocation = Allocation(before["layers"], before["average"])
+    elif not layers:
+        raise UserError("quantize.allocate: rules decide on all layers, none is left to give bits to; remove one")
+    else:
+        with folder.stage("allocate bits", f"{budget.average_bits:g} on average, by {by}"):
+            if budget.sensitivity is None:
+                run.prepare_inference()
+                clips = run.calibration.clip_samples()
+                shown = tqdm(clips, "importance", len(run.calibration.clips), disable=run.silent)
+                measured = importance(layers, lambda sample: run_sample(run.model, sample), shown)
+                costs = importance_costs(measured, budget.choices)
+            else:
+                costs = measured_costs(budget.sensitivity, layers, budget.choices)
+            allocation = allocate(layers, costs, budget.average_bits)
+        counts = Counter(allocation.bits.values())
+        summary = ", ".join(f"{counts[bits]} at {bits}" for bits in sorted(counts))
+        log.info("%.2f bits on average: %s bits", allocation.average_bits, summary)
+        folder.record("allocated_bits", {"by": by, "average": allocation.average_bits, "layers": allocation.bits})
+    resolved = allocation.resolve(quantize, f"allocated by {by}")
+    run.recipe = run.recipe.model_copy(update={"quantize": resolved})
 
 
 def group_of(layer: str) -> str:

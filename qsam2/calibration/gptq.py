@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qsam2.calibration.activation_ranges import in_image_encoder
-from qsam2.calibration.data import CalibrationData, Sample, encode, run_sample
+from qsam2.calibration.forward import encode, run_sample
 from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs
 from qsam2.calibration.weights import output_energy, output_error, refit_bias
+from qsam2.data.calibration_data import CalibrationData, Sample
 from qsam2.errors import UserError
 from qsam2.layers.convert import quantized_weights
 from qsam2.layers.weight import QuantizedLayer
@@ -21,7 +23,9 @@ from qsam2.models import SAM2
 from qsam2.quantizers import QuantizerState
 from qsam2.quantizers.fake_quant import broadcast_shape
 from qsam2.quantizers.passes import to_levels
+from qsam2.run import Run
 
+log = logging.getLogger("qsam2")
 BLOCK = 128
 """Columns whose errors are passed on to the columns behind them in one product."""
 
@@ -65,6 +69,18 @@ class RoundedLayer:
     def figures(self) -> dict[str, Any]:
         """What `metrics.json` holds of it."""
         return {key: value for key, value in vars(self).items() if key != "name"}
+
+
+def round_weights(run: Run) -> None:
+    """Stage: give quantized weights, in place and for good, the integers of least output error."""
+    method = run.recipe.calibrate.rounding
+    if run.recipe.quantize is None or method is None:
+        return
+    with run.folder.stage("round weights", method.method):
+        rows = round_sam2(run.model, run.calibration, method.damping, progress=not run.silent)
+    better = sum(row.error[1] < row.error[0] for row in rows)
+    log.info("%s: %d of %d layers have other integers than the nearest", method.method, better, len(rows))
+    run.folder.record("rounded", {"method": method.method, "layers": {row.name: row.figures() for row in rows}})
 
 
 def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

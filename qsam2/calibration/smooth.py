@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -10,14 +11,18 @@ import torch
 from sam2.modeling.memory_attention import MemoryAttentionLayer
 from sam2.modeling.memory_encoder import CXBlock
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from qsam2.calibration.data import Sample
+from qsam2.calibration.forward import run_sample
+from qsam2.data.calibration_data import Sample
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.models.nano.heavy import norms_and_readers as trunk_norms_and_readers
 from qsam2.quantizers import QuantizerState, build_quantizer
 from qsam2.recipe.quantize import LayerPlan, QuantizeRecipe
+from qsam2.run import Run
 
+log = logging.getLogger("qsam2")
 ROWS = 32
 """Rows of each call of a layer that are kept to compare strengths on."""
 
@@ -47,6 +52,22 @@ class ReaderInputs:
     largest: Tensor
     fit: list[Tensor] = field(default_factory=list)
     held_out: list[Tensor] = field(default_factory=list)
+
+
+def smooth_norms(run: Run) -> None:
+    """Stage: move scales from LayerNorms into the layers that read them, in place; the function stays the same."""
+    quantize, alphas = run.recipe.quantize, run.recipe.calibrate.smooth
+    if quantize is None or alphas is None:
+        return
+    norms, data = norms_and_readers(run.model, quantize), run.calibration
+    with run.folder.stage("smooth", f"SmoothQuant, {len(norms)} norms"):
+        run.prepare_inference()
+        readers = reader_layers(run.model, (name for names in norms.values() for name in names))
+        shown = tqdm(data.samples(), "gather inputs", len(data), disable=run.silent)
+        inputs = gather_reader_inputs(readers, lambda sample: run_sample(run.model, sample), shown, len(data))
+        rows = list(smooth(run.model, norms, inputs, quantize, alphas))
+    log.info("SmoothQuant: %d of %d norms are smoothed", sum(row.alpha is not None for row in rows), len(rows))
+    run.folder.record("smoothed", {row.name: row.figures() for row in rows})
 
 
 def norms_and_readers(model: SAM2, quantize: QuantizeRecipe) -> dict[str, list[str]]:

@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from qsam2.calibration.forward import encode, run_sample
 from qsam2.calibration.frobenius import Spectrum, acnr, ridge
-from qsam2.calibration.gram import LayerInputs, Moments
+from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs, gram_bytes
 from qsam2.errors import UserError
 from qsam2.quantizers import Quantizer, build_quantizer
 from qsam2.recipe.calibrate import FrobeniusRecipe, WeightCalibration
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import QuantizerSpec
+from qsam2.run import Run
 
 NEAREST = 3
 """How many layer names the message on a pattern without a match gives."""
@@ -56,6 +59,28 @@ class CalibratedLayer:
         return {key: value for key, value in vars(self).items() if key != "name"}
 
 
+def calibrate_weights(run: Run) -> None:
+    """Stage: give linear layers, in place, the weights that quantize best on the calibration data."""
+    quantize, method = run.recipe.quantize, run.recipe.calibrate.weights
+    if quantize is None or method is None:
+        return
+    layers, data = choose_layers(run.model, quantize, method.layers), run.calibration
+    forward = encode if all(name.startswith("image_encoder.") for name in layers) else run_sample
+    what = f"{method.method}, {len(layers)} layers, {gram_bytes(layers.values()) / 1e9:.2f} GB of Gram matrices"
+    with run.folder.stage("calibrate weights", what):
+        run.prepare_inference()
+        shown = tqdm(data.samples(), "gather inputs", len(data), disable=run.silent)
+        samples = ((sample.label, sample) for sample in shown)
+        quantizers = input_quantizers(layers, quantize)
+        inputs = gather_inputs(layers, lambda sample: forward(run.model, sample), samples, len(data), quantizers)
+        rows = calibrate_layers(layers, inputs, quantize, method)
+        calibrated = list(tqdm(rows, "calibrate weights", len(layers), disable=run.silent))
+    changed = sum(row.strength > 0 for row in calibrated)
+    log.info("%s: %d of %d layers have new weights", method.method, changed, len(calibrated))
+    figures = {row.name: row.figures() for row in calibrated}
+    run.folder.record("calibrated_weights", {"method": method.method, "layers": figures})
+
+
 def choose_layers(model: nn.Module, quantize: QuantizeRecipe, patterns: tuple[str, ...]) -> dict[str, nn.Linear]:
     """The linear layers of a float model that match a pattern and whose weights the recipe quantizes.
 
@@ -84,7 +109,7 @@ def input_quantizers(names: Iterable[str], quantize: QuantizeRecipe) -> dict[str
     }
 
 
-def calibrate_weights(
+def calibrate_layers(
     layers: Mapping[str, nn.Linear], inputs: dict[str, LayerInputs], quantize: QuantizeRecipe, method: WeightCalibration
 ) -> Iterator[CalibratedLayer]:
     """Give each layer, in place, its new weights and bias, and say what became of it. Empties `inputs`.

@@ -30,12 +30,12 @@ def _train(given: argparse.Namespace) -> None:
 
     recipe = load_recipe(given.recipe, [*_agents_overrides(), *given.overrides])
     quiet_logs()
-    from qsam2.pipeline import run
+    from qsam2.pipeline import run_recipe  # imports torch: a mistake in the recipe should not wait for it
     from qsam2.report.summary import results_table
     from qsam2.run_folder import alone_in, is_first_rank
 
     with alone_in(recipe.run_folder):
-        metrics = run(recipe)
+        metrics = run_recipe(recipe)
     if is_first_rank():
         print(results_table(metrics))
         print(recipe.run_folder / "report.html")

@@ -34,3 +34,7 @@ class Video(ABC):
 
         None where the frame is not annotated (SA-V annotates every fourth frame, YouTube-VOS every fifth).
         """
+
+
+Predictions = dict[tuple[str, int], np.ndarray]
+"""Tracked masks by (video, object id), packed eight pixels a byte: a few MB for a video instead of a hundred."""

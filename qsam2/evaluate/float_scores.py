@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qsam2.data.video import Video
+from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
-from qsam2.evaluate.tracking import Predictions
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import EvaluateRecipe
 

@@ -11,9 +11,8 @@ import numpy as np
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
-from qsam2.data.video import Video
+from qsam2.data.video import Predictions, Video
 from qsam2.evaluate.metrics.iou import Fidelity, MaskIoU
-from qsam2.evaluate.tracking import Predictions
 from qsam2.load import predictor_of
 from qsam2.models import SAM2
 

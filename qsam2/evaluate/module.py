@@ -8,10 +8,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from qsam2.data.video import Video
+from qsam2.data.video import Predictions, Video
 from qsam2.evaluate.metrics.iou import Fidelity
 from qsam2.evaluate.metrics.vos import VOSScore
-from qsam2.evaluate.tracking import Predictions, first_masks, track, true_masks
+from qsam2.evaluate.tracking import first_masks, track, true_masks
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import EvaluateRecipe
 

@@ -10,12 +10,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qsam2.data.sources import open_val
-from qsam2.data.video import Video
+from qsam2.data.video import Predictions, Video
 from qsam2.evaluate.float_scores import Scored, kept
 from qsam2.evaluate.images import ITEM_KEYS, score_stills
 from qsam2.evaluate.metrics.bootstrap import paired_bootstrap
 from qsam2.evaluate.module import VideoScoring
-from qsam2.evaluate.tracking import Predictions
 from qsam2.fast.model import FAST_MEMORY, FastSAM2, make_fast
 from qsam2.load import load_model
 from qsam2.memory.reader import use_memory

@@ -73,7 +73,3 @@ def true_masks(video: Video, object_id: int, length: int) -> tuple[list[int], np
     annotated = [(index, masks) for index in range(length) if (masks := video.masks(index)) is not None]
     empty = np.zeros(video.size, dtype=bool)
     return [index for index, _ in annotated], np.stack([masks.get(object_id, empty) for _, masks in annotated])
-
-
-Predictions = dict[tuple[str, int], np.ndarray]
-"""Tracked masks by (video, object id), packed eight pixels a byte: a few MB for a video instead of a hundred."""

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qsam2.layers.convert import ConvertedLayer
+from qsam2.export.packed import model_bytes, save_packed, save_weights
 from qsam2.models.checkpoints import find_checkpoint
 from qsam2.output import version, write_text
 from qsam2.recipe import Recipe
+from qsam2.recipe.quantize import ConvertedLayer
+from qsam2.run import Run
 from qsam2.run_folder import RunFolder
 
 LICENCES = {"nano": "Apache-2.0; see the model card of nano for its training data"}
@@ -137,3 +139,17 @@ def _interval(scores: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
+
+
+def export_model(run: Run) -> None:
+    """Stage: write the model, packed with its card if it is quantized."""
+    recipe, folder = run.recipe, run.folder
+    folder.record("bytes", model_bytes(run.model))
+    if run.silent:
+        return
+    values = recipe.model_dump(mode="json")
+    if recipe.quantize is None:
+        save_weights(folder.model, run.model, values)
+    else:
+        save_packed(folder.model, run.model, values)
+        write_card(folder, recipe, run.layers)

@@ -28,11 +28,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
-from qsam2.layers.convert import ConvertedLayer, convert, quantized_weights, quantizers
+from qsam2.layers.convert import convert, quantized_weights, quantizers
 from qsam2.models import SAM2
 from qsam2.output import write_tensors
 from qsam2.quantizers import Quantizer, QuantizerState
-from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.quantize import ConvertedLayer, QuantizeRecipe
 
 FORMAT = "qsam2-packed"
 VERSION = 2

@@ -14,13 +14,12 @@ from qsam2.layers.attention import QuantizedAttention
 from qsam2.layers.convert import (
     ATTENTION_TWINS,
     WEIGHT_TWINS,
-    ConvertedLayer,
     quantized_weights,
     quantizers,
 )
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState
-from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.quantize import ConvertedLayer, QuantizeRecipe
 
 FLOAT_MODULES = {
     nn.LayerNorm: "normalisation",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
 from sam2.modeling.backbones.hieradet import MultiScaleAttention
 from sam2.modeling.sam.transformer import Attention, RoPEAttention
-from torch import nn
+from torch import Tensor, nn
 
 from qsam2.errors import UserError
 from qsam2.layers.attention import (
@@ -22,8 +24,9 @@ from qsam2.layers.attention import (
 from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantizedLayer, QuantLinear
 from qsam2.output import aligned
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
-from qsam2.recipe.quantize import LayerPlan, QuantizeRecipe
+from qsam2.recipe.quantize import ConvertedLayer, LayerPlan, QuantizeRecipe
 from qsam2.recipe.quantizer_specs import QuantizerSpec
+from qsam2.run import Run
 
 WEIGHT_TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantLinear,
@@ -35,20 +38,19 @@ ATTENTION_TWINS: dict[type[nn.Module], type[QuantizedAttention]] = {
     Attention: QuantAttention,
     RoPEAttention: QuantRoPEAttention,
 }
+log = logging.getLogger("qsam2")
 NO_ACTIVATIONS = "the recipe leaves activations in float"
 NEAREST = 3
 """How many layer names the message on a rule without a match gives."""
 
 
-@dataclass(frozen=True)
-class ConvertedLayer:
-    """A row of the conversion table; bits are None for what stays in float (an attention has no weights of its own)."""
-
-    name: str
-    kind: str
-    weight_bits: int | None
-    activation_bits: int | None
-    reason: str
+def convert_layers(run: Run) -> None:
+    """Stage: replace the model's layers by quantized ones, by the recipe's rules."""
+    if run.recipe.quantize is None:
+        return
+    with run.folder.stage("convert"):
+        run.layers = convert(run.model, run.recipe.quantize)
+        log.info("\n%s", conversion_table(run.layers))
 
 
 def convert(model: nn.Module, quantize: QuantizeRecipe) -> list[ConvertedLayer]:
@@ -160,3 +162,14 @@ def finalize(model: nn.Module) -> None:
     for _, quantizer in quantizers(model):
         if quantizer.state is not QuantizerState.FROZEN:
             quantizer.freeze()
+
+
+@torch.no_grad()
+def latent_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of a converted model, before it is finalized, as they stand before the grid: copies on the CPU."""
+    latent = {}
+    for name, layer, quantizer in quantized_weights(model):
+        weight = layer.weight.detach().clone()
+        copy.deepcopy(quantizer).freeze(weight)  # applies what stands before the grid
+        latent[name] = weight.cpu()
+    return latent

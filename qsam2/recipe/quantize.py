@@ -92,6 +92,17 @@ class LayerPlan:
     reason: str
 
 
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """A row of the conversion table; bits are None for what stays in float (an attention has no weights of its own)."""
+
+    name: str
+    kind: str
+    weight_bits: int | None
+    activation_bits: int | None
+    reason: str
+
+
 class QuantizeRecipe(Section):
     """Quantizers of all weights and activations, null for float, but for what rules say: the first that matches wins.
 

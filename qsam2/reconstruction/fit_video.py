@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qsam2.calibration.data import Sample
+from qsam2.data.calibration_data import Sample
 from qsam2.data.clips import collate_clips
 from qsam2.errors import UserError
 from qsam2.models import SAM2

@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qsam2.calibration.data import CalibrationData, ImageFeatures, Sample
+from qsam2.calibration.forward import ImageFeatures
+from qsam2.data.calibration_data import CalibrationData, Sample
 from qsam2.layers.convert import quantizers
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import TrainerRecipe
@@ -27,6 +28,8 @@ from qsam2.reconstruction.blocks import Block, Scale, find_blocks
 from qsam2.reconstruction.capture import capture
 from qsam2.reconstruction.fit_block import ReconstructedBlock, fit_block
 from qsam2.reconstruction.fit_video import fit_video, track_clip
+from qsam2.reconstruction.time_scales import time_scales
+from qsam2.run import Run
 from qsam2.train.trainer import SafeCheckpointIO
 
 GIGABYTE = 1e9
@@ -274,3 +277,34 @@ def _load(file: Path, modules: Mapping[str, nn.Module]) -> list[Any] | None:
 
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def reconstruct_blocks(run: Run) -> None:
+    """Stage: fit the rounding of weights and the steps of activations, block by block, to the float model."""
+    method = run.recipe.reconstruct
+    if method is None or run.teacher is None:
+        return
+    scales: dict[Scale, CalibrationData] = {"frame": run.calibration, "short": run.calibration, "long": run.calibration}
+    if method.video is not None:
+        scales = time_scales(
+            run.sources,
+            run.calibration,
+            run.recipe.calibrate,
+            image_size=run.model.image_size,
+            max_objects=run.recipe.data.max_objects,
+            seed=run.recipe.seed,
+        )
+    with run.folder.stage("reconstruct", f"{method.method}, {method.iterations} iterations per block"):
+        run.prepare_inference()
+        result = reconstruct(
+            run.model,
+            run.teacher,
+            scales,
+            method,
+            run.recipe.trainer,
+            folder=run.folder.path,
+            seed=run.recipe.seed,
+            silent=run.silent,
+        )
+    log.log(logging.INFO if result.complete else logging.WARNING, "%s", result.summary)
+    run.folder.record("reconstruction", result.figures())

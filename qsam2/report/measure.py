@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,32 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam2.layers.convert import ConvertedLayer, quantized_weights, quantizers
+from qsam2.layers.convert import quantized_weights, quantizers
 from qsam2.models import SAM2
 from qsam2.quantizers import Quantizer
 from qsam2.quantizers.fake_quant import broadcast_shape
+from qsam2.recipe.quantize import ConvertedLayer
 
 SHOWN = 6
 """Layers whose histograms are kept: those of the lowest signal to noise."""
 BINS = 120
 INPUT = "input_quantizer"
-Run = Callable[[SAM2], object]
-
-
-@torch.no_grad()
-def latent_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of a converted model, before it is finalized, as they stand before the grid: copies on the CPU."""
-    latent = {}
-    for name, layer, quantizer in quantized_weights(model):
-        weight = layer.weight.detach().clone()
-        copy.deepcopy(quantizer).freeze(weight)  # applies what stands before the grid
-        latent[name] = weight.cpu()
-    return latent
 
 
 @torch.no_grad()
 def measure_layers(
-    layers: Sequence[ConvertedLayer], model: SAM2, teacher: SAM2, latent: Mapping[str, Tensor], run: Run
+    layers: Sequence[ConvertedLayer],
+    model: SAM2,
+    teacher: SAM2,
+    latent: Mapping[str, Tensor],
+    run: Callable[[SAM2], object],
 ) -> dict[str, Any]:
     """What a report says of the layers of a finalized model; `run` passes a sample through a model.
 

@@ -10,8 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from qsam2.data.video import Video
-from qsam2.evaluate.tracking import Predictions
+from qsam2.data.video import Predictions, Video
 
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 """Okabe and Ito's palette, told apart by the colour-blind; an object a colour."""

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from qsam2.data.video import Video
+from qsam2.data.video import Predictions, Video
 from qsam2.evaluate.metrics.jf import region_similarity
-from qsam2.evaluate.tracking import Predictions
 from qsam2.report.overlays import FRAMES_PER_SECOND, encode_video, overlay
 from qsam2.report.read import CLIPS, keep, keep_bytes
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qsam2.calibration.activation_ranges import calibrate_sam2
+from qsam2.calibration.activation_ranges import find_sam2_ranges
 from qsam2.calibration.allocation import group_of
+from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.sources import open_train, open_videos
 from qsam2.errors import UserError
 from qsam2.evaluate.float_scores import weights_digest
@@ -21,7 +22,6 @@ from qsam2.layers.convert import ATTENTION_TWINS, WEIGHT_TWINS, convert, quantiz
 from qsam2.load import load_float, load_model
 from qsam2.models import SAM2
 from qsam2.output import aligned, write_text
-from qsam2.pipeline import calibration_data
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.quantize import QuantizeRecipe
@@ -165,6 +165,6 @@ def _quantized(model: SAM2, recipe: Recipe, part: str, bits: int) -> dict[str, Q
     spec = getattr(recipe.quantize, part).model_copy(update={"bits": bits})
     quantize = recipe.quantize.model_copy(update={part: spec, other: None, "allocate": None})
     rows = convert(model, quantize)
-    calibrate_sam2(model, calibration_data(model, open_train(recipe), recipe), progress=False)
+    find_sam2_ranges(model, CalibrationData.of(recipe, open_train(recipe), model.image_size), progress=False)
     free = {row.name for row in rows if recipe.quantize.rule_for(row.name) is None}
     return {name: each for name, each in quantizers(model) if name.rpartition(".")[0] in free}

@@ -16,7 +16,7 @@ from qsam2.evaluate.float_scores import weights_digest
 from qsam2.evaluate.scoring import score_against
 from qsam2.load import load_float, load_model
 from qsam2.output import code_version, write_text
-from qsam2.pipeline import run as run_recipe
+from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe
 from qsam2.run_folder import is_first_rank
 from qsam2.sweep.table_definition import TableDefinition, TableRun

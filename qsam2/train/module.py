@@ -15,13 +15,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.utils.data_utils import BatchedVideoDatapoint
 
+from qsam2.data.clips import ClipDataset
+from qsam2.data.datamodule import ClipDataModule
 from qsam2.errors import UserError
+from qsam2.layers.convert import latent_weights, quantizers
 from qsam2.models import SAM2
+from qsam2.quantizers.kernels import choose_kernels
 from qsam2.recipe.recipe import TrainRecipe
+from qsam2.run import Run
 from qsam2.train.imagenet import ImageNetDistillation
 from qsam2.train.losses import embedding_distillation, mask_distillation, segmentation_loss
 from qsam2.train.optimizer import adamw, cosine_share, parameter_groups
 from qsam2.train.prompts import drawn_clicks, set_dropout, set_prompts
+from qsam2.train.trainer import LAST, build_trainer, training_options
 
 log = logging.getLogger("qsam2")
 
@@ -157,3 +163,41 @@ class VideoTraining(L.LightningModule):
                     squares[group["role"]] = squares[group["role"]] + parameter.grad.float().square().sum()
         self.log_dict({f"gradient_norm/{role}": square.sqrt() for role, square in squares.items()})
         self.log("lr", optimizer.param_groups[-1]["lr"])
+
+
+def train(run: Run) -> None:
+    """Stage: train on clips of the train sources, from the last checkpoint if there is one."""
+    recipe, model = run.recipe, run.model
+    if recipe.train is None:
+        return
+    learned, data = dict(quantizers(model)), recipe.data
+    module = VideoTraining(
+        model,
+        recipe.train,
+        seed=recipe.seed,
+        max_steps=recipe.trainer.max_steps,
+        teacher=run.teacher if recipe.train.distill.needs_teacher else None,
+        quantizer_parameters=[f"{name}.{key}" for name, q in learned.items() for key, _ in q.named_parameters()],
+    )
+    last = run.folder.checkpoints / LAST
+    with run.folder.stage("train", f"{recipe.trainer.max_steps} steps"):
+        options = training_options(recipe, learned)
+        trainer = build_trainer(recipe.trainer, folder=run.folder.path, loggers=run.loggers, **options)
+        if learned:
+            choose_kernels(recipe.trainer.compile, recipe.trainer.max_steps, run.device)
+        clips = ClipDataset(
+            run.sources,
+            num_frames=data.num_frames,
+            max_objects=data.max_objects,
+            image_size=model.image_size,
+            length=recipe.trainer.max_steps * recipe.trainer.accumulate * data.batch_size * trainer.world_size,
+            augment=data.augment is not False,
+            seed=recipe.seed,
+            max_stride=data.max_stride,
+            reverse=data.reverse,
+        )
+        stream = ClipDataModule(clips, batch_size=data.batch_size, num_workers=data.num_workers)
+        trainer.fit(module, stream, ckpt_path=str(last) if last.is_file() else None)
+        trainer.save_checkpoint(last)  # a run that is killed while it is scored need not train again
+    model.eval()
+    run.latent = latent_weights(model)

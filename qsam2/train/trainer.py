@@ -248,3 +248,8 @@ def has_wandb_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
     except (FileNotFoundError, netrc.NetrcParseError):
         return False
+
+
+def device_of(recipe: TrainerRecipe) -> torch.device:
+    """The device that a Trainer of this recipe puts its model on; raises UserError as `build_trainer` does."""
+    return build_trainer(recipe, folder=Path(".")).strategy.root_device

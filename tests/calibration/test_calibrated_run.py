@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import qsam2.pipeline
-from qsam2.data.sources import open_train
+from qsam2.calibration.weights import calibrate_weights
 from qsam2.errors import UserError
 from qsam2.export.packed import load_packed
 from qsam2.models import load_sam2
-from qsam2.pipeline import calibrate_layers, run
+from qsam2.pipeline import begin, run_recipe
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.run_folder import RunFolder
 
@@ -42,15 +42,17 @@ def encoder_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def calibrated(given: Recipe) -> tuple[nn.Module, RunFolder, set[str]]:
     """The model after the stage, the run's folder, and the names of the layers whose weights it changed."""
-    model = load_sam2("nano_heavy", image_size=64)
-    before, folder = copy.deepcopy(encoder_weights(model)), RunFolder(given)
-    calibrate_layers(model, open_train(given), given, folder)
+    folder = RunFolder(given)
+    run = begin(given, folder)
+    model = run.model
+    before = copy.deepcopy(encoder_weights(model))
+    calibrate_weights(run)
     after = encoder_weights(model)
     return model, folder, {name for name, weight in after.items() if not torch.equal(weight, before[name])}
 
 
 def test_a_run_says_what_became_of_each_layer(tmp_path: Path) -> None:
-    metrics = run(recipe(tmp_path, *BLOCK_0))
+    metrics = run_recipe(recipe(tmp_path, *BLOCK_0))
     written = json.loads((tmp_path / "metrics.json").read_text())["calibrated_weights"]
     assert written["method"] == "frobenius" and len(written["layers"]) == 4
     layer = written["layers"]["image_encoder.trunk.blocks.0.attn.qkv"]
@@ -61,7 +63,7 @@ def test_a_run_says_what_became_of_each_layer(tmp_path: Path) -> None:
 
 
 def test_weights_scales_ranges_and_rounding_combine(tmp_path: Path) -> None:
-    metrics = run(recipe(tmp_path, *BLOCK_0, "calibrate.smooth=[0.3, 0.5]", "calibrate.rounding=gptq"))
+    metrics = run_recipe(recipe(tmp_path, *BLOCK_0, "calibrate.smooth=[0.3, 0.5]", "calibrate.rounding=gptq"))
     assert list(metrics["seconds"])[:6] == [
         *("calibrate weights", "smooth", "convert", "score float", "calibrate", "round weights")
     ]
@@ -87,7 +89,7 @@ def test_the_float_reference_is_the_model_as_it_was_given(tmp_path: Path, monkey
 
     monkeypatch.setattr(qsam2.pipeline, "score", score)
     with pytest.raises(Stop):
-        run(recipe(tmp_path, *BLOCK_0))
+        run_recipe(recipe(tmp_path, *BLOCK_0))
 
 
 def test_acnr_and_layers_beyond_the_image_encoder(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qsam2.calibration.data import CalibrationData, ImageFeatures, Sample, encode, far_apart, run_sample
+from qsam2.calibration.forward import ImageFeatures, encode, run_sample
+from qsam2.data.calibration_data import CalibrationData, Sample, far_apart
 from qsam2.data.clips import Source, collate_clips
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qsam2.calibration import gptq as module
-from qsam2.calibration.activation_ranges import calibrate_ranges, calibrate_sam2
-from qsam2.calibration.data import CalibrationData
+from qsam2.calibration.activation_ranges import find_ranges, find_sam2_ranges
 from qsam2.calibration.gptq import (
     RoundedLayer,
     RowGrid,
@@ -27,6 +26,7 @@ from qsam2.calibration.gptq import (
     second_moment,
 )
 from qsam2.calibration.gram import Moments, gather_inputs
+from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.clips import Source
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError
@@ -122,7 +122,7 @@ def layer(weights: dict[str, Any], activations: dict[str, Any] | None = None, bi
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8, bias=bias))
     convert(model, QuantizeRecipe.model_validate({"weights": weights, "activations": activations}))
-    calibrate_ranges(model, model, batches())
+    find_ranges(model, model, batches())
     return model.eval()
 
 
@@ -259,7 +259,7 @@ def test_convolutions_without_groups_are_rounded_too() -> None:
     torch.manual_seed(0)
     model, images = Convolutions(), nn.functional.avg_pool2d(torch.randn(4, 3, 24, 24), 3, 1)
     convert(model, QuantizeRecipe.model_validate({"weights": {"method": "mse", "bits": 3}}))
-    calibrate_ranges(model, model, [])
+    find_ranges(model, model, [])
     assert list(rounded_layers(model)) == ["plain"]
     plain, others = model.plain, [model.depthwise.weight.clone(), model.transposed.weight.clone()]
     outputs = plain._conv_forward(images[2:], plain.weight, plain.bias).detach()
@@ -306,7 +306,7 @@ def test_integers_of_a_whole_model_survive_audit_and_packing(tmp_path: Path) -> 
     amount = CalibrateRecipe(stills=2, clips=2, num_frames=2)
     sources = [Source(list(moving_objects("train", 4)))]
     data = CalibrationData(sources, amount, image_size=64, max_objects=1, max_stride=1, seed=0)
-    calibrate_sam2(model, data, progress=False)
+    find_sam2_ranges(model, data, progress=False)
     nearest = codes(copy.deepcopy(model))
     figures = round_sam2(model, data, 0.01, progress=False)
     layers = rounded_layers(model)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsam2.calibration.activation_ranges import calibrate_ranges, calibrate_sam2, in_image_encoder
-from qsam2.calibration.data import CalibrationData
+from qsam2.calibration.activation_ranges import find_ranges, find_sam2_ranges, in_image_encoder
+from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.clips import Source
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError
@@ -53,7 +53,7 @@ def test_ranges_are_those_of_float_data_over_all_batches(mode):
         with mode():
             model(batch)
 
-    assert calibrate_ranges(model, run, iter(batches())) == 3
+    assert find_ranges(model, run, iter(batches())) == 3
     assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
     x = torch.cat(batches())
     inputs = {"first": x, "second": float_model.first(x).relu(), "spare": float_model(x, spare=False)}
@@ -69,7 +69,7 @@ def test_ranges_are_those_of_float_data_over_all_batches(mode):
 def test_the_model_quantizes_afterwards_and_weights_are_unchanged():
     model, x = stack(), batches()[0]
     before, weights = model(x), {name: p.clone() for name, p in model.named_parameters()}
-    calibrate_ranges(model, model, batches())
+    find_ranges(model, model, batches())
     assert not torch.equal(model(x), before)
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
 
@@ -77,10 +77,10 @@ def test_the_model_quantizes_afterwards_and_weights_are_unchanged():
 @pytest.mark.parametrize("state", [QuantizerState.QUANTIZE, QuantizerState.FROZEN])
 def test_a_second_calibration_forgets_the_first(state):
     model, fresh = stack(), stack()
-    calibrate_ranges(model, lambda batch: model(100 * batch), batches())
+    find_ranges(model, lambda batch: model(100 * batch), batches())
     set_state(model, state)
     for each in (model, fresh):
-        calibrate_ranges(each, each, batches())
+        find_ranges(each, each, batches())
     for (name, ours), (_, theirs) in zip(quantizers(model), quantizers(fresh), strict=True):
         assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.zero_point, theirs.zero_point), name
 
@@ -88,7 +88,7 @@ def test_a_second_calibration_forgets_the_first(state):
 @pytest.mark.parametrize("training", [False, True])
 def test_the_mode_of_the_model_is_kept(training):
     model = stack().train(training)
-    calibrate_ranges(model, model, batches())
+    find_ranges(model, model, batches())
     assert all(module.training == training for module in model.modules())
 
 
@@ -98,7 +98,7 @@ def test_a_batch_that_is_not_finite_names_the_layer(bad):
     data[1][2, 3] = bad
     model = stack()
     with pytest.raises(UserError, match="at first.input_quantizer"):
-        calibrate_ranges(model, model, data)
+        find_ranges(model, model, data)
 
 
 def test_a_weight_that_is_not_finite_names_the_layer():
@@ -106,32 +106,32 @@ def test_a_weight_that_is_not_finite_names_the_layer():
     with torch.no_grad():
         model.spare.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="spare.weight_quantizer"):
-        calibrate_ranges(model, lambda batch: model(batch, spare=False) is model.spare(torch.ones(1, 2)), batches())
+        find_ranges(model, lambda batch: model(batch, spare=False) is model.spare(torch.ones(1, 2)), batches())
 
 
 def test_layers_that_no_batch_reached_are_named():
     model = stack()
     with pytest.raises(UserError, match=r"3 calibration batches never reached spare.input_quantizer: .* by a rule"):
-        calibrate_ranges(model, lambda batch: model(batch, spare=False), batches())
+        find_ranges(model, lambda batch: model(batch, spare=False), batches())
 
 
 def test_no_batches_are_refused():
     model = stack()
     message = "0 calibration batches never reached first.input_quantizer, second.input_quantizer, spare.input_quantizer"
     with pytest.raises(UserError, match=message):
-        calibrate_ranges(model, model, [])
+        find_ranges(model, model, [])
 
 
 def test_many_unreached_layers_are_counted():
     model = nn.ModuleList(nn.Linear(2, 2) for _ in range(7))
     convert(model, QuantizeRecipe.model_validate({"activations": {"method": "minmax", "bits": 4}}))
     with pytest.raises(UserError, match=r"4.input_quantizer and 2 more:"):
-        calibrate_ranges(model, lambda batch: None, batches())
+        find_ranges(model, lambda batch: None, batches())
 
 
 def test_weights_alone_need_no_batches():
     model = stack(activations=None)
-    assert calibrate_ranges(model, model, []) == 0
+    assert find_ranges(model, model, []) == 0
     assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
 
 
@@ -140,9 +140,9 @@ def test_weights_alone_need_no_batches():
 
 def test_only_the_part_is_calibrated_and_the_rest_stays_as_it_is():
     model = stack().eval()
-    calibrate_ranges(model, model, batches())
+    find_ranges(model, model, batches())
     kept = {name: quantizer.scale.clone() for name, quantizer in quantizers(model)}
-    calibrate_ranges(model, lambda batch: model(2 * batch), batches(), lambda name: name.startswith("second."))
+    find_ranges(model, lambda batch: model(2 * batch), batches(), lambda name: name.startswith("second."))
     for name, quantizer in quantizers(model):
         assert quantizer.state is QuantizerState.QUANTIZE
         assert torch.equal(quantizer.scale, kept[name]) == (name != "second.input_quantizer")
@@ -150,17 +150,17 @@ def test_only_the_part_is_calibrated_and_the_rest_stays_as_it_is():
 
 def test_a_part_sees_what_the_quantized_rest_gives():
     model, x = stack().eval(), torch.cat(batches())
-    calibrate_ranges(model, model, batches(), lambda name: name.startswith("first."))
+    find_ranges(model, model, batches(), lambda name: name.startswith("first."))
     first = model.first(x).relu()
     assert not torch.equal(first, torch.nn.functional.linear(x, model.first.weight, model.first.bias).relu())
-    calibrate_ranges(model, lambda batch: model(batch, spare=False), batches(), lambda name: name.startswith("second."))
+    find_ranges(model, lambda batch: model(batch, spare=False), batches(), lambda name: name.startswith("second."))
     torch.testing.assert_close(model.second.input_quantizer.scale, (first.max() / 15).detach().view(1))
     assert {q.state for name, q in quantizers(model) if name.startswith("spare")} == {QuantizerState.FLOAT}
 
 
 def test_a_part_without_activation_quantizers_needs_no_batches():
     model = stack(rules=[{"match": "first", "keep_float": True}])
-    assert calibrate_ranges(model, model, [], lambda name: name.startswith("first.")) == 0
+    assert find_ranges(model, model, [], lambda name: name.startswith("first.")) == 0
 
 
 class Watch:
@@ -202,7 +202,7 @@ def data(**amount: int) -> CalibrationData:
 def test_the_quantized_model_fills_the_bank_that_memory_attention_is_calibrated_on(monkeypatch):
     model = sam2()
     watch = Watch(model, monkeypatch)
-    calibrate_sam2(model, data(clips=2), progress=False)
+    find_sam2_ranges(model, data(clips=2), progress=False)
     assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
     assert watch.tracked == [(3, False), (3, True), (3, True)] * 2 + [(5, False), (5, True)]
     fills, attends = watch.seen[0], watch.seen[6]
@@ -217,14 +217,14 @@ def test_the_image_encoder_sees_stills_and_clips(monkeypatch):
     model, seen = sam2(), []
     forward_image = model.forward_image
     monkeypatch.setattr(model, "forward_image", lambda image: seen.append(len(image)) or forward_image(image))
-    calibrate_sam2(model, data(stills=2), progress=False)
+    find_sam2_ranges(model, data(stills=2), progress=False)
     assert seen == [1] * ((2 + 3) + 3 + 2), "three frames of the clip are not encoded again"
 
 
 def test_a_model_with_float_activations_is_not_run(monkeypatch):
     model = sam2(activations=None)
     monkeypatch.setattr(model, "forward_image", None)
-    calibrate_sam2(model, data(), progress=False)
+    find_sam2_ranges(model, data(), progress=False)
     assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
 
 
@@ -234,4 +234,4 @@ def test_nan_in_a_sample_names_layer_and_sample():
         model.image_encoder.trunk.blocks[0].norm1.bias[0] = float("nan")
     message = r"^calibration sample clip 0 \(.+\): .*NaN or infinity at image_encoder.trunk.blocks.0.attn.qkv"
     with pytest.raises(UserError, match=message):
-        calibrate_sam2(model, given, progress=False)
+        find_sam2_ranges(model, given, progress=False)

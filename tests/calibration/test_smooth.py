@@ -13,7 +13,7 @@ import torch
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
-from qsam2.calibration.data import CalibrationData, Sample, encode, run_sample
+from qsam2.calibration.forward import encode, run_sample
 from qsam2.calibration.smooth import (
     SmoothedNorm,
     gather_reader_inputs,
@@ -23,6 +23,7 @@ from qsam2.calibration.smooth import (
     smooth_norm,
     smoothing_scales,
 )
+from qsam2.data.calibration_data import CalibrationData, Sample
 from qsam2.data.clips import Source, collate_clips
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError

@@ -16,7 +16,7 @@ from qsam2.calibration.gram import LayerInputs, gather_inputs
 from qsam2.calibration.weights import (
     CalibratedLayer,
     calibrate_layer,
-    calibrate_weights,
+    calibrate_layers,
     choose_layers,
     input_quantizers,
     output_energy,
@@ -178,7 +178,7 @@ def test_constant_inputs_change_no_output(method: Any) -> None:
 def calibrate_named(data: dict[str, list[Tensor]]) -> list[CalibratedLayer]:
     layers = {name: heavy_layer() for name in data}
     inputs = {name: gathered(layers[name], each) for name, each in data.items()}
-    return list(calibrate_weights(layers, inputs, quantize(), FrobeniusRecipe()))
+    return list(calibrate_layers(layers, inputs, quantize(), FrobeniusRecipe()))
 
 
 def test_singular_gram_matrices_are_said_by_layer(caplog: pytest.LogCaptureFixture) -> None:
@@ -286,6 +286,6 @@ def test_layers_are_calibrated_in_place_and_their_statistics_given_back() -> Non
     data = [(str(index), x) for index, x in enumerate(samples())]
     inputs = gather_inputs(layers, model, data, 4, input_quantizers(list(layers), quantize()))
     before = model[0].weight.clone()
-    rows = list(calibrate_weights(layers, inputs, quantize(), FrobeniusRecipe()))
+    rows = list(calibrate_layers(layers, inputs, quantize(), FrobeniusRecipe()))
     assert [(row.name, row.bits) for row in rows] == [("0", 4), ("2", 4)] and not inputs
     assert not torch.equal(model[0].weight, before)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from small_models import seeing, write_stills
 
 from qsam2 import __version__
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.cli import main
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.export.packed import save_packed, save_weights
@@ -55,7 +55,7 @@ def run_folder(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> str
     }
     model, _ = load_model(checkpoint, SIZE)
     convert(model, build_recipe(values).quantize)
-    calibrate_ranges(model, lambda batch: None, [])
+    find_ranges(model, lambda batch: None, [])
     finalize(model)
     folder = tmp_path_factory.mktemp("run")
     save_packed(folder / "model.safetensors", model, values)
@@ -165,7 +165,7 @@ def test_train_carries_out_the_recipe(
         "quantized": {**score, "J&F": 48.75, "fidelity": 90.0, "versus_float": versus},
         "bytes": {"float32": 4_000_000, "packed": 500_000},
     }
-    monkeypatch.setattr("qsam2.pipeline.run", lambda recipe: recipes.append(recipe) or metrics)
+    monkeypatch.setattr("qsam2.pipeline.run_recipe", lambda recipe: recipes.append(recipe) or metrics)
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "r.yaml"
     path.write_text("name: mine\nseed: 1\n")
@@ -181,7 +181,7 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: p
     def interrupt(recipe: Recipe) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qsam2.pipeline.run", interrupt)
+    monkeypatch.setattr("qsam2.pipeline.run_recipe", interrupt)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text("name: x\n")
     assert main(["train", str(tmp_path / "r.yaml")]) == 130

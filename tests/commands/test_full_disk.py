@@ -44,7 +44,7 @@ def test_figures_are_kept_whole_and_the_run_goes_on_later(tmp_path: Path, monkey
 def test_what_a_library_could_not_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qsam2.pipeline.run", full)
+    monkeypatch.setattr("qsam2.pipeline.run_recipe", full)
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text("name: x\n")
     assert main(["train", "r.yaml"]) == 2
@@ -54,7 +54,7 @@ def test_what_a_library_could_not_write(
     def other(_: Any) -> None:
         raise OSError(errno.EIO, "bad")
 
-    monkeypatch.setattr("qsam2.pipeline.run", other)
+    monkeypatch.setattr("qsam2.pipeline.run_recipe", other)
     with pytest.raises(OSError, match="bad"):  # not the user's to put right
         main(["train", "r.yaml"])
 

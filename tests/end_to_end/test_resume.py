@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from small_runs import TIMEOUT_S, TRAIN, TRAIN_FLOAT, W4A4, finish, read_checkpoint, small, start, without_seconds
 from wandb_file import records
 
-from qsam2 import pipeline
-from qsam2.pipeline import run
+from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
+from qsam2.train import module
 
 STEPS = 4
 CLICKS = {"prompts": {"point": 0.6, "box": 0.4}, "freeze_statistics_at": 0.6}  # drawn at random
@@ -96,26 +96,26 @@ def test_kill_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = merge({"train": merge(TRAIN_FLOAT, CLICKS)}, settings)
-    run(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
+    run_recipe(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
     values = small(checkpoint, tmp_path / "killed", **settings)
     kill_at(kill_after, monkeypatch)
     with pytest.raises(Killed):
-        run(build_recipe(values))
+        run_recipe(build_recipe(values))
     monkeypatch.undo()
     assert 1 <= read_checkpoint(tmp_path / "killed")["global_step"] < values["trainer"]["max_steps"]
-    run(build_recipe(values))
+    run_recipe(build_recipe(values))
     assert_same_results(tmp_path / "killed", tmp_path / "whole")
 
 
 def kill_at(batch_index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next training die after a batch."""
-    options = pipeline.training_options
+    options = module.training_options
 
     def with_kill(*args: Any) -> dict[str, Any]:
         chosen = options(*args)
         return {**chosen, "callbacks": [*chosen["callbacks"], KillAfterBatch(batch_index)]}
 
-    monkeypatch.setattr(pipeline, "training_options", with_kill)
+    monkeypatch.setattr(module, "training_options", with_kill)
 
 
 def test_averages_survive_a_kill_at_the_end_of_training(
@@ -123,7 +123,7 @@ def test_averages_survive_a_kill_at_the_end_of_training(
 ) -> None:
     # The last step's checkpoint is written before the averages become the weights
     settings = {"train": {**TRAIN_FLOAT, "ema": 0.5}, "trainer": {"max_steps": 2, "checkpoint_every": 1}}
-    run(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
+    run_recipe(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
     values = small(checkpoint, tmp_path / "killed", **settings)
 
     def die(*_: Any) -> None:
@@ -131,9 +131,9 @@ def test_averages_survive_a_kill_at_the_end_of_training(
 
     monkeypatch.setattr(EMAWeightAveraging, "on_train_end", die)
     with pytest.raises(Killed):
-        run(build_recipe(values))
+        run_recipe(build_recipe(values))
     monkeypatch.undo()
-    run(build_recipe(values))
+    run_recipe(build_recipe(values))
     assert_same_results(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -144,12 +144,12 @@ def test_a_resumed_run_goes_on_in_wandb(checkpoint: Path, tmp_path: Path, monkey
     values = small(checkpoint, tmp_path / "run", **settings)
     kill_at(1, monkeypatch)
     with pytest.raises(Killed):
-        run(build_recipe(values))
+        run_recipe(build_recipe(values))
     wandb.finish()  # a killed process takes it along
     monkeypatch.undo()
     monkeypatch.setenv("WANDB_SILENT", "true")
     time.sleep(1)  # wandb names its folders by the second
-    run(build_recipe(values))
+    run_recipe(build_recipe(values))
     begun, resumed = (list(records(file)) for file in sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb")))
     for part in (begun, resumed):
         (own,) = [record.run for record in part if record.run.run_id]

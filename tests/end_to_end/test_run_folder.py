@@ -18,7 +18,7 @@ from qsam2 import __version__
 from qsam2.errors import UserError
 from qsam2.evaluate.scoring import evaluate_model
 from qsam2.load import load_model
-from qsam2.pipeline import run
+from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe, load_recipe
 from qsam2.recipe.load import merge
 from qsam2.report import read
@@ -54,7 +54,7 @@ def runs(values: dict[str, dict[str, Any]]) -> dict[str, Path]:
     """Run folders of a QAT, a PTQ and a float recipe."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_SILENT", "true")
-        return {name: Path(own["output"]) for name, own in values.items() if run(build_recipe(own))}
+        return {name: Path(own["output"]) for name, own in values.items() if run_recipe(build_recipe(own))}
 
 
 def metrics(folder: Path) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def test_a_finished_run_is_left_alone(
 ) -> None:
     before = {file: file.stat().st_mtime_ns for file in runs["ptq"].rglob("*") if file.name != "recipe.yaml"}
     with caplog.at_level(logging.INFO, logger="qsam2"):
-        again = run(build_recipe(values["ptq"]))
+        again = run_recipe(build_recipe(values["ptq"]))
     assert again == metrics(runs["ptq"])
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert f"{runs['ptq']} is complete" in caplog.text
@@ -151,7 +151,7 @@ def test_another_recipe_is_refused(runs: dict[str, Path], values: dict[str, dict
     other = merge(values["ptq"], {"seed": 1, "evaluate": {"frames": 5}})
     before = (runs["ptq"] / "recipe.yaml").read_bytes()
     with pytest.raises(UserError) as error:
-        run(build_recipe(other))
+        run_recipe(build_recipe(other))
     assert "\n" not in str(error.value)
     assert str(runs["ptq"]) in str(error.value)
     assert "evaluate.frames, seed" in str(error.value)
@@ -237,7 +237,7 @@ def test_stills_are_scored_beside_the_videos(
     spec = f"coco:{write_stills(tmp_path / 'stills')}"
     own = small(checkpoint, tmp_path / "run", quantize=W4A4, evaluate={"stills": spec})
     with caplog.at_level(logging.INFO, logger="qsam2"):
-        figures = run(build_recipe(own))
+        figures = run_recipe(build_recipe(own))
     for name in ("float", "ptq", "quantized"):
         block = figures[name]
         assert block["stills"]["images"] == block["stills"]["instances"] == 2
@@ -256,5 +256,5 @@ def test_stills_are_scored_beside_the_videos(
 def test_videos_are_no_stills(checkpoint: Path, tmp_path: Path) -> None:
     own = small(checkpoint, tmp_path / "run", quantize=W4A4, evaluate={"stills": "moving_objects:2:val"})
     with pytest.raises(UserError, match="evaluate.stills=moving_objects:2:val: holds videos; name images"):
-        run(build_recipe(own))
+        run_recipe(build_recipe(own))
     assert not (tmp_path / "run" / "metrics.json").exists()

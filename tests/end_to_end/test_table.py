@@ -14,13 +14,13 @@ from lightning.pytorch.callbacks import Callback
 from small_models import write_stills
 from small_runs import FLOAT, TRAIN, W4A4
 
-from qsam2 import pipeline
 from qsam2.cli import main
 from qsam2.evaluate.scoring import evaluate_model
 from qsam2.recipe.load import merge
 from qsam2.sweep import processes
 from qsam2.sweep import table_schedule as schedule
 from qsam2.sweep.table_markdown import extract, render
+from qsam2.train import module
 
 CUT_OFF = "nano_minmax_W2A4_s0"
 
@@ -86,14 +86,14 @@ def table(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def kill_in(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = pipeline.training_options
+    options = module.training_options
 
     def with_kill(recipe: Any, quantizers: Any) -> dict[str, Any]:
         chosen = options(recipe, quantizers)
         more = [KillInSecondStep()] if recipe.run_folder.name == run else []
         return {**chosen, "callbacks": [*chosen["callbacks"], *more]}
 
-    monkeypatch.setattr(pipeline, "training_options", with_kill)
+    monkeypatch.setattr(module, "training_options", with_kill)
 
 
 def test_a_table_that_is_cut_off_goes_on_and_is_written(
@@ -103,7 +103,7 @@ def test_a_table_that_is_cut_off_goes_on_and_is_written(
     kernels: list[tuple[Any, ...]] = []
     with monkeypatch.context() as patch:
         kill_in(CUT_OFF, patch)
-        patch.setattr(pipeline, "choose_kernels", lambda *given: kernels.append(given))
+        patch.setattr(module, "choose_kernels", lambda *given: kernels.append(given))
         with pytest.raises(Killed):
             main(command)
     assert [given[:2] for given in kernels] == [("auto", 2)] * 2

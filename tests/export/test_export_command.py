@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.cli import main
 from qsam2.export.packed import save_packed
 from qsam2.layers.convert import convert, finalize
@@ -22,7 +22,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = build_recipe({"name": "test", "data": {"train": "moving_objects"}, **values})
     model = build_sam2("nano", image_size=64)
     convert(model, recipe.quantize)
-    calibrate_ranges(model, lambda batch: None, [])
+    find_ranges(model, lambda batch: None, [])
     finalize(model)
     save_packed(folder / "model.safetensors", model, recipe.model_dump(mode="json"))
     (folder / "card.md").write_text("# card")

@@ -19,7 +19,7 @@ from small_models import seeing
 from torch import Tensor
 
 import qsam2
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.cli import main
 from qsam2.data.transforms import to_model_input
 from qsam2.errors import UserError
@@ -108,7 +108,7 @@ def model() -> SAM2:
     """The same, quantized."""
     model = lively_nano()
     convert(model, QuantizeRecipe.model_validate(QUANTIZE))
-    calibrate_ranges(model.eval(), lambda prompt: track(model, prompt), PROMPTS.values())
+    find_ranges(model.eval(), lambda prompt: track(model, prompt), PROMPTS.values())
     finalize(model)
     return model
 

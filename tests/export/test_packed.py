@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_packed import Small, assert_equal, finalized, recipe
 from torch import nn
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.errors import UserError
 from qsam2.export.packed import (
     load_packed,
@@ -134,7 +134,7 @@ def test_a_whole_sam2_survives(tmp_path):
     quantize = QuantizeRecipe.model_validate({"weights": spec})
     model = build_sam2("nano", image_size=64)
     convert(model, quantize)
-    calibrate_ranges(model, lambda batch: None, [])
+    find_ranges(model, lambda batch: None, [])
     finalize(model)
     path = tmp_path / "model.safetensors"
     save_packed(path, model, {"quantize": quantize.model_dump(mode="json")})

@@ -9,7 +9,7 @@ from small_models import seeing
 from small_packed import assert_equal
 from torch import Tensor
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.export.packed import load_packed, save_packed
 from qsam2.layers.convert import convert, finalize
 from qsam2.models import SAM2, build_sam2
@@ -42,7 +42,7 @@ def test_a_loaded_model_tracks_as_the_fake_quantized_one(floats, tmp_path, bits)
     model = build_sam2(size, image_size=SIZE_PX).eval()
     model.load_state_dict(weights)
     convert(model, quantize)
-    calibrate_ranges(model, track, [model])
+    find_ranges(model, track, [model])
     finalize(model)
     path = tmp_path / "model.safetensors"
     save_packed(path, model, {"quantize": quantize.model_dump(mode="json")})

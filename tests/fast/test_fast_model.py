@@ -16,7 +16,7 @@ from small_predictors import SIZE_PX, pictures, random_nano, square, write_folde
 from torch import Tensor, nn
 
 import qsam2
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.cli import main
 from qsam2.data.pictures import read_index_mask
 from qsam2.data.transforms import to_model_input
@@ -56,7 +56,7 @@ def quantized(model: SAM2, bits: int, frames: Sequence[Tensor]) -> SAM2:
     spec = {"method": "minmax", "bits": bits, "range": "mse"}
     convert(model, QuantizeRecipe(weights=spec, activations=spec))
     with torch.no_grad():
-        calibrate_ranges(model, lambda _: track(model, frames), [None])
+        find_ranges(model, lambda _: track(model, frames), [None])
     finalize(model)
     return model
 

@@ -13,7 +13,7 @@ from sam2.modeling.sam2_utils import MLP
 from small_predictors import random_nano
 from torch import nn
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.fast.integers import IntegerLinear, multiplies_bytes, use_integers
 from qsam2.fast.model import make_fast
 from qsam2.layers.convert import convert, quantized_weights, quantizers, set_state
@@ -44,7 +44,7 @@ def quantized(inside: nn.Module, x: torch.Tensor, weights: dict[str, Any], activ
     part = Part(inside).eval().requires_grad_(False)
     method = {"method": "minmax", "range": "minmax"}
     convert(part, QuantizeRecipe.model_validate({"weights": method | weights, "activations": method | activations}))
-    calibrate_ranges(part, part, [x])
+    find_ranges(part, part, [x])
     return part
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.layers.convert import convert, finalize, quantizers
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe
@@ -45,7 +45,7 @@ def finalized(model: nn.Module, values: dict[str, Any], dtype: torch.dtype = tor
     model = model.to(dtype)
     convert(model, QuantizeRecipe.model_validate(values["quantize"]))
     model.eval()
-    calibrate_ranges(model, model, [torch.randn(2, 3, 6, 6, dtype=dtype)])
+    find_ranges(model, model, [torch.randn(2, 3, 6, 6, dtype=dtype)])
     finalize(model)
     return model
 

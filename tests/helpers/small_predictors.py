@@ -11,7 +11,7 @@ from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 from small_models import seeing
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.export.packed import load_packed, save_packed, save_weights
 from qsam2.layers.convert import convert, finalize
 from qsam2.models import SAM2, build_sam2
@@ -46,7 +46,7 @@ def write_models(folder: Path) -> dict[str, Path]:
     recipe = small_recipe(True)
     assert recipe.quantize is not None
     convert(model, recipe.quantize)
-    calibrate_ranges(model, lambda batch: None, [])
+    find_ranges(model, lambda batch: None, [])
     finalize(model)
     save_packed(paths["packed"] / "model.safetensors", model, recipe.model_dump(mode="json"))
     return paths

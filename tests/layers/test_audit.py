@@ -11,12 +11,12 @@ import torch
 from small_sam2 import track_video
 from torch import Tensor, nn
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.layers.audit import AuditError, _most_levels, audit
-from qsam2.layers.convert import ConvertedLayer, convert, finalize, quantized_weights, quantizers
+from qsam2.layers.convert import convert, finalize, quantized_weights, quantizers
 from qsam2.models import SAM2
 from qsam2.quantizers import Quantizer, QuantizerState
-from qsam2.recipe.quantize import QuantizeRecipe, Rule
+from qsam2.recipe.quantize import ConvertedLayer, QuantizeRecipe, Rule
 from qsam2.reconstruction.rounding import LearnedStep, SoftRounding, harden, learn_steps, soften_weights
 
 Converted = tuple[SAM2, list[ConvertedLayer]]
@@ -36,7 +36,7 @@ RECIPE = QuantizeRecipe.model_validate(
 def _calibrated(pristine: SAM2) -> Converted:
     model = copy.deepcopy(pristine)
     rows = convert(model, RECIPE)
-    calibrate_ranges(model, lambda _: track_video(model), [0])
+    find_ranges(model, lambda _: track_video(model), [0])
     return model, rows
 
 

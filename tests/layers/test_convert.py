@@ -10,7 +10,7 @@ import torch
 from small_sam2 import RUNS, segment_image, track_video, train_forward
 from torch import nn
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.errors import UserError
 from qsam2.layers.attention import QuantizedAttention
 from qsam2.layers.convert import conversion_table, convert, quantized_weights, quantizers, set_state
@@ -33,7 +33,7 @@ def recipe(*rules: dict[str, Any], **changes: Any) -> QuantizeRecipe:
 def calibrated(pristine: SAM2) -> SAM2:
     model = copy.deepcopy(pristine)
     convert(model, recipe())
-    calibrate_ranges(model, lambda _: track_video(model), [0])
+    find_ranges(model, lambda _: track_video(model), [0])
     return model
 
 
@@ -222,7 +222,7 @@ def test_set_state_sets_all(calibrated):
 
 def test_checkpointed_training_gives_the_same_gradients(model):
     convert(model, recipe(activations={"method": "lsq", "bits": 4, "range": "minmax"}))
-    calibrate_ranges(model, lambda _: track_video(model), [0])
+    find_ranges(model, lambda _: track_video(model), [0])
     gradients = []
     for model.use_act_ckpt_iterative_pt_sampling in (False, True):
         model.zero_grad()

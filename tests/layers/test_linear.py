@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.layers.convert import convert
 from qsam2.layers.weight import QuantLinear
 from qsam2.quantizers.fake_quant import Codes
@@ -21,7 +21,7 @@ def two_layers(method: str = "lsc", *, bits: int = 4, bias: bool = True) -> nn.S
     spec = {"method": method, "bits": bits}
     model = nn.Sequential(nn.Linear(12, 16, bias=bias), nn.GELU(), nn.Linear(16, 5, bias=bias))
     convert(model, QuantizeRecipe.model_validate({"weights": spec, "activations": spec}))
-    calibrate_ranges(model, model, [torch.randn(40, 12)])
+    find_ranges(model, model, [torch.randn(40, 12)])
     return model.train()
 
 
@@ -107,7 +107,7 @@ def test_an_input_is_saved_in_two_bytes_an_element(monkeypatch: pytest.MonkeyPat
     spec = {"method": "lsc", "bits": 4}
     convert(model, QuantizeRecipe.model_validate({"weights": spec, "activations": spec}))
     x = torch.randn(500, 64, requires_grad=True)
-    calibrate_ranges(model, model, [x.detach()])
+    find_ranges(model, model, [x.detach()])
     weight = 4 * 64 * 8
     assert saved_bytes(model.train(), x) <= 2 * x.numel() + weight + 64  # codes, and the quantizer's own byte
     without_codes(monkeypatch)

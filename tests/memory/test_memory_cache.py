@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sam2.build_sam import build_sam2_video_predictor
 from small_videos import SIZE_PX, bfloat16, box, distance, lively, track, track_with, video
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.layers.attention import rotary_table, rotate
 from qsam2.layers.convert import convert, finalize
 from qsam2.memory import cache
@@ -32,7 +32,7 @@ def quantized(model: SAM2, bits: int) -> SAM2:
     """Finalized at W8, activations with so many bits, calibrated on a short video."""
     spec = MinMaxSpec(bits=8), MinMaxSpec(bits=bits)
     convert(model, QuantizeRecipe(weights=spec[0], activations=spec[1]))
-    calibrate_ranges(model, lambda _: track(model, 8), (0,))
+    find_ranges(model, lambda _: track(model, 8), (0,))
     finalize(model)
     return model
 

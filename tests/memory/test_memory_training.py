@@ -11,7 +11,7 @@ from small_videos import SIZE_PX, distance, random_nano, track, track_with
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.data.clips import ClipDataset, collate_clips
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.layers.convert import convert
@@ -105,7 +105,7 @@ def test_qat_with_sharing(trained: SAM2, clip: BatchedVideoDatapoint) -> None:
     spec = LSQSpec(bits=4, range="minmax")
     convert(model, QuantizeRecipe(weights=spec, activations=spec))
     with torch.no_grad():
-        calibrate_ranges(model, lambda points: prompted_forward(model, clip, points=points), (False,))
+        find_ranges(model, lambda points: prompted_forward(model, clip, points=points), (False,))
     model.train()
     attention = model.memory_attention.layers[0].cross_attn_image
     masks, gradients = run(model, clip, sharing="adaptive", frames=2, cache=True)

@@ -9,7 +9,7 @@ import torch
 from cases import activation_quantizer, weight_quantizer
 from torch import Tensor, nn
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.errors import UserError
 from qsam2.layers.audit import audit
 from qsam2.layers.convert import convert, finalize
@@ -120,7 +120,7 @@ def test_from_conversion_to_the_audit(method: str, bits: int) -> None:
     spec_type, model, x = methods()[method], Layers(), torch.randn(4, 4, 6)
     recipe = QuantizeRecipe.model_validate({f"{role}s": {"method": method, "bits": bits} for role in spec_type.roles})
     rows = convert(model, recipe)
-    calibrate_ranges(model, model, [x])
+    find_ranges(model, model, [x])
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01)
     for _ in range(2):
         optimizer.zero_grad()

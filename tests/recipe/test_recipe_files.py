@@ -10,7 +10,7 @@ import yaml
 from safetensors import safe_open
 
 import qsam2
-from qsam2.pipeline import run
+from qsam2.pipeline import run_recipe
 from qsam2.recipe import load_recipe
 
 RECIPES = sorted((Path(qsam2.__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -53,7 +53,7 @@ def test_runs_for_two_steps(path: Path, tmp_path: Path) -> None:
     few = ["reconstruct.blocks=[image_encoder.neck, obj_ptr_proj]"] if reconstructs else []
     recipe = load_recipe(path, [*SMALL, *few, f"output={tmp_path}"])
     assert recipe.trainer.max_steps == 2
-    metrics = run(recipe)
+    metrics = run_recipe(recipe)
     models = {"float", "ptq", "quantized"} if recipe.quantize else {"float"}
     assert models <= metrics.keys()
     assert (recipe.train is not None) == (tmp_path / "checkpoints" / "last.ckpt").is_file()

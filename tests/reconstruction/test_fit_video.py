@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qsam2.calibration.data import Sample
+from qsam2.data.calibration_data import Sample
 from qsam2.data.clips import ClipDataset
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.memory.reader import use_memory

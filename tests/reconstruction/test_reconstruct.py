@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qsam2 import pipeline
-from qsam2.calibration.activation_ranges import calibrate_ranges
-from qsam2.calibration.data import ImageFeatures
+from qsam2.calibration.activation_ranges import find_ranges
+from qsam2.calibration.forward import ImageFeatures
 from qsam2.errors import UserError
 from qsam2.layers.convert import convert, quantized_weights, quantizers
 from qsam2.load import load_model
-from qsam2.pipeline import run
+from qsam2.pipeline import run_recipe
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.quantize import QuantizeRecipe
@@ -52,7 +52,7 @@ def pair() -> tuple[nn.Module, nn.Module]:
     block = copy.deepcopy(twin)
     recipe = {"weights": {"method": "minmax", "bits": 3}, "activations": {"method": "minmax", "bits": 6}}
     convert(block, QuantizeRecipe.model_validate(recipe))
-    calibrate_ranges(block, block, correlated(4))
+    find_ranges(block, block, correlated(4))
     return block, twin
 
 
@@ -161,7 +161,7 @@ def recipe(folder: Path, *overrides: str) -> Recipe:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    run(recipe(folder))
+    run_recipe(recipe(folder))
     return folder
 
 
@@ -210,10 +210,10 @@ def test_a_run_that_was_killed_goes_on_behind_its_last_block(
 
     monkeypatch.setattr(block_by_block, "fit_block", fit_and_count)
     with pytest.raises(Killed):
-        run(recipe(tmp_path))
+        run_recipe(recipe(tmp_path))
     assert not (tmp_path / "model.safetensors").exists()
     fitted[:] = []
-    run(recipe(tmp_path))
+    run_recipe(recipe(tmp_path))
     assert fitted == BLOCKS[2:]
     (ours, figures), (theirs, expected) = results(tmp_path), results(whole)
     assert figures == expected
@@ -235,7 +235,7 @@ def test_clips_are_encoded_once_for_all_tracking_blocks(
 
     for budget in (1, 0):
         monkeypatch.setattr(block_by_block, "ImageFeatures", keep(budget))
-        run(recipe(tmp_path / str(budget)))
+        run_recipe(recipe(tmp_path / str(budget)))
         (ours, figures), (theirs, expected) = results(tmp_path / str(budget)), results(whole)
         assert figures == expected
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -256,7 +256,7 @@ def test_ctrl_c_leaves_a_usable_model_that_says_so(
         return row
 
     monkeypatch.setattr(block_by_block, "fit_block", fit_then_interrupt)
-    metrics = run(recipe(tmp_path))
+    metrics = run_recipe(recipe(tmp_path))
     assert signal.getsignal(signal.SIGINT) == before
     figures = results(tmp_path)[1]
     assert not figures["complete"] and figures["total"] == 4
@@ -281,10 +281,10 @@ def test_video_fits_steps_to_all_scales_and_resumes(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(block_by_block, "fit_video", fit_once)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "score_ptq", killed)
+        patch.setattr(pipeline, "score_calibrated", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(recipe(tmp_path, *overrides))
-    figures = run(recipe(tmp_path, *overrides))["reconstruction"]
+            run_recipe(recipe(tmp_path, *overrides))
+    figures = run_recipe(recipe(tmp_path, *overrides))["reconstruction"]
     assert seen == [["frame", "short", "long"]]
     assert figures["complete"] and figures["video"][1] <= figures["video"][0] < float("inf")
 
@@ -292,6 +292,6 @@ def test_video_fits_steps_to_all_scales_and_resumes(tmp_path: Path, monkeypatch:
 def test_a_scale_of_weight_zero_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["reconstruct.video.short=0", "reconstruct.video.long=0", "reconstruct.video.iterations=1"]
     monkeypatch.setattr(block_by_block, "fit_video", lambda m, t, samples, *_, **__: (float(len(samples)), 0.0))
-    figures = run(recipe(tmp_path, *overrides))["reconstruction"]
+    figures = run_recipe(recipe(tmp_path, *overrides))["reconstruction"]
     assert [row["name"] for row in figures["blocks"]] == BLOCKS[:1]
     assert figures["video"][0] == 1.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
+from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.layers.convert import convert, finalize, quantized_weights, quantizers
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.recipe.quantize import QuantizeRecipe
@@ -84,7 +84,7 @@ def block() -> nn.Module:
     recipe = {"weights": {"method": "minmax", "bits": 3}, "activations": {"method": "minmax", "bits": 4}}
     convert(found, QuantizeRecipe.model_validate(recipe))
     x = torch.randn(16, 1, 8)
-    calibrate_ranges(found, found, [x])
+    find_ranges(found, found, [x])
     return found
 
 

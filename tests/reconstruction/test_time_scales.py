@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsam2.calibration.activation_ranges import calibrate_sam2
-from qsam2.calibration.data import CalibrationData
+from qsam2.calibration.activation_ranges import find_sam2_ranges
+from qsam2.calibration.range_hierarchy import HierarchicalData, RangeHierarchy
+from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.clips import Source
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError
@@ -21,7 +22,7 @@ from qsam2.quantizers import QuantizerState, build_quantizer
 from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import MinMaxSpec
-from qsam2.reconstruction.time_scales import HierarchicalData, RangeHierarchy, SpreadVideo, time_scales
+from qsam2.reconstruction.time_scales import SpreadVideo, time_scales
 
 SIZE_PX = 64
 AMOUNT = CalibrateRecipe(stills=2, clips=1, num_frames=3)
@@ -96,7 +97,7 @@ def test_calibration_by_hierarchy_is_no_wider(sources: list[Source]) -> None:
     data = CalibrationData(sources, AMOUNT, image_size=SIZE_PX, max_objects=1, max_stride=1, seed=0)
     found = {}
     for name, given_data in {"plain": data, "hierarchical": HierarchicalData(model, data)}.items():
-        calibrate_sam2(model, given_data, progress=False)
+        find_sam2_ranges(model, given_data, progress=False)
         ranges = {name: float(q.scale) for name, q in quantizers(model) if name.startswith("image_encoder.")}
         found[name] = ranges
     assert len(given_data) == len(data)

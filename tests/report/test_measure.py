@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from qsam2.calibration.activation_ranges import calibrate_ranges
-from qsam2.layers.convert import ConvertedLayer, convert, finalize
+from qsam2.calibration.activation_ranges import find_ranges
+from qsam2.layers.convert import convert, finalize, latent_weights
 from qsam2.recipe import build_recipe
-from qsam2.report.measure import BINS, latent_weights, measure_layers
+from qsam2.recipe.quantize import ConvertedLayer
+from qsam2.report.measure import BINS, measure_layers
 
 BATCH = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 
@@ -44,7 +45,7 @@ def toys() -> Callable[..., tuple[nn.Module, nn.Module, dict, dict]]:
         recipe = build_recipe({"quantize": {"rules": [{"match": "kept", "keep_float": True}], **quantize}})
         assert recipe.quantize is not None
         rows = convert(model, recipe.quantize)
-        calibrate_ranges(model, lambda batch: model(batch), [BATCH])
+        find_ranges(model, lambda batch: model(batch), [BATCH])
         latent = latent_weights(model)
         finalize(model)
         return model, teacher, latent, measure_layers(rows, model, teacher, latent, run)

@@ -27,8 +27,8 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from qsam2.sweeps import local
-from qsam2.sweeps.definition import load_sweep
+from qsam2.sweep import local
+from qsam2.sweep.definition import load_sweep
 local.QSAM2 = (sys.executable, sys.argv[2])
 local.run_sweep(load_sweep(sys.argv[3]), Path(sys.argv[4]), runs=None, jobs=1)
 """

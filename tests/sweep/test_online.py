@@ -84,7 +84,7 @@ def test_offline_on_request(account: Account, tmp_path: Path, monkeypatch: pytes
 
 def test_a_run_of_an_agent_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipes: list[Recipe] = []
-    monkeypatch.setattr("qsam2.pipeline.run", lambda recipe: recipes.append(recipe) or {"bytes": {}})
+    monkeypatch.setattr("qsam2.pipeline.run_recipe", lambda recipe: recipes.append(recipe) or {"bytes": {}})
     monkeypatch.setenv("WANDB_SWEEP_ID", "x1y2")
     monkeypatch.setenv("WANDB_RUN_ID", "run7")
     monkeypatch.chdir(tmp_path)

@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 
 import qsam2
-from qsam2.cli import stopped_by_sigterm
-from qsam2.cli import PARENT
+from qsam2.cli import PARENT, stopped_by_sigterm
 
 ROOT = Path(qsam2.__file__).parents[1]
 
 CHILD = """
 import sys, time
 from pathlib import Path
-from qsam2.processes import stopped_by_sigterm
+from qsam2.cli import stopped_by_sigterm
 folder = Path(sys.argv[1])
 try:
     with stopped_by_sigterm():
@@ -33,7 +32,8 @@ except KeyboardInterrupt:
 PARENTS = """
 import sys
 from pathlib import Path
-from qsam2.processes import Processes, stopped_by_sigterm
+from qsam2.cli import stopped_by_sigterm
+from qsam2.sweep.processes import Processes
 folder = Path(sys.argv[1])
 with stopped_by_sigterm():
     Processes(1).start([sys.executable, str(folder / "child.py"), str(folder)], folder).wait()

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from qsam2.calibration.allocation import allocate_bits
 from qsam2.cli import main
 from qsam2.errors import UserError
 from qsam2.evaluate.float_scores import weights_digest
 from qsam2.export.packed import read_header
 from qsam2.load import load_model
 from qsam2.models import load_sam2
-from qsam2.pipeline import allocate_bits, run
+from qsam2.pipeline import begin, run_recipe
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.run_folder import RunFolder
 from qsam2.sweep import sensitivity
@@ -90,17 +91,17 @@ def mixed(folder: Path, *overrides: str) -> Recipe:
 @pytest.mark.parametrize("by", ["importance", "measured sensitivity"])
 def test_bits_are_shared_out(by: str, measured: Path, tmp_path: Path) -> None:
     more = [f"quantize.allocate.sensitivity={measured}"] if by == "measured sensitivity" else []
-    metrics = run(mixed(tmp_path / "mixed", "quantize.allocate.average_bits=4", *more))
+    metrics = run_recipe(mixed(tmp_path / "mixed", "quantize.allocate.average_bits=4", *more))
     shared = metrics["allocated_bits"]
     assert shared["by"] == by and 3.5 < shared["average"] <= 4 + 1e-9 and len(set(shared["layers"].values())) > 1
-    uniform = run(mixed(tmp_path / "uniform"))
+    uniform = run_recipe(mixed(tmp_path / "uniform"))
     assert metrics["bytes"]["packed"] <= uniform["bytes"]["packed"]
     model, recipe = load_model(tmp_path / "mixed")  # audits it
     assert recipe.quantize is not None and recipe.quantize.allocate is None
     name, bits = next(iter(shared["layers"].items()))
     assert read_header(tmp_path / "mixed" / "model.safetensors").weights[name]["bits"] == bits
     assert model.get_submodule(name).weight_quantizer.bits == bits
-    assert run(mixed(tmp_path / "mixed", "quantize.allocate.average_bits=4", *more)) == metrics  # it is complete
+    assert run_recipe(mixed(tmp_path / "mixed", "quantize.allocate.average_bits=4", *more)) == metrics  # it is complete
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,9 @@ def test_a_run_goes_on_with_the_bits_that_it_began_with(tmp_path: Path) -> None:
     given = mixed(tmp_path, "quantize.allocate.average_bits=4", "quantize.allocate.sensitivity=gone.json")
     folder = RunFolder(given)
     folder.record("allocated_bits", {"by": "measured sensitivity", "average": 3.0, "layers": {"a": 3}})
-    quantize = allocate_bits(load_sam2("nano", image_size=64), [], given, folder).quantize
+    run = begin(given, folder)
+    allocate_bits(run)
+    quantize = run.recipe.quantize
     assert quantize is not None and quantize.allocate is None
     assert [(rule.match, rule.weight_bits) for rule in quantize.rules] == [("a", 3)]
 
@@ -143,7 +146,7 @@ def test_a_run_goes_on_with_the_bits_that_it_began_with(tmp_path: Path) -> None:
 def test_a_budget_for_no_layer(tmp_path: Path) -> None:
     given = mixed(tmp_path, "quantize.allocate.average_bits=4", "quantize.rules=[{match: '*', bits: 4}]")
     with pytest.raises(UserError, match="quantize.allocate: rules decide on all layers"):
-        allocate_bits(load_sam2("nano", image_size=64), [], given, RunFolder(given))
+        allocate_bits(begin(given, RunFolder(given)))
 
 
 def test_a_file_of_another_kind_is_not_overwritten(tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""Ranges of activations aggregated from frames to clips to the whole set (hierarchy-based video quantization, ours)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from qsam2.data.calibration_data import CalibrationData, Sample
+from qsam2.layers.convert import quantizers
+from qsam2.models import SAM2
+from qsam2.quantizers import QuantizerState
+
+PASSES = 2
+"""How often a clip is tracked: from masks and from clicks."""
+Frame = tuple[int, int]
+"""Image number, and number of the frame that is tracked."""
+
+
+class RangeHierarchy:
+    """Extremes of one activation: of each frame, of clips, of the set.
+
+    A clip reaches what at least two of its frames reach: one odd frame sets no range, a drift, which many frames share,
+    does. The set reaches what its widest clip reaches.
+    """
+
+    def __init__(self) -> None:
+        self.lower, self.upper = math.inf, -math.inf
+        self._frames: dict[Frame, tuple[float, float]] = {}
+
+    def add(self, frame: Frame, lower: float, upper: float) -> None:
+        """What one call saw, as part of a frame."""
+        before = self._frames.get(frame, (math.inf, -math.inf))
+        self._frames[frame] = min(lower, before[0]), max(upper, before[1])
+
+    def end_clip(self, length: int = 0) -> None:
+        """The frames since the last call are a clip of `length` tracked frames, perhaps tracked several times."""
+        seen, self._frames = self._frames, {}
+        for (image, tracked), extremes in seen.items():
+            self.add((image, tracked % length if length else tracked), *extremes)
+        if self._frames:
+            second = min(len(self._frames), 2) - 1
+            self.lower = min(self.lower, sorted(lower for lower, _ in self._frames.values())[second])
+            self.upper = max(self.upper, sorted((upper for _, upper in self._frames.values()), reverse=True)[second])
+        self._frames = {}
+
+
+class HierarchicalData(CalibrationData):
+    """Calibration data that narrows what quantizers observed of it, when the last sample has passed, to its hierarchy.
+
+    All stills together count as one clip.
+    """
+
+    def __init__(self, model: SAM2, data: CalibrationData) -> None:
+        self.model, self.data = model, data
+        self.stills, self.clips = data.stills, data.clips
+
+    def samples(self) -> Iterator[Sample]:
+        """All, as `data` gives them."""
+        return self._watched(self.data.samples())
+
+    def clip_samples(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+        """The clips alone, as `data` gives them."""
+        return self._watched(self.data.clip_samples(start, stop))
+
+    def _watched(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        observing = [q for _, q in quantizers(self.model) if q.state is QuantizerState.OBSERVE]
+        clips, stills = ([RangeHierarchy() for _ in observing] for _ in range(2))
+        images = tracked = 0
+        into = clips
+
+        def on_image(*_: object) -> None:
+            nonlocal images
+            images += 1
+
+        def on_memory(*_: object) -> None:
+            nonlocal tracked
+            tracked += 1
+
+        def record(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def on_call(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                lower, upper = (float(bound) for bound in args[0].aminmax())
+                into[index].add((images, tracked), lower, upper)
+
+            return on_call
+
+        hooks = [q.register_forward_pre_hook(record(index)) for index, q in enumerate(observing)]
+        hooks.append(self.model.image_encoder.register_forward_pre_hook(on_image))
+        hooks.append(self.model.memory_encoder.register_forward_hook(on_memory))  # the last that a tracked frame does
+        try:
+            for sample in samples:
+                into, tracked = clips if sample.tracked else stills, 0
+                yield sample
+                if sample.tracked:
+                    for each in clips:
+                        each.end_clip(tracked // PASSES)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for each in stills:
+            each.end_clip()
+        for quantizer, of_clips, of_stills in zip(observing, clips, stills, strict=True):
+            quantizer.limit_observed(min(of_clips.lower, of_stills.lower), max(of_clips.upper, of_stills.upper))

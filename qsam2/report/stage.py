@@ -1,0 +1,48 @@
+"""The last stage of a run: what it keeps for its report, the report itself, and Weights & Biases."""
+
+from __future__ import annotations
+
+from PIL.Image import Image
+
+from qsam2.calibration.forward import run_sample
+from qsam2.data.calibration_data import far_apart
+from qsam2.report.measure import measure_layers
+from qsam2.report.memory_use import memory_use
+from qsam2.report.overlays import contact_sheet
+from qsam2.report.page import write_report
+from qsam2.report.read import LAYERS, MEMORY, keep
+from qsam2.report.tracked_clips import keep_clips
+from qsam2.report.wandb import log_results
+from qsam2.run import Run
+
+OVERLAYS = 3
+"""How many videos a run's pictures show."""
+
+
+def report(run: Run) -> None:
+    """Stage: measure layers, draw masks, log to Weights & Biases and write `report.html`, which ends a run."""
+    if run.silent:
+        return
+    folder = run.folder.path
+    run.prepare_inference()
+    if run.teacher is not None:
+        sample = far_apart(next(run.calibration.clip_samples(0, 1)))
+        measured = measure_layers(
+            run.layers, run.model, run.teacher, run.latent, lambda network: run_sample(network, sample, ("mask",))
+        )
+        keep(folder, LAYERS, measured)
+    keep_clips(folder, run.videos, run.predictions, run.recipe.evaluate.frames)
+    if run.recipe.memory.sharing != "none":
+        keep(folder, MEMORY, memory_use(run.model, run.videos[0], run.recipe.evaluate))
+    log_results(run.loggers, run.folder.metrics, draw_overlays(run))
+    write_report(folder)
+
+
+def draw_overlays(run: Run) -> list[Image]:
+    """Contact sheets of the first videos that this process tracked: truth and each model's masks."""
+    tracked = {name for name, _ in run.predictions["float"]}
+    return [
+        contact_sheet(video, run.predictions, length=min(len(video), run.recipe.evaluate.frames or len(video)))
+        for video in run.videos[:OVERLAYS]
+        if video.name in tracked
+    ]

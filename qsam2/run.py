@@ -1,0 +1,64 @@
+"""One run as an object: what it is, where it writes, what it works on. The stages of `qsam2.pipeline` take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from qsam2.data.calibration_data import CalibrationData
+from qsam2.data.clips import Source
+from qsam2.data.video import Predictions, Video
+from qsam2.models import SAM2
+from qsam2.recipe import Recipe
+from qsam2.recipe.quantize import ConvertedLayer
+from qsam2.run_folder import RunFolder, is_first_rank
+
+
+@dataclass
+class Run:
+    """A recipe being carried out.
+
+    A stage reads the run, changes it, and records its figures in `folder`. It returns early if the recipe leaves it
+    out.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    device: torch.device
+    loggers: Sequence[Logger]
+    videos: list[Video]
+    """What is scored."""
+    stills: list[Video]
+    """Images scored by box prompts beside the videos; often none."""
+    sources: list[Source]
+    """What is calibrated and trained on."""
+    model: SAM2
+    teacher: SAM2 | None
+    """The float model that a quantized one is compared with; None if the recipe quantizes nothing."""
+    layers: list[ConvertedLayer] = field(default_factory=list)
+    """Rows of the conversion table."""
+    latent: dict[str, Tensor] = field(default_factory=dict)
+    """Weights as they were before they were rounded for good, by layer."""
+    predictions: dict[str, Predictions] = field(default_factory=dict)
+    """Masks tracked by each scored model: "float", "ptq", "quantized"."""
+
+    @cached_property
+    def calibration(self) -> CalibrationData:
+        """Stills and clips to calibrate on, drawn once."""
+        return CalibrationData.of(self.recipe, self.sources, self.model.image_size)
+
+    @property
+    def silent(self) -> bool:
+        """Whether this process shows no progress: in a distributed run only the first rank does."""
+        return not is_first_rank()
+
+    def prepare_inference(self) -> None:
+        """Put model and teacher on the run's device, in eval mode."""
+        for network in (self.model, self.teacher):
+            if network is not None:
+                network.to(self.device).eval()
