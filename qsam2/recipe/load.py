@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from qsam2.errors import UserError
 from qsam2.recipe.recipe import Recipe
+from qsam2.recipe.section import describe
 
 DEBUG_PRESETS: dict[str, dict[str, Any]] = {
     # A few steps of everything: does it run at all?
@@ -104,7 +102,7 @@ def build_recipe(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Re
     try:
         recipe = Recipe.model_validate(merge(merged, given))
     except ValidationError as error:
-        raise UserError(describe(error)) from error
+        raise UserError(describe(error, Recipe, "recipe")) from error
     return recipe.model_copy(update={"debug": None})  # resolved: a second load must not lay the preset over overrides
 
 
@@ -147,73 +145,3 @@ def _without_absent(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dic
 def save_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every key, defaults included."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
-
-
-def describe(error: ValidationError) -> str:
-    """The first validation error in one line."""
-    first = error.errors()[0]
-    location, fields = _walk(first["loc"])
-    if first["type"] == "extra_forbidden":
-        *parents, unknown = location
-        valid = list(dict.fromkeys(name for model in fields for name in model.model_fields))
-        near = get_close_matches(str(unknown), valid, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        holder = _dotted(parents) or "a recipe"
-        return f"unknown recipe key {_dotted(location)!r}: {holder} has {', '.join(valid)}{hint}"
-    key, given = _dotted(location) or "recipe", first["input"]
-    if first["type"] == "value_error" and isinstance(given, Mapping):  # what several keys say together
-        return f"{key}: {_ours(first)}"
-    if first["type"] == "missing":
-        *parents, lacking = location
-        return f"{_dotted(parents)} lacks the key {lacking!r}"
-    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        *others, last = (str(_tag(model)) for model in _walk((*first["loc"], ""))[1])
-        method = f"={given['method']!r} is unknown" if "method" in given else " is missing"
-        return f"{key}.method{method}: give {', '.join(others)} or {last}"
-    if first["type"] in ("model_type", "model_attributes_type"):
-        keys = dict.fromkeys(name for model in _walk((*first["loc"], ""))[1] for name in model.model_fields)
-        return f"{key}={given!r}: set its keys instead, as {key}.{next(iter(keys))}=...: {', '.join(keys)}"
-    if first["type"] == "tuple_type":
-        return f"{key}={given!r}: give a list, as [a, b]"
-    return f"{key}={given!r}: {_ours(first)}"
-
-
-def _ours(error: Any) -> str:
-    return error["msg"].removeprefix("Value error, ").replace("Input should", "should")
-
-
-def _dotted(location: Iterable[Any]) -> str:
-    return ".".join(str(part) for part in location)
-
-
-def _walk(location: Iterable[Any]) -> tuple[list[Any], list[type[BaseModel]]]:
-    """A pydantic location without the tags of unions, and the models that hold its last key."""
-    kept: list[Any] = []
-    models: list[type[BaseModel]] = [Recipe]
-    holders = models
-    for part in location:
-        tagged = [model for model in models if _tag(model) == part]
-        if tagged and not any(part in model.model_fields for model in models):
-            models = tagged
-            continue
-        if not models and isinstance(part, str):
-            continue  # the tag of a union of plain types
-        kept.append(part)
-        holders = models
-        if isinstance(part, str):
-            fields = [model.model_fields[part] for model in models if part in model.model_fields]
-            models = [inner for field in fields for inner in _models(field.annotation)]
-    return kept, holders
-
-
-def _tag(model: type[BaseModel]) -> Any:
-    method = model.model_fields.get("method")
-    return method.default if method else None
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if isinstance(annotation, types.GenericAlias) or typing.get_origin(annotation) is not None:
-        return [model for argument in typing.get_args(annotation) for model in _models(argument)]
-    return []
