@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
     message, status = "", 0
     try:
-        given = _parse(sys.argv[1:] if arguments is None else arguments)
+        given = parse(sys.argv[1:] if arguments is None else arguments)
         with stopped_by_sigterm():
             _run(given)
     except UserError as error:
@@ -72,7 +72,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line, with all of its commands."""
     parser = _Parser(prog="qsam2", description="Quantization of Segment Anything Model 2.")
     parser.add_argument("--version", action="version", version=f"qsam2 {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -85,6 +86,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_sensitivity(commands)
     add_report(commands)
     add_benchmark(commands)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Arguments as the command's parser reads them, its overrides (`key=value`) apart; raises UserError."""
+    parser = build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     switches = {flag for command in commands.choices.values() for flag in _switches(command)}
     overrides: list[str] = []
     others: list[str] = []
