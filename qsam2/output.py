@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,16 @@ def code_version() -> str:
     return f"{version()} ({commit}{'+' if changes else ''})" if commit else version()
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Context manager that turns a full disk or an unwritable folder into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(f"{path} could not be written: {reason}; make room or give another path") from error
+
+
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all: `write` gets a temporary name beside it, which is then renamed.
 
@@ -47,12 +57,10 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, file)
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise UserError(f"{file} could not be written: {reason}; make room or give another path") from error
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, file)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

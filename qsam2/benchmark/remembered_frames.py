@@ -15,7 +15,7 @@ from qsam2.benchmark.measure import WARM_UPS, Seconds, held_bytes, machine, medi
 from qsam2.errors import UserError
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2
-from qsam2.models.replaced import without_bar
+from qsam2.models.replaced import hide_progress_bar
 from qsam2.recipe.memory import MemoryRecipe
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
@@ -118,7 +118,7 @@ class _Tracking:
     def __call__(self) -> Seconds:
         self.attention_seconds = 0.0
         started = self._now()
-        with self._precision(), without_bar():
+        with self._precision(), hide_progress_bar():
             next(self.frames)
         return self._now() - started, self.attention_seconds
 

@@ -16,7 +16,7 @@ from qsam2.benchmark.engines import ENGINES, PARTS, Setting
 from qsam2.benchmark.measure import WARM_UPS, machine, medians
 from qsam2.errors import UserError
 from qsam2.models import build_sam2
-from qsam2.models.replaced import without_bar
+from qsam2.models.replaced import hide_progress_bar
 
 COLUMNS = ("seconds_per_frame", *(f"{part}_seconds" for part in PARTS))
 
@@ -47,7 +47,7 @@ def benchmark_tracking(
     nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 10.0)
     fill = max(model.num_maskmem - WARM_UPS, 1)  # the warm-ups fill the rest of the bank
     frames = _Noise(model.image_size, fill + WARM_UPS + repeats)
-    with tempfile.TemporaryDirectory() as folder, without_bar():
+    with tempfile.TemporaryDirectory() as folder, hide_progress_bar():
         setting = Setting(model, frames, Path(folder))
         runs = {name: ENGINES[name].start(setting) for name in chosen}
         for run in runs.values():

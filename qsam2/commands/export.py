@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from qsam2.commands.common import Commands, log, quiet_logs, texts
 from qsam2.errors import UserError
+from qsam2.output import write_whole
 
 EPILOG = """examples:
   qsam2 export runs/qat-w4a4 --format onnx --out exported/qat-w4a4
@@ -41,10 +41,10 @@ def _export(given: argparse.Namespace) -> None:
 
 
 def _export_onnx(given: argparse.Namespace) -> dict[str, int]:
-    from qsam2.export.onnx.write import export_onnx, need_packages
+    from qsam2.export.onnx.write import export_onnx, require_packages
     from qsam2.load import load_model
 
-    need_packages()  # before the model is loaded
+    require_packages()  # before the model is loaded
     model, recipe = load_model(given.model, given.overrides)
     if recipe.memory.reads_anew:
         log.warning("the graphs read all of the memory, as sam2 does: memory.* of the recipe is not exported")
@@ -69,17 +69,8 @@ def _export_packed(given: argparse.Namespace) -> dict[str, int]:
 
 
 def _copy(source: Path, target: Path) -> int:
-    """Bytes of a file that is copied whole or not at all."""
-    unfinished = target.with_name(f"{target.name}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, unfinished)
-        unfinished.replace(target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}): give another folder with --out") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    """Copy a file whole or not at all; returns its size in bytes."""
+    write_whole(target, lambda path: shutil.copyfile(source, path))
     return target.stat().st_size
 
 

@@ -59,7 +59,7 @@ def add_predict(commands: Commands) -> None:
 
 def _predict(given: argparse.Namespace) -> None:
     quiet_logs()
-    from qsam2.predict.run import predict
+    from qsam2.predict.predict import predict
 
     written = predict(
         given.model,

@@ -10,7 +10,7 @@ from qsam2.commands.common import Commands, quiet_logs, texts
 from qsam2.errors import UserError
 
 if TYPE_CHECKING:
-    from qsam2.report.read import KeptRun
+    from qsam2.report.read import SavedRun
 
 EPILOG = """examples:
   qsam2 report runs/qat-w4a4
@@ -54,7 +54,7 @@ def _report(given: argparse.Namespace) -> None:
     print(file)
 
 
-def _default(runs: list[KeptRun]) -> Path:
+def _default(runs: list[SavedRun]) -> Path:
     if len(runs) > 1:
         return Path("comparison.html")
     return runs[0].path / ("unfinished.html" if runs[0].missing_stages else "report.html")

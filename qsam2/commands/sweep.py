@@ -41,7 +41,7 @@ def _sweep(given: argparse.Namespace) -> None:
     sweep = load_sweep(given.sweep, given.overrides)
     folder = given.output or Path("runs", "sweeps", sweep.name)
     quiet_logs()
-    from qsam2.train.trainer import has_wandb_key
+    from qsam2.train.loggers import has_wandb_key
 
     if not given.dry_run and sweep.logs_online and has_wandb_key():
         from qsam2.sweep.online import run_agent

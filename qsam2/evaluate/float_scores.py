@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
 from qsam2.models import SAM2
+from qsam2.output import write_whole
 from qsam2.recipe.recipe import EvaluateRecipe
 
 Scored = tuple[dict[str, Any], Predictions]
@@ -70,12 +70,9 @@ def _key(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe) -> st
 def _write(file: Path, scored: Scored) -> None:
     block, masks = scored
     arrays: dict[str, Any] = {str(index): packed for index, packed in enumerate(masks.values())}
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
+
+    def write(path: Path) -> None:
+        with path.open("wb") as stream:
             np.savez_compressed(stream, block=json.dumps(block), names=json.dumps(list(masks)), **arrays)
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{file} could not be written: {error.strerror}; make room or give another path") from error
+
+    write_whole(file, write)

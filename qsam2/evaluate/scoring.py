@@ -21,7 +21,7 @@ from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
 from qsam2.recipe import Recipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
-from qsam2.train.trainer import build_trainer
+from qsam2.train.trainer import build_trainer, device_of
 
 
 class _Videos(Dataset["Video | None"]):
@@ -94,8 +94,7 @@ def score_any(
     """`score_videos`, or `score_stills` where all have one frame."""
     if any(len(video) > 1 for video in videos):
         return score_videos(model, videos, evaluation, trainer, folder=folder, reference=reference)
-    device = build_trainer(trainer, folder=folder).strategy.root_device
-    return score_stills(model.to(device), videos, reference=reference)
+    return score_stills(model.to(device_of(trainer)), videos, reference=reference)
 
 
 def score_float(
@@ -146,7 +145,7 @@ def evaluate_model(
         size = recipe.model.image_size
         other, _ = load_model(reference, [*([f"model.image_size={size}"] if size else []), *overrides])
     if fast:
-        model = make_fast(model.to(build_trainer(recipe.trainer, folder=FOLDER).strategy.root_device))
+        model = make_fast(model.to(device_of(recipe.trainer)))
     return {"fidelity": None, **score_against(model, other, recipe), "model": target}
 
 

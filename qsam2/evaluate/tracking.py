@@ -9,7 +9,7 @@ from qsam2.data.transforms import FrameSequence
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.models import SAM2
-from qsam2.models.replaced import replaced, without_bar
+from qsam2.models.replaced import hide_progress_bar, replaced
 
 
 def first_masks(video: Video, length: int, *, later_objects: bool) -> dict[int, dict[int, np.ndarray]]:
@@ -56,7 +56,7 @@ def track(
     tracked: dict[int, np.ndarray] = {}
     # Meta's evaluation leaves the memory of prompted frames as it is; sam2 binarizes it for interactive use
     settings = {"non_overlap_masks": non_overlapping, "binarize_mask_from_pts_for_mem_enc": False}
-    with replaced(model, **settings), without_bar():
+    with replaced(model, **settings), hide_progress_bar():
         for start, masks in prompts.items():
             state = model.init_state(frames, video_size=video.size)
             for object_id, mask in masks.items():

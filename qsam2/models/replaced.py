@@ -22,6 +22,6 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def without_bar() -> contextlib.AbstractContextManager[None]:
+def hide_progress_bar() -> contextlib.AbstractContextManager[None]:
     """Without the progress bar that sam2 draws for each video: scores and benchmarks have one of their own."""
     return replaced(sam2_video_predictor, tqdm=lambda frames, **_: frames)

@@ -14,7 +14,7 @@ from qsam2.data.transforms import FrameSequence
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.models import SAM2
-from qsam2.predict.prompts import Prompt, Prompts
+from qsam2.predict.parse import Prompt, Prompts
 
 MASK_LOGIT = 10.0
 """What a pixel of a mask prompt weighs, as in sam2's video predictor."""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from qsam2.data.video import Video
 from qsam2.errors import UserError
+from qsam2.output import writing
 from qsam2.report.overlays import COLOURS, overlay
 
 UNFINISHED = ".unfinished"
@@ -37,16 +38,14 @@ def outputs(folder: Path, names: Sequence[str], *, replace: bool) -> Iterator[Pa
     unfinished = folder / UNFINISHED
     is_new = not folder.exists()
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        for name in names:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            os.replace(unfinished / name, folder / name)
-    except OSError as error:
-        reason = " ".join((error.strerror or str(error)).split())
-        raise UserError(f"--out {folder}: cannot be written ({reason}); give a folder with room to write") from error
+        with writing(folder):
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            for name in names:
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name)
+                os.replace(unfinished / name, folder / name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         with contextlib.suppress(OSError):  # it holds something

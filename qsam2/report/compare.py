@@ -12,14 +12,14 @@ from qsam2.output import version
 from qsam2.report.curves import draw_loss
 from qsam2.report.draw import Point, draw_pareto
 from qsam2.report.page import bits, environment, headline
-from qsam2.report.read import KeptRun
+from qsam2.report.read import SavedRun
 from qsam2.run_folder import flat
 
 APART = ("name", "output")
 """Keys in which all recipes differ."""
 
 
-def render_comparison(runs: Sequence[KeptRun]) -> str:
+def render_comparison(runs: Sequence[SavedRun]) -> str:
     """The page of several runs as HTML.
 
     Raises:
@@ -52,7 +52,7 @@ def render_comparison(runs: Sequence[KeptRun]) -> str:
     )
 
 
-def unique_names(runs: Sequence[KeptRun]) -> dict[str, KeptRun]:
+def unique_names(runs: Sequence[SavedRun]) -> dict[str, SavedRun]:
     """Runs by the names of their folders, by their paths where two are the same.
 
     Raises:
@@ -65,7 +65,7 @@ def unique_names(runs: Sequence[KeptRun]) -> dict[str, KeptRun]:
     return {str(run.path) if short.count(run.name) > 1 else run.name: run for run in runs}
 
 
-def recipe_differences(runs: dict[str, KeptRun]) -> dict[str, list[Any]]:
+def recipe_differences(runs: dict[str, SavedRun]) -> dict[str, list[Any]]:
     """{dotted key: its value in each run} of the keys that differ.
 
     Of a part that some recipes leave out (`train: null`) a row says which have it, by its method where it has one; its
@@ -90,7 +90,7 @@ def _part(recipe: dict[str, Any], part: str) -> Any:
     return recipe.get(f"{part}.method", "given") if given else None
 
 
-def _settings(runs: dict[str, KeptRun]) -> list[str]:
+def _settings(runs: dict[str, SavedRun]) -> list[str]:
     """What the runs were scored on, if that differs: their scores are then of different things."""
     said = {
         name: f"{name}: {run.recipe.data.scored}, {run.recipe.evaluate.protocol} protocol, "
@@ -101,7 +101,7 @@ def _settings(runs: dict[str, KeptRun]) -> list[str]:
     return list(said.values()) if len(different) > 1 else []
 
 
-def _pareto(runs: dict[str, KeptRun], cost: Callable[[dict[str, Any]], float | None], axis: str) -> Markup | None:
+def _pareto(runs: dict[str, SavedRun], cost: Callable[[dict[str, Any]], float | None], axis: str) -> Markup | None:
     points: list[Point] = []
     for name, run in runs.items():
         for row in headline(run.metrics):

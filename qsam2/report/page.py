@@ -17,7 +17,7 @@ from qsam2.recipe.quantizer_specs import QuantizerSpec
 from qsam2.report.curves import draw_clips, draw_loss
 from qsam2.report.draw import draw_histograms, draw_noise, draw_sensitivity, draw_worst
 from qsam2.report.memory_use import draw_memory
-from qsam2.report.read import MODELS, KeptRun, read_run
+from qsam2.report.read import MODELS, SavedRun, read_run
 
 SENSITIVITY = "sensitivity.json"
 REPORT = "report.html"
@@ -32,7 +32,7 @@ def write_report(folder: Path) -> None:
     write_text(folder / REPORT, render(read_run(folder)))
 
 
-def render(run: KeptRun) -> str:
+def render(run: SavedRun) -> str:
     """The page as HTML; of an unfinished run what there is, and which stages are to come."""
     metrics, layers, clips = run.metrics, run.layers, run.clips
     scored = (metrics.get("float") or {}).get("per_object", {})

@@ -12,24 +12,24 @@ from qsam2.errors import UserError
 from qsam2.output import read_json, write_bytes, write_text
 from qsam2.recipe import Recipe, load_recipe
 from qsam2.report.curves import Curve, read_curves
-from qsam2.train.trainer import CURVES
+from qsam2.train.loggers import CURVES
 
 FOLDER = "report"
 LAYERS, CLIPS, MEMORY = "layers.json", "clips.json", "memory.json"
 
 
-def keep(run: Path, name: str, values: Any) -> None:
+def save_json(run: Path, name: str, values: Any) -> None:
     """Write plain values; raises UserError where the disk is full."""
     write_text(run / FOLDER / name, json.dumps(values))
 
 
-def keep_bytes(run: Path, name: str, data: bytes) -> None:
+def save_media(run: Path, name: str, data: bytes) -> None:
     """Write a picture or a video; raises UserError where the disk is full."""
     write_bytes(run / FOLDER / name, data)
 
 
-def kept(run: Path, name: str) -> Any:
-    """What `keep` wrote; None where the run kept no such file.
+def load_json(run: Path, name: str) -> Any:
+    """What `save_json` wrote; None where the run kept no such file.
 
     Raises:
         UserError: the file is damaged.
@@ -41,7 +41,7 @@ MODELS = ("float", "ptq", "quantized")
 
 
 @dataclass(frozen=True)
-class KeptRun:
+class SavedRun:
     """What a run folder holds of a run; `layers`, `clips`, `memory` are None where the run kept none.
 
     `clips` of several runs are not needed to compare them: all files are read when asked for.
@@ -59,17 +59,17 @@ class KeptRun:
     @cached_property
     def layers(self) -> dict[str, Any] | None:
         """See `measure_layers`."""
-        return kept(self.path, LAYERS)
+        return load_json(self.path, LAYERS)
 
     @cached_property
     def clips(self) -> dict[str, Any] | None:
-        """See `keep_clips`."""
-        return kept(self.path, CLIPS)
+        """See `save_clips`."""
+        return load_json(self.path, CLIPS)
 
     @cached_property
     def memory(self) -> dict[str, Any] | None:
         """See `memory_use`."""
-        return kept(self.path, MEMORY)
+        return load_json(self.path, MEMORY)
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
@@ -96,7 +96,7 @@ class KeptRun:
         return self.metrics.get("float" if self.recipe.quantize is None else "quantized")
 
 
-def read_run(path: Path) -> KeptRun:
+def read_run(path: Path) -> SavedRun:
     """A run folder, finished or not.
 
     Raises:
@@ -113,7 +113,7 @@ def read_run(path: Path) -> KeptRun:
     metrics = read_json(path / "metrics.json") or {}
     if not isinstance(metrics, dict) or not isinstance(metrics.get("seconds", {}), dict):
         raise UserError(f"{path / 'metrics.json'} holds no metrics of a run: copy it again, or carry out the run anew")
-    return KeptRun(path, recipe, metrics)
+    return SavedRun(path, recipe, metrics)
 
 
 def _stages(recipe: Recipe) -> list[str]:

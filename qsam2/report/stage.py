@@ -6,12 +6,12 @@ from PIL.Image import Image
 
 from qsam2.calibration.forward import run_sample
 from qsam2.data.calibration_data import far_apart
-from qsam2.report.measure import measure_layers
+from qsam2.report.layer_statistics import measure_layers
 from qsam2.report.memory_use import memory_use
 from qsam2.report.overlays import contact_sheet
 from qsam2.report.page import write_report
-from qsam2.report.read import LAYERS, MEMORY, keep
-from qsam2.report.tracked_clips import keep_clips
+from qsam2.report.read import LAYERS, MEMORY, save_json
+from qsam2.report.tracked_clips import save_clips
 from qsam2.report.wandb import log_results
 from qsam2.run import Run
 
@@ -30,10 +30,10 @@ def report(run: Run) -> None:
         measured = measure_layers(
             run.layers, run.model, run.teacher, run.latent, lambda network: run_sample(network, sample, ("mask",))
         )
-        keep(folder, LAYERS, measured)
-    keep_clips(folder, run.videos, run.predictions, run.recipe.evaluate.frames)
+        save_json(folder, LAYERS, measured)
+    save_clips(folder, run.videos, run.predictions, run.recipe.evaluate.frames)
     if run.recipe.memory.sharing != "none":
-        keep(folder, MEMORY, memory_use(run.model, run.videos[0], run.recipe.evaluate))
+        save_json(folder, MEMORY, memory_use(run.model, run.videos[0], run.recipe.evaluate))
     log_results(run.loggers, run.folder.metrics, draw_overlays(run))
     write_report(folder)
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qsam2.data.video import Predictions, Video
 from qsam2.evaluate.metrics.jf import region_similarity
 from qsam2.report.overlays import FRAMES_PER_SECOND, encode_video, overlay
-from qsam2.report.read import CLIPS, keep, keep_bytes
+from qsam2.report.read import CLIPS, save_json, save_media
 
 SHOWN = 3
 """Videos that are shown."""
@@ -62,7 +62,7 @@ class TrackedVideo:
         return {item: masks[index] for item, masks in self.masks[model].items()}
 
 
-def keep_clips(run: Path, videos: Sequence[Video], tracked: Mapping[str, Predictions], frames: int | None) -> None:
+def save_clips(run: Path, videos: Sequence[Video], tracked: Mapping[str, Predictions], frames: int | None) -> None:
     """Write the first videos as clips and the worst frames of all into the run folder, and what they show.
 
     Raises:
@@ -83,8 +83,8 @@ def keep_clips(run: Path, videos: Sequence[Video], tracked: Mapping[str, Predict
         clip = TrackedVideo.of(by_name[row["video"]], tracked, frames)
         assert clip is not None
         row["picture"] = f"worst_{row['video']}_{row['frame']}.jpg"
-        keep_bytes(run, row["picture"], _jpeg(panels(clip, row["frame"])))
-    keep(run, CLIPS, {"models": list(tracked), "clips": shown, "worst": worst})
+        save_media(run, row["picture"], _jpeg(panels(clip, row["frame"])))
+    save_json(run, CLIPS, {"models": list(tracked), "clips": shown, "worst": worst})
 
 
 def frame_scores(clip: TrackedVideo) -> list[dict[str, Any]]:
@@ -170,8 +170,8 @@ def difference(frame: np.ndarray, reference: Mapping[int, np.ndarray], masks: Ma
 def _keep_clip(run: Path, name: str, clip: TrackedVideo) -> dict[str, Any]:
     count = min(clip.length, MAX_FRAMES)
     frames: Iterator[np.ndarray] = (panels(clip, index) for index in range(count))
-    keep_bytes(run, f"{name}.mp4", encode_video(frames))
-    keep_bytes(run, f"{name}.jpg", _jpeg(panels(clip, count // 2)))
+    save_media(run, f"{name}.mp4", encode_video(frames))
+    save_media(run, f"{name}.jpg", _jpeg(panels(clip, count // 2)))
     return {
         "video": clip.video.name,
         "file": name,

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from qsam2.report.read import FOLDER, LAYERS, kept
+from qsam2.report.read import FOLDER, LAYERS, load_json
 
 SCORES = ("J&F", "J", "F", "fidelity", "box_mIoU", "seconds_per_frame")
 COLUMNS = (
@@ -42,7 +42,7 @@ def log_results(loggers: Sequence[Logger], metrics: dict[str, Any], pictures: Se
     amounts = {f"{kind}/{name}": value for kind in ("bytes", "seconds") for name, value in metrics[kind].items()}
     logger.log_metrics({**scores, **amounts})
     folder = Path(str(logger.save_dir))
-    if layers := kept(folder, LAYERS):
+    if layers := load_json(folder, LAYERS):
         rows = [[row.get(column) for column in COLUMNS] for row in layers["layers"]]
         logger.log_table("layers", columns=list(COLUMNS), data=rows)
     if pictures:

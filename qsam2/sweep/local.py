@@ -21,7 +21,7 @@ from qsam2.report.curves import read_curves
 from qsam2.sweep.definition import Sweep, Values, combinations
 from qsam2.sweep.processes import LOG, QSAM2, Processes, duration, failure
 from qsam2.sweep.study import STUDY, Study, SweepRun, count_runs, number_of, run_seconds
-from qsam2.train.trainer import CURVES
+from qsam2.train.loggers import CURVES
 
 RESULTS = "sweep.json"
 """In a sweep's folder: {"sweep", "metric", "goal", "runs": [a `SweepRun` each, best first], "best" (a command)}."""

@@ -26,7 +26,7 @@ from qsam2.run import Run
 from qsam2.train.imagenet import ImageNetDistillation
 from qsam2.train.losses import embedding_distillation, mask_distillation, segmentation_loss
 from qsam2.train.optimizer import adamw, cosine_share, parameter_groups
-from qsam2.train.prompts import drawn_clicks, set_dropout, set_prompts
+from qsam2.train.prompts import record_clicks, set_dropout, set_prompts
 from qsam2.train.trainer import LAST, build_trainer, training_options
 
 log = logging.getLogger("qsam2")
@@ -106,7 +106,7 @@ class VideoTraining(L.LightningModule):
         backbone = self.model.forward_image(batch.flat_img_batch)
         embeddings = backbone["backbone_fpn"]
         backbone = self.model.prepare_prompt_inputs(backbone, batch)
-        with drawn_clicks() as clicks:
+        with record_clicks() as clicks:
             frames = self.model.forward_tracking(backbone, batch)
         losses = self.loss(frames, batch.masks)
         total = losses.pop("core_loss")
@@ -115,7 +115,7 @@ class VideoTraining(L.LightningModule):
             losses["distill_imagenet"] = self.imagenet(batch.flat_img_batch, embeddings)
             total = total + distill.imagenet * losses["distill_imagenet"]
         for teacher in self._teacher:
-            with torch.no_grad(), drawn_clicks(clicks):
+            with torch.no_grad(), record_clicks(clicks):
                 teacher_features = teacher.forward_image(batch.flat_img_batch)
                 if distill.mask_logits:
                     teacher.rng = self.model.rng

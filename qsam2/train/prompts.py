@@ -44,7 +44,7 @@ def set_dropout(model: nn.Module, share: float) -> None:
 
 
 @contextlib.contextmanager
-def drawn_clicks(given: Sequence[Click] | None = None) -> Iterator[list[Click]]:
+def record_clicks(given: Sequence[Click] | None = None) -> Iterator[list[Click]]:
     """Collects the clicks that `SAM2Train` draws; with `given` it gets these, in their order, instead.
 
     Correction clicks are drawn where a model errs: only so are two models, a student and its teacher, asked the same.

@@ -1,59 +1,52 @@
-"""The one factory of Lightning Trainers: progress, logging, checkpoints, precision and devices for every stage."""
+"""The one factory of Lightning Trainers.
+
+Every stage that fits or scores gets its Trainer from `build_trainer`, which decides device, strategy, precision and
+progress; `training_options` adds what training needs: checkpoints, weight averaging, frozen statistics.
+"""
 
 from __future__ import annotations
 
-import errno
-import netrc
-import os
-import secrets
 import signal
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import Logger
 
 from qsam2.errors import UserError
-from qsam2.output import code_version
+from qsam2.output import write_whole
 from qsam2.quantizers import Quantizer
-from qsam2.recipe.recipe import LogRecipe, Recipe, TrainerRecipe
+from qsam2.recipe.recipe import Recipe, TrainerRecipe
 
 LAST = "last.ckpt"
-"""Name, in a run's `checkpoints/`, of the checkpoint that a killed run resumes from."""
-
-
-CURVES = "curves"
-"""Folder, in a run's, of what training logged: `version_*/metrics.csv`."""
-
-WANDB_ID = "wandb/id"
-"""File, in a run's folder: the run's id in Weights & Biases."""
+"""File name, in a run's `checkpoints/`, of the checkpoint that a killed run resumes from."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary name and renames: the previous checkpoint survives a full disk. Reads tensors only."""
+    """Writes checkpoints whole or not at all: the previous one survives a full disk. Reads tensors only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Raises UserError where the disk is full."""
+
+        def write(file: Path) -> None:
+            try:
+                TorchCheckpointIO.save_checkpoint(self, checkpoint, file, storage_options)
+            except RuntimeError as error:  # torch's own error for a full disk
+                raise OSError(str(error)) from error
+
         path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
+        for unfinished in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
+            unfinished.unlink(missing_ok=True)
         try:
-            super().save_checkpoint(checkpoint, temporary, storage_options)
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"checkpoint {path} could not be written ({error}); the previous one is kept: "
-                "make room on the disk and run the same command again to resume"
-            ) from error
+            write_whole(path, write)
+        except UserError as error:
+            raise UserError(f"{error}; the previous one is kept: run the same command again to resume") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         return super().load_checkpoint(path, map_location, weights_only=True)
@@ -200,54 +193,6 @@ def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dic
         "callbacks": callbacks,
         "limit_val_batches": 0,
     }
-
-
-def build_loggers(recipe: LogRecipe, *, folder: Path, name: str, config: dict[str, Any]) -> list[Logger]:
-    """Curves as CSV in the run folder, a version each time it is resumed; and Weights & Biases.
-
-    The latter online where a key is configured, offline otherwise, not at all on request; a resumed run goes on there.
-    """
-    loggers: list[Logger] = [CSVLogger(folder, name=CURVES, flush_logs_every_n_steps=1)]
-    if recipe.wandb != "off":
-        offline = recipe.wandb == "offline" or (recipe.wandb == "auto" and not has_wandb_key())
-        loggers.append(
-            WandbLogger(
-                name=name,
-                project=recipe.project,
-                group=recipe.group,
-                save_dir=folder,
-                offline=offline,
-                id=_wandb_id(folder),
-                resume="allow",
-                config={**config, "qsam2": code_version()},
-            )
-        )
-    return loggers
-
-
-@rank_zero_only
-def _wandb_id(folder: Path) -> str:
-    """The id of the folder's run in W&B: an agent's own, or one that is drawn when the run is first begun."""
-    if given := os.environ.get("WANDB_RUN_ID"):
-        return given
-    file = folder / WANDB_ID
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(secrets.token_hex(4))
-        os.replace(temporary, file)
-    return file.read_text()
-
-
-def has_wandb_key() -> bool:
-    """Whether `wandb login` was done or WANDB_API_KEY is set (wandb's own check would ask for a key)."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
 
 
 def device_of(recipe: TrainerRecipe) -> torch.device:

@@ -30,7 +30,7 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.train.prompts import drawn_clicks
+from qsam2.train.prompts import record_clicks
 
 
 def quantize(**changes: Any) -> QuantizeRecipe:
@@ -166,9 +166,9 @@ def test_the_function_stays(size: str, nano: SAM2) -> None:
     assert all(row.range_over_mean[1] < row.range_over_mean[0] for row in rows)
     for name in layers:
         assert not torch.equal(smoothed.get_submodule(name).weight, model.get_submodule(name).weight)
-    with drawn_clicks() as clicks:
+    with record_clicks() as clicks:
         expected = list(logits(model, sample))
-    with drawn_clicks(clicks):  # one pixel's sign, which rounding may turn, could move a click
+    with record_clicks(clicks):  # one pixel's sign, which rounding may turn, could move a click
         found = list(logits(smoothed, sample))
     for one, other in zip(expected, found, strict=True):
         assert float((one - other).abs().max() / one.abs().max()) < 1e-5

@@ -430,15 +430,15 @@ def test_full_disk_in_a_run(refused: Refused, tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(SafeCheckpointIO, "save_checkpoint", only_the_first)
         message = refused(*command)
-    assert message.startswith(f"checkpoint {last} could not be written (") and "File too large" in message
-    assert message.endswith("the previous one is kept: make room on the disk and run the same command again to resume")
+    assert message.startswith(f"{last} could not be written: ") and "File too large" in message
+    assert message.endswith("the previous one is kept: run the same command again to resume")
     assert torch.load(last, weights_only=True)["global_step"] == 1
     assert [file.name for file in last.parent.iterdir()] == ["last.ckpt"]
 
     with monkeypatch.context() as patch:
         patch.setattr(qsam2.export.card, "save_weights", no_room)
         message = refused(*command)
-    assert message.startswith(f"{run / 'model.safetensors'} cannot be written (") and "File too large" in message
+    assert message.startswith(f"{run / 'model.safetensors'} could not be written: ") and "File too large" in message
     assert torch.load(last, weights_only=True)["global_step"] == 2
     assert not list(run.glob("model.safetensors*"))
 

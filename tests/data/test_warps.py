@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qsam2.data.synthetic.outlines import draw_outline
 from qsam2.data.synthetic.sprites import Sprite, add_grain, blend, brighten, draw_grain, draw_sprite
-from qsam2.data.synthetic.textures import PHOTOGRAPHS, _read, cut, cut_smooth, photographs
+from qsam2.data.synthetic.textures import PHOTOGRAPHS, _read, photographs, smooth_patch, texture_patch
 from qsam2.data.synthetic.warps import (
     Wave,
     corners,
@@ -155,14 +155,14 @@ def test_outlines_differ_in_their_concavity() -> None:
 @pytest.mark.parametrize("photo", range(len(PHOTOGRAPHS)))
 def test_patches_have_the_size_and_variety_asked_for(photo: int) -> None:
     rng = np.random.default_rng(photo)
-    patches = [cut(rng, 40, 60, photo) for _ in range(4)]
+    patches = [texture_patch(rng, 40, 60, photo) for _ in range(4)]
     assert all(patch.shape == (40, 60, 3) and patch.dtype == np.uint8 for patch in patches)
     assert len({patch.tobytes() for patch in patches}) == 4
     assert photographs()[photo][0].std() > 5
 
 
 def test_a_smooth_patch_has_no_fine_texture() -> None:
-    patch = cut_smooth(np.random.default_rng(3), 64, 64).astype(int)
+    patch = smooth_patch(np.random.default_rng(3), 64, 64).astype(int)
     assert np.abs(np.diff(patch, axis=0)).max() < 24
 
 

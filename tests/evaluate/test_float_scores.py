@@ -13,7 +13,6 @@ from torch import nn
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.video import Video
 from qsam2.errors import UserError
-from qsam2.evaluate import float_scores as module
 from qsam2.evaluate.float_scores import Scored, kept, weights_digest
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import EvaluateRecipe
@@ -102,7 +101,7 @@ def test_damaged_and_unwritable_files(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match="could not be written: No space left on device; make room"):
         kept(model, videos, evaluation, Computed())
     assert list(evaluation.float_cache.iterdir()) == []

@@ -397,6 +397,6 @@ def test_a_failed_write_leaves_no_part(monkeypatch, tmp_path):
     graph = Graph(torch.nn.Identity(), {"x": torch.zeros(1)}, ("y",), {})
     monkeypatch.setattr(write, "graph_bytes", lambda graph: b"x")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match="a.onnx cannot be written .No space left on device."):
+    with pytest.raises(UserError, match="a.onnx could not be written: No space left on device"):
         write._write_graph(tmp_path / "a.onnx", graph)
     assert list(tmp_path.iterdir()) == []

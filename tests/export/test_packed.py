@@ -184,14 +184,16 @@ def test_a_file_replaces_the_former_one_when_it_is_whole(saved, monkeypatch):
     path, model = saved
     before = path.read_bytes()
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(UserError, match=r"cannot be written \(disk full\): give a folder"):
+    with pytest.raises(UserError, match="could not be written: disk full"):
         save_packed(path, model, recipe(3))
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_folder_that_does_not_exist_is_a_users_mistake(saved, tmp_path):
-    with pytest.raises(UserError, match="cannot be written"):
-        save_packed(tmp_path / "nowhere" / "model.safetensors", saved[1], recipe(3))
+def test_a_missing_folder_is_made_and_an_impossible_one_is_a_users_mistake(saved, tmp_path):
+    save_packed(tmp_path / "new" / "model.safetensors", saved[1], recipe(3))
+    assert (tmp_path / "new" / "model.safetensors").is_file()
+    with pytest.raises(UserError, match="could not be written: Not a directory"):
+        save_packed(saved[0] / "model.safetensors", saved[1], recipe(3))
 
 
 def test_a_model_that_is_not_finalized_is_refused(saved, tmp_path):

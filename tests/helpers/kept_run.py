@@ -11,8 +11,8 @@ import numpy as np
 from qsam2.data.video import Video
 from qsam2.evaluate.metrics.bootstrap import paired_bootstrap
 from qsam2.recipe import build_recipe, save_recipe
-from qsam2.report.read import LAYERS, MEMORY, KeptRun, keep, read_run
-from qsam2.report.tracked_clips import keep_clips
+from qsam2.report.read import LAYERS, MEMORY, SavedRun, read_run, save_json
+from qsam2.report.tracked_clips import save_clips
 
 W2 = {"quantize": {"weights": {"method": "lsc", "bits": 2}}}
 QAT = {**W2, "train": {}, "trainer": {"max_steps": 7}, "memory": {"sharing": "adaptive", "frames": 3}}
@@ -134,14 +134,14 @@ def write_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] 
     models = ("float",)
     if recipe.quantize is not None:
         models += ("ptq", "quantized")
-        keep(path, LAYERS, layers())
+        save_json(path, LAYERS, layers())
     if recipe.memory.sharing != "none":
-        keep(path, MEMORY, memory())
+        save_json(path, MEMORY, memory())
     video = Squares()
-    keep_clips(path, [video], tracked(video, *models), None)
+    save_clips(path, [video], tracked(video, *models), None)
     return path
 
 
-def kept_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] | None = METRICS) -> KeptRun:
+def kept_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] | None = METRICS) -> SavedRun:
     """The run folder of `write_run`, read."""
     return read_run(write_run(path, values, metrics))

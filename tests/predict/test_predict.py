@@ -205,10 +205,10 @@ def test_a_full_disk_is_one_line(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qsam2.predict.run.write_ids", full)
+    monkeypatch.setattr("qsam2.predict.predict.write_ids", full)
     assert main(["predict", str(models["float"]), str(folder), *CLICK, "--out", str(out)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: --out {out}: cannot be written (No space left on device); give a folder with room to write"
+    assert error == f"error: {out} could not be written: No space left on device; make room or give another path"
     assert not out.exists()
 
 

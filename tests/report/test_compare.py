@@ -14,18 +14,18 @@ from qsam2.cli import main
 from qsam2.errors import UserError
 from qsam2.report.compare import recipe_differences, render_comparison, unique_names
 from qsam2.report.draw import Point, draw_pareto, pareto_front
-from qsam2.report.read import KeptRun
+from qsam2.report.read import SavedRun
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[KeptRun]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[SavedRun]:
     folder = tmp_path_factory.mktemp("runs")
     ptq = metrics_of(float=70.0, ptq=50.0, quantized=50.0)
     ptq["bytes"]["packed"] = 2_000_000
     return [kept_run(folder / "qat", QAT), kept_run(folder / "ptq", W2, ptq)]
 
 
-def test_the_table_has_a_row_a_run(runs: list[KeptRun]) -> None:
+def test_the_table_has_a_row_a_run(runs: list[SavedRun]) -> None:
     page = Page(render_comparison(runs))
     qat, ptq = page.rows[1:3]
     assert (
@@ -41,7 +41,7 @@ def test_the_table_has_a_row_a_run(runs: list[KeptRun]) -> None:
     assert page.tags.isdisjoint({"script", "iframe"})
 
 
-def test_the_front_is_drawn_over_bytes_and_time(runs: list[KeptRun]) -> None:
+def test_the_front_is_drawn_over_bytes_and_time(runs: list[SavedRun]) -> None:
     page = Page(render_comparison(runs))
     labels = [str(attributes["aria-label"]) for tag, attributes in page.elements if tag == "svg"]
     front = "J&F against MB of 3 models; Pareto front: ptq 50.0 at 2, qat 65.0 at 2.5, float nano 70.0 at 16"
@@ -49,7 +49,7 @@ def test_the_front_is_drawn_over_bytes_and_time(runs: list[KeptRun]) -> None:
     assert labels[1].endswith("Pareto front: float nano 70.0 at 0.123")
 
 
-def test_only_keys_that_differ_are_listed(runs: list[KeptRun]) -> None:
+def test_only_keys_that_differ_are_listed(runs: list[SavedRun]) -> None:
     differences = recipe_differences({run.name: run for run in runs})
     assert differences["memory.sharing"] == ["adaptive", "none"]
     assert differences["trainer.max_steps"] == [7, 2000]
@@ -68,18 +68,18 @@ def test_a_part_that_is_left_out_is_named_by_its_method(tmp_path: Path) -> None:
     assert all(len(values) == 3 for values in differences.values())
 
 
-def twin(run: KeptRun) -> KeptRun:
-    return KeptRun(run.path.parent / "twin", run.recipe, run.metrics)
+def twin(run: SavedRun) -> SavedRun:
+    return SavedRun(run.path.parent / "twin", run.recipe, run.metrics)
 
 
-def test_runs_that_were_scored_on_other_data(tmp_path: Path, runs: list[KeptRun]) -> None:
+def test_runs_that_were_scored_on_other_data(tmp_path: Path, runs: list[SavedRun]) -> None:
     assert "cannot be compared" not in render_comparison(runs)
     other = kept_run(tmp_path / "other", {**W2, "evaluate": {"frames": 5}})
     text = Page(render_comparison([runs[0], other])).text
     assert "cannot be compared: qat: moving_objects" in text and "all videos, 5 frames" in text
 
 
-def test_an_unfinished_run_among_others(tmp_path: Path, runs: list[KeptRun]) -> None:
+def test_an_unfinished_run_among_others(tmp_path: Path, runs: list[SavedRun]) -> None:
     begun = kept_run(tmp_path / "begun", W2, None)
     page = Page(render_comparison([*runs, begun]))
     assert "begun is not finished: convert, score float, calibrate, score ptq are to come" in page.text

@@ -22,8 +22,8 @@ from qsam2.report.tracked_clips import (
     TrackedVideo,
     difference,
     frame_scores,
-    keep_clips,
     panels,
+    save_clips,
     worst_frames,
 )
 
@@ -125,7 +125,7 @@ def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for video in videos:
         for name, found in tracked(video, *MODELS).items():
             models[name] |= found
-    keep_clips(tmp_path, videos, models, None)
+    save_clips(tmp_path, videos, models, None)
     kept = json.loads((tmp_path / "report" / "clips.json").read_text())
     assert [row["video"] for row in kept["clips"]] == ["v0", "v1", "v2"] and kept["models"] == list(MODELS)
     assert {(row["frames"], row["of"], row["objects"]) for row in kept["clips"]} == {(4, 8, 1)}
@@ -142,5 +142,5 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="clip0.mp4 could not be written: No space left on device; make room") as error:
-        keep_clips(tmp_path, [VIDEO], MODELS, None)
+        save_clips(tmp_path, [VIDEO], MODELS, None)
     assert "\n" not in str(error.value) and list((tmp_path / "report").iterdir()) == []

@@ -20,7 +20,7 @@ from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
 from qsam2.train.module import VideoTraining
-from qsam2.train.prompts import drawn_clicks, set_prompts
+from qsam2.train.prompts import record_clicks, set_prompts
 from qsam2.train.trainer import build_trainer
 
 CLICKS = {"conditioning_frames": 1, "correction_frames": 1, "correction_clicks": 1}
@@ -137,11 +137,11 @@ def test_a_student_equal_to_its_teacher_has_no_distance_from_it(model: SAM2, bat
 def test_clicks_of_one_forward_are_given_to_another(model: SAM2, batch: BatchedVideoDatapoint) -> None:
     set_prompts(model, PromptRecipe(point=1, box=0, **CLICKS))
     backbone = model.train().prepare_prompt_inputs(model.forward_image(batch.flat_img_batch), batch)
-    with drawn_clicks() as drawn:
+    with record_clicks() as drawn:
         model.forward_tracking({**backbone}, batch)
-    with drawn_clicks(drawn) as given:
+    with record_clicks(drawn) as given:
         model.forward_tracking({**backbone}, batch)
-    with drawn_clicks() as others:
+    with record_clicks() as others:
         model.forward_tracking({**backbone}, batch)
     assert len(drawn) == CLICKS["correction_clicks"]
     assert all(one is other for one, other in zip(drawn, given, strict=True))

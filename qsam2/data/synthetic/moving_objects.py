@@ -23,7 +23,7 @@ from qsam2.data.synthetic.sprites import (
     draw_grain,
     draw_sprite,
 )
-from qsam2.data.synthetic.textures import PHOTOGRAPHS, cut, cut_smooth
+from qsam2.data.synthetic.textures import PHOTOGRAPHS, smooth_patch, texture_patch
 from qsam2.data.synthetic.warps import Wave, draw_wave, interpolate, positions, project, similarity
 from qsam2.data.video import Video
 from qsam2.errors import UserError
@@ -180,7 +180,7 @@ def _draw_scene(rng: np.random.Generator, size: tuple[int, int], max_objects: in
         sprites.append(_draw_screen(rng, size, photo))
     strength = int(rng.integers(0, 4 + round(14 * hard)))
     return _Scene(
-        background=cut(rng, int(1.5 * height), int(1.5 * width), photo),
+        background=texture_patch(rng, int(1.5 * height), int(1.5 * width), photo),
         camera=_draw_camera(rng, min(size), hard),
         sprites=sprites,
         light=draw_wave(rng, rng.uniform(-0.3, 0.2), rng.uniform(0, 0.5) * hard, (16, 50)),
@@ -203,10 +203,10 @@ def _draw_picture(rng: np.random.Generator, unit: int, photo: int | None, num_ob
     """A shape with the texture of one photograph or two, RGBA uint8 (S, S, 4)."""
     largest = 0.85 if num_objects == 1 else 0.65
     side = max(int(unit * 2 ** rng.uniform(np.log2(0.24), np.log2(largest))) // 8 * 8, 16)
-    colours = cut(rng, side, side, photo) if rng.random() < 0.85 else cut_smooth(rng, side, side)
+    colours = texture_patch(rng, side, side, photo) if rng.random() < 0.85 else smooth_patch(rng, side, side)
     if rng.random() < 0.35:  # a part of another colour
         part = np.roll(draw_outline(rng, side), rng.integers(0, side, 2), (0, 1))
-        blend(colours, cut(rng, side, side), part)
+        blend(colours, texture_patch(rng, side, side), part)
     if rng.random() < 0.4:  # lit from one side
         shade = draw_wave(rng, 0, rng.uniform(0, 0.6), (2, 3))
         columns = np.array([shade(x / side) for x in range(side)])
@@ -247,7 +247,7 @@ def _draw_distractor(rng: np.random.Generator, size: tuple[int, int], hard: floa
     if kind < 0.4:
         picture[..., 3] = draw_outline(rng, side)
     elif kind < 0.7:
-        picture[..., :3] = cut(rng, side, side)
+        picture[..., :3] = texture_patch(rng, side, side)
     return _draw_object(rng, size, hard, 0, picture)
 
 
@@ -299,7 +299,7 @@ def _draw_screen(rng: np.random.Generator, size: tuple[int, int], photo: int) ->
     opacity[np.abs(columns) < width // 2] = 255
     opacity[[0, -1]] = 0
     return Sprite(
-        np.dstack([cut(rng, side, side, texture), opacity]),
+        np.dstack([texture_patch(rng, side, side, texture), opacity]),
         0,
         x=Wave(rng.uniform(-0.4, 0.4) * size[1]),
         y=Wave(rng.uniform(-0.4, 0.4) * size[0]),

@@ -28,7 +28,7 @@ def photographs() -> tuple[tuple[np.ndarray, ...], ...]:
     return tuple(_pyramid(_read(f"{name}.png")) for name in PHOTOGRAPHS)
 
 
-def cut(rng: np.random.Generator, height: int, width: int, photo: int | None = None) -> np.ndarray:
+def texture_patch(rng: np.random.Generator, height: int, width: int, photo: int | None = None) -> np.ndarray:
     """A random patch as RGB uint8 (height, width, 3): turned, mirrored, scaled and recoloured.
 
     ``photo`` indexes ``PHOTOGRAPHS``; a random one when it is None. A photograph too small for the patch is magnified,
@@ -50,9 +50,9 @@ def cut(rng: np.random.Generator, height: int, width: int, photo: int | None = N
     return _recolour(rng, patch, PHOTOGRAPHS[photo] in _GREY)
 
 
-def cut_smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def smooth_patch(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A patch without texture, RGB uint8 (height, width, 3): colours of a photograph that run together."""
-    coarse = cut(rng, 5, 5)
+    coarse = texture_patch(rng, 5, 5)
     return interpolate(coarse, *positions(np.diag([4 / width, 4 / height, 1]), (height, width)))
 
 

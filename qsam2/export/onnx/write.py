@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from qsam2.export.onnx.graphs import Graph, build_graphs
 from qsam2.export.onnx.grids import narrow, translations
 from qsam2.export.onnx.runtime import FORMAT, VERSION
 from qsam2.models import SAM2
-from qsam2.output import version, write_text
+from qsam2.output import version, write_bytes, write_text, writing
 
 OPSET = 21
 """The first with 4-bit integers in QuantizeLinear and DequantizeLinear."""
@@ -49,13 +48,10 @@ def export_onnx(
     Raises:
         UserError: the extra `onnx` is missing, ONNX lacks a grid of the model, or a file cannot be written.
     """
-    need_packages()
+    require_packages()
     graphs = build_graphs(model)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): give another folder") from error
-    (folder / "model.json").unlink(missing_ok=True)  # until all files are of one model
+    with writing(folder):
+        (folder / "model.json").unlink(missing_ok=True)  # absent until all files are of one model
     files = {}
     bar = tqdm(graphs.items(), "ONNX graphs", disable=not progress)
     for name, graph in bar:
@@ -66,7 +62,7 @@ def export_onnx(
     return {name: file["bytes"] for name, file in files.items()}
 
 
-def need_packages() -> None:
+def require_packages() -> None:
     """Raises UserError where the extra `onnx` is missing."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"ONNX export needs {', '.join(missing)}: pip install 'qsam2[onnx]'")
@@ -100,14 +96,7 @@ def describe(model: SAM2) -> dict[str, Any]:
 def _write_graph(path: Path, graph: Graph) -> dict[str, Any]:
     """Bytes and SHA-256 of the file."""
     data = graph_bytes(graph)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        unfinished.write_bytes(data)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): give a folder that has room") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_bytes(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -14,7 +14,7 @@ from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.layers.convert import convert, finalize, latent_weights
 from qsam2.recipe import build_recipe
 from qsam2.recipe.quantize import ConvertedLayer
-from qsam2.report.measure import BINS, measure_layers
+from qsam2.report.layer_statistics import BINS, measure_layers
 
 BATCH = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 

@@ -15,7 +15,7 @@ from qsam2.load import image_predictor, video_predictor
 from qsam2.models import SAM2
 from qsam2.predict.masks import segment_picture, track_objects
 from qsam2.predict.outputs import outputs, read_ids, write_ids, write_overlay, write_overlay_video
-from qsam2.predict.prompts import Prompts, Word, read_prompts
+from qsam2.predict.parse import Prompts, Word, read_prompts
 
 FRAMES_PER_SECOND = Fraction(24)
 """Of the overlay of a folder of frames."""
@@ -51,7 +51,7 @@ def predict(
     Args:
         model: run folder, file or size.
         source: a picture, a folder of frames or a video file.
-        words: see `qsam2.predict.prompts`.
+        words: see `qsam2.predict.parse`.
         overrides: `key=value` on top of the model's own recipe.
         fast: see `qsam2.load.load`.
         force: replace what is there.
