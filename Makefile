@@ -4,14 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LINT_READY := $(VENV)/lint-ready
+# Two processes of one thread each; the tests of one file share a process
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+FAST := tests/test_imports.py $(addprefix tests/,quantizers layers calibration recipe train models)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-fast prove lint setup clean
 
 demo: $(READY)   ## float, PTQ and QAT of nano SAM2 on generated videos
 	$(BIN)/python train.py recipes/demo.yaml
 
-test: $(READY)   ## the whole test suite: two processes of one thread each, a file's tests in one of them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(READY)   ## the test suite, without the exhaustive runs: at most 10 minutes on two cores
+	$(PYTEST)
+
+test-fast: $(READY)   ## tensors and one small model: at most 90 seconds
+	$(PYTEST) -m "not slow and not prove" $(FAST)
+
+prove: $(READY)   ## the exhaustive runs: thousands of generated cases, every recipe carried out
+	$(PYTEST) -m prove
 
 lint: $(LINT_READY)   ## style and types
 	$(BIN)/ruff check .

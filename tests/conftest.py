@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Settings and fixtures of all tests."""
 
 import os
 import signal
@@ -8,31 +8,35 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from messages import Message, key_of
+from shared import once
+from small_models import seeing
 from small_predictors import write_models
+from small_runs import RUNS, finish_runs
 
 from qsam2.models.sam2 import SIZES
 
 settings.register_profile("qsam2", deadline=None, derandomize=True)  # a busy machine is slow now and then
 settings.load_profile("qsam2")
 torch.set_num_threads(1)  # small tensors; more threads wait for each other where the machine is busy
-torch.manual_seed(0)  # what a module draws when it is imported
+torch.manual_seed(0)  # for what modules draw when they are imported
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """What a test or its fixtures draw without a seed of their own is the same in every run and every order."""
+    """Seed what a test and its fixtures draw, so that it is the same in every run and every order."""
     torch.manual_seed(0)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
-    """As `pytest_runtest_setup`: fixtures of a wider scope may or may not have drawn in between."""
+    """Seed again: fixtures of a wider scope may or may not have drawn in between."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """Folder of the real data; tests that want it are skipped where QSAM2_DATA is not set."""
+    """Folder of the real data; skips the test if QSAM2_DATA is not set."""
     root = os.environ.get("QSAM2_DATA")
     if not root:
         pytest.skip("QSAM2_DATA is not set: it is the folder with the real data (davis16_240p, golden_jf, ...)")
@@ -49,10 +53,45 @@ def frames() -> list[torch.Tensor]:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """What a terminal gives; a shell that starts a process in the background makes it ignore Ctrl-C."""
+    """Ctrl-C raises, as in a terminal: a process that a shell starts in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--refresh-messages", action="store_true", help="write tests/snapshots/messages.json anew")
+
+
+@pytest.fixture
+def message(
+    request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Message]:
+    """Checks an error's wording against the snapshot and returns it: see `helpers/messages.py`."""
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folders = {tmp_path: "TMP", base: "SESSION", session: "SESSION", request.config.rootpath: "REPO"}
+    message = Message(key_of(request.node), folders, request.config.getoption("--refresh-messages"))
+    yield message
+    if message.refresh:
+        message.write()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nano for 64 px with random weights, in Meta's checkpoint format."""
+    file = tmp_path_factory.mktemp("checkpoint") / "nano.pt"
+    torch.save({"model": seeing().state_dict()}, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the finished runs `small_runs.RUNS` (`qat`, `ptq`, `float`), for reading; one set per session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_SILENT", "true")
+        folder = once(tmp_path_factory, "finished", finish_runs)
+    return {name: folder / name for name in RUNS}
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from qsam2.pipeline import begin, run_recipe
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 VALUES: dict[str, Any] = {
     "debug": "fast",
     "model": {"size": "nano_heavy", "image_size": 64},

@@ -297,6 +297,7 @@ def codes(model: nn.Module) -> dict[str, Tensor]:
     return {name: quantizer.to_int(each.weight) for name, each, quantizer in quantized_weights(model)}
 
 
+@pytest.mark.slow
 def test_integers_of_a_whole_model_survive_audit_and_packing(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_sam2("nano", image_size=64)

@@ -11,9 +11,12 @@ from typing import IO, Any
 
 import torch
 import yaml
+from small_models import seeing
 from torch import Tensor
 
 import qsam2
+from qsam2.pipeline import run_recipe
+from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
 
 ROOT = Path(qsam2.__file__).parents[1]
@@ -45,11 +48,25 @@ FLOAT = {
     "log": {"wandb": "off"},
 }
 
+RUNS: dict[str, dict[str, Any]] = {
+    "qat": {"quantize": W4A4, "train": TRAIN, "log": {"wandb": "offline", "group": "tests"}},
+    "ptq": {"quantize": W4A4},
+    "float": {"train": TRAIN_FLOAT, "trainer": {"max_steps": 1}},
+}
+"""What distinguishes the recipes of the session's finished runs (fixture `runs`)."""
+
 
 def small(checkpoint: Path, output: Path, **more: Any) -> dict[str, Any]:
     """A float recipe's values for a model of 64 px, with `more` laid over them."""
     own = {"output": str(output), "model": {"checkpoint": str(checkpoint)}}
     return copy.deepcopy(merge(merge(FLOAT, own), more))
+
+
+def finish_runs(folder: Path) -> None:
+    """Carry out `RUNS` in `folder`, each in the folder of its name, from the weights `folder/nano.pt`."""
+    torch.save({"model": seeing().state_dict()}, folder / "nano.pt")
+    for name, values in RUNS.items():
+        run_recipe(build_recipe(small(folder / "nano.pt", folder / name, **values)))
 
 
 def start(values: dict[str, Any], folder: Path, log: IO[bytes] | int = subprocess.PIPE) -> subprocess.Popen[str]:

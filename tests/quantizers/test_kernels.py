@@ -17,6 +17,8 @@ from qsam2.quantizers.fake_quant import EAGER, Codes, Kernels, dequantize, fake_
 from qsam2.quantizers.kernels import choose_kernels, compiled_kernels
 from qsam2.quantizers.passes import Layout
 
+pytestmark = pytest.mark.slow  # compiles
+
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

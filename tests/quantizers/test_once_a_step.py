@@ -150,6 +150,7 @@ def compiled() -> Kernels:
         choose_kernels.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_kernels_see_what_statistics_sum(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import reference
 import torch
 from cases import MID_RISE, Case, calibrate, cases
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from reference import Array
 from torch import Tensor
@@ -17,10 +18,12 @@ from torch import Tensor
 from qsam2.quantizers import Quantizer, build_quantizer, fake_quant, grid, passes
 from qsam2.recipe.quantizer_specs import methods
 
-CASES, EXAMPLES = 2000, 200
-"""A case is a channel (or a tensor), with values and a range of its own; an example has one or many."""
+pytestmark = pytest.mark.slow
 
 SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+EXTENT = pytest.mark.parametrize("extent", [50, pytest.param(2000, marks=pytest.mark.prove)])
+"""Number of generated cases: a case is a channel (or a tensor) with values and a range of its own."""
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LOST = {torch.float32: 2.0**-22, torch.float64: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 RATIOS = np.arange(100, 0, -1) / 100
@@ -180,11 +183,12 @@ def assert_grid(case: Case, found: tuple[Array, Array], expected: tuple[Array, A
         assert (np.abs(found[1] - expected[1]) <= 0.5 + 1e-2).all()
 
 
+@EXTENT
 @pytest.mark.parametrize("method", methods())
-def test_range_and_forward(method: str) -> None:
+def test_range_and_forward(method: str, extent: int) -> None:
     counted = 0
 
-    @settings(SETTINGS, max_examples=EXAMPLES)
+    @settings(SETTINGS, max_examples=max(extent // 10, 8))
     @given(cases(method, DTYPES))
     def check(case: Case) -> None:
         nonlocal counted
@@ -210,8 +214,10 @@ def test_range_and_forward(method: str) -> None:
         assert (off <= lost + tie * scale[:, None] * (1 + 1e-6)).all()
         assert out.dtype == case.x.dtype and out.shape == case.x.shape
 
-    while counted < CASES:
-        check()
+    for start in itertools.count():
+        if counted >= extent:
+            break
+        seed(start)(check)()
 
 
 # Backward
@@ -254,15 +260,16 @@ def expected_learned(case: Case, of: reference.Gradients, scale: Array, zero_poi
     return {}
 
 
+@EXTENT
 @pytest.mark.parametrize("method", methods())
-def test_backward(method: str) -> None:
-    @settings(SETTINGS, max_examples=80)
+def test_backward(method: str, extent: int) -> None:
+    @settings(SETTINGS, max_examples=max(extent // 25, 8))
     @given(cases(method, [torch.float64]), st.integers(0, 2**32), st.booleans())
-    def check(case: Case, seed: int, identity: bool) -> None:
+    def check(case: Case, draw: int, identity: bool) -> None:
         quantizer = case.quantizer.double()
         quantizer.spec = quantizer.spec.model_copy(update={"clipped_gradient": "identity" if identity else "zero"})
         learns = bool(quantizer.learned_parameters())
-        x = on_exact_residuals(case, seed) if learns else case.x.clone()
+        x = on_exact_residuals(case, draw) if learns else case.x.clone()
         x.requires_grad_()
         out = quantizer(x)
         scale, zero_point = quantizer.scale.numpy(), quantizer.zero_point.numpy()
@@ -274,7 +281,7 @@ def test_backward(method: str) -> None:
         half = 0.5 * case.levels.mid_rise
         unsure = np.minimum(np.abs(steps - low + half), np.abs(steps - high - half)) < 1e-5
         weight = case.quantizer.role == "weight"
-        upstream = torch.from_numpy(np.random.default_rng(seed).normal(size=tuple(x.shape)))
+        upstream = torch.from_numpy(np.random.default_rng(draw).normal(size=tuple(x.shape)))
         upstream = upstream * to_tensor(~unsure, case)
         expected = reference.gradients(
             squashed,

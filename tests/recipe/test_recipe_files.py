@@ -47,7 +47,11 @@ def test_fits_the_schema(path: Path) -> None:
         assert (recipe.train is not None) == path.stem.startswith("qat")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if path.stem == "demo" else pytest.mark.prove, id=path.stem) for path in RECIPES],
+)
+@pytest.mark.slow
 def test_runs_for_two_steps(path: Path, tmp_path: Path) -> None:
     reconstructs = load_recipe(path).reconstruct is not None
     few = ["reconstruct.blocks=[image_encoder.neck, obj_ptr_proj]"] if reconstructs else []
