@@ -14,7 +14,9 @@ from qsam2.calibration.gptq import round_weights
 from qsam2.calibration.smooth import smooth_norms
 from qsam2.calibration.weights import calibrate_weights
 from qsam2.data.sources import open_stills, open_train, open_val
+from qsam2.data.unlabelled import has_masks
 from qsam2.errors import UserError
+from qsam2.evaluate.own_masks import label_footage
 from qsam2.evaluate.stages import score_calibrated, score_result, score_teacher
 from qsam2.export.card import export_model
 from qsam2.layers.convert import convert_layers
@@ -43,6 +45,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         log.info("%s is complete: its results are in metrics.json and report.html", folder.path)
         return folder.metrics
     run = begin(recipe, folder)
+    label_footage(run)
     allocate_bits(run)
     calibrate_weights(run)
     smooth_norms(run)
@@ -70,7 +73,7 @@ def begin(recipe: Recipe, folder: RunFolder) -> Run:
         log.setLevel(logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
     videos, sources = open_val(recipe), open_train(recipe)
-    if all(len(video) == 1 for video in videos):
+    if has_masks(videos) and all(len(video) == 1 for video in videos):
         raise UserError(f"data.val={recipe.data.scored}: a run is scored on videos; for stills use qsam2 evaluate")
     model = load_float(recipe)
     return Run(

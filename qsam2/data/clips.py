@@ -13,6 +13,7 @@ from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaDat
 
 from qsam2.data.synthetic.warped_stills import WarpedStill
 from qsam2.data.transforms import ClipAugmentation, resize_masks, to_model_input
+from qsam2.data.unlabelled import Unlabelled
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 
@@ -111,6 +112,8 @@ class ClipDataset(Dataset[Clip]):
             square = (self.image_size, self.image_size)
             video = WarpedStill(video, num_frames=self.num_frames, seed=int(rng.integers(2**31)), size=square)
         frames = self._draw_frames(video, rng)
+        if isinstance(video, Unlabelled):
+            video, frames = video.clip(frames), list(range(len(frames)))
         first = _annotation(video, frames[0])
         visible = [i for i, mask in first.items() if mask.any()]
         if not visible:

@@ -1,4 +1,4 @@
-"""Videos without masks: a folder of frames, or a video file."""
+"""Footage without masks: a picture, a folder of frames, a video file."""
 
 from __future__ import annotations
 
@@ -19,6 +19,27 @@ from qsam2.data.video import Video
 from qsam2.errors import UserError
 
 _READ_ON = 48  # frames; for a target further on, seeking beats decoding what lies between
+
+
+class Picture(Video):
+    """A picture file as a video of one frame.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.name, self.frame_names = path, path.stem, [path.stem]
+
+    @cached_property
+    def size(self) -> tuple[int, int]:  # type: ignore[override]
+        return picture_size(self._path)
+
+    def frame(self, index: int) -> np.ndarray:
+        return read_frame(self._path, self.size)
+
+    def masks(self, index: int) -> None:
+        return None
 
 
 class FrameFolder(Video):

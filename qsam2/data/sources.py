@@ -12,6 +12,7 @@ from qsam2.data.davis import davis_videos
 from qsam2.data.sav import sav_videos
 from qsam2.data.stills import coco_stills, instance_png_stills, sa1b_stills, yolo_stills
 from qsam2.data.synthetic.moving_objects import moving_objects
+from qsam2.data.unlabelled import UNLABELLED, has_masks, picture_source, video_source
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.recipe.recipe import Recipe
@@ -23,6 +24,8 @@ _READERS: dict[str, Callable[[Path, str], Sequence[Video]]] = {
     "sa1b": lambda root, split: sa1b_stills(root),
     "yolo": yolo_stills,
     "instance_png": lambda root, split: instance_png_stills(root),
+    "images": picture_source,
+    "video": video_source,
 }
 KINDS = ("moving_objects", *_READERS)
 MOVING_OBJECTS_COUNT = {"train": 10_000, "val": 20, "test": 20}
@@ -31,8 +34,8 @@ MOVING_OBJECTS_COUNT = {"train": 10_000, "val": 20, "test": 20}
 def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val") -> list[Video]:
     """The videos that `spec` names; `root` and `split` stand in for parts that it leaves out.
 
-    ``davis:/data/DAVIS:val``, ``davis`` with `root`, ``moving_objects[:COUNT[:SPLIT]]`` (20 videos, 10000 of train).
-    A relative root that does not exist is also looked for in $QSAM2_DATA. Raises UserError naming what is unknown,
+    ``davis:/data/DAVIS:val``, ``davis`` with `root`, ``moving_objects[:COUNT[:SPLIT]]`` (20 videos, 10000 of train),
+    ``images:FOLDER``, ``video:FILE_OR_FOLDER`` (see `qsam2.data.unlabelled`). A relative root that does not exist is also looked for in $QSAM2_DATA. Raises UserError naming what is unknown,
     missing or malformed.
     """
     kind, *parts = spec.split(":")
@@ -44,7 +47,7 @@ def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val"
     place, split = (parts[0] if parts else ""), (parts[1] if len(parts) == 2 and parts[1] else split)
     if kind == "moving_objects":
         return list(moving_objects(split, _count(spec, place, split)))  # type: ignore[arg-type]
-    return list(_READERS[kind](_folder(spec, kind, place or root), split))
+    return list(_READERS[kind](_place(spec, kind, place or root), split))
 
 
 def is_generated(spec: str) -> bool:
@@ -60,25 +63,27 @@ def _count(spec: str, given: str, split: str) -> int:
     return int(given)
 
 
-def _folder(spec: str, kind: str, given: str | Path | None) -> Path:
-    if not given:
+def _place(spec: str, kind: str, root: str | Path | None) -> Path:
+    if not root:
         raise UserError(f"data {spec!r}: needs the dataset's folder; write {_form(kind)} or give data.root=FOLDER")
     shared = os.environ.get("QSAM2_DATA")
-    places = [Path(given).expanduser()]
+    places = [Path(root).expanduser()]
     if shared and not places[0].is_absolute():
-        places.append(Path(shared) / given)
-    found = next((place for place in places if place.is_dir()), None)
-    if found is None:
-        looked = " nor ".join(str(place) for place in places)
+        places.append(Path(shared) / root)
+    place = next((p for p in places if p.is_dir() or (kind in UNLABELLED and p.is_file())), None)
+    if place is None:
+        looked = " nor ".join(str(p) for p in places)
+        what = "file or folder" if kind in UNLABELLED else "folder"
         raise UserError(
-            f"data {spec!r}: there is no folder {looked}; give the dataset's folder as data.root=FOLDER or "
-            f"{_form(kind)}, or set QSAM2_DATA to the folder that holds {given}"
+            f"data {spec!r}: there is no {what} {looked}; give the dataset's folder as data.root=FOLDER or "
+            f"{_form(kind)}, or set QSAM2_DATA to the folder that holds {root}"
         )
-    return found
+    return place
 
 
 def _form(kind: str) -> str:
-    return "moving_objects[:COUNT[:SPLIT]]" if kind == "moving_objects" else f"{kind}:FOLDER[:SPLIT]"
+    places = {"moving_objects": "[:COUNT[:SPLIT]]", "video": ":FILE_OR_FOLDER[:SPLIT]"}
+    return kind + places.get(kind, ":FOLDER[:SPLIT]")
 
 
 def _one_of(names: Sequence[str]) -> str:
@@ -96,18 +101,24 @@ def open_stills(recipe: Recipe) -> list[Video]:
     if spec is None:
         return []
     stills = list(open_videos(spec, root=recipe.data.root, split="val"))
+    if not has_masks(stills):
+        raise UserError(f"evaluate.stills={spec}: has no masks; name annotated images, such as coco:FOLDER, or null")
     if any(len(still) > 1 for still in stills):
         raise UserError(f"evaluate.stills={spec}: holds videos; name images, such as coco:FOLDER, or null")
     return stills
 
 
 def open_train(recipe: Recipe) -> list[Source]:
-    """The recipe's train sources with their weights; none where it neither calibrates nor trains."""
+    """The recipe's train sources with their weights; none if it neither calibrates nor trains.
+
+    Raises:
+        UserError: a source cannot be used, or the recipe trains on one without masks.
+    """
     if recipe.quantize is None and recipe.train is None:
         return []
     data = recipe.data
     weights = data.weights or (1.0,) * len(data.train)
-    return [
+    sources = [
         Source(
             open_videos(source, root=data.root, split="train"),
             weight,
@@ -115,3 +126,11 @@ def open_train(recipe: Recipe) -> list[Source]:
         )
         for source, weight in zip(data.train, weights, strict=True)
     ]
+    if recipe.train is not None:
+        for spec, source in zip(data.train, sources, strict=True):
+            if not has_masks(source.videos):
+                raise UserError(
+                    f"data.train={spec}: training needs masks, and this source has none: give one with masks, or "
+                    "train=null to calibrate alone"
+                )
+    return sources

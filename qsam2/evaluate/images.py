@@ -11,6 +11,7 @@ import numpy as np
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
+from qsam2.data.unlabelled import OWN_MASKS, has_masks
 from qsam2.data.video import Predictions, Video
 from qsam2.evaluate.metrics.iou import Fidelity, MaskIoU
 from qsam2.load import predictor_of
@@ -47,12 +48,13 @@ def score_stills(
     Three masks are asked for and the one with the highest predicted IoU counts. The block is {"protocol": "stills",
     "point_mIoU", "box_mIoU", "point_mIoU_images", "box_mIoU_images" (means over images), "instances", "images",
     "per_object": {IMAGE: {INSTANCE: {"point_IoU", "box_IoU"}}}, "seconds_per_frame"}; with the float model's masks of
-    the same stills also "fidelity", over both prompts.
+    the same stills also "fidelity", over both prompts. For stills without true masks it is {"protocol": "fidelity",
+    "prompts", "fidelity", "per_object": {IMAGE: {INSTANCE: {"fidelity"}}}, "instances", "images", "seconds_per_frame"}.
 
     Raises:
         UserError: no still shows an instance.
     """
-    predictor, fidelity = predictor_of(model), Fidelity()
+    predictor, fidelity, has_truth = predictor_of(model), Fidelity(), has_masks(stills)
     scores = {prompt: MaskIoU() for prompt in PROMPTS}
     predictions: Predictions = {}
     seconds = []
@@ -62,15 +64,20 @@ def score_stills(
             continue
         frame, truth = still.frame(0), np.stack(masks)
         started = time.perf_counter()
-        found = segment(predictor, frame, masks)
+        segmented = segment(predictor, frame, masks)
         seconds.append(time.perf_counter() - started)
-        predictions[still.name, 0] = np.packbits(found)
-        for prompt, of_prompt in zip(PROMPTS, found, strict=True):
+        predictions[still.name, 0] = np.packbits(segmented)
+        for prompt, of_prompt in zip(PROMPTS, segmented, strict=True):
             scores[prompt].update(still.name, of_prompt, truth)
-        if reference is not None:
-            theirs = np.unpackbits(reference[still.name, 0], count=found.size).reshape(found.shape).astype(bool)
+        if reference is not None or not has_truth:
+            packed = predictions if reference is None else reference
+            other = np.unpackbits(packed[still.name, 0], count=segmented.size).reshape(segmented.shape).astype(bool)
             for k in range(len(masks)):
-                fidelity.update(still.name, k, found[:, k], theirs[:, k])
+                fidelity.update(still.name, k, segmented[:, k], other[:, k])
+    if not has_truth:
+        counts = {"instances": sum(len(still.masks(0) or {}) for still in stills), "images": len(predictions)}
+        block = {"protocol": "fidelity", "prompts": OWN_MASKS, **fidelity.compute(), **counts}
+        return block | {"seconds_per_frame": float(np.mean(seconds))}, predictions
     block: dict[str, Any] = {"protocol": "stills"}
     for prompt in PROMPTS:
         result = scores[prompt].compute()
@@ -78,7 +85,7 @@ def score_stills(
         block[f"{prompt}_mIoU_images"] = result["IoU_images"]
     block |= {"instances": result["instances"], "images": result["images"], "per_object": _per_object(scores)}
     if reference is not None:
-        block["fidelity"] = fidelity.compute()
+        block["fidelity"] = fidelity.compute()["fidelity"]
     return block | {"seconds_per_frame": float(np.mean(seconds))}, predictions
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qsam2.data.sources import open_val
+from qsam2.data.unlabelled import has_masks
 from qsam2.data.video import Predictions, Video
 from qsam2.evaluate.float_scores import Scored, kept
 from qsam2.evaluate.images import ITEM_KEYS, score_stills
@@ -75,7 +76,7 @@ def score_videos(
     Returns:
         (score block as design.md has it, in percent; this rank's predictions)
     """
-    module = VideoScoring(model, evaluation, reference=reference)
+    module = VideoScoring(model, evaluation, reference=reference, has_truth=has_masks(videos))
     loader = DataLoader(_Videos(videos), batch_size=None, sampler=_RankSampler(len(videos)))
     precise = trainer.model_copy(update={"precision": evaluation.precision})
     build_trainer(precise, folder=folder, silent=silent).validate(module, loader, verbose=False)
@@ -113,11 +114,18 @@ def score_float(
 def compare(block: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """Difference between two score blocks on the same objects, with its 95 % interval (paired bootstrap).
 
-    In J&F; between blocks of stills in {"point_IoU", "box_IoU"}.
+    In J&F; of blocks without true masks in fidelity; of stills in {"point_IoU", "box_IoU"}.
     """
-    if block["protocol"] != "stills":
-        return paired_bootstrap(block["per_object"], reference["per_object"])
-    return {key: paired_bootstrap(block["per_object"], reference["per_object"], key=key) for key in ITEM_KEYS}
+    scores, others = block["per_object"], reference["per_object"]
+    if block["protocol"] == "stills":
+        return {key: paired_bootstrap(scores, others, key=key) for key in ITEM_KEYS}
+    return paired_bootstrap(scores, others, key="fidelity" if block["protocol"] == "fidelity" else "J&F")
+
+
+def headline(block: Mapping[str, Any]) -> str:
+    """The scores of a block as text."""
+    keys = [key for key in ("J&F", "J", "F", "fidelity", "point_mIoU", "box_mIoU") if block.get(key) is not None]
+    return ", ".join(f"{key} {block[key]:.1f}" for key in keys)
 
 
 FOLDER = Path(".")

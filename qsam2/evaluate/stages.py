@@ -8,7 +8,7 @@ import logging
 import torch
 
 from qsam2.data.video import Predictions
-from qsam2.evaluate.scoring import compare, score_any, score_float, score_videos
+from qsam2.evaluate.scoring import compare, headline, score_any, score_float
 from qsam2.layers.audit import audit
 from qsam2.layers.convert import finalize
 from qsam2.models import SAM2
@@ -55,7 +55,7 @@ def score(run: Run, model: SAM2, name: str, reference: Predictions | None = None
         if reference is None and model.memory_reader is None:  # cached scores are of models that read memory as sam2
             block, predictions = score_float(model, run.videos, recipe.evaluate, recipe.trainer, folder=folder.path)
         else:
-            block, predictions = score_videos(
+            block, predictions = score_any(
                 model, run.videos, recipe.evaluate, recipe.trainer, folder=folder.path, reference=reference
             )
     if run.stills:
@@ -69,5 +69,5 @@ def score(run: Run, model: SAM2, name: str, reference: Predictions | None = None
         if name == "quantized" and "ptq" in folder.metrics:
             block["versus_ptq"] = compare(block, folder.metrics["ptq"])
     folder.record(name, block)
-    log.info("%s: J&F %.1f (J %.1f, F %.1f)", name, block["J&F"], block["J"], block["F"])
+    log.info("%s: %s", name, headline(block))
     run.predictions[name] = predictions

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qsam2.data.unlabelled import OWN_MASKS, is_unlabelled
 from qsam2.export.packed import model_bytes, save_packed, save_weights
 from qsam2.models.checkpoints import find_checkpoint
 from qsam2.output import version, write_text
@@ -28,6 +29,8 @@ def write_card(folder: RunFolder, recipe: Recipe, layers: list[ConvertedLayer]) 
 
 def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLayer]) -> dict[str, Any]:
     """The card as plain values."""
+    protocol = metrics.get("quantized", {}).get("protocol", recipe.evaluate.protocol)
+    without_masks = any(is_unlabelled(spec) for spec in (*recipe.data.train, recipe.data.scored))
     return {
         "name": recipe.name,
         "qsam2": version(),
@@ -45,9 +48,10 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         },
         "evaluation": {
             "data": recipe.data.scored,
-            "protocol": recipe.evaluate.protocol,
+            "protocol": protocol,
             "evaluator": f"qsam2 {version()}",
         },
+        **({"prompts": OWN_MASKS} if without_masks else {}),
         "scores": {name: _headline(metrics[name]) for name in ("float", "ptq", "quantized") if name in metrics},
         "bytes": metrics.get("bytes"),
         "format": "packed integers in safetensors, see docs/packed.md",
@@ -61,7 +65,8 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
 def render(card: dict[str, Any]) -> str:
     """The card as Markdown."""
     rows = [
-        f"| {name} | {s['J&F']:.1f} | {s['J']:.1f} | {s['F']:.1f} | {_interval(s)} | {_number(s.get('fidelity'))} |"
+        f"| {name} | {_number(s.get('J&F'))} | {_number(s.get('J'))} | {_number(s.get('F'))} | {_interval(s)} "
+        f"| {_number(s.get('fidelity'))} |"
         for name, s in card["scores"].items()
     ]
     sizes = [f"| {name} | {value:,} |" for name, value in (card["bytes"] or {}).items()]
@@ -83,6 +88,7 @@ def render(card: dict[str, Any]) -> str:
             f"seed {calibration['seed']}; fitted: {', '.join(calibration['fitted'])}",
             f"- Evaluation: {card['evaluation']['data']}, {card['evaluation']['protocol']} protocol, "
             f"{card['evaluation']['evaluator']}",
+            *([f"- Prompts where the data has no masks: {card['prompts']}"] if "prompts" in card else []),
             f"- Format: {card['format']}",
             "",
             "| model | J&F | J | F | difference to float, 95 % interval | fidelity |",

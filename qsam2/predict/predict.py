@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-
-from qsam2.data.footage import VideoFile, open_video
-from qsam2.data.pictures import IMAGE_SUFFIXES, picture_size, read_frame
+from qsam2.data.footage import Picture, VideoFile, open_video
+from qsam2.data.pictures import IMAGE_SUFFIXES
 from qsam2.data.video import Video
 from qsam2.load import image_predictor, video_predictor
 from qsam2.models import SAM2
@@ -19,20 +17,6 @@ from qsam2.predict.parse import Prompts, Word, read_prompts
 
 FRAMES_PER_SECOND = Fraction(24)
 """Of the overlay of a folder of frames."""
-
-
-class Picture(Video):
-    """A picture file as a video of one frame."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name, self.frame_names = path, path.stem, [path.stem]
-        self.size = picture_size(path)
-
-    def frame(self, index: int) -> np.ndarray:
-        return read_frame(self.path, self.size)
-
-    def masks(self, index: int) -> None:
-        return None
 
 
 def predict(

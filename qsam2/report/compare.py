@@ -106,7 +106,7 @@ def _pareto(runs: dict[str, SavedRun], cost: Callable[[dict[str, Any]], float | 
     for name, run in runs.items():
         for row in headline(run.metrics):
             is_float = row["model"] == "float"
-            if row["model"] == "ptq" or cost(row) is None:
+            if row["model"] == "ptq" or cost(row) is None or "J&F" not in row:
                 continue  # of a run that trains, a way station; of one that does not, the same as `quantized`
             label = f"float {run.recipe.model.size}" if is_float and run.recipe.quantize is not None else name
             point = Point(label, float(cost(row) or 0.0), row["J&F"][0], is_float)

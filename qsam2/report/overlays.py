@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from qsam2.data.unlabelled import has_masks
 from qsam2.data.video import Predictions, Video
 
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
@@ -36,10 +37,11 @@ def overlay(frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
 def contact_sheet(
     video: Video, predictions: Mapping[str, Predictions], *, length: int, columns: int = 4
 ) -> Image.Image:
-    """Frames spread over a video's first `length`, one row for each model in `predictions` and one for the truth."""
+    """Frames spread over a video's first `length`, one row per model in `predictions` below one of true masks."""
     chosen = np.linspace(0, length - 1, min(columns, length)).round().astype(int)
     ids = sorted(object_id for name, object_id in next(iter(predictions.values())) if name == video.name)
-    rows = {"truth": {i: _truth(video, i, ids) for i in chosen}}
+    first = "truth" if has_masks([video]) else "prompts"
+    rows = {first: {i: _truth(video, i, ids) for i in chosen}}
     for model, tracked in predictions.items():
         masks = {object_id: _unpack(tracked[video.name, object_id], length, video.size) for object_id in ids}
         rows[model] = {i: [masks[object_id][i] for object_id in ids] for i in chosen}

@@ -86,7 +86,8 @@ def environment() -> Environment:
 def headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row a scored model: scores, bytes, seconds a frame, and their differences to the float model.
 
-    "J&F", "J", "F", and "box_mIoU" where stills were scored: (score, difference with its 95 % interval or None); "MB",
+    "J&F", "J", "F" of data with masks, and "box_mIoU" where stills were scored: (score, difference with its 95 %
+    interval or None); "fidelity", and "versus_fidelity", its difference to 100 with the interval, without masks; "MB",
     "seconds": (value, difference or None).
     """
     theirs, sizes = metrics.get("float"), metrics.get("bytes", {})
@@ -95,11 +96,13 @@ def headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         block = metrics.get(name)
         if block is None or theirs is None:
             continue
-        row: dict[str, Any] = {"model": name, "fidelity": block.get("fidelity")}
+        row: dict[str, Any] = {"model": name, "fidelity": block.get("fidelity"), "versus_fidelity": None}
+        if block.get("protocol") == "fidelity":
+            row["versus_fidelity"] = block.get("versus_float")
         for key in ("J&F", "J", "F"):
-            row[key] = block[key], None
-            if name != "float":
-                row[key] = block[key], paired_bootstrap(block["per_object"], theirs["per_object"], key=key)
+            if key in block:
+                own = block["per_object"], theirs["per_object"]
+                row[key] = block[key], None if name == "float" else paired_bootstrap(*own, key=key)
         if "stills" in block and "stills" in theirs:
             found, wanted = (each["stills"]["per_object"] for each in (block, theirs))
             difference = None if name == "float" else paired_bootstrap(found, wanted, key="box_IoU")

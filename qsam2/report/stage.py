@@ -31,10 +31,12 @@ def report(run: Run) -> None:
             run.layers, run.model, run.teacher, run.latent, lambda network: run_sample(network, sample, ("mask",))
         )
         save_json(folder, LAYERS, measured)
-    save_clips(folder, run.videos, run.predictions, run.recipe.evaluate.frames)
-    if run.recipe.memory.sharing != "none":
-        save_json(folder, MEMORY, memory_use(run.model, run.videos[0], run.recipe.evaluate))
-    log_results(run.loggers, run.folder.metrics, draw_overlays(run))
+    tracked = any(len(video) > 1 for video in run.videos)  # pictures without masks are not
+    if tracked:
+        save_clips(folder, run.videos, run.predictions, run.recipe.evaluate.frames)
+        if run.recipe.memory.sharing != "none":
+            save_json(folder, MEMORY, memory_use(run.model, run.videos[0], run.recipe.evaluate))
+    log_results(run.loggers, run.folder.metrics, draw_overlays(run) if tracked else [])
     write_report(folder)
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from qsam2.evaluate.scoring import headline
+
 MODELS = ("float", "ptq", "quantized")
 
 
 def results_table(metrics: dict[str, Any]) -> str:
     """A run's models, one row each: J&F, its difference to float with the interval, fidelity; then mIoU and bytes."""
-    lines = [f"{'':10}  {'J&F':>5}  {'J':>5}  {'F':>5}  {'difference to float':>24}  {'fidelity':>8}"]
-    for name in MODELS:
-        if name not in metrics:
-            continue
-        block = metrics[name]
+    blocks = {name: metrics[name] for name in MODELS if name in metrics}
+    keys = [key for key in ("J&F", "J", "F") if all(key in block for block in blocks.values())]
+    lines = ["  ".join([f"{'':10}", *(f"{key:>5}" for key in keys), f"{'difference to float':>24}", "fidelity"])]
+    for name, block in blocks.items():
         difference = _interval(block["versus_float"]) if "versus_float" in block else ""
         fidelity = f"{block['fidelity']:.1f}" if "fidelity" in block else ""
-        lines.append(
-            f"{name:10}  {block['J&F']:5.1f}  {block['J']:5.1f}  {block['F']:5.1f}  {difference:>24}  {fidelity:>8}"
-        )
+        scores = (f"{block[key]:5.1f}" for key in keys)
+        lines.append("  ".join([f"{name:10}", *scores, f"{difference:>24}", f"{fidelity:>8}"]))
+    if prompts := next((block["prompts"] for block in blocks.values() if "prompts" in block), None):
+        lines.append(f"prompts: {prompts}; fidelity is the mask IoU with the float model")
     if "versus_ptq" in metrics.get("quantized", {}):
         lines.append(f"quantized against ptq: {_interval(metrics['quantized']['versus_ptq'])}, 95 % interval")
     if boxes := [f"{name} {metrics[name]['box_mIoU']:.1f}" for name in MODELS if "box_mIoU" in metrics.get(name, {})]:
@@ -33,5 +35,4 @@ def _interval(versus: dict[str, float]) -> str:
 
 def score_line(block: dict[str, Any]) -> str:
     """The headline figures of one score block."""
-    keys = [key for key in ("J&F", "J", "F", "fidelity", "point_mIoU", "box_mIoU") if block.get(key) is not None]
-    return f"{block['model']}: " + ", ".join(f"{key} {block[key]:.1f}" for key in keys)
+    return f"{block['model']}: {headline(block)}"

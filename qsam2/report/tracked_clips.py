@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from qsam2.data.unlabelled import has_masks
 from qsam2.data.video import Predictions, Video
 from qsam2.evaluate.metrics.jf import region_similarity
 from qsam2.report.overlays import FRAMES_PER_SECOND, encode_video, overlay
@@ -50,8 +51,8 @@ class TrackedVideo:
         return cls(video, length, masks) if ids else None
 
     def truth(self, index: int) -> dict[int, np.ndarray] | None:
-        """True masks of the tracked objects; None where the frame is not annotated."""
-        masks = self.video.masks(index)
+        """True masks of the tracked objects; None if the frame has none."""
+        masks = self.video.masks(index) if has_masks([self.video]) else None
         if masks is None:
             return None
         empty = np.zeros(self.video.size, bool)

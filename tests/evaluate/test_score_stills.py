@@ -20,7 +20,7 @@ from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.evaluate.images import interior_point, score_stills, segment, tight_box
 from qsam2.evaluate.scoring import compare
-from qsam2.load import image_predictor
+from qsam2.load import predictor_of
 from qsam2.models import SAM2, build_sam2
 
 masks = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))).filter(lambda mask: mask.any())
@@ -81,13 +81,13 @@ def test_the_box_holds_the_mask_and_no_smaller_one_does(mask: np.ndarray) -> Non
 
 def test_feature_sizes_are_sam2s_at_1024_px_and_fit_others(model: SAM2) -> None:
     native = build_sam2("nano", image_size=1024)
-    assert image_predictor(native)._bb_feat_sizes == SAM2ImagePredictor(native)._bb_feat_sizes
-    assert image_predictor(model)._bb_feat_sizes == [(16, 16), (8, 8), (4, 4)]
+    assert predictor_of(native)._bb_feat_sizes == SAM2ImagePredictor(native)._bb_feat_sizes
+    assert predictor_of(model)._bb_feat_sizes == [(16, 16), (8, 8), (4, 4)]
 
 
 @torch.no_grad()
 def test_predictor_equals_the_bare_network(model: SAM2, stills: list[FirstFrame]) -> None:
-    predictor, frame = image_predictor(model), stills[0].frame(0)
+    predictor, frame = predictor_of(model), stills[0].frame(0)
     predictor.set_image(frame)
     logits, confidence, low_resolution = predictor.predict(
         point_coords=np.array([[40.0, 12.0]]), point_labels=np.array([1]), multimask_output=True, return_logits=True
@@ -108,7 +108,7 @@ def test_predictor_equals_the_bare_network(model: SAM2, stills: list[FirstFrame]
 
 def test_the_mask_with_the_highest_confidence_counts(model: SAM2, stills: list[FirstFrame]) -> None:
     frame, truth = stills[0].frame(0), list(stills[0].masks(0).values())
-    predictor = image_predictor(model)
+    predictor = predictor_of(model)
     found = segment(predictor, frame, truth)
     assert found.shape == (2, len(truth), 64, 96) and found.dtype == bool
     candidates, confidence, _ = predictor.predict(box=tight_box(truth[-1]), multimask_output=True)

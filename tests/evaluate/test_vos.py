@@ -182,7 +182,9 @@ def test_fidelity_is_mean_over_frames_then_objects() -> None:
     masks, reference = random_masks(7, frames=4)
     metric.update("clip", 1, masks, reference)
     metric.update("clip", 2, reference[:1], reference[:1])
-    assert metric.compute() == pytest.approx(50 * (region_similarity(masks, reference).mean() + 1))
+    first, block = region_similarity(masks, reference).mean(), metric.compute()
+    assert block["fidelity"] == pytest.approx(50 * (first + 1))
+    assert block["per_object"]["clip"] == {"1": {"fidelity": pytest.approx(100 * first)}, "2": {"fidelity": 100}}
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
@@ -226,7 +228,7 @@ def run_rank(rank: int, folder: str) -> None:
 def test_two_ranks_score_as_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
     alone = evaluate([0, 1, 2, 3], [0, 1], [0, 1, 2])
-    assert math.isfinite(alone[2]) and alone[3] == 1
+    assert math.isfinite(alone[2]["fidelity"]) and alone[3] == 1
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found[:3] == alone[:3]

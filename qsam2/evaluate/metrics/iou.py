@@ -69,9 +69,18 @@ class Fidelity(TableMetric):
             raise UserError(f"{sequence}, object {object_id}: no frames; fidelity needs at least one")
         self.add_row(sequence, object_id, (float(mask_iou(masks, reference_masks).mean()),))
 
-    def compute(self) -> float:
-        """Mean over objects, in percent. Raises UserError if there was no object."""
+    def compute(self) -> dict[str, Any]:
+        """{"fidelity": mean over objects, "per_object": {SEQUENCE: {OBJECT: {"fidelity"}}}}, in percent.
+
+        Raises UserError if there was no object.
+        """
         table = self.table()
         if not table:
             raise UserError("fidelity: no object was compared; give at least one object's masks")
-        return float(100 * mean_over_objects(table)[0])
+        return {
+            "fidelity": float(100 * mean_over_objects(table)[0]),
+            "per_object": {
+                sequence: {object_id: {"fidelity": float(100 * row[0])} for object_id, row in objects.items()}
+                for sequence, objects in table.items()
+            },
+        }
