@@ -35,8 +35,8 @@ def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val"
     """The videos that `spec` names; `root` and `split` stand in for parts that it leaves out.
 
     ``davis:/data/DAVIS:val``, ``davis`` with `root`, ``moving_objects[:COUNT[:SPLIT]]`` (20 videos, 10000 of train),
-    ``images:FOLDER``, ``video:FILE_OR_FOLDER`` (see `qsam2.data.unlabelled`). A relative root that does not exist is also looked for in $QSAM2_DATA. Raises UserError naming what is unknown,
-    missing or malformed.
+    ``images:FOLDER``, ``video:FILE_OR_FOLDER`` (see `qsam2.data.unlabelled`). A relative root that does not exist is
+    also looked for in $QSAM2_DATA. Raises UserError naming what is unknown, missing or malformed.
     """
     kind, *parts = spec.split(":")
     if kind not in KINDS:

@@ -127,7 +127,8 @@ def label_videos(videos: Sequence[Video], model: SAM2, max_objects: int) -> list
             f"the float model finds no object in {videos[0].name} and {len(videos) - 1} more: give pictures that show "
             "objects, a checkpoint that is trained, or data with masks"
         )
-    log.info("prompts: %s, of %d in %d of %d", OWN_MASKS, sum(len(v.masks(0) or {}) for v in kept), len(kept), len(videos))  # fmt: skip
+    objects = sum(len(video.masks(0) or {}) for video in kept)
+    log.info("prompts: %s: %d objects in %d of %d", OWN_MASKS, objects, len(kept), len(videos))
     return kept
 
 
@@ -145,7 +146,8 @@ def label_footage(run: Run) -> None:
     data, model = run.recipe.data, run.teacher
     if model is None:
         raise UserError(
-            f"data.val={data.scored} has no masks, and quantize=null compares nothing: give data with masks, or quantize"
+            f"data.val={data.scored} has no masks and serves to compare a quantized model with the float one: give "
+            "quantize, or data with masks"
         )
     run.prepare_inference()
     label_sources(run.sources, model, data.max_objects)
