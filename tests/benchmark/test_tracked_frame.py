@@ -21,7 +21,6 @@ from qsam2.fast.model import FastSAM2
 from qsam2.models import SAM2
 from qsam2.models.sam2 import model_config
 
-pytestmark = pytest.mark.timeout(1800)
 SIZE_PX = 64
 SMALL = ["--size", "nano", "--image-size", str(SIZE_PX), "--repeats", "1"]
 

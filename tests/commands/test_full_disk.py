@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import HANG_S
 
 from qsam2.cli import main
 from qsam2.errors import UserError
@@ -73,7 +74,7 @@ def test_one_process_at_a_time_in_a_folder(tmp_path: Path, caplog: pytest.LogCap
     def first() -> None:
         with alone_in(tmp_path / "run"):
             begun.set()
-            end.wait(60)
+            end.wait(HANG_S)
             order.append("first")
 
     def second() -> None:
@@ -82,13 +83,13 @@ def test_one_process_at_a_time_in_a_folder(tmp_path: Path, caplog: pytest.LogCap
 
     threads = [threading.Thread(target=work) for work in (first, second)]
     threads[0].start()
-    assert begun.wait(60)
+    assert begun.wait(HANG_S)
     threads[1].start()
     while "another process is at work" not in caplog.text and threads[1].is_alive():
         end.wait(0.02)
     end.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_S)
     assert order == ["first", "second"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import wandb
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from safetensors.torch import load_file
-from small_runs import TIMEOUT_S, TRAIN, TRAIN_FLOAT, W4A4, finish, read_checkpoint, small, start, without_seconds
+from small_runs import ROOT, TRAIN, TRAIN_FLOAT, W4A4, read_checkpoint, small, without_seconds
+from waiting import HANG_S
 from wandb_file import records
 
 from qsam2.pipeline import run_recipe
@@ -23,12 +27,14 @@ from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
 from qsam2.train import module
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 CLICKS = {"prompts": {"point": 0.6, "box": 0.4}, "freeze_statistics_at": 0.6}  # drawn at random
 
 
 class Killed(Exception):
-    """Stands for SIGKILL where a process of its own would cost too much."""
+    """Stands for SIGKILL without a process of its own."""
 
 
 class KillAfterBatch(Callback):
@@ -43,35 +49,50 @@ class KillAfterBatch(Callback):
 
 
 def assert_same_results(run_folder: Path, expected_folder: Path) -> None:
-    ours, expected = (load_file(folder / "model.safetensors") for folder in (run_folder, expected_folder))
-    assert ours.keys() == expected.keys()
+    tensors, expected = (load_file(folder / "model.safetensors") for folder in (run_folder, expected_folder))
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(ours[name], tensor), name
+        assert torch.equal(tensors[name], tensor), name
     scores, expected_scores = (
         without_seconds(json.loads((folder / "metrics.json").read_text())) for folder in (run_folder, expected_folder)
     )
     assert scores == expected_scores
 
 
+SIGKILLED = """
+import os, signal, sys
+from lightning.pytorch.callbacks import Callback
+from qsam2.cli import main
+from qsam2.train import module
+
+class Kill(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+options = module.training_options
+def with_kill(*args):
+    chosen = options(*args)
+    return {**chosen, "callbacks": [*chosen["callbacks"], Kill()]}
+module.training_options = with_kill
+main(["train", sys.argv[1]])
+"""
+
+
 def test_sigkill_in_mid_training(checkpoint: Path, tmp_path: Path) -> None:
     settings = {"quantize": W4A4, "train": merge(TRAIN, CLICKS), "trainer": {"max_steps": STEPS, "checkpoint_every": 1}}
-    killed, whole = tmp_path / "killed" / "run", tmp_path / "whole" / "run"
-    process = start(small(checkpoint, killed, **settings), killed.parent)
-    uninterrupted = start(small(checkpoint, whole, **settings), whole.parent)
-    last = killed / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + TIMEOUT_S
-    while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    at_kill = read_checkpoint(killed)["global_step"]
-    assert 1 <= at_kill < STEPS
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    values = small(checkpoint, killed, **settings)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-c", SIGKILLED, str(tmp_path / "recipe.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG_S)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
+    assert 1 <= read_checkpoint(killed)["global_step"] < STEPS
     assert not (killed / "model.safetensors").exists()
 
-    log = start(small(checkpoint, killed, **settings), killed.parent)
-    finish(log)
-    finish(uninterrupted)
+    run_recipe(build_recipe(values))
+    run_recipe(build_recipe(small(checkpoint, whole, **settings)))
     assert_same_results(killed, whole)
     ends = [read_checkpoint(folder) for folder in (killed, whole)]
     assert ends[0]["global_step"] == ends[1]["global_step"] == STEPS

@@ -5,34 +5,34 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from small_runs import TIMEOUT_S, TRAIN_FLOAT, small, start
+from small_runs import TRAIN_FLOAT, small, start
+from waiting import HANG_S, wait_until
 
-AGES = 10_000
-"""Steps, or videos, that no run gets to the end of here."""
-GRACE_S = 60
+ENDLESS = 10_000
+"""Steps, or videos, that no run here gets to the end of."""
 
 
 def trains(run: Path) -> bool:
-    """Whether training has logged steps."""
+    """True once training has logged steps."""
     return any(len(file.read_text().splitlines()) > 2 for file in run.glob("curves/version_*/metrics.csv"))
 
 
 def scores(log: Path) -> bool:
-    """Whether videos are being scored, as the bar says."""
+    """True once the progress bar shows that videos are being scored."""
     return "Validation DataLoader 0:   0%" in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "devices", "by"),
     [
         ("train", 1, signal.SIGINT),
-        ("train", 1, signal.SIGTERM),
         ("train", 2, signal.SIGTERM),
-        ("score", 2, signal.SIGTERM),
+        pytest.param("train", 1, signal.SIGTERM, marks=pytest.mark.prove),
+        pytest.param("score", 2, signal.SIGTERM, marks=pytest.mark.prove),
     ],
 )
 def test_a_signal_stops_all_of_a_run(
@@ -41,23 +41,17 @@ def test_a_signal_stops_all_of_a_run(
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {
         "train": TRAIN_FLOAT,
-        "trainer": {"devices": devices, "max_steps": AGES if stage == "train" else 1},
-        "data": {"val": f"moving_objects:{AGES}:val"},
+        "trainer": {"devices": devices, "max_steps": ENDLESS if stage == "train" else 1},
+        "data": {"val": f"moving_objects:{ENDLESS}:val"},
         "evaluate": {"frames": 40},
     }
     with log.open("wb") as file:
         process = start(small(checkpoint, run, **settings), tmp_path, file)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (trains(run) if stage == "train" else scores(log)):
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
-    process.send_signal(by)
     try:
-        assert process.wait(GRACE_S) == 130
-        deadline = time.monotonic() + GRACE_S
-        while is_left(process) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not is_left(process)
+        wait_until(lambda: trains(run) if stage == "train" else scores(log), process)
+        process.send_signal(by)
+        assert process.wait(HANG_S) == 130
+        wait_until(lambda: not is_left(process))
         assert log.read_text().count("stopped; the same command goes on from the last checkpoint") == 1
     finally:
         if is_left(process):
@@ -65,7 +59,7 @@ def test_a_signal_stops_all_of_a_run(
 
 
 def is_left(process: subprocess.Popen[str]) -> bool:
-    """Whether any process of its group, which it leads, is there."""
+    """True while any process of the group that `process` leads is running."""
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:

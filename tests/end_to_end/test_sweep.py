@@ -6,18 +6,16 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from small_runs import FLOAT, ROOT, TIMEOUT_S, W4A4, small
+from small_runs import FLOAT, ROOT, W4A4, small
+from waiting import HANG_S, wait_until
 from wandb_file import read_run, records
 
 from qsam2.cli import main
-
-pytestmark = pytest.mark.timeout(8 * TIMEOUT_S)  # six processes, one after the other
 
 BITS = "quantize.weights.bits"
 NUMBERS = [f"{index:03d}" for index in range(4)]
@@ -47,9 +45,8 @@ def sweep(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(sweep: Path) -> dict[Path, int]:
     """What was finished when a kill -9 ended the sweep in its second run, and when it was written."""
     process = begin(sweep)
-    second, deadline = sweep / "out" / "001" / "log.txt", time.monotonic() + 2 * TIMEOUT_S
-    while not scores_begun(second) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    second = sweep / "out" / "001" / "log.txt"
+    wait_until(lambda: scores_begun(second), process)
     process.kill()
     process.communicate()
     assert process.returncode == -9, "the sweep ended before it could be killed"
@@ -63,7 +60,7 @@ def killed(sweep: Path) -> dict[Path, int]:
 def said(sweep: Path, killed: dict[Path, int]) -> str:
     """What the same command says when it carries out the rest."""
     process = begin(sweep, "--jobs", "2")
-    out, err = process.communicate(timeout=4 * TIMEOUT_S)
+    out, err = process.communicate(timeout=3 * HANG_S)
     assert process.returncode == 0, err[-3000:]
     return out + err
 

@@ -12,11 +12,15 @@ import pytest
 import torch
 from small_runs import TRAIN, TRAIN_FLOAT, W4A4, finish, read_checkpoint, small, start, state, without_seconds
 
+from qsam2.pipeline import run_recipe
+from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
+
+pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
 MANY = 64
-"""Elements of which the median says something."""
+"""Elements from which a median is meaningful."""
 PICTURES = ("report/clip", "report/worst")
 MASKS_ONLY = {"prompts": {"point": 0.0, "box": 0.0}}  # clicks are drawn a rank
 
@@ -26,7 +30,7 @@ Pair = dict[int, Path]
 
 @pytest.fixture(scope="module")
 def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
-    """Carries out a recipe in one process with a batch of two, and in two processes with one clip each."""
+    """Carries out a recipe in this process with a batch of two, and in two processes with one clip each."""
 
     def carry_out(**more: Any) -> Pair:
         folder = tmp_path_factory.mktemp("pair")
@@ -34,7 +38,11 @@ def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         for devices in (1, 2):
             runs[devices] = folder / str(devices)
             own = {"trainer": {"devices": devices}, "data": {"batch_size": 2 // devices}}
-            finish(start(small(checkpoint, runs[devices], **merge(more, own)), folder))
+            values = small(checkpoint, runs[devices], **merge(more, own))
+            if devices == 1:
+                run_recipe(build_recipe(values))
+            else:
+                finish(start(values, folder))
         return runs
 
     return carry_out
@@ -57,7 +65,7 @@ def metrics(run: Path) -> dict[str, Any]:
     return json.loads((run / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["quantized", "fewer_videos"])
+@pytest.mark.parametrize("name", ["quantized", pytest.param("fewer_videos", marks=pytest.mark.prove)])
 def test_weights_are_those_of_one_process(name: str, request: pytest.FixtureRequest, checkpoint: Path) -> None:
     runs: Pair = request.getfixturevalue(name)
     one, two = state(runs[1]), state(runs[2])
@@ -98,6 +106,7 @@ def test_scores_are_those_of_one_process(quantized: Pair) -> None:
     assert two["bytes"] == one["bytes"]
 
 
+@pytest.mark.prove
 def test_fewer_videos_than_processes(fewer_videos: Pair) -> None:
     one, two = metrics(fewer_videos[1]), metrics(fewer_videos[2])
     assert two["float"].keys() == one["float"].keys()

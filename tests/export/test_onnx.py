@@ -30,7 +30,6 @@ from qsam2.layers.convert import convert, finalize
 from qsam2.models import SAM2
 from qsam2.recipe.quantize import QuantizeRecipe
 
-pytestmark = pytest.mark.timeout(1800)  # the exporter takes half a minute of processor time, on a busy machine more
 SIZE_PX, FRAMES = 64, 10
 VIDEO = (48, 64)
 QUANTIZE = {

@@ -16,7 +16,6 @@ from qsam2.layers.weight import QuantConvTranspose2d, QuantLinear
 from qsam2.quantizers import Quantizer, build_quantizer
 from qsam2.recipe.quantizer_specs import MinMaxSpec
 
-pytestmark = pytest.mark.timeout(1800)  # the exporter is slow on a busy machine
 BITS = range(2, 9)
 ACTIVATIONS = [
     *({"bits": bits, "symmetric": symmetric} for bits in BITS for symmetric in (True, False)),

@@ -13,6 +13,7 @@ import torch
 import yaml
 from small_models import seeing
 from torch import Tensor
+from waiting import HANG_S
 
 import qsam2
 from qsam2.pipeline import run_recipe
@@ -20,7 +21,6 @@ from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
 
 ROOT = Path(qsam2.__file__).parents[1]
-TIMEOUT_S = 300
 
 W4A4 = {
     # minmax: the search for the least error would take most of the time
@@ -88,7 +88,7 @@ def start(values: dict[str, Any], folder: Path, log: IO[bytes] | int = subproces
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for a run of `start`; its standard output."""
     try:
-        out, err = process.communicate(timeout=TIMEOUT_S)
+        out, err = process.communicate(timeout=HANG_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         raise

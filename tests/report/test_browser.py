@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from kept_run import W2, kept_run
+from waiting import HANG_S
 
 from qsam2.report.compare import render_comparison
 from qsam2.report.page import render
@@ -23,7 +24,6 @@ FLAGS = (
     "--no-first-run", "--allow-file-access-from-files", "--enable-logging=stderr", "--dump-dom",
 )  # fmt: skip
 WIDTHS = {"desktop": 1200, "phone": 390}
-TIMEOUT_S = 240
 
 # Shows each page in a frame of each width and, once all have loaded, writes down what became of them.
 PROBE = """<!doctype html><title>probe</title><style>iframe { border: 0 }</style><pre id="found"></pre>FRAMES
@@ -69,7 +69,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
     probe = folder / "probe.html"
     probe.write_text(PROBE.replace("FRAMES", "".join(frames)), encoding="utf-8")
     command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", probe.as_uri()]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     found = re.search(r'<pre id="found">(.+?)</pre>', ran.stdout, re.DOTALL)
     assert found, ran.stderr[-3000:]
     return json.loads(html.unescape(found[1])), ran.stderr

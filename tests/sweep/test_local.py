@@ -129,7 +129,7 @@ def test_a_sweep_ends_at_its_target(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_hyperband_stops_what_is_worse_at_a_rung(runs: Runs, tmp_path: Path) -> None:
-    good, bad = [9 - n for n in range(8)], [20.0] * 200
+    good, bad = [9 - n for n in range(8)], [20.0] * 2000
     rule = {"type": "hyperband", "min_iter": 2, "eta": 2}
     metric = {"name": "loss", "goal": "minimize"}
     values = {"values": [2, 3, 4]}

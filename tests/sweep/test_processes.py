@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import HANG_S, wait_until
 
 import qsam2
 from qsam2.cli import PARENT, stopped_by_sigterm
@@ -25,7 +26,7 @@ folder = Path(sys.argv[1])
 try:
     with stopped_by_sigterm():
         (folder / "begun").touch()
-        time.sleep(60)
+        time.sleep(600)
 except KeyboardInterrupt:
     (folder / "stopped").touch()
 """
@@ -40,20 +41,13 @@ with stopped_by_sigterm():
 """
 
 
-def wait_for(file: Path) -> bool:
-    deadline = time.monotonic() + 60
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return file.exists()
-
-
 def test_sigterm_is_an_interrupt_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PARENT, "1")
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), stopped_by_sigterm():
         assert os.environ[PARENT] == str(os.getpid())
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+        time.sleep(HANG_S)
     assert signal.getsignal(signal.SIGTERM) is before
     assert os.environ[PARENT] == "1"
 
@@ -75,11 +69,11 @@ def test_what_a_killed_process_started_stops(tmp_path: Path) -> None:
     (tmp_path / "child.py").write_text(CHILD)
     command = [sys.executable, "-c", PARENTS, str(tmp_path)]
     parent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
-    assert wait_for(tmp_path / "begun")
+    wait_until((tmp_path / "begun").exists, parent)
     assert not (tmp_path / "stopped").exists()
     parent.kill()
     parent.wait()
-    assert wait_for(tmp_path / "stopped")
+    wait_until((tmp_path / "stopped").exists)
 
 
 def test_a_process_whose_variable_names_another_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

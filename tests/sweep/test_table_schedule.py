@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +153,7 @@ def test_an_interrupt_reaches_the_run_once_and_stops_the_table(runs: Runs, tmp_p
     table, some = small_table(tmp_path)
     runs.tell(everything(table, some), **{some[0].name: "long"})
     runs.interrupt_at(some[0].name, by)
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), stopped_by_sigterm():
         carry_out(table, some, tmp_path)
-    assert time.monotonic() - started < 30
     assert runs.begun() == ["float_nano", some[0].name]
     assert read_scores(some[0]) is None  # neither finished nor failed
