@@ -192,7 +192,7 @@ def test_a_file_replaces_the_former_one_when_it_is_whole(saved, monkeypatch):
 def test_a_missing_folder_is_made_and_an_impossible_one_is_a_users_mistake(saved, tmp_path):
     save_packed(tmp_path / "new" / "model.safetensors", saved[1], recipe(3))
     assert (tmp_path / "new" / "model.safetensors").is_file()
-    with pytest.raises(UserError, match="could not be written: Not a directory"):
+    with pytest.raises(UserError, match="could not be written: File exists"):
         save_packed(saved[0] / "model.safetensors", saved[1], recipe(3))
 
 
