@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LINT_READY := $(VENV)/lint-ready
+DOCS_READY := $(VENV)/docs-ready
 # Two processes of one thread each; the tests of one file share a process
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 FAST := tests/test_imports.py $(addprefix tests/,quantizers layers calibration recipe train models)
 
-.PHONY: demo test test-fast prove lint setup clean
+.PHONY: demo test test-fast prove lint docs setup clean
 
 demo: $(READY)   ## float, PTQ and QAT of nano SAM2 on generated videos
 	$(BIN)/python train.py recipes/demo.yaml
@@ -27,6 +28,9 @@ lint: $(LINT_READY)   ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy qsam2
 
+docs: $(DOCS_READY)   ## the site of docs/, into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file docs/site/mkdocs.yml
+
 setup: $(READY)   ## PyTorch, sam2 without its CUDA extension, this package
 
 $(READY): pyproject.toml constraints.txt requirements-sam2.txt
@@ -39,6 +43,10 @@ $(READY): pyproject.toml constraints.txt requirements-sam2.txt
 
 $(LINT_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[lint]"
+	touch $@
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:   ## remove the environment

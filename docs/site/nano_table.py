@@ -1,0 +1,106 @@
+"""The README's table: schemes of the nano that ships, from finished run folders into docs/tables/nano.json.
+
+    python docs/site/nano_table.py runs/ptq-w8a8 runs/ptq-w4a8 ...
+
+takes scores, bytes and fidelity from each folder's metrics.json, and measures CPU time: docs/clip.mp4 is tracked by the
+float model as `sam2` runs it and by each model with `--fast`, in turn, and the median of the ratios is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1]
+RESULTS = DOCS / "tables" / "nano.json"
+ROUNDS = 5
+
+
+def measure(runs: list[Path]) -> dict[str, Any]:
+    """Rows of the table: the float model, the float model with `--fast`, and each run."""
+    import yaml
+
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in runs]
+    recipes = [yaml.safe_load((run / "recipe.yaml").read_text()) for run in runs]
+    ratios = cpu_ratios([("nano", True), *((str(run), True) for run in runs)])
+    score = metrics[0]["float"]
+    rows = [{"scheme": "float32", "mb": metrics[0]["bytes"]["float32"] / 1e6, "score": score["J&F"], "cpu": 1.0}]
+    rows.append({"scheme": "float, `--fast`", "mb": metrics[0]["bytes"]["bfloat16"] / 1e6, "cpu": ratios[0]})
+    for run, figures, recipe, ratio in zip(runs, metrics, recipes, ratios[1:], strict=True):
+        quantized = figures["quantized"]
+        rows.append(
+            {
+                "scheme": scheme(recipe),
+                "mb": figures["bytes"]["packed"] / 1e6,
+                "score": quantized["J&F"],
+                "low": quantized["versus_float"]["low"],
+                "high": quantized["versus_float"]["high"],
+                "difference": quantized["versus_float"]["difference"],
+                "fidelity": quantized["fidelity"],
+                "cpu": ratio,
+            }
+        )
+    return {"rows": rows, "objects": metrics[0]["quantized"]["versus_float"]["objects"]}
+
+
+def cpu_ratios(models: list[tuple[str, bool]]) -> list[float]:
+    """CPU time of tracking the clip, over the float model's, one ratio per (MODEL, fast)."""
+    import qsam2
+
+    predictors = [qsam2.video_predictor(model, fast=fast) for model, fast in [("nano", False), *models]]
+    rounds = []
+    for _ in range(ROUNDS + 1):
+        times = []
+        for predictor in predictors:
+            state = predictor.init_state(str(DOCS / "clip.mp4"))
+            predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=[[140, 112]], labels=[1])
+            start = time.process_time()
+            for _ in predictor.propagate_in_video(state):
+                pass
+            times.append(time.process_time() - start)
+        rounds.append([seconds / times[0] for seconds in times[1:]])
+    return [statistics.median(column) for column in zip(*rounds[1:], strict=True)]  # the first round warms up
+
+
+def scheme(recipe: dict[str, Any]) -> str:
+    """Name of what a recipe does, as `W4A4, GPTQ`."""
+    quantize, calibrate = recipe["quantize"], recipe["calibrate"]
+    bits = f"W{quantize['weights']['bits']}A{quantize['activations']['bits']}"
+    steps = [name for key, name in (("weights", "Frobenius"), ("rounding", "GPTQ")) if calibrate[key]]
+    if recipe["reconstruct"]:
+        steps.append(recipe["reconstruct"]["method"])
+    return ", ".join([bits, "QAT" if recipe["train"] else "PTQ", *steps])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table as the README and the site show it."""
+    lines = ["| scheme | MB | J&F | difference to float, 95 % interval | fidelity | CPU time |", "|---|---|---|---|---|---|"]
+    for row in results["rows"]:
+        difference = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**row) if "low" in row else ""
+        fidelity = number(row["fidelity"]) if "fidelity" in row else ""
+        cells = [number(row.get("score")), difference, fidelity, number(row.get("cpu"), 2)]
+        lines.append("| " + " | ".join([row["scheme"], number(row["mb"]), *cells]) + " |")
+    return "\n".join(lines).replace("|  |", "| |")
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """Rounded, or `not measured`."""
+    return "not measured" if value is None else f"{value:.{digits}f}"
+
+
+def page(results: dict[str, Any]) -> str:
+    """The site's page of the table."""
+    return f"# The nano that ships\n\n{(RESULTS.with_suffix('.md')).read_text().strip()}\n\n{markdown(results)}\n"
+
+
+if __name__ == "__main__":
+    measured = measure([Path(run) for run in sys.argv[1:]])
+    RESULTS.write_text(json.dumps(measured, indent=1) + "\n")
+    readme = DOCS.parent / "README.md"
+    table = f"<!-- nano -->\n{markdown(measured)}\n<!-- /nano -->"
+    readme.write_text(re.sub("<!-- nano -->.*<!-- /nano -->", table, readme.read_text(), flags=re.DOTALL))
