@@ -34,7 +34,9 @@ def generated_pages() -> dict[str, str]:
 def commands() -> str:
     """The help of each command, as the command line prints it."""
     os.environ["COLUMNS"] = "100"
-    parts = ["# Commands\n\n`python train.py RECIPE` is `qsam2 train RECIPE`. Each command prints its help with `--help`."]
+    parts = [
+        "# Commands\n\n`python train.py RECIPE` is `qsam2 train RECIPE`. Each command prints its help with `--help`."
+    ]
     for parser in parsers():
         level = "##" if parser.prog.count(" ") < 2 else "###"
         parts.append(f"{level} {parser.prog}\n\n```text\n{parser.format_help().strip()}\n```")

@@ -31,7 +31,7 @@ def measure(runs: list[Path]) -> dict[str, Any]:
     score = metrics[0]["float"]
     rows = [{"scheme": "float32", "mb": metrics[0]["bytes"]["float32"] / 1e6, "score": score["J&F"], "cpu": 1.0}]
     rows.append({"scheme": "float, `--fast`", "mb": metrics[0]["bytes"]["bfloat16"] / 1e6, "cpu": ratios[0]})
-    for run, figures, recipe, ratio in zip(runs, metrics, recipes, ratios[1:], strict=True):
+    for figures, recipe, ratio in zip(metrics, recipes, ratios[1:], strict=True):
         quantized = figures["quantized"]
         rows.append(
             {
@@ -79,7 +79,7 @@ def scheme(recipe: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table as the README and the site show it."""
-    lines = ["| scheme | MB | J&F | difference to float, 95 % interval | fidelity | CPU time |", "|---|---|---|---|---|---|"]
+    lines = ["| scheme | MB | J&F | difference to float, 95 % interval | fidelity | CPU time |", "|---" * 6 + "|"]
     for row in results["rows"]:
         difference = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**row) if "low" in row else ""
         fidelity = number(row["fidelity"]) if "fidelity" in row else ""

@@ -13,7 +13,7 @@ from qsam2.cli import parse
 from qsam2.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").glob("*.md"), *(ROOT / "qsam2").rglob("*.md")]
+PAGES = [ROOT / "README.md", *(path for folder in ("docs", "data", "qsam2") for path in (ROOT / folder).rglob("*.md"))]
 COMMAND = re.compile(r"^\s*((?:[A-Z_0-9]+=\S+ )*(?:qsam2|python train\.py|python -m qsam2) .*)$")
 VARIABLE = re.compile(r'^\s*([A-Z]+)="(.*)"$')
 
