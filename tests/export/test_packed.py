@@ -1,9 +1,7 @@
-"""The packed file: bit streams, exact round trips, sizes, every message."""
+"""The packed file: bit streams, exact round trips, sizes, writing whole or not at all."""
 
 from __future__ import annotations
 
-import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small_packed import Small, assert_equal, finalized, recipe
 from torch import nn
 
-from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.errors import UserError
 from qsam2.export.packed import (
     load_packed,
@@ -29,8 +25,7 @@ from qsam2.export.packed import (
     unpack_bits,
 )
 from qsam2.layers.audit import audit
-from qsam2.layers.convert import convert, finalize, quantizers
-from qsam2.models import build_sam2
+from qsam2.layers.convert import quantizers
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe.quantize import QuantizeRecipe
 
@@ -48,6 +43,7 @@ def saved(tmp_path: Path) -> tuple[Path, nn.Module]:
 @settings(max_examples=150, deadline=None)
 def test_bits_survive_packing(bits, count, seed):
     codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**bits, count))
+    codes[::7] = 2**bits - 1
     stream = pack_bits(codes, bits)
     assert stream.dtype == torch.uint8 and stream.numel() == packed_size(count, bits) == -(-count * bits // 8)
     assert torch.equal(unpack_bits(stream, bits, count), codes)
@@ -56,51 +52,51 @@ def test_bits_survive_packing(bits, count, seed):
     assert np.array_equal(stream.numpy(), np.packbits(row, bitorder="little"))
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_extreme_codes_survive_packing(bits):
-    codes = torch.full((19,), 2**bits - 1, dtype=torch.int32)
-    assert torch.equal(unpack_bits(pack_bits(codes, bits), bits, 19), codes.long())
+ROUND_TRIPS: dict[str, tuple[int, dict[str, Any], torch.dtype]] = {
+    **{
+        f"{method}-{bits}": (bits, {"method": method}, torch.float32)
+        for method in ("lsq", "lsc", "minmax")
+        for bits in range(2, 9)
+    },
+    **{
+        f"{key}={value}-{str(dtype).rpartition('.')[2]}": (4, {key: value}, dtype)
+        for key, value in (("symmetric", False), ("granularity", "tensor"), ("grid", "mid_rise"))
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+}
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("method", ["lsq", "lsc", "minmax"])
-def test_a_loaded_model_is_the_finalized_one(tmp_path, bits, method):
-    torch.manual_seed(bits)
-    values, x = recipe(bits, method), torch.randn(2, 3, 6, 6)
-    model = finalized(Small(), values)
-    save_packed(tmp_path / "model.safetensors", model, values)
-    loaded = Small().eval()
-    rows = load_packed(tmp_path / "model.safetensors", loaded)
-    assert_equal(loaded, model)
-    assert torch.equal(loaded(x), model(x))
-    audit(loaded, rows, QuantizeRecipe.model_validate(values["quantize"]), lambda: loaded(x))
-
-
-@pytest.mark.parametrize("changes", [{"symmetric": False}, {"granularity": "tensor"}, {"grid": "mid_rise"}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_grids_and_dtypes_survive(tmp_path, changes, dtype):
-    torch.manual_seed(0)
-    values, x = recipe(4, **changes), torch.randn(2, 3, 6, 6, dtype=dtype)
-    model = finalized(Small(), values, dtype)
-    save_packed(tmp_path / "model.safetensors", model, values)
+def round_trip(folder: Path, values: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The finalized model, after a check that what is loaded equals it and computes the same."""
+    model, x = finalized(Small(), values, dtype), torch.randn(2, 3, 6, 6, dtype=dtype)
+    save_packed(folder / "model.safetensors", model, values)
     loaded = Small().to(dtype).eval()
-    load_packed(tmp_path / "model.safetensors", loaded)
+    rows = load_packed(folder / "model.safetensors", loaded)
     assert_equal(loaded, model)
     assert torch.equal(loaded(x), model(x))
+    if "weights" in values["quantize"]:
+        audit(loaded, rows, QuantizeRecipe.model_validate(values["quantize"]), lambda: loaded(x))
+    return model
 
 
-def test_zero_points_between_codes_survive_where_calibration_chose_the_grid(tmp_path):
+@pytest.mark.parametrize(("bits", "changes", "dtype"), ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
+def test_a_loaded_model_is_the_finalized_one(tmp_path, bits, changes, dtype):
+    torch.manual_seed(bits)
+    round_trip(tmp_path, recipe(bits, **changes), dtype)
+
+
+@pytest.mark.parametrize("part", ["weights", "activations"])
+def test_weights_or_activations_alone_survive(tmp_path, part):
     torch.manual_seed(0)
-    values, x = recipe(2, "lsc"), torch.randn(2, 3, 6, 6)
-    model = finalized(Small(), values)
-    path = tmp_path / "model.safetensors"
-    save_packed(path, model, values)
-    chosen = [quantizer.grid.mid_rise for _, quantizer in quantizers(model) if quantizer.spec.grid == "least_error"]
-    assert any(chosen), "no zero point lies between codes"
-    loaded = Small().eval()
-    load_packed(path, loaded)
-    assert_equal(loaded, model)
-    assert torch.equal(loaded(x), model(x))
+    values = recipe(4)
+    values["quantize"] = {part: values["quantize"][part]}
+    round_trip(tmp_path, values)
+
+
+def test_zero_points_between_codes_survive(tmp_path):
+    torch.manual_seed(0)
+    model = round_trip(tmp_path, recipe(2, "lsc"))
+    assert any(quantizer.grid.mid_rise for _, quantizer in quantizers(model) if quantizer.spec.grid == "least_error")
 
 
 @pytest.mark.parametrize(
@@ -114,36 +110,6 @@ def test_zero_points_that_none_can_have_are_refused(tmp_path, method, zero_point
     save_packed(tmp_path / "model.safetensors", model, values)
     with pytest.raises(UserError, match="has a scale or zero point that none can have"):
         load_packed(tmp_path / "model.safetensors", Small())
-
-
-@pytest.mark.parametrize("part", ["weights", "activations"])
-def test_weights_or_activations_alone_survive(tmp_path, part):
-    torch.manual_seed(0)
-    values, x = recipe(4), torch.randn(2, 3, 6, 6)
-    values["quantize"] = {part: values["quantize"][part]}
-    model = finalized(Small(), values)
-    save_packed(tmp_path / "model.safetensors", model, values)
-    loaded = Small().eval()
-    load_packed(tmp_path / "model.safetensors", loaded)
-    assert torch.equal(loaded(x), model(x))
-
-
-def test_a_whole_sam2_survives(tmp_path):
-    torch.manual_seed(0)
-    spec = {"method": "minmax", "bits": 2}
-    quantize = QuantizeRecipe.model_validate({"weights": spec})
-    model = build_sam2("nano", image_size=64)
-    convert(model, quantize)
-    find_ranges(model, lambda batch: None, [])
-    finalize(model)
-    path = tmp_path / "model.safetensors"
-    save_packed(path, model, {"quantize": quantize.model_dump(mode="json")})
-    loaded = build_sam2("nano", image_size=64)
-    load_packed(path, loaded)
-    for (name, ours), (_, theirs) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
-        assert torch.equal(ours, theirs) or "quantizer." in name, name
-    sizes = model_bytes(model)
-    assert sizes["packed"] < sizes["bfloat16"] / 6 and sizes["float32"] == 2 * sizes["bfloat16"]
 
 
 def test_the_header_says_what_is_inside(saved):
@@ -192,7 +158,7 @@ def test_a_file_replaces_the_former_one_when_it_is_whole(saved, monkeypatch):
 def test_a_missing_folder_is_made_and_an_impossible_one_is_a_users_mistake(saved, tmp_path):
     save_packed(tmp_path / "new" / "model.safetensors", saved[1], recipe(3))
     assert (tmp_path / "new" / "model.safetensors").is_file()
-    with pytest.raises(UserError, match="could not be written: File exists"):
+    with pytest.raises(UserError, match="could not be written"):
         save_packed(saved[0] / "model.safetensors", saved[1], recipe(3))
 
 
@@ -207,71 +173,15 @@ def test_a_model_that_is_not_finalized_is_refused(saved, tmp_path):
         save_packed(tmp_path / "other", model, recipe(3))
 
 
-def rewrite(path: Path, change: Any) -> None:
-    """Write a file again with changed tensors and metadata, its checksum of tensors as it was, the header's new."""
-    with safe_open(path, framework="pt") as file:
-        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    change(metadata, tensors)
-    checksum = 0
-    for key in ("extra", "recipe", "weights"):
-        checksum = zlib.crc32(metadata[key].encode(), zlib.crc32(key.encode(), checksum))
-    save_file(tensors, path, {**metadata, "header_crc32": str(checksum)})
-
-
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGES: dict[str, tuple[Any, str]] = {
-    "missing": (Path.unlink, "does not exist; give the file"),
-    "empty": (lambda path: path.write_bytes(b""), "cannot be read as a packed model"),
-    "foreign": (lambda path: path.write_text("a,b\n1,2\n"), "cannot be read as a packed model"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-7]), "cannot be read as a packed model"),
-    "one bit": (_flip, "is damaged"),
-    "no metadata": (lambda path: save_file({"a": torch.zeros(1)}, path), "is no packed model of qsam2"),
-    "newer": (
-        lambda path: rewrite(path, lambda metadata, _: metadata.update(version="3")),
-        "has format version '3', this qsam2 reads 2: update qsam2, or export the model again",
-    ),
-    "broken header": (lambda path: rewrite(path, lambda metadata, _: metadata.update(weights="{")), "is damaged"),
-    "odd header": (lambda path: rewrite(path, lambda metadata, _: metadata.update(extra="1")), "is damaged"),
-    "no recipe": (
-        lambda path: rewrite(path, lambda metadata, _: metadata.update(recipe="{}")),
-        "made by a recipe that this version refuses: Input should be a valid",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES.keys())
-def test_damaged_files_are_refused_in_one_line(saved, damage, message):
-    path, _ = saved
-    damage(path)
-    with pytest.raises(UserError, match=message) as error:
-        load_packed(path, Small())
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
-
-
-def test_a_folder_is_no_packed_model(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        read_header(tmp_path)
-
-
-def test_another_model_is_refused(saved):
+def test_another_model_is_refused(saved, message):
     path, _ = saved
     other = Small()
     other.linear = nn.Linear(7, 4)
-    with pytest.raises(UserError, match="other layers, shapes or bits; check model.size"):
+    with pytest.raises(UserError) as error:
         load_packed(path, other)
+    assert "model.size" in message(error)
     other = Small()
     other.norm = nn.LayerNorm(8)
-    with pytest.raises(UserError, match="norm.bias, norm.weight missing or of another shape"):
+    with pytest.raises(UserError) as error:
         load_packed(path, other)
-
-
-def test_another_recipe_than_the_weights_is_refused(saved):
-    path, _ = saved
-    rewrite(path, lambda metadata, _: metadata.update(recipe=json.dumps(recipe(4))))
-    with pytest.raises(UserError, match="other layers, shapes or bits"):
-        load_packed(path, Small())
+    assert "norm.bias, norm.weight" in message(error)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from messages import Message
 from safetensors.torch import save_file
 from small_packed import Small, assert_equal, finalized, recipe
 from torch import nn
@@ -27,27 +28,8 @@ MUTATED, FORGED = 1000, 300
 GROWTH_MB = 300
 """Memory that reading all of them may take."""
 ODD: tuple[Any, ...] = (
-    0,
-    -1,
-    1,
-    7,
-    64,
-    2**31,
-    2**62,
-    2**63,
-    2**64 - 1,
-    2**80,
-    1e308,
-    0.5,
-    None,
-    True,
-    "",
-    "x",
-    "\n",
-    [],
-    {},
-    [-1, 2],
-)
+    0, -1, 1, 7, 64, 2**31, 2**62, 2**63, 2**64 - 1, 2**80, 1e308, 0.5, None, True, "", "x", "\n", [], {}, [-1, 2],
+)  # fmt: skip
 DTYPES = ("F32", "F16", "BF16", "F64", "U8", "I8", "I64", "U64", "BOOL", "F8_E4M3", "F4", "C64", "X9", "")
 
 
@@ -233,66 +215,60 @@ def packed(models: dict[str, Path]) -> bytes:
     return (models["packed"] / "model.safetensors").read_bytes()
 
 
-def with_tensor(**values: Any) -> Callable[[bytes], bytes]:
-    """The first tensor described otherwise."""
+Forge = Callable[[bytes], bytes]
+
+
+def with_header(change: Callable[[dict[str, Any], int], object]) -> Forge:
+    """`change(header, bytes of the body)`, and checksums that fit."""
 
     def forge(data: bytes) -> bytes:
         header, body = split(data)
-        name = next(name for name in header if name != "__metadata__")
-        header[name].update(values)
+        change(header, len(body))
         return forged(header, body)
 
     return forge
 
 
-def with_more(**tensor: Any) -> Callable[[bytes], bytes]:
-    """Another tensor behind all others."""
-
-    def forge(data: bytes) -> bytes:
-        header, body = split(data)
-        offsets = tensor.get("data_offsets", [0, 0])
-        header["more"] = {**tensor, "data_offsets": [len(body) + offset for offset in offsets]}
-        return forged(header, body)
-
-    return forge
+def with_tensor(**values: Any) -> Forge:
+    """The first tensor with another description."""
+    return with_header(lambda header, _: next(header[name] for name in header if name[0] != "_").update(values))
 
 
-def with_recipe(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
-    def forge(data: bytes) -> bytes:
-        header, body = split(data)
-        values = json.loads(header["__metadata__"]["recipe"])
+def with_more(**tensor: Any) -> Forge:
+    """One more tensor behind all others."""
+    begin, end = tensor.pop("data_offsets", (0, 0))
+    return with_header(lambda header, size: header.update(more={**tensor, "data_offsets": [size + begin, size + end]}))
+
+
+def with_text(key: str, text: str) -> Forge:
+    return with_header(lambda header, _: header["__metadata__"].update({key: text}))
+
+
+def with_values(key: str, change: Callable[[dict[str, Any]], object]) -> Forge:
+    """Changed values in one of the header's JSON texts."""
+
+    def change_header(header: dict[str, Any], _: int) -> None:
+        values = json.loads(header["__metadata__"][key])
         change(values)
-        header["__metadata__"]["recipe"] = json.dumps(values)
-        return forged(header, body)
+        header["__metadata__"][key] = json.dumps(values)
 
-    return forge
-
-
-def with_text(key: str, text: str) -> Callable[[bytes], bytes]:
-    def forge(data: bytes) -> bytes:
-        header, body = split(data)
-        header["__metadata__"][key] = text
-        return forged(header, body)
-
-    return forge
+    return with_header(change_header)
 
 
-def with_bits(bits: int) -> Callable[[bytes], bytes]:
+def with_recipe(change: Callable[[dict[str, Any]], object]) -> Forge:
+    return with_values("recipe", change)
+
+
+def with_bits(bits: int) -> Forge:
     return with_recipe(lambda values: values["quantize"]["weights"].update(bits=bits))
 
 
-def with_description(**values: Any) -> Callable[[bytes], bytes]:
-    def forge(data: bytes) -> bytes:
-        header, body = split(data)
-        weights = json.loads(header["__metadata__"]["weights"])
-        next(iter(weights.values())).update(values)
-        header["__metadata__"]["weights"] = json.dumps(weights)
-        return forged(header, body)
-
-    return forge
+def with_description(**values: Any) -> Forge:
+    """Another description of the first weight."""
+    return with_values("weights", lambda weights: next(iter(weights.values())).update(values))
 
 
-def with_scale(value: float) -> Callable[[bytes], bytes]:
+def with_scale(value: float) -> Forge:
     def forge(data: bytes) -> bytes:
         header, body = split(data)
         name = next(name for name in header if name.endswith("weight_quantizer.scale"))
@@ -307,14 +283,16 @@ def _flipped(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
-CANNOT_BE_READ = "cannot be read: truncated or another kind of file; copy or export it again"
-DAMAGED = r"is damaged \(its checksum or header is wrong\): copy or export it again"
-FORGERIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "flipped bit": (_flipped, DAMAGED),
+CANNOT_BE_READ, DAMAGED, OTHER, RANGE = "cannot be read", "is damaged", "does not fit the model", "scale or zero point"
+DEEP = '{"a":' * 10**5 + "1" + "}" * 10**5
+FORGERIES: dict[str, tuple[Forge, str]] = {
+    "flipped bit": (lambda data: data[:-1] + bytes([data[-1] ^ 1]), DAMAGED),
     "flipped bit in the recipe": (lambda data: data.replace(b"small", b"smalk", 1), DAMAGED),
     "cut tail": (lambda data: data[:-1], CANNOT_BE_READ),
     "empty": (lambda data: b"", CANNOT_BE_READ),
-    "version": (with_text("version", "1"), "has format version '1', this qsam2 reads 2: update qsam2, or export"),
+    "text": (lambda data: b"a,b\n1,2\n", CANNOT_BE_READ),
+    "version": (with_text("version", "1"), "version '1', this qsam2 reads 2"),
+    "newer version": (with_text("version", "3"), "version '3', this qsam2 reads 2"),
     "product of a shape": (with_tensor(shape=[2**40, 2**40]), CANNOT_BE_READ),
     "negative shape": (with_tensor(shape=[-5, -1]), CANNOT_BE_READ),
     "shape past 64 bits": (with_tensor(shape=[2**64]), CANNOT_BE_READ),
@@ -322,33 +300,34 @@ FORGERIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "length of the header": (lambda data: struct.pack("<Q", 2**40) + data[8:], CANNOT_BE_READ),
     "largest length": (lambda data: struct.pack("<Q", 2**64 - 1) + data[8:], CANNOT_BE_READ),
     "nothing, many times": (with_more(dtype="F32", shape=[0, 2**63]), DAMAGED),
-    "odd type": (with_more(dtype="F4", shape=[0]), "does not fit the model: more missing or of another shape"),
-    "a tensor more": (with_more(dtype="BOOL", shape=[0]), "does not fit the model: more missing or of another shape"),
-    "bits 0": (with_bits(0), "bits=0 is not supported: give 2 to 8"),
-    "bits 64": (with_bits(64), "bits=64 is not supported: give 2 to 8"),
-    "other bits": (with_bits(8), "does not fit the model: other layers, shapes or bits"),
-    "described bits": (with_description(bits=64), "does not fit the model: other layers, shapes or bits"),
-    "described shape": (with_description(shape=[2**40, 2**40]), "does not fit the model: other layers, shapes or bits"),
+    "odd type": (with_more(dtype="F4", shape=[0]), f"{OTHER}: more"),
+    "a tensor more": (with_more(dtype="BOOL", shape=[0]), f"{OTHER}: more"),
+    "bits 0": (with_bits(0), "bits=0"),
+    "bits 64": (with_bits(64), "bits=64"),
+    "other bits": (with_bits(8), OTHER),
+    "described bits": (with_description(bits=64), OTHER),
+    "described shape": (with_description(shape=[2**40, 2**40]), OTHER),
     "picture": (with_recipe(lambda values: values["model"].update(image_size=32 * 10**8)), "multiple of 32 from 64 to"),
-    "size": (with_recipe(lambda values: values["model"].update(size="../nano")), "model.size='../nano' is unknown"),
-    "no recipe": (with_text("recipe", "{}"), "made by a recipe that this version refuses"),
+    "size": (with_recipe(lambda values: values["model"].update(size="../nano")), "model.size='../nano'"),
+    "no recipe": (with_text("recipe", "{}"), "recipe"),
     "a list": (with_text("recipe", "[]"), DAMAGED),
+    "a number": (with_text("extra", "1"), DAMAGED),
     "no JSON": (with_text("weights", "{"), DAMAGED),
-    "nested": (with_text("extra", '{"a":' * 10**5 + "1" + "}" * 10**5), DAMAGED),
-    "nested recipe": (with_text("recipe", '{"a":' * 700 + "1" + "}" * 700), "unknown recipe key 'a'"),
-    "negative scale": (with_scale(-1.0), "has a scale or zero point that none can have"),
-    "NaN": (with_scale(float("nan")), "has a scale or zero point that none can have"),
-    "infinite": (with_scale(float("inf")), "has a scale or zero point that none can have"),
+    "nested": (with_text("extra", DEEP), DAMAGED),
+    "nested recipe": (with_text("recipe", '{"a":' * 700 + "1" + "}" * 700), "'a'"),
+    "negative scale": (with_scale(-1.0), RANGE),
+    "NaN": (with_scale(float("nan")), RANGE),
+    "infinite": (with_scale(float("inf")), RANGE),
 }
 
 
-@pytest.mark.parametrize(("forge", "message"), FORGERIES.values(), ids=FORGERIES.keys())
-def test_forgeries_are_refused(forge: Callable[[bytes], bytes], message: str, packed: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("forge", "fact"), FORGERIES.values(), ids=FORGERIES.keys())
+def test_forgeries_are_refused(forge: Forge, fact: str, packed: bytes, tmp_path: Path, message: Message) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(forge(packed))
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError) as error:
         load_model(path)
-    assert "\n" not in str(error.value)
+    assert fact in message(error)
 
 
 def test_what_is_not_changed_loads(packed: bytes, tmp_path: Path) -> None:
@@ -370,7 +349,7 @@ class Trap:
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 @pytest.mark.parametrize("how", ["pickle", "torch", "state"])
-def test_a_pickle_in_disguise_is_not_run(how: str, suffix: str, tmp_path: Path) -> None:
+def test_a_pickle_in_disguise_is_not_run(how: str, suffix: str, tmp_path: Path, message: Message) -> None:
     path, touched = tmp_path / f"model.{suffix}", tmp_path / "touched"
     if how == "pickle":
         path.write_bytes(pickle.dumps(Trap(touched)))
@@ -378,32 +357,58 @@ def test_a_pickle_in_disguise_is_not_run(how: str, suffix: str, tmp_path: Path) 
         torch.save({"model": Trap(touched)}, path)
     else:
         torch.save({"model": {"weight": torch.zeros(2), "more": Trap(touched)}}, path)
-    expected = "it holds more than tensors and could run code" if suffix == "pt" else CANNOT_BE_READ
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError) as error:
         load_model(path)
+    assert ("could run code" if suffix == "pt" else CANNOT_BE_READ) in message(error)
     assert not touched.exists()
     pickle.loads(pickle.dumps(Trap(touched)))
     assert touched.exists()  # the trap works
 
 
-def test_safetensors_under_another_name_are_named(packed: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
-    path.write_bytes(packed)
-    with pytest.raises(UserError, match="is a safetensors file under another name: let it end in .safetensors"):
+def _pickle_name(path: Path, packed: bytes) -> Path:
+    path.with_suffix(".pt").write_bytes(packed)
+    return path.with_suffix(".pt")
+
+
+def _float_with_recipe(text: str) -> Callable[[Path, bytes], Path]:
+    def write(path: Path, _: bytes) -> Path:
+        save_file({"a": torch.zeros(1)}, path, {"format": "qsam2-float", "recipe": text})
+        return path
+
+    return write
+
+
+def _first_weight(*shape: int) -> Callable[[Path, bytes], Path]:
+    def write(path: Path, _: bytes) -> Path:
+        save_file({"image_encoder.trunk.patch_embed.proj.weight": torch.zeros(shape)}, path)
+        return path
+
+    return write
+
+
+FOREIGN: dict[str, tuple[Callable[[Path, bytes], Path], str]] = {
+    "packed named .pt": (_pickle_name, ".safetensors"),
+    **{f"float, recipe {text[:9]}": (_float_with_recipe(text), DAMAGED) for text in ("{", "[]", "1", DEEP)},
+    "names of a checkpoint, a scalar": (_first_weight(), "no SAM2 checkpoint"),
+    "names of a checkpoint, a vector": (_first_weight(32), "no SAM2 checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("write", "fact"), FOREIGN.values(), ids=FOREIGN.keys())
+def test_other_files_are_refused(
+    write: Callable[[Path, bytes], Path], fact: str, packed: bytes, tmp_path: Path, message: Message
+) -> None:
+    path = write(tmp_path / "odd.safetensors", packed)
+    with pytest.raises(UserError) as error:
         load_model(path)
+    assert fact in message(error) and path.name in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "1", '{"a":' * 10**5 + "1" + "}" * 10**5])
-def test_a_float_file_with_a_broken_recipe_is_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "float.safetensors"
-    save_file({"a": torch.zeros(1)}, path, {"format": "qsam2-float", "recipe": text})
-    with pytest.raises(UserError, match="float.safetensors is damaged: its header holds no recipe"):
-        load_model(path)
-
-
-@pytest.mark.parametrize("shape", [(), (32,)])
-def test_a_file_with_the_names_of_a_checkpoint_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
-    path = tmp_path / "odd.safetensors"
-    save_file({"image_encoder.trunk.patch_embed.proj.weight": torch.zeros(shape)}, path)
-    with pytest.raises(UserError, match="odd.safetensors is no SAM2 checkpoint that qsam2 knows"):
-        load_model(path)
+@pytest.mark.parametrize("kind", ["missing", "a folder", "no metadata"])
+def test_what_is_no_packed_file_is_refused(kind: str, tmp_path: Path, message: Message) -> None:
+    path = tmp_path if kind == "a folder" else tmp_path / "model.safetensors"
+    if kind == "no metadata":
+        save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError) as error:
+        read_header(path)
+    assert str(path) in message(error)

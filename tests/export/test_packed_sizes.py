@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from small_packed import assert_equal
 from torch import Tensor
 
 from qsam2.calibration.activation_ranges import find_ranges
-from qsam2.export.packed import load_packed, save_packed
+from qsam2.export.packed import load_packed, model_bytes, save_packed
 from qsam2.layers.convert import convert, finalize
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.quantize import QuantizeRecipe
@@ -28,19 +31,25 @@ def track(model: SAM2) -> Tensor:
     return torch.stack([logits for _, _, logits in model.propagate_in_video(state)])
 
 
-@pytest.fixture(scope="module", params=["nano", "tiny"])
-def floats(request: pytest.FixtureRequest) -> tuple[str, dict[str, Tensor]]:
-    """A size and random weights, of which an object is seen."""
-    return request.param, seeing(request.param, SIZE_PX).state_dict()
+@functools.cache
+def weights_of(size: str) -> dict[str, Tensor]:
+    """Random weights with which an object is seen."""
+    return seeing(size, SIZE_PX).state_dict()
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_a_loaded_model_tracks_as_the_fake_quantized_one(floats, tmp_path, bits):
-    size, weights = floats
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "bits"),
+    [
+        *(("nano", bits) for bits in range(2, 9)),
+        *(pytest.param("tiny", bits, marks=() if bits == 3 else pytest.mark.prove) for bits in range(2, 9)),
+    ],
+)
+def test_a_loaded_model_tracks_as_the_fake_quantized_one(tmp_path: Path, size: str, bits: int) -> None:
     spec = {"method": "minmax", "bits": bits}
     quantize = QuantizeRecipe.model_validate({"weights": spec, "activations": spec})
     model = build_sam2(size, image_size=SIZE_PX).eval()
-    model.load_state_dict(weights)
+    model.load_state_dict(weights_of(size))
     convert(model, quantize)
     find_ranges(model, track, [model])
     finalize(model)
@@ -51,3 +60,5 @@ def test_a_loaded_model_tracks_as_the_fake_quantized_one(floats, tmp_path, bits)
     assert_equal(loaded, model)
     masks = track(model)
     assert masks.std() > 0 and torch.equal(track(loaded), masks)
+    sizes = model_bytes(model)
+    assert sizes["float32"] == 2 * sizes["bfloat16"] and sizes["packed"] < 1.3 * sizes["float32"] * bits / 32
