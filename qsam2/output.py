@@ -104,6 +104,11 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is damaged ({error}): copy it again, or carry out the run anew") from error
 
 
+def listed(names: Sequence[str]) -> str:
+    """The first three names and the number of the others: "a, b, c and 7 more"."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of equally many cells as text, columns left-aligned and two blanks apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

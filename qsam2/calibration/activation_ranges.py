@@ -15,14 +15,13 @@ from qsam2.data.calibration_data import CalibrationData, Sample, far_apart
 from qsam2.errors import UserError
 from qsam2.layers.convert import latent_weights, quantized_weights, quantizers, set_state
 from qsam2.models import SAM2
+from qsam2.output import listed
 from qsam2.quantizers import QuantizerState
 from qsam2.run import Run
 
 Batch = TypeVar("Batch")
 FEATURES_BYTES = 2e9
 """Memory for image features that two stages of calibration share: 120 frames at 1024 px."""
-MAX_NAMED = 5
-"""How many quantizers an error message names before it counts the rest."""
 
 
 def calibrate_ranges(run: Run) -> None:
@@ -122,11 +121,9 @@ def find_ranges(
         except UserError:  # every rank has to ask every quantizer before one of them gives up
             unreached.append(quantizer.name)
     if unreached:
-        named = ", ".join(unreached[:MAX_NAMED])
-        named += f" and {len(unreached) - MAX_NAMED} more" if len(unreached) > MAX_NAMED else ""
         raise UserError(
-            f"{count} calibration batches never reached {named}: calibrate on clips with masks, clicks and boxes, "
-            "or keep these layers in float by a rule"
+            f"{count} calibration batches did not reach {listed(unreached)}: calibrate on clips with masks, "
+            "clicks and boxes, or keep these layers in float by a rule"
         )
     for layer, quantizer in weights:
         quantizer.initialize_from(layer.weight)

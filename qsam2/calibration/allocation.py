@@ -24,6 +24,7 @@ from tqdm import tqdm
 from qsam2.calibration.forward import run_sample
 from qsam2.errors import UserError
 from qsam2.layers.convert import WEIGHT_TWINS
+from qsam2.layers.hooks import watch_inputs
 from qsam2.recipe.quantize import QuantizeRecipe, Rule
 from qsam2.run import Run
 
@@ -139,31 +140,22 @@ def allocate(layers: Mapping[str, nn.Module], costs: Costs, average_bits: float)
 def importance(
     layers: Mapping[str, nn.Module], run: Callable[[Sample], object], samples: Iterable[Sample]
 ) -> dict[str, float]:
-    """S_l = mean_ij |W_ij| |X_j|_2 of each layer, j its input features or channels (Mix-QSAM2; methods.md section 6).
+    """S_l = mean_ij |W_ij| |X_j|_2 of each layer, j its input features or channels (Mix-QSAM2).
 
     Raises:
-        UserError: no sample reached a layer.
+        UserError: see `watch_inputs`.
     """
     energy: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().float()
-            channel = x.ndim - 1 if isinstance(layer, nn.Linear) else x.ndim - 3
-            squares = x.square().sum(dim=[dim for dim in range(x.ndim) if dim != channel], dtype=torch.float64)
-            energy[name] = energy.get(name, torch.zeros_like(squares)) + squares
+    def record(name: str, x: Tensor) -> None:
+        x = x.float()
+        channel = x.ndim - 1 if isinstance(layers[name], nn.Linear) else x.ndim - 3
+        squares = x.square().sum(dim=[dim for dim in range(x.ndim) if dim != channel], dtype=torch.float64)
+        energy[name] = energy.get(name, torch.zeros_like(squares)) + squares
 
-        return record
-
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with watch_inputs(layers, record, remedy="give more clips, or bits for these layers by a rule"):
         for sample in samples:
             run(sample)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    if missed := [name for name in layers if name not in energy]:
-        raise UserError(f"no calibration sample reached {missed[0]}: give more clips, or a rule for it")
     return {name: float((_by_input(layer) * energy[name].sqrt()).mean()) for name, layer in layers.items()}
 
 

@@ -109,7 +109,7 @@ def round_sam2(model: SAM2, data: CalibrationData, damping: float, *, progress: 
         if part:
             shown = tqdm(samples, f"gather inputs, {what}", count, disable=not progress)
             _set_states(part, QuantizerState.FLOAT)
-            inputs = gather_inputs(part, run, ((sample.label, sample) for sample in shown), count)
+            inputs = gather_inputs(part, run, shown, count)
             _set_states(part, QuantizerState.QUANTIZE)
             rounded = round_layers(part, inputs, damping)
             rows += tqdm(rounded, f"gptq, {what}", len(part), disable=not progress)

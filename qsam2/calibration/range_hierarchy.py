@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsam2.data.calibration_data import CalibrationData, Sample
 from qsam2.layers.convert import quantizers
+from qsam2.layers.hooks import hooked
 from qsam2.models import SAM2
 from qsam2.quantizers import QuantizerState
 
@@ -68,37 +69,31 @@ class HierarchicalData(CalibrationData):
         observing = [q for _, q in quantizers(self.model) if q.state is QuantizerState.OBSERVE]
         clips, stills = ([RangeHierarchy() for _ in observing] for _ in range(2))
         images = tracked = 0
-        into = clips
+        ranges = clips
 
-        def on_image(*_: object) -> None:
+        def count_image(*_: object) -> None:
             nonlocal images
             images += 1
 
-        def on_memory(*_: object) -> None:
+        def count_tracked(*_: object) -> None:
             nonlocal tracked
             tracked += 1
 
-        def record(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def on_call(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                lower, upper = (float(bound) for bound in args[0].aminmax())
-                into[index].add((images, tracked), lower, upper)
+        def record(index: str, args: tuple[Tensor, ...], _: object) -> None:
+            lower, upper = (float(bound) for bound in args[0].aminmax())
+            ranges[int(index)].add((images, tracked), lower, upper)
 
-            return on_call
-
-        hooks = [q.register_forward_pre_hook(record(index)) for index, q in enumerate(observing)]
-        hooks.append(self.model.image_encoder.register_forward_pre_hook(on_image))
-        hooks.append(self.model.memory_encoder.register_forward_hook(on_memory))  # the last that a tracked frame does
-        try:
+        with (
+            hooked({str(index): quantizer for index, quantizer in enumerate(observing)}, record, before=True),
+            hooked({"": self.model.image_encoder}, count_image, before=True),
+            hooked({"": self.model.memory_encoder}, count_tracked),  # the last module of a tracked frame
+        ):
             for sample in samples:
-                into, tracked = clips if sample.tracked else stills, 0
+                ranges, tracked = clips if sample.tracked else stills, 0
                 yield sample
                 if sample.tracked:
-                    for each in clips:
-                        each.end_clip(tracked // PASSES)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for each in stills:
-            each.end_clip()
+                    for hierarchy in clips:
+                        hierarchy.end_clip(tracked // PASSES)
         for quantizer, of_clips, of_stills in zip(observing, clips, stills, strict=True):
+            of_stills.end_clip()
             quantizer.limit_observed(min(of_clips.lower, of_stills.lower), max(of_clips.upper, of_stills.upper))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from qsam2.calibration.forward import run_sample
 from qsam2.data.calibration_data import Sample
-from qsam2.errors import UserError
+from qsam2.layers.hooks import Half, gather_halves
 from qsam2.models import SAM2
 from qsam2.models.nano.heavy import norms_and_readers as trunk_norms_and_readers
 from qsam2.quantizers import QuantizerState, build_quantizer
@@ -115,36 +115,18 @@ def gather_reader_inputs(
     """Inputs of layers in one pass over `count` samples; the first half of them fits, the others are held out.
 
     Raises:
-        UserError: an input with NaN or infinity, a layer that no sample of a half reached.
+        UserError: see `gather_halves`.
     """
-    found = {name: ReaderInputs(layer.weight.new_zeros(layer.in_features)) for name, layer in layers.items()}
-    current, half = "", "fit"
+    inputs = {name: ReaderInputs(layer.weight.new_zeros(layer.in_features)) for name, layer in layers.items()}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].detach().flatten(0, -2)  # (N, n)
-            largest = rows.abs().amax(dim=0)
-            if not largest.isfinite().all():
-                raise UserError(f"calibration sample {current} gives NaN or infinity at the input of {name}: check it")
-            seen = found[name]
-            seen.largest = torch.maximum(seen.largest, largest)
-            kept = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).long()
-            getattr(seen, half).append(rows[kept])
+    def record(half: Half, name: str, x: Tensor) -> None:
+        rows = x.flatten(0, -2)  # (N, n)
+        inputs[name].largest = torch.maximum(inputs[name].largest, rows.abs().amax(dim=0))
+        kept = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).long()
+        getattr(inputs[name], half).append(rows[kept])
 
-        return record
-
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        for index, sample in enumerate(samples):
-            current, half = sample.label, "held_out" if index >= count // 2 else "fit"
-            run(sample)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    for name, inputs in found.items():
-        if not (inputs.fit and inputs.held_out):
-            raise UserError(f"calibrate.smooth: calibration samples never reached {name}: give more clips")
-    return found
+    gather_halves(layers, record, run, samples, count, remedy="give more clips, or leave calibrate.smooth out")
+    return inputs
 
 
 def smooth(

@@ -17,6 +17,7 @@ from qsam2.calibration.forward import encode, run_sample
 from qsam2.calibration.frobenius import Spectrum, acnr, ridge
 from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs, gram_bytes
 from qsam2.errors import UserError
+from qsam2.output import listed
 from qsam2.quantizers import Quantizer, build_quantizer
 from qsam2.recipe.calibrate import FrobeniusRecipe, WeightCalibration
 from qsam2.recipe.quantize import QuantizeRecipe
@@ -25,8 +26,6 @@ from qsam2.run import Run
 
 NEAREST = 3
 """How many layer names the message on a pattern without a match gives."""
-MAX_NAMED = 5
-"""How many layers a warning names before it counts the rest."""
 log = logging.getLogger("qsam2")
 
 
@@ -70,9 +69,8 @@ def calibrate_weights(run: Run) -> None:
     with run.folder.stage("calibrate weights", what):
         run.prepare_inference()
         shown = tqdm(data.samples(), "gather inputs", len(data), disable=run.silent)
-        samples = ((sample.label, sample) for sample in shown)
         quantizers = input_quantizers(layers, quantize)
-        inputs = gather_inputs(layers, lambda sample: forward(run.model, sample), samples, len(data), quantizers)
+        inputs = gather_inputs(layers, lambda sample: forward(run.model, sample), shown, len(data), quantizers)
         rows = calibrate_layers(layers, inputs, quantize, method)
         calibrated = list(tqdm(rows, "calibrate weights", len(layers), disable=run.silent))
     changed = sum(row.strength > 0 for row in calibrated)
@@ -205,11 +203,9 @@ def _report_singular(rows: Sequence[CalibratedLayer]) -> None:
     # LayerNorm takes one direction from what it gives: that alone is no news
     singular = [f"{row.name} {row.rank} of {row.inputs}" for row in rows if row.rank < row.inputs - 1]
     if singular:
-        named = ", ".join(singular[:MAX_NAMED])
-        named += f" and {len(singular) - MAX_NAMED} more" if len(singular) > MAX_NAMED else ""
         log.warning(
             "the inputs of %d layers vary in few directions on the calibration data (%s): more clips may help",
-            *(len(singular), named),
+            *(len(singular), listed(singular)),
         )
 
 

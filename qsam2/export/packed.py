@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from qsam2.errors import UserError
 from qsam2.layers.convert import convert, quantized_weights, quantizers
 from qsam2.models import SAM2
-from qsam2.output import write_tensors
+from qsam2.output import listed, write_tensors
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import ConvertedLayer, QuantizeRecipe
 
@@ -42,7 +42,6 @@ UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, Ove
 """What safetensors and PyTorch raise for headers that say what cannot be."""
 GROUP = 8
 """Values that are packed together: 8 values of b bits are b bytes and fit an int64."""
-MAX_NAMED = 3
 MAX_SHOWN = 200
 """Characters of a foreign text that a message shows."""
 
@@ -154,8 +153,9 @@ def load_packed(path: str | Path, model: nn.Module) -> list[ConvertedLayer]:
         )
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     if differing := sorted({name for name, _ in expected.items() ^ found.items()}):
-        named = ", ".join(differing[:MAX_NAMED])
-        raise UserError(f"packed model {path} does not fit the model: {named} missing or of another shape or dtype")
+        raise UserError(
+            f"packed model {path} does not fit the model: {listed(differing)} missing or of another shape or dtype"
+        )
     if broken := [name for name in floats if not bool(tensors[name].isfinite().all())]:
         raise UserError(f"packed model {path} has NaN or infinite values in {broken[0]}; it is of no use")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from qsam2.errors import UserError
 from qsam2.models.nano.heavy import make_heavy
 from qsam2.models.sam2 import EMBEDDED, SAM2, SIZES, build_sam2, model_config
+from qsam2.output import listed
 
 HIERA_WIDTH, HIERA_STAGES = 96, (2, 3, 16, 3)
 """What `sam2` builds where a size's configuration says nothing (base_plus)."""
@@ -28,9 +29,6 @@ SHA256 = {
     "nano_heavy.safetensors": "ed10bace8f789449653fed5eef8055a86421d5d53299f8a35c4f6d72b11c0be4",
 }
 """Of the files that ship in the package."""
-
-MAX_NAMED = 3
-"""How many keys an error message names before it counts the rest."""
 
 
 def load_sam2(
@@ -153,11 +151,11 @@ def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size:
     ]
     if missing or unexpected or shapes:
         problems = [("missing", missing), ("unexpected", unexpected), ("other shape", shapes)]
-        found = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
+        found = "; ".join(f"{what}: {listed(names)}" for what, names in problems if names)
         raise UserError(f"checkpoint {source} does not fit model.size={size} ({found}){_fitting_size(state)}")
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise UserError(f"checkpoint {source} has NaN or infinite values in {_some(broken)}; it is of no use")
+        raise UserError(f"checkpoint {source} has NaN or infinite values in {listed(broken)}; it is of no use")
     model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()})
 
 
@@ -181,11 +179,6 @@ def _fitting_size(state: Mapping[str, Tensor]) -> str:
     if guess is None:
         return ""
     return f"; it fits model.size={guess[0]} model.version={guess[1]}"
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _is_safetensors(path: Path) -> bool:

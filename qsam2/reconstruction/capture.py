@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
+from qsam2.layers.hooks import hooked
 
 Sample = TypeVar("Sample")
 
@@ -93,24 +94,17 @@ def _record(
     """`record(name, args, kwargs, output)` for each call of a block."""
     waiting: set[str] = set()
 
-    def hook(name: str) -> Callable[..., None]:
-        def on_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            record(name, args, kwargs, output)
-            waiting.discard(name)
-            if one_call and not waiting:
-                raise _Reached
+    def on_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        record(name, args, kwargs, output)
+        waiting.discard(name)
+        if one_call and not waiting:
+            raise _Reached
 
-        return on_call
-
-    handles = [block.register_forward_hook(hook(name), with_kwargs=True) for name, block in blocks.items()]
-    try:
+    with hooked(blocks, on_call):
         for sample in samples:
             waiting.update(blocks)
             with contextlib.suppress(_Reached):
                 run(sample)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _calls(name: str, inputs: Kept, targets: Kept) -> list[Call]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from qsam2.data.calibration_data import Sample
 from qsam2.data.clips import collate_clips
 from qsam2.errors import UserError
+from qsam2.layers.hooks import hooked
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.recipe.reconstruct import HierarchyRecipe
@@ -59,13 +60,10 @@ def track_clip(model: SAM2, sample: Sample, features: dict[str, Any], *, points:
 def tracked(model: SAM2, sample: Sample, *, points: bool) -> Tracked:
     """What the losses of the scales "short" and "long" compare, with gradients to everything."""
     conditioned: list[Tensor] = []
-    last = model.memory_attention.norm  # called however memory is read
-    hook = last.register_forward_hook(lambda _, __, output: conditioned.append(output))
-    try:
+    last = {"norm": model.memory_attention.norm}  # the one module that every way of reading memory calls
+    with hooked(last, lambda _, __, ___, output: conditioned.append(output)):
         features = model.forward_image(sample.clip.images.to(model.device))
         frames = track_clip(model, sample, features, points=points)
-    finally:
-        hook.remove()
     return Tracked(
         memories=[frame["maskmem_features"] for frame in frames],
         conditioned=[output.transpose(1, 2)[..., None] for output in conditioned],  # (objects, C, HW, 1)

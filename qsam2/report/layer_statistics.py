@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsam2.layers.convert import quantized_weights, quantizers
+from qsam2.layers.hooks import hooked
 from qsam2.models import SAM2
 from qsam2.quantizers import Quantizer
 from qsam2.quantizers.fake_quant import broadcast_shape
@@ -42,7 +41,10 @@ def measure_layers(
     weights = {name: _weight_figures(layer.weight, quantizer, latent[name])
                for name, layer, quantizer in quantized_weights(model)}  # fmt: skip
     meters = {name: _Meter(quantizer) for name, quantizer in quantizers(model) if quantizer.role == "activation"}
-    with _hooked(meters):
+    with hooked(
+        {name: meter.quantizer for name, meter in meters.items()},
+        lambda name, args, _, output: meters[name].update(args[0], output),
+    ):
         run(model)
     inputs: dict[str, list[_Meter]] = defaultdict(list)  # an attention has three
     for name, meter in meters.items():
@@ -59,9 +61,13 @@ def measure_layers(
     named = dict(quantizers(model))
     shown = [f"{name}.{INPUT}" for name in _worst(rows, "input_snr_db") if f"{name}.{INPUT}" in meters][:SHOWN]
     before = {name: _Meter(named[name]) for name in shown}
-    with _hooked(before, teacher):
-        run(teacher)
     own = dict(teacher.named_modules())
+    with hooked(
+        {name: own[name.removesuffix(f".{INPUT}")] for name in shown},
+        lambda name, args, _: before[name].update(args[0], args[0]),
+        before=True,
+    ):
+        run(teacher)
     return {
         "layers": rows,
         "weights": [
@@ -81,7 +87,7 @@ def measure_layers(
 
 
 class _Meter:
-    """Sums over what passes a quantizer: signal, noise, clipped, count; and a histogram in codes of its grid."""
+    """Sums over the inputs of a quantizer: signal, noise, clipped, count; and a histogram in codes of its grid."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
@@ -93,34 +99,9 @@ class _Meter:
         codes = _codes(self.quantizer, x)
         outside = (codes < self.quantizer.qmin - 0.5) | (codes > self.quantizer.qmax + 0.5)
         noise = (x - quantized).square().sum()
-        found = (float(x.square().sum()), float(noise), float(outside.sum()), float(x.numel()))
-        self.sums = [total + value for total, value in zip(self.sums, found, strict=True)]
+        sums = (float(x.square().sum()), float(noise), float(outside.sum()), float(x.numel()))
+        self.sums = [total + value for total, value in zip(self.sums, sums, strict=True)]
         self.counts = self.counts + _histogram(self.quantizer, codes)
-
-    def update_input(self, x: Tensor, quantized: Tensor) -> None:
-        """What a layer without this quantizer takes in; its output plays no part."""
-        self.update(x, x)
-
-
-def _call(update: Callable[[Tensor, Tensor], None], _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    update(inputs[0], output)
-
-
-@contextmanager
-def _hooked(meters: Mapping[str, _Meter], float_model: nn.Module | None = None) -> Iterator[None]:
-    """Measures what passes the quantizers, or what the same layers of a float model take in."""
-    handles = []
-    for name, meter in meters.items():
-        place: nn.Module = meter.quantizer
-        update = meter.update
-        if float_model is not None:
-            place, update = float_model.get_submodule(name.removesuffix(f".{INPUT}")), meter.update_input
-        handles.append(place.register_forward_hook(partial(_call, update)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _weight_figures(weight: Tensor, quantizer: Quantizer, latent: Tensor) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from qsam2.calibration.gram import Moments
 from qsam2.data.clips import ClipDataset
 from qsam2.data.synthetic.moving_objects import moving_objects
+from qsam2.layers.hooks import watch_inputs
 from qsam2.models import SAM2, load_sam2
 from qsam2.models.nano.heavy import COLUMN_SCALE, move_scale, norms_and_readers
 from qsam2.output import write_whole
@@ -87,21 +88,13 @@ def input_statistics(model: SAM2, layers: Mapping[str, nn.Linear]) -> dict[str, 
     """Moments of each layer's input over the calibration frames."""
     moments = {name: Moments(layer.in_features) for name, layer in layers.items()}
 
-    def record(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            moments[name].add(inputs[0].flatten(0, -2))
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
     videos = moving_objects("train", FRAMES // 2)
     clips = ClipDataset(
         videos, num_frames=2, max_objects=1, image_size=model.image_size, length=FRAMES // 2, max_stride=8
     )
-    for index in tqdm(range(len(clips)), desc="statistics"):
-        model.forward_image(clips[index].images.double())
-    for hook in hooks:
-        hook.remove()
+    with watch_inputs(layers, lambda name, x: moments[name].add(x.flatten(0, -2)), remedy="give more frames"):
+        for index in tqdm(range(len(clips)), desc="statistics"):
+            model.forward_image(clips[index].images.double())
     return moments
 
 

@@ -105,7 +105,7 @@ def test_importance_is_that_of_its_equation(build: Callable[[], nn.Module], shap
 
 
 def test_a_layer_that_no_sample_reaches() -> None:
-    with pytest.raises(UserError, match="no calibration sample reached b: give more clips, or a rule for it"):
+    with pytest.raises(UserError, match="calibration samples did not reach b: give more clips, or bits for"):
         importance({"b": nn.Linear(2, 2)}, lambda sample: None, [1])
 
 

@@ -132,7 +132,7 @@ def batches(count: int = 4) -> list[Tensor]:
 
 def rounded(model: nn.Module, data: list[Tensor], damping: float = 0.01) -> list[RoundedLayer]:
     layers = rounded_layers(model)
-    inputs = gather_inputs(layers, model, [(str(index), x) for index, x in enumerate(data)], len(data))
+    inputs = gather_inputs(layers, model, data, len(data))
     rows = list(round_layers(layers, inputs, damping))
     assert not inputs
     return rows
@@ -169,7 +169,7 @@ def test_the_bias_takes_up_the_mean_on_the_fitted_half() -> None:
 def test_noise_is_that_of_the_layers_own_quantizer() -> None:
     model = layer({"method": "mse", "bits": 4}, {"method": "minmax", "bits": 3})
     layers, data = rounded_layers(model), batches(2)
-    found = gather_inputs(layers, model, [(str(index), x) for index, x in enumerate(data)], 2)["0"]
+    found = gather_inputs(layers, model, data, 2)["0"]
     x, quantizer = torch.cat(data), model[0].input_quantizer
     np.testing.assert_allclose(found.noise.numpy(), (quantizer(x) - x).square().mean(0).numpy(), rtol=1e-4)
     np.testing.assert_allclose(found.fit.mean.numpy(), data[0].double().mean(0).numpy(), rtol=1e-6)

@@ -52,9 +52,8 @@ def heavy_layer(size: int = 16, rows: int = 8, bias: bool = True) -> nn.Linear:
 
 
 def gathered(layer: nn.Linear, data: list[Tensor], quantizer: Quantizer | None = None) -> LayerInputs:
-    named = [(str(index), each) for index, each in enumerate(data)]
     quantizers = {"layer": quantizer} if quantizer else {}
-    return gather_inputs({"layer": layer}, layer, named, len(data), quantizers)["layer"]
+    return gather_inputs({"layer": layer}, layer, data, len(data), quantizers)["layer"]
 
 
 def calibrate(layer: nn.Linear, data: list[Tensor], method: Any, quantizer: Quantizer | None = None) -> CalibratedLayer:
@@ -195,7 +194,7 @@ def test_singular_gram_matrices_are_said_by_layer(caplog: pytest.LogCaptureFixtu
 def test_many_singular_gram_matrices_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "qsam2"):
         calibrate_named({name: samples(rows=4) for name in "abcdefg"})
-    assert "e 7 of 16 and 2 more): more clips" in caplog.messages[0] and len(caplog.messages) == 1
+    assert "c 7 of 16 and 4 more): more clips" in caplog.messages[0] and len(caplog.messages) == 1
 
 
 def test_a_layer_norm_alone_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
@@ -283,8 +282,7 @@ def test_inputs_are_quantized_as_the_recipe_does() -> None:
 def test_layers_are_calibrated_in_place_and_their_statistics_given_back() -> None:
     model = nn.Sequential(heavy_layer(), nn.ReLU(), nn.Linear(8, 3))
     layers = choose_layers(model, quantize(), ("0", "2"))
-    data = [(str(index), x) for index, x in enumerate(samples())]
-    inputs = gather_inputs(layers, model, data, 4, input_quantizers(list(layers), quantize()))
+    inputs = gather_inputs(layers, model, samples(), 4, input_quantizers(list(layers), quantize()))
     before = model[0].weight.clone()
     rows = list(calibrate_layers(layers, inputs, quantize(), FrobeniusRecipe()))
     assert [(row.name, row.bits) for row in rows] == [("0", 4), ("2", 4)] and not inputs

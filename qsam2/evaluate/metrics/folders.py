@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from qsam2.errors import UserError
 from qsam2.evaluate.metrics.vos import Protocol, VOSScore, check_protocol
+from qsam2.output import listed
 
 VOID = 255
 LAYOUT = {"davis": "SEQUENCE/FRAME.png with object ids as pixel values", "sav": "SEQUENCE/OBJECT/FRAME.png"}
@@ -44,12 +45,12 @@ def _sequences(pred: Path, gt: Path, protocol: Protocol, wanted: Sequence[str] |
     if not true_names:
         raise UserError(f"{gt}: no sequence folders; {protocol} ground truth is laid out as {LAYOUT[protocol]}")
     if wanted is not None and (unknown := sorted(set(wanted) - set(true_names))):
-        raise UserError(f"{gt}: no ground truth for sequence {unknown[0]}; it has {_some(true_names)}")
+        raise UserError(f"{gt}: no ground truth for sequence {unknown[0]}; it has {listed(true_names)}")
     names = true_names if wanted is None else list(wanted)
     if missing := sorted(set(names) - set(pred_names)):
-        raise UserError(f"{pred}: no predictions for {_some(missing)}; predict every sequence or name those to score")
+        raise UserError(f"{pred}: no predictions for {listed(missing)}; predict every sequence or name those to score")
     if wanted is None and (extra := sorted(set(pred_names) - set(true_names))):
-        raise UserError(f"{pred}: {_some(extra)} not in ground truth {gt}; remove them or name the sequences to score")
+        raise UserError(f"{pred}: {listed(extra)} not in ground truth {gt}; remove them or name the sequences to score")
     return names
 
 
@@ -133,8 +134,3 @@ def _read_mask(path: Path) -> np.ndarray:
 
 def _size(mask: np.ndarray) -> str:
     return f"{mask.shape[1]}x{mask.shape[0]} pixels"
-
-
-def _some(names: Sequence[str]) -> str:
-    """Up to three of the names, and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
