@@ -1,4 +1,4 @@
-"""Calibration: what it looks at, other weights or scales before quantization, and how weights are rounded."""
+"""Calibration: its data, changes to weights and scales before they are quantized, and how weights are rounded."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ def _with_zero(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 class FrobeniusRecipe(Section):
-    """Weights of least Frobenius norm that keep the output on calibration data (Q-SAM2), rho chosen a layer."""
+    """Weights of least Frobenius norm that keep the output on calibration data (Q-SAM2); rho chosen per layer."""
 
     method: Literal["frobenius"] = "frobenius"
+    """Name of the method."""
     rhos: Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_listed), Field(min_length=1)] = (
         *(1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     )
-    """Ridges to choose from, or one, relative to the mean energy of a layer's inputs; 0 is always among them."""
+    """Ridges rho to choose from per layer, relative to the mean energy of its inputs; 0 (no change) is always one."""
     layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("image_encoder.*",)
     """Patterns of the names of linear layers, as in quantize.rules."""
 
@@ -56,8 +57,9 @@ class ACNRRecipe(Section):
     """Activation-aware condition number reduction (AHCQ-SAM): small singular values of the weights are raised."""
 
     method: Literal["acnr"] = "acnr"
+    """Name of the method."""
     steps: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 3, 10, 30, 100, 300)
-    """Numbers of proximal steps to choose from; 0 is always among them."""
+    """Numbers of proximal steps to choose from per layer; 0 (no change) is always one."""
     layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("image_encoder.*",)
     """Patterns of the names of linear layers, as in quantize.rules."""
 
@@ -72,31 +74,33 @@ WeightCalibration = Union[FrobeniusRecipe, ACNRRecipe]  # noqa: UP007
 
 
 class GPTQRecipe(Section):
-    """Weights are rounded column by column, later columns taking up the error of earlier ones (GPTQ)."""
+    """Weights are rounded column by column, later columns compensating the error of earlier ones (GPTQ)."""
 
     method: Literal["gptq"] = "gptq"
+    """Name of the method."""
     damping: PositiveFloat = 1.0
-    """Added to the Gram matrix's diagonal, relative to its mean. The usual 0.01 trusts few clips too much: on nano at
-    W4A4 box prompts on stills fall from 27.7 to 14.4 with it, to 25.9 with 1."""
+    """Value added to the Gram matrix's diagonal, relative to its mean. The usual 0.01 overfits few clips: on nano at
+    W4A4 the mIoU of box prompts falls from 27.7 to 14.4 with it, to 25.9 with 1."""
 
 
 class CalibrateRecipe(Section):
-    """Stills and clips of the train sources, without augmentation, on which quantization is fitted; what is fitted.
+    """Calibration data, drawn from the train sources without augmentation, and the methods fitted on it.
 
-    In this order: weights, smooth, ranges (always), rounding.
+    Order: weights, smooth, ranges of activations (always), rounding.
     """
 
     stills: NonNegativeInt = 32
-    """Single frames, which the image encoder sees besides those of the clips."""
+    """Single frames, run through the image encoder beside those of the clips."""
     clips: PositiveInt = 8
+    """Clips, tracked from prompts on their first frame."""
     num_frames: PositiveInt = 8
-    """Of a clip."""
+    """Frames per clip."""
     weights: Annotated[WeightCalibration, Field(discriminator="method"), BeforeValidator(_method)] | None = None
-    """frobenius or acnr, or their keys; null: weights stay what they are until they are quantized."""
+    """Change of the float weights of linear layers: frobenius, acnr, or a mapping of their keys. null: none."""
     smooth: Annotated[Alphas | None, BeforeValidator(_alphas)] = None
-    """SmoothQuant's strength alpha, 0.5 in the paper; of several the best for each LayerNorm; null: no smoothing."""
+    """Strength alpha of SmoothQuant (0.5 in the paper); of a list, the best per LayerNorm. null: no smoothing."""
     rounding: Annotated[GPTQRecipe, BeforeValidator(_method)] | None = None
-    """gptq, or its keys; null: weights are rounded to the nearest."""
+    """Rounding of weights: gptq, or a mapping of its keys. null: to the nearest."""
 
     @model_validator(mode="after")
     def _two_halves(self) -> CalibrateRecipe:

@@ -1,4 +1,4 @@
-"""How the frames that a tracked object left behind are kept and read."""
+"""The memory bank: how remembered frames are kept and read while tracking."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ Sharing = Literal["none", "adaptive", "oldest", "stride", "pool", "sparse", "syn
 
 
 class MemoryRecipe(Section):
-    """The memory bank; the defaults are sam2's own.
+    """Memory bank while tracking. Defaults: as sam2 does.
 
-    Conditioning frames (those that were prompted) and object pointers are always read as they are.
+    Conditioning frames (those with prompts) and object pointers are always read in full.
     """
 
     cache: bool = False
-    """Whether keys and values of a remembered frame are computed once; false: anew for each frame, as sam2 does."""
+    """Compute keys and values of a remembered frame once. false: again for every frame that reads them."""
     sharing: Sharing = "none"
-    """How remembered frames are read by fewer keys, see `qsam2.memory.sharing`."""
+    """Reading remembered frames by fewer keys: adaptive merges similar neighbours (Q-MiniSAM2); oldest, stride, pool,
+    sparse and synthesis are baselines (docs/memory.md)."""
     frames: PositiveInt | None = None
-    """Key budget of sharing in frames, conditioning frames included: of the others at least one is left from 2 up."""
+    """Key budget of sharing, in frames, conditioning frames included. From 2 up at least one other frame is read."""
     quantile: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Of adaptive sharing: neighbours share keys from this quantile of the video's similarities on, in the budget too.
-    """
+    """Adaptive sharing alone: quantile of the video's similarities above which neighbours share keys. null: only as
+    many share as the budget requires."""
     bounded: bool = False
-    """Whether the state keeps only what later frames can still ask for; the masks are the same."""
+    """Keep only what later frames can still read, so that the state does not grow; the masks are the same."""
 
     @model_validator(mode="after")
     def _sharing_has_a_budget(self) -> MemoryRecipe:

