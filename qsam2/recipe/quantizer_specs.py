@@ -30,9 +30,9 @@ class QuantizerSpec(Section):
     granularity: Literal["tensor", "channel"] | None = None
     """One range per tensor or per channel. null: channel for weights, tensor for activations."""
     grid: GridName = "auto"
-    """mid_tread: a level at zero; mid_rise: odd multiples of half a step; least_error, for affine activations: whichever
-    of both fits calibration data better. auto: mid_rise for symmetric 2-bit weights, least_error for affine activations
-    of lsc and mse up to 3 bits, else mid_tread."""
+    """mid_tread: a level at zero; mid_rise: odd multiples of half a step; least_error, for affine activations: the one
+    of both that fits calibration data better. auto: mid_rise for symmetric 2-bit weights, least_error for affine
+    activations of lsc and mse up to 3 bits, else mid_tread."""
     clipped_gradient: Literal["zero", "identity"] = "zero"
     """Straight-through gradient of values beyond the range."""
 

