@@ -19,7 +19,7 @@ from torch import Tensor
 from qsam2.calibration.activation_ranges import find_sam2_ranges
 from qsam2.data.sources import open_train
 from qsam2.layers.convert import convert
-from qsam2.load import load_float
+from qsam2.loading import load_float
 from qsam2.pipeline import calibration_data
 from qsam2.quantizers import Quantizer
 from qsam2.quantizers.grid import Grid

@@ -30,10 +30,10 @@ from qsam2.benchmark.remembered_frames import attention_macs
 from qsam2.data.sources import open_videos
 from qsam2.data.synthetic.moving_objects import MovingObjects, moving_objects
 from qsam2.data.video import Predictions, Video
-from qsam2.evaluate.metrics.bootstrap import paired_bootstrap
-from qsam2.evaluate.metrics.iou import mask_iou
-from qsam2.evaluate.scoring import score_float, score_videos
-from qsam2.load import load_model
+from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
+from qsam2.evaluation.metrics.iou import mask_iou
+from qsam2.evaluation.scoring import score_float, score_videos
+from qsam2.loading import load_model
 from qsam2.memory.reader import MemoryReader, use_memory
 from qsam2.models import SAM2, build_sam2
 from qsam2.output import write_text

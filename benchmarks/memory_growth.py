@@ -15,8 +15,8 @@ import torch
 from qsam2.benchmark.remembered_frames import state_bytes
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.transforms import FrameSequence
-from qsam2.evaluate.tracking import first_masks
-from qsam2.load import load_model
+from qsam2.evaluation.tracking import first_masks
+from qsam2.loading import load_model
 from qsam2.memory.reader import use_memory
 from qsam2.recipe.memory import MemoryRecipe
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from qsam2 import pipeline
 from qsam2.data.sources import open_train, open_videos
 from qsam2.errors import UserError
-from qsam2.evaluate.scoring import score_videos
-from qsam2.evaluate.tracking import first_masks, track
+from qsam2.evaluation.scoring import score_videos
+from qsam2.evaluation.tracking import first_masks, track
 from qsam2.models import SAM2, load_sam2, sam2
 from qsam2.models.replaced import replaced
 from qsam2.output import aligned, write_text

@@ -43,12 +43,12 @@ from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.clips import Source
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.video import Video
-from qsam2.export.onnx.graphs import Graph, build_graphs
-from qsam2.export.onnx.grids import ActivationGrid
-from qsam2.export.onnx.runtime import OnnxTracker, RunGraph
-from qsam2.export.onnx.write import describe, export_onnx
+from qsam2.formats.onnx.graphs import Graph, build_graphs
+from qsam2.formats.onnx.grids import ActivationGrid
+from qsam2.formats.onnx.runtime import OnnxTracker, RunGraph
+from qsam2.formats.onnx.write import describe, export_onnx
 from qsam2.layers.convert import convert, finalize
-from qsam2.load import load_model
+from qsam2.loading import load_model
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe import build_recipe
 

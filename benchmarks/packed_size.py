@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qsam2.calibration.activation_ranges import find_ranges
-from qsam2.export.packed import model_bytes, save_packed
+from qsam2.formats.packed import model_bytes, save_packed
 from qsam2.layers.convert import convert, finalize
 from qsam2.models import build_sam2
 from qsam2.recipe import build_recipe

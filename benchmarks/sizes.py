@@ -26,7 +26,7 @@ def measure(size: str, image_size: int) -> dict[str, float | int | str]:
     from qsam2.calibration.activation_ranges import find_ranges
     from qsam2.data.clips import ClipDataset, collate_clips
     from qsam2.data.synthetic.moving_objects import moving_objects
-    from qsam2.evaluate.tracking import first_masks, track
+    from qsam2.evaluation.tracking import first_masks, track
     from qsam2.layers.convert import convert, finalize
     from qsam2.models import build_sam2
     from qsam2.recipe import build_recipe

@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qsam2.load import image_predictor, load, video_predictor
+    from qsam2.loading import image_predictor, load, video_predictor
 
-_OFFERED = {"load": "qsam2.load", "image_predictor": "qsam2.load", "video_predictor": "qsam2.load"}
+_OFFERED = {"load": "qsam2.loading", "image_predictor": "qsam2.loading", "video_predictor": "qsam2.loading"}
 """Where each name lives. It is imported when it is first used, so that `import qsam2` does not wait for torch."""
 
 __all__ = ["image_predictor", "load", "video_predictor"]

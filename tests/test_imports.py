@@ -24,9 +24,9 @@ FLOORS = (
     ("run",),
     ("layers",),
     ("memory",),
-    ("calibration", "train", "export", "fast"),
-    ("load", "reconstruction"),
-    ("evaluate",),
+    ("calibration", "train", "formats", "fast"),
+    ("loading", "reconstruction"),
+    ("evaluation",),
     ("report",),
     ("pipeline", "predict"),
     ("sweep", "benchmark"),
@@ -65,7 +65,7 @@ def own(name: str) -> set[str]:
 
 def part(name: str) -> str:
     """The room of a module; the metrics, a room within another, have a floor of their own."""
-    return "metrics" if name.startswith("qsam2.evaluate.metrics") else name.split(".")[1]
+    return "metrics" if name.startswith("qsam2.evaluation.metrics") else name.split(".")[1]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {"qsam2"}))

@@ -25,9 +25,9 @@ from torch import Tensor
 from qsam2.benchmark.measure import Seconds
 from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.data.transforms import to_model_input
-from qsam2.export.onnx.runtime import GRAPHS, OnnxTracker, read_description
-from qsam2.export.onnx.write import export_onnx
 from qsam2.fast.model import make_fast
+from qsam2.formats.onnx.runtime import GRAPHS, OnnxTracker, read_description
+from qsam2.formats.onnx.write import export_onnx
 from qsam2.layers.convert import convert
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2

@@ -61,7 +61,7 @@ def _score_masks(given: argparse.Namespace) -> dict[str, Any]:
     if idle := [*flags, *given.overrides]:
         raise UserError(f"{idle[0]} does nothing with --pred and --gt, which are scored as they are: leave it out")
     quiet_logs()
-    from qsam2.evaluate.metrics.folders import score_folders
+    from qsam2.evaluation.metrics.folders import score_folders
 
     block = score_folders(given.pred, given.gt, given.protocol or "davis")
     return block | {"seconds_per_frame": None, "model": str(given.pred), "fidelity": None}
@@ -76,7 +76,7 @@ def _score_model(given: argparse.Namespace) -> dict[str, Any]:
     # That a run scored a part of its own data says nothing of other data
     whole = ["evaluate.frames=null", "evaluate.videos=null"] if given.data is not None else []
     quiet_logs()
-    from qsam2.evaluate.scoring import evaluate_model
+    from qsam2.evaluation.scoring import evaluate_model
 
     overrides = [*whole, *given.overrides, *flags]
     return evaluate_model(given.model, overrides, reference=given.reference, fast=given.fast)

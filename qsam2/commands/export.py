@@ -41,8 +41,8 @@ def _export(given: argparse.Namespace) -> None:
 
 
 def _export_onnx(given: argparse.Namespace) -> dict[str, int]:
-    from qsam2.export.onnx.write import export_onnx, require_packages
-    from qsam2.load import load_model
+    from qsam2.formats.onnx.write import export_onnx, require_packages
+    from qsam2.loading import load_model
 
     require_packages()  # before the model is loaded
     model, recipe = load_model(given.model, given.overrides)
@@ -52,8 +52,8 @@ def _export_onnx(given: argparse.Namespace) -> dict[str, int]:
 
 
 def _export_packed(given: argparse.Namespace) -> dict[str, int]:
-    from qsam2.export.packed import read_header
-    from qsam2.load import load_model
+    from qsam2.formats.packed import read_header
+    from qsam2.loading import load_model
 
     if given.overrides:
         raise UserError(f"{given.overrides[0]!r} changes nothing in a packed file, which is copied: leave it out")

@@ -1,6 +1,6 @@
 """Pictures and videos without masks, as sources: `images:FOLDER` and `video:FILE_OR_FOLDER`.
 
-Their masks are a float model's own (`qsam2.evaluate.own_masks`): they serve calibration and fidelity, never J&F.
+Their masks are a float model's own (`qsam2.evaluation.own_masks`): they serve calibration and fidelity, never J&F.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 from qsam2.data.footage import Picture, VideoFile, open_video
 from qsam2.data.pictures import IMAGE_SUFFIXES
 from qsam2.data.video import Video
-from qsam2.load import image_predictor, video_predictor
+from qsam2.loading import image_predictor, video_predictor
 from qsam2.models import SAM2
 from qsam2.predict.masks import segment_picture, track_objects
 from qsam2.predict.outputs import outputs, read_ids, write_ids, write_overlay, write_overlay_video
@@ -37,7 +37,7 @@ def predict(
         source: a picture, a folder of frames or a video file.
         words: see `qsam2.predict.parse`.
         overrides: `key=value` on top of the model's own recipe.
-        fast: see `qsam2.load.load`.
+        fast: see `qsam2.loading.load`.
         force: replace what is there.
 
     Returns:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from qsam2.recipe.load import DEBUG_PRESETS
 from qsam2.recipe.quantizer_specs import QuantizerSpec, methods
@@ -65,7 +66,8 @@ def _methods() -> Iterator[str]:
 
 def _inherited(spec: type[QuantizerSpec], key: str, property_: Schema) -> Schema:
     """A key of a method, with the description of a base if the method gives it none of its own."""
-    fields = [base.model_fields[key] for base in spec.__mro__ if key in getattr(base, "model_fields", {})]
+    bases = [base for base in spec.__mro__ if issubclass(base, BaseModel)]
+    fields = [base.model_fields[key] for base in bases if key in base.model_fields]
     return {"description": next((field.description for field in fields if field.description), None), **property_}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qsam2.data.video import Video
-from qsam2.evaluate.tracking import first_masks, track
+from qsam2.evaluation.tracking import first_masks, track
 from qsam2.memory.bank import Bank
 from qsam2.memory.reader import MemoryReader
 from qsam2.memory.sharing import KeySet

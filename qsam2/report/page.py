@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qsam2.evaluate.metrics.bootstrap import paired_bootstrap
+from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
 from qsam2.output import read_json, version, write_text
 from qsam2.recipe import save_recipe
 from qsam2.recipe.quantizer_specs import QuantizerSpec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qsam2.evaluate.scoring import headline
+from qsam2.evaluation.scoring import headline
 
 MODELS = ("float", "ptq", "quantized")
 

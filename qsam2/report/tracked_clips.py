@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from qsam2.data.unlabelled import has_masks
 from qsam2.data.video import Predictions, Video
-from qsam2.evaluate.metrics.jf import region_similarity
+from qsam2.evaluation.metrics.jf import region_similarity
 from qsam2.report.overlays import FRAMES_PER_SECOND, encode_video, overlay
 from qsam2.report.read import CLIPS, save_json, save_media
 

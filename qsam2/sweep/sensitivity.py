@@ -16,10 +16,10 @@ from qsam2.calibration.allocation import group_of
 from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.sources import open_train, open_videos
 from qsam2.errors import UserError
-from qsam2.evaluate.float_scores import weights_digest
-from qsam2.evaluate.scoring import compare, score_float, score_videos
+from qsam2.evaluation.float_scores import weights_digest
+from qsam2.evaluation.scoring import compare, score_float, score_videos
 from qsam2.layers.convert import ATTENTION_TWINS, WEIGHT_TWINS, convert, quantizers, set_state
-from qsam2.load import load_float, load_model
+from qsam2.loading import load_float, load_model
 from qsam2.models import SAM2
 from qsam2.output import aligned, write_text
 from qsam2.quantizers import Quantizer, QuantizerState

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from qsam2.errors import UserError
-from qsam2.evaluate.metrics.bootstrap import paired_bootstrap
-from qsam2.export.card import checkpoint_source
+from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
+from qsam2.formats.card import checkpoint_source
 from qsam2.sweep.table_definition import AXES, Place, TableDefinition, TableRun, float_runs
 from qsam2.sweep.table_scores import is_finished, read_scores
 

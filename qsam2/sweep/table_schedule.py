@@ -7,8 +7,8 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from qsam2.evaluate.float_scores import weights_digest
-from qsam2.load import load_float
+from qsam2.evaluation.float_scores import weights_digest
+from qsam2.loading import load_float
 from qsam2.sweep.processes import LOG, QSAM2, Processes, duration, failure
 from qsam2.sweep.table_definition import TableDefinition, TableRun, float_runs
 from qsam2.sweep.table_scores import begin_scores, is_finished, read_scores, save_scores

@@ -26,11 +26,11 @@ from PIL import Image
 
 from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
-from qsam2.evaluate.images import score_stills
-from qsam2.evaluate.metrics.vos import VOSScore
-from qsam2.evaluate.scoring import compare, score_videos
-from qsam2.evaluate.tracking import first_masks, track, true_masks
-from qsam2.load import load_model
+from qsam2.evaluation.images import score_stills
+from qsam2.evaluation.metrics.vos import VOSScore
+from qsam2.evaluation.scoring import compare, score_videos
+from qsam2.evaluation.tracking import first_masks, track, true_masks
+from qsam2.loading import load_model
 from qsam2.models import SAM2, build_sam2
 from qsam2.models.sam2 import EMBEDDED
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe

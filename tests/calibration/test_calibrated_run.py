@@ -14,7 +14,7 @@ from torch import nn
 import qsam2.pipeline
 from qsam2.calibration.weights import calibrate_weights
 from qsam2.errors import UserError
-from qsam2.export.packed import load_packed
+from qsam2.formats.packed import load_packed
 from qsam2.models import load_sam2
 from qsam2.pipeline import begin, run_recipe
 from qsam2.recipe import Recipe, build_recipe

@@ -30,7 +30,7 @@ from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.clips import Source
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError
-from qsam2.export.packed import load_packed, save_packed
+from qsam2.formats.packed import load_packed, save_packed
 from qsam2.layers.audit import audit
 from qsam2.layers.convert import convert, finalize, quantized_weights
 from qsam2.layers.weight import QuantizedLayer

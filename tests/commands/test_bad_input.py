@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import qsam2.export.card
+import qsam2.formats.card
 from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.cli import main
-from qsam2.export.packed import save_packed
+from qsam2.formats.packed import save_packed
 from qsam2.layers.convert import convert, finalize
 from qsam2.models import build_sam2
 from qsam2.recipe import build_recipe, load_recipe, save_recipe
@@ -415,7 +415,7 @@ def test_full_disk_in_a_run(refused: Refused, tmp_path: Path, monkeypatch: pytes
     steps = ["trainer.max_steps=2", "trainer.checkpoint_every=1"]
     command = ["train", recipe, *FAST, *steps, f"output={run}"]
     last = run / "checkpoints/last.ckpt"
-    save, save_weights = SafeCheckpointIO.save_checkpoint, qsam2.export.card.save_weights
+    save, save_weights = SafeCheckpointIO.save_checkpoint, qsam2.formats.card.save_weights
 
     def only_the_first(self: SafeCheckpointIO, checkpoint: dict, path: object, storage_options: object = None) -> None:
         if checkpoint["global_step"] == 1:
@@ -436,7 +436,7 @@ def test_full_disk_in_a_run(refused: Refused, tmp_path: Path, monkeypatch: pytes
     assert [file.name for file in last.parent.iterdir()] == ["last.ckpt"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(qsam2.export.card, "save_weights", no_room)
+        patch.setattr(qsam2.formats.card, "save_weights", no_room)
         message = refused(*command)
     assert message.startswith(f"{run / 'model.safetensors'} could not be written: ") and "File too large" in message
     assert torch.load(last, weights_only=True)["global_step"] == 2

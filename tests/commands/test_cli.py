@@ -19,9 +19,9 @@ from qsam2 import __version__
 from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.cli import main
 from qsam2.data.synthetic.moving_objects import moving_objects
-from qsam2.export.packed import save_packed, save_weights
+from qsam2.formats.packed import save_packed, save_weights
 from qsam2.layers.convert import convert, finalize
-from qsam2.load import load_model
+from qsam2.loading import load_model
 from qsam2.models import SAM2
 from qsam2.recipe import Recipe, build_recipe
 
@@ -130,7 +130,7 @@ def test_overrides_stand_anywhere(
         given.extend([*arguments, options])
         return {"model": "M", "J&F": 1.0}
 
-    monkeypatch.setattr("qsam2.evaluate.scoring.evaluate_model", evaluate_model)
+    monkeypatch.setattr("qsam2.evaluation.scoring.evaluate_model", evaluate_model)
     assert main(line.split()) == 0
     overrides = ["evaluate.frames=null", "evaluate.videos=null", "a.b=1", "c=2", "data.val=D", "evaluate.frames=3"]
     assert given == ["M", overrides, {"reference": None, "fast": False}]
@@ -141,7 +141,7 @@ def test_overrides_stand_anywhere(
 def test_a_flag_without_a_value_takes_no_override(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(
-        "qsam2.evaluate.scoring.evaluate_model", lambda *a, **k: given.append((*a, k)) or {"model": "M"}
+        "qsam2.evaluation.scoring.evaluate_model", lambda *a, **k: given.append((*a, k)) or {"model": "M"}
     )
     assert main(line.split()) == 0
     assert given == [("M", ["a.b=1", "c=2"], {"reference": None, "fast": True})]
@@ -149,7 +149,7 @@ def test_a_flag_without_a_value_takes_no_override(line: str, monkeypatch: pytest
 
 def test_a_value_of_a_flag_may_hold_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qsam2.evaluate.scoring.evaluate_model", lambda model, *_, **__: {"model": model})
+    monkeypatch.setattr("qsam2.evaluation.scoring.evaluate_model", lambda model, *_, **__: {"model": model})
     assert main(["evaluate", "runs/a=b", "--json", "made/x=1.json"]) == 0
     assert read(tmp_path / "made/x=1.json") == {"model": "runs/a=b"}
 
@@ -219,7 +219,7 @@ def test_other_data_are_scored_as_a_whole_whatever_part_of_its_own_the_run_score
     lengths: list[int | None] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "qsam2.evaluate.scoring.score_float", lambda *a, **_: lengths.append(a[2].frames) or [{"J&F": 1.0}]
+            "qsam2.evaluation.scoring.score_float", lambda *a, **_: lengths.append(a[2].frames) or [{"J&F": 1.0}]
         )
         assert main(["evaluate", run_folder, *flags]) == 0
         assert main(["evaluate", run_folder]) == 0

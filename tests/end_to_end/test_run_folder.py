@@ -17,8 +17,8 @@ from wandb_file import read_run, records
 
 from qsam2 import __version__
 from qsam2.errors import UserError
-from qsam2.evaluate.scoring import evaluate_model
-from qsam2.load import load_model
+from qsam2.evaluation.scoring import evaluate_model
+from qsam2.loading import load_model
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe, load_recipe
 from qsam2.recipe.load import merge
@@ -188,7 +188,7 @@ def test_wandb_holds_the_model_and_its_card(runs: dict[str, Path]) -> None:
 
 def test_a_quantized_model_is_audited_when_it_is_loaded(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     audited = []
-    monkeypatch.setattr("qsam2.load.audit", lambda *arguments: audited.append(arguments))
+    monkeypatch.setattr("qsam2.loading.audit", lambda *arguments: audited.append(arguments))
     model, recipe = load_model(runs["qat"])
     ((found, layers, quantize),) = audited
     assert found is model and quantize == recipe.quantize

@@ -15,7 +15,7 @@ from small_models import write_stills
 from small_runs import FLOAT, TRAIN, W4A4
 
 from qsam2.cli import main
-from qsam2.evaluate.scoring import evaluate_model
+from qsam2.evaluation.scoring import evaluate_model
 from qsam2.recipe.load import merge
 from qsam2.sweep import processes
 from qsam2.sweep import table_schedule as schedule

@@ -21,7 +21,7 @@ from qsam2.cli import main
 from qsam2.data.pictures import read_index_mask
 from qsam2.data.transforms import to_model_input
 from qsam2.errors import UserError
-from qsam2.evaluate.scoring import evaluate_model
+from qsam2.evaluation.scoring import evaluate_model
 from qsam2.fast import model as fast_model
 from qsam2.fast.model import FastSAM2, fast_dtype, make_fast
 from qsam2.layers.attention import QuantizedAttention
@@ -205,7 +205,7 @@ def test_predict_fast(models: dict[str, Path], tmp_path: Path) -> None:
 def test_evaluate_fast_scores_a_fast_model_and_keeps_no_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     make = make_fast
-    monkeypatch.setattr("qsam2.evaluate.scoring.make_fast", lambda model: seen.append(make(model)) or seen[-1])
+    monkeypatch.setattr("qsam2.evaluation.scoring.make_fast", lambda model: seen.append(make(model)) or seen[-1])
     cache = tmp_path / "kept"
     overrides = ["data.val=moving_objects:1:test", "evaluate.frames=4", f"evaluate.float_cache={cache}"]
     block = evaluate_model("nano", overrides, fast=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qsam2.data.video import Video
-from qsam2.evaluate.metrics.bootstrap import paired_bootstrap
+from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
 from qsam2.recipe import build_recipe, save_recipe
 from qsam2.report.read import LAYERS, MEMORY, SavedRun, read_run, save_json
 from qsam2.report.tracked_clips import save_clips

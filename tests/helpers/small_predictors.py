@@ -12,7 +12,7 @@ from sam2.sam2_video_predictor import SAM2VideoPredictor
 from small_models import seeing
 
 from qsam2.calibration.activation_ranges import find_ranges
-from qsam2.export.packed import load_packed, save_packed, save_weights
+from qsam2.formats.packed import load_packed, save_packed, save_weights
 from qsam2.layers.convert import convert, finalize
 from qsam2.models import SAM2, build_sam2
 from qsam2.models.sam2 import model_config

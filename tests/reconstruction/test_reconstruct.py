@@ -19,7 +19,7 @@ from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.calibration.forward import ImageFeatures
 from qsam2.errors import UserError
 from qsam2.layers.convert import convert, quantized_weights, quantizers
-from qsam2.load import load_model
+from qsam2.loading import load_model
 from qsam2.pipeline import run_recipe
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe import Recipe, build_recipe

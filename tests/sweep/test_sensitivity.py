@@ -10,9 +10,9 @@ import pytest
 from qsam2.calibration.allocation import allocate_bits
 from qsam2.cli import main
 from qsam2.errors import UserError
-from qsam2.evaluate.float_scores import weights_digest
-from qsam2.export.packed import read_header
-from qsam2.load import load_model
+from qsam2.evaluation.float_scores import weights_digest
+from qsam2.formats.packed import read_header
+from qsam2.loading import load_model
 from qsam2.models import load_sam2
 from qsam2.pipeline import begin, run_recipe
 from qsam2.recipe import Recipe, build_recipe

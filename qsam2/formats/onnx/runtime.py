@@ -1,0 +1,340 @@
+"""Tracking with ONNX Runtime and NumPy alone: what `qsam2 export --format onnx` wrote, without PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qsam2.errors import UserError
+from qsam2.formats.onnx.resize import resize, resize_frame
+
+FORMAT, VERSION = "qsam2-onnx", 1
+GRAPHS = ("image_encoder", "memory_attention", "memory_encoder", "prompt_encoder", "mask_decoder")
+PROMPTED_LOGIT = 10.0
+"""Logits of a mask that was given are -10 and 10, as in sam2."""
+Floats = NDArray[np.float32]
+RunGraph = Callable[[str, dict[str, NDArray[Any]]], list[Floats]]
+"""Computes a graph: its name and inputs to its outputs."""
+
+
+@dataclass
+class TrackedObject:
+    """What is remembered of one object: the frame on which it was prompted, and the latest ones."""
+
+    prompted_idx: int
+    prompted: Floats  # (M, h, h)
+    prompted_pointer: Floats  # (C,)
+    recent: deque[Floats]  # the oldest first
+    pointers: deque[Floats]  # the latest first
+
+
+class OnnxTracker:
+    """Tracks objects through a video: `start` with its first frame, `add` each object, then `track` frame by frame.
+
+    A picture is encoded once, whatever the number of objects; each object has its memory, which is sam2's: the prompted
+    frame, the latest frames, and the object pointers of up to 15 frames besides. Masks of objects may overlap.
+
+    Args:
+        folder: what the export wrote.
+        providers: of ONNX Runtime, the first that is there is used.
+        optimize: let ONNX Runtime fuse operations, integer ones too; without it the numbers are those of the model
+            that was exported, but for the order of sums.
+        threads: of one operation; 0: as many as there are cores.
+
+    Raises:
+        UserError: ONNX Runtime is missing, or a file is missing, damaged or of another version.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        optimize: bool = True,
+        threads: int = 0,
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError("tracking with ONNX needs onnxruntime: pip install 'qsam2[onnx]'") from error
+        model = read_description(folder)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        sessions = {
+            name: onnxruntime.InferenceSession(_read_graph(folder, name, model), options, list(providers))
+            for name in GRAPHS
+        }
+        self._set_up(model, lambda name, inputs: sessions[name].run(None, inputs))
+
+    def _set_up(self, model: dict[str, Any], run: RunGraph) -> None:
+        self.model, self.run_graph = model, run
+        self.objects: dict[Hashable, TrackedObject] = {}
+        self._frame_idx: int | None = None
+        self._no_prompt: tuple[Floats, Floats] | None = None
+
+    @classmethod
+    def of_graphs(cls, model: dict[str, Any], run: RunGraph) -> OnnxTracker:
+        """A tracker over other means to compute the graphs: `run` takes a graph's name and inputs, gives its outputs.
+
+        Args:
+            model: what `model.json` says.
+        """
+        tracker = cls.__new__(cls)
+        tracker._set_up(model, run)
+        return tracker
+
+    @property
+    def object_ids(self) -> list[Hashable]:
+        """Of the objects that are tracked, in the order of their masks."""
+        return list(self.objects)
+
+    def start(self, frame: NDArray[np.uint8], *, video_length: int | None = None) -> None:
+        """Begin a video with its first frame, RGB uint8 (H, W, 3); what was tracked before is forgotten.
+
+        Args:
+            video_length: frames of the video; matters below 16, where sam2 places pointers by it.
+
+        Raises:
+            UserError: the frame cannot be used.
+        """
+        self._size = self._checked_frame(frame).shape[:2]
+        self._limit = min(video_length or self.model["pointers"], self.model["pointers"])
+        self._picture = self._encode(frame)
+        self.objects, self._frame_idx = {}, 0
+
+    def add(
+        self,
+        object_id: Hashable,
+        *,
+        points: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        box: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+    ) -> Floats:
+        """Prompt a new object on the frame that was given last: its mask logits (H, W) there.
+
+        Args:
+            points, labels: (N, 2) as (x, y) in pixels, and (N,): 1 on the object, 0 beside it; labels default to 1.
+            box: (left, top, right, bottom) in pixels; may stand with points.
+            mask: bool (H, W); stands alone.
+
+        Raises:
+            UserError: there is no frame yet, the object is tracked already, or the prompt cannot be used.
+        """
+        if self._frame_idx is None:
+            raise UserError("there is no frame yet: call start with the first frame, then add objects")
+        if object_id in self.objects:
+            raise UserError(f"object {object_id!r} is tracked already: give a new object another id, or start again")
+        prompt = self._points(points, labels, box)
+        if (prompt is None) == (mask is None):
+            raise UserError("add needs points, a box (or both), or a mask alone; give one kind of prompt")
+        picture = self._picture
+        if mask is not None:
+            logits, pointer, score = self._use_mask(picture, np.asarray(mask))
+        else:
+            assert prompt is not None
+            sparse, dense = self._prompt(*prompt)
+            features = picture["features_without_memory"]
+            count = prompt[0].shape[1]
+            logits, pointer, score = self._decode(features, picture, sparse, dense, choices=self._has_choices(count))
+        self.objects[object_id] = TrackedObject(
+            prompted_idx=self._frame_idx,
+            prompted=self._remember(picture, logits, score, prompted=True),
+            prompted_pointer=pointer,
+            recent=deque(maxlen=self.model["memory_slots"] - 1),
+            pointers=deque(maxlen=max(self._limit - 1, 0)),
+        )
+        return resize(logits, *self._size)
+
+    def track(self, frame: NDArray[np.uint8]) -> Floats:
+        """Mask logits (objects, H, W) of the next frame, RGB uint8 of the first one's shape; as `object_ids`.
+
+        Raises:
+            UserError: no object was added, or the frame cannot be used.
+        """
+        if self._frame_idx is None or not self.objects:
+            raise UserError("nothing is tracked yet: call start with the first frame, then add an object with a prompt")
+        if self._checked_frame(frame).shape[:2] != self._size:
+            raise UserError(f"a frame is {frame.shape[:2]}, the first one was {self._size}: resize all frames alike")
+        self._frame_idx += 1
+        self._picture = self._encode(frame)
+        return np.stack([self._track_object(known) for known in self.objects.values()])
+
+    def _track_object(self, known: TrackedObject) -> Floats:
+        """Mask logits (H, W) of the current frame, which joins the object's memory."""
+        picture = self._picture
+        (features,) = self._run("memory_attention", features=picture["features"], **self._bank(known))
+        if self._no_prompt is None:
+            self._no_prompt = self._prompt(np.zeros((1, 1, 2), np.float32), np.full((1, 1), -1, np.int32))
+        choices = self.model["choices_while_tracking"] and self._has_choices(0)
+        logits, pointer, score = self._decode(features, picture, *self._no_prompt, choices=choices)
+        known.recent.append(self._remember(picture, logits, score, prompted=False))
+        known.pointers.appendleft(pointer)
+        return resize(logits, *self._size)
+
+    # The five graphs
+
+    def _encode(self, frame: NDArray[np.uint8]) -> dict[str, Floats]:
+        size = self.model["image_size"]
+        pixels = resize_frame(frame, size).astype(np.float32).transpose(2, 0, 1) / np.float32(255)
+        mean, std = (np.array(self.model[key], np.float32)[:, None, None] for key in ("mean", "std"))
+        names = ("features", "features_without_memory", "stride_4", "stride_8")
+        return dict(zip(names, self._run("image_encoder", image=((pixels - mean) / std)[None]), strict=True))
+
+    def _prompt(self, points: Floats, labels: NDArray[np.int32], mask: Floats | None = None) -> tuple[Floats, Floats]:
+        size = self.model["image_size"]
+        shown = np.zeros((1, 1, size, size), np.float32) if mask is None else mask
+        sparse, dense = self._run(
+            "prompt_encoder", points=points, labels=labels, mask=shown, has_mask=np.array([mask is not None])
+        )
+        return sparse, dense
+
+    def _decode(
+        self, features: Floats, picture: dict[str, Floats], prompt: Floats, dense: Floats, *, choices: bool
+    ) -> tuple[Floats, Floats, Floats]:
+        """Mask logits (4h, 4h), object pointer (C,), object score (1, 1)."""
+        masks, ious, score, pointers = self._run(
+            "mask_decoder",
+            features=features,
+            stride_4=picture["stride_4"],
+            stride_8=picture["stride_8"],
+            prompt=prompt,
+            dense_prompt=dense,
+        )
+        best = 1 + int(ious[0, 1:].argmax())
+        if choices:
+            return masks[0, best], pointers[0, best], score
+        return masks[0, 0 if self._is_stable(masks[0, 0]) else best], pointers[0, 0], score
+
+    def _use_mask(self, picture: dict[str, Floats], mask: NDArray[Any]) -> tuple[Floats, Floats, Floats]:
+        """A mask is its own answer; the decoder sees it for its object pointer alone."""
+        if mask.shape != self._size or not mask.any():
+            given = f"{np.count_nonzero(mask)} pixels in {mask.shape}"
+            raise UserError(f"mask has {given}: give the frame's size {self._size}, not empty")
+        size = self.model["image_size"]
+        shown = (resize(mask.astype(np.float32), size, size, antialias=True) >= 0.5).astype(np.float32)
+        prompt = self._prompt(np.zeros((1, 1, 2), np.float32), np.full((1, 1), -1, np.int32), shown[None, None])
+        _, pointer, _ = self._decode(picture["features"], picture, *prompt, choices=False)
+        logits = resize((2 * shown - 1) * np.float32(PROMPTED_LOGIT), size // 4, size // 4, antialias=True)
+        return logits, pointer, np.full((1, 1), PROMPTED_LOGIT, np.float32)
+
+    def _remember(self, picture: dict[str, Floats], logits: Floats, score: Floats, *, prompted: bool) -> Floats:
+        """The frame's memory (M, h, h)."""
+        (memory,) = self._run(
+            "memory_encoder",
+            features=picture["features"],
+            mask=logits[None, None],
+            object_score=score,
+            binarize=np.array([prompted and self.model["binarize_prompted_masks"]]),
+        )
+        return as_bfloat16(memory[0])
+
+    def _run(self, name: str, **inputs: NDArray[Any]) -> list[Floats]:
+        return self.run_graph(name, inputs)
+
+    # What sam2 decides outside of its networks
+
+    def _bank(self, known: TrackedObject) -> dict[str, NDArray[Any]]:
+        """The memory attention's inputs: the prompted frame in slot 0, the latest frame in the last slot."""
+        assert self._frame_idx is not None
+        slots, count, channels = (self.model[key] for key in ("memory_slots", "pointers", "channels"))
+        memory = np.zeros((1, slots, *known.prompted.shape), np.float32)
+        filled = np.zeros((1, slots), bool)
+        memory[0, 0], filled[0, 0] = known.prompted, True
+        for back, frame in enumerate(reversed(known.recent), start=1):
+            memory[0, slots - back], filled[0, slots - back] = frame, True
+        pointers = np.zeros((1, count, channels), np.float32)
+        distances = np.zeros((1, count), np.float32)
+        all_pointers = [known.prompted_pointer, *known.pointers]
+        pointers[0, : len(all_pointers)] = all_pointers
+        distances[0, : len(all_pointers)] = [self._frame_idx - known.prompted_idx, *range(1, len(all_pointers))]
+        return {
+            "memory": memory,
+            "memory_mask": filled,
+            "pointers": pointers,
+            "pointer_distances": distances / np.float32(max(self._limit - 1, 1)),
+            "pointer_mask": np.arange(count)[None] < len(all_pointers),
+        }
+
+    def _has_choices(self, points: int) -> bool:
+        least, most = self.model["choices_from_points"]
+        return least <= points <= most
+
+    def _is_stable(self, logits: Floats) -> bool:
+        """Whether the single mask hardly changes with its threshold."""
+        delta = self.model["stability_delta"]
+        union = np.count_nonzero(logits > -delta)
+        return union == 0 or np.count_nonzero(logits > delta) / union >= self.model["stability_threshold"]
+
+    # Prompts
+
+    def _points(
+        self, points: ArrayLike | None, labels: ArrayLike | None, box: ArrayLike | None
+    ) -> tuple[Floats, NDArray[np.int32]] | None:
+        """(1, P, 2) in pixels of the model's picture and (1, P), a box as its two corners before the points."""
+        if points is None and box is None:
+            if labels is not None:
+                raise UserError("labels were given without points: give points (N, 2) with labels (N,)")
+            return None
+        xy = np.asarray([] if points is None else points, np.float32).reshape(-1, 2)
+        kinds = np.ones(len(xy), np.int32) if labels is None else np.asarray(labels, np.int32).reshape(-1)
+        if len(kinds) != len(xy):
+            raise UserError(f"{len(xy)} points were given with {len(kinds)} labels: give one label a point")
+        if box is not None:
+            corners = np.asarray(box, np.float32)
+            if corners.shape != (4,):
+                raise UserError(f"box has the shape {corners.shape}: give (left, top, right, bottom) in pixels")
+            xy, kinds = np.concatenate([corners.reshape(2, 2), xy]), np.concatenate([[2, 3], kinds])
+        height, width = self._size
+        scaled = xy / np.array([width, height], np.float32) * np.float32(self.model["image_size"])
+        return scaled[None].astype(np.float32), kinds[None].astype(np.int32)
+
+    @staticmethod
+    def _checked_frame(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+            given = f"{getattr(frame, 'dtype', type(frame).__name__)} {getattr(frame, 'shape', '')}".strip()
+            raise UserError(f"a frame is {given}: give RGB as uint8 (H, W, 3)")
+        return frame
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """`model.json` of an export. Raises UserError where there is none that this version reads."""
+    file = Path(folder) / "model.json"
+    try:
+        description = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{folder} holds no complete export ({file.name}: {error.strerror}): export again") from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): export again") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise UserError(f"{file} is no description of an ONNX export of qsam2: export again")
+    if description.get("version") != VERSION:
+        raise UserError(f"{file} has version {description.get('version')}, this qsam2 reads {VERSION}: export again")
+    return description
+
+
+def as_bfloat16(x: Floats) -> Floats:
+    """Rounded to bfloat16, half to even, in which sam2 keeps its memory."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _read_graph(folder: str | Path, name: str, description: dict[str, Any]) -> bytes:
+    file = Path(folder) / f"{name}.onnx"
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): export again") from error
+    if hashlib.sha256(data).hexdigest() != description["files"][file.name]["sha256"]:
+        raise UserError(f"{file} is not the file that was exported (another SHA-256): copy or export it again")
+    return data

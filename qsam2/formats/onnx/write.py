@@ -1,0 +1,149 @@
+"""Writes a model as five ONNX graphs and `model.json`, which says how a tracker puts them together."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qsam2.data.transforms import MEAN, STD
+from qsam2.errors import UserError
+from qsam2.formats.onnx.graphs import Graph, build_graphs
+from qsam2.formats.onnx.grids import narrow, translations
+from qsam2.formats.onnx.runtime import FORMAT, VERSION
+from qsam2.models import SAM2
+from qsam2.output import version, write_bytes, write_text, writing
+
+OPSET = 21
+"""The first with 4-bit integers in QuantizeLinear and DequantizeLinear."""
+PACKAGES = ("onnx", "onnxscript")
+NOISY = ("torch.onnx", "torch.export", "torch.__trace", "onnxscript", "onnx_ir")
+"""Loggers of what the exporter does inside."""
+
+
+def export_onnx(
+    model: SAM2,
+    recipe: Mapping[str, Any],
+    folder: Path,
+    *,
+    card: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Write a float or finalized model into a folder: NAME.onnx of five graphs and `model.json`, which comes last.
+
+    Returns the bytes of each file. Numbers are float32; nothing is calibrated or rounded anew.
+
+    Args:
+        recipe, card: plain values, which `model.json` repeats.
+
+    Raises:
+        UserError: the extra `onnx` is missing, ONNX lacks a grid of the model, or a file cannot be written.
+    """
+    require_packages()
+    graphs = build_graphs(model)
+    with writing(folder):
+        (folder / "model.json").unlink(missing_ok=True)  # absent until all files are of one model
+    files = {}
+    bar = tqdm(graphs.items(), "ONNX graphs", disable=not progress)
+    for name, graph in bar:
+        bar.set_postfix_str(name)
+        files[f"{name}.onnx"] = _write_graph(folder / f"{name}.onnx", graph)
+    description = describe(model) | {"files": files, "recipe": dict(recipe), "card": card}
+    write_text(folder / "model.json", json.dumps(description, indent=1))
+    return {name: file["bytes"] for name, file in files.items()}
+
+
+def require_packages() -> None:
+    """Raises UserError where the extra `onnx` is missing."""
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UserError(f"ONNX export needs {', '.join(missing)}: pip install 'qsam2[onnx]'")
+
+
+def describe(model: SAM2) -> dict[str, Any]:
+    """What a tracker has to know of a model besides its graphs."""
+    decoder = model.sam_mask_decoder
+    threshold = decoder.dynamic_multimask_stability_thresh if decoder.dynamic_multimask_via_stability else 0.0
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "qsam2": version(),
+        "opset": OPSET,
+        "image_size": model.image_size,
+        "mean": MEAN,
+        "std": STD,
+        "memory_slots": model.num_maskmem,
+        "memory_channels": model.mem_dim,
+        "channels": model.hidden_dim,
+        "pointers": model.max_obj_ptrs_in_encoder,
+        "binarize_prompted_masks": model.binarize_mask_from_pts_for_mem_enc,
+        "choices_from_points": [model.multimask_min_pt_num, model.multimask_max_pt_num],
+        "choices_while_tracking": model.multimask_output_for_tracking,
+        "stability_delta": decoder.dynamic_multimask_stability_delta,
+        "stability_threshold": threshold,
+    }
+
+
+@torch.inference_mode()
+def _write_graph(path: Path, graph: Graph) -> dict[str, Any]:
+    """Bytes and SHA-256 of the file."""
+    data = graph_bytes(graph)
+    write_bytes(path, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def graph_bytes(graph: Graph) -> bytes:
+    """A graph as an ONNX file of opset `OPSET`, checked by `onnx.checker`; it holds no paths of this machine."""
+    import onnx
+
+    with torch.no_grad():
+        graph.module(*graph.inputs.values())  # fills sam2's caches of position encodings with real numbers
+    dims = {name: torch.export.Dim(name) for sizes in graph.dynamic.values() for name in sizes.values()}
+    shapes = {
+        name: {dim: dims[size] for dim, size in graph.dynamic.get(name, {}).items()} or None for name in graph.inputs
+    }
+    with _quiet():
+        program = torch.onnx.export(
+            graph.module.eval(),
+            kwargs=dict(graph.inputs),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            custom_translation_table=translations(),
+            verbose=False,
+        )
+    assert program is not None
+    narrow(program.model)
+    for node in program.model.graph:  # where in which source file each came from, most of the bytes
+        node.metadata_props.clear()
+    for value in (*program.model.graph.initializers.values(), *program.model.graph.inputs):
+        value.metadata_props.clear()
+    proto = program.model_proto
+    onnx.checker.check_model(proto, full_check=True)
+    return proto.SerializeToString()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of what it does itself."""
+    loggers = [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

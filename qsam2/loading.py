@@ -1,0 +1,196 @@
+"""`MODEL`: a run folder, a model file, a checkpoint or a size, loaded as a model or behind `sam2`'s predictors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from torch import Tensor
+
+from qsam2.data.footage import open_video
+from qsam2.data.transforms import FrameSequence
+from qsam2.errors import UserError
+from qsam2.fast.model import FAST_MEMORY, make_fast
+from qsam2.formats import packed
+from qsam2.layers.audit import AuditError, audit
+from qsam2.memory.reader import use_memory
+from qsam2.models import SAM2, SIZES, load_sam2
+from qsam2.models.checkpoints import guess_size, read_state_dict
+from qsam2.models.nano.scratch import initialise
+from qsam2.recipe import Recipe, build_recipe
+from qsam2.recipe.load import merge
+
+
+def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2, Recipe]:
+    """A model ready for inference, in eval mode, and its recipe changed by `key=value` overrides.
+
+    Args:
+        target: a run folder (its `model.safetensors`), such a file, a checkpoint of any size (`.pt`, `.safetensors`),
+            or a size for the float model.
+
+    Raises:
+        UserError: there is no such model, it cannot be read, or an override is wrong.
+    """
+    path = Path(target)
+    if path.is_dir():
+        path = path / "model.safetensors"
+        if not path.is_file():
+            raise UserError(f"{target} holds no model.safetensors: the run is not finished; run its recipe again")
+    if not path.is_file():
+        if str(target) in SIZES:
+            return _load_float({"model": {"size": str(target)}}, overrides)
+        raise UserError(f"{target} is no run folder, no model file and no size ({', '.join(SIZES)})")
+    metadata = _metadata(path)
+    if metadata.get("format") == packed.FORMAT:
+        return _load_packed(path, overrides)
+    values = _float_recipe(path, metadata)
+    if not values:
+        guess = guess_size(read_state_dict(path))
+        if guess is None:
+            raise UserError(f"{path} is no SAM2 checkpoint that qsam2 knows: its shapes are of no size of SAM 2 or 2.1")
+        values = {"model": {"size": guess[0], "version": guess[1]}}
+    return _load_float(merge(values, {"model": {"checkpoint": str(path)}}), overrides)
+
+
+def _load_float(values: dict[str, Any], overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
+    recipe = build_recipe(values, overrides)
+    if recipe.quantize is not None:
+        raise UserError("quantize=... does nothing here: this model is float; run a recipe to quantize it")
+    model = load_sam2(
+        recipe.model.size,
+        version=recipe.model.version,
+        checkpoint=recipe.model.checkpoint,
+        image_size=recipe.model.image_size,
+    )
+    return model, recipe
+
+
+def _load_packed(path: Path, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
+    values = packed.read_header(path).recipe
+    recipe = build_recipe(values, overrides)
+    own = build_recipe(values)
+    if fixed := [key for key in ("model", "quantize") if getattr(recipe, key) != getattr(own, key)]:
+        raise UserError(f"{path} is a quantized model: {', '.join(fixed)} cannot be changed by an override")
+    model = load_sam2(
+        recipe.model.size, version=recipe.model.version, checkpoint=None, image_size=recipe.model.image_size
+    )
+    rows = packed.load_packed(path, model)
+    try:
+        audit(model, rows, recipe.quantize)
+    except AuditError as error:  # a fault of the program in a model that it made itself, but this one is from a file
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"packed model {path} is damaged ({first}): copy or export it again") from error
+    return model.eval(), recipe
+
+
+def _float_recipe(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The recipe that `save_weights` noted, empty where another program wrote the file."""
+    if metadata.get("format") != packed.FLOAT_FORMAT:
+        return {}
+    try:
+        values = json.loads(metadata["recipe"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its header holds no recipe; copy or export it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: its header holds no recipe; copy or export it again")
+    return values
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: truncated or another kind of file; copy or export it again") from error
+
+
+def load(
+    model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu", fast: bool = False
+) -> SAM2:
+    """A model in eval mode, its memory as its recipe says.
+
+    Args:
+        model: a run folder, a file (packed, float or a checkpoint) or a size, as on the command line.
+        overrides: `key=value` on top of the model's own recipe.
+        fast: made for speed, see `make_fast`; keys and values of remembered frames are kept (`memory.cache=true`).
+
+    Raises:
+        UserError: there is no such model, it cannot be read, an override is wrong, or the device is not there.
+    """
+    device = _checked_device(device)
+    loaded, recipe = load_model(model, [*FAST_MEMORY, *overrides] if fast else overrides)
+    loaded = loaded.to(device)
+    if fast:
+        loaded = make_fast(loaded)
+    use_memory(loaded, recipe.memory)
+    return loaded
+
+
+def image_predictor(
+    model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu", fast: bool = False
+) -> SAM2ImagePredictor:
+    """`sam2`'s `SAM2ImagePredictor` over any MODEL, at the model's own resolution. Arguments and errors as `load`."""
+    return predictor_of(load(model, overrides, device=device, fast=fast))
+
+
+def video_predictor(
+    model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu", fast: bool = False
+) -> SAM2:
+    """A model with the interface of `sam2`'s `SAM2VideoPredictor` that holds no more of a video than it still needs.
+
+    `init_state` takes a folder of JPEG or PNG frames or a video file (`read_video`), or frames. Masks are those of
+    `sam2`'s predictor, but the state is bounded: a frame that was forgotten cannot be corrected, which is a UserError
+    (`overrides=["memory.bounded=false"]` keeps everything, as `sam2` does). Arguments and errors as `load`.
+    """
+    predictor = load(model, ["memory.bounded=true", *overrides], device=device, fast=fast)
+    predictor.video_reader = read_video
+    return predictor
+
+
+def read_video(path: str | Path, image_size: int) -> tuple[Sequence[Tensor], tuple[int, int]]:
+    """What `SAM2.init_state` makes of a path: see `open_video`."""
+    video = open_video(path)
+    return FrameSequence(video, image_size, len(video)), video.size
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} is none that PyTorch knows: give cpu or cuda") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; give cpu")
+    return found
+
+
+def predictor_of(model: SAM2) -> SAM2ImagePredictor:
+    """`sam2`'s image predictor over our model, at the model's own resolution (`sam2` assumes 1024 px)."""
+    predictor = SAM2ImagePredictor(model)
+    side = model.image_size // 4
+    predictor._bb_feat_sizes = [(side >> level, side >> level) for level in range(3)]
+    return predictor
+
+
+def load_float(recipe: Recipe) -> SAM2:
+    """The float model that a recipe starts from.
+
+    Raises:
+        UserError: see `load_sam2`.
+    """
+    model = load_sam2(
+        recipe.model.size,
+        version=recipe.model.version,
+        checkpoint=recipe.model.checkpoint,
+        image_size=recipe.model.image_size,
+        drop_path_rate=recipe.train.drop_path if recipe.train else 0.0,
+    )
+    if recipe.model.checkpoint is None:
+        initialise(model, recipe.seed)
+    return model

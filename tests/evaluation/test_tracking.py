@@ -1,0 +1,147 @@
+"""Semi-supervised tracking: which masks prompt, and the same masks as the stock predictor."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sam2.build_sam import build_sam2_video_predictor
+from sam2.sam2_video_predictor import SAM2VideoPredictor
+from small_models import seeing
+
+from qsam2.data.video import Video
+from qsam2.errors import UserError
+from qsam2.evaluation.tracking import first_masks, track, true_masks
+from qsam2.models import SAM2
+
+HEIGHT, WIDTH = 48, 80
+LENGTH = 6
+
+
+def blob(left: int) -> np.ndarray:
+    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    mask[12:36, left : left + 24] = True
+    return mask
+
+
+class Blobs(Video):
+    """Object 1 from frame 1 on, object 3 from frame 3 on; frames 0 and 2 are not annotated."""
+
+    name, size = "blobs", (HEIGHT, WIDTH)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.frame_names = [f"{index:05d}" for index in range(LENGTH)]
+
+    def frame(self, index: int) -> np.ndarray:
+        return np.array(Image.open(self.folder / f"{self.frame_names[index]}.jpg"))
+
+    def masks(self, index: int) -> dict[int, np.ndarray] | None:
+        if index in (0, 2):
+            return None
+        return {1: blob(8 + index), 3: blob(40 - index) if index >= 3 else np.zeros(self.size, dtype=bool)}
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Blobs:
+    folder = tmp_path_factory.mktemp("blobs")
+    noise = np.random.default_rng(0)
+    for index in range(LENGTH):
+        picture = noise.integers(0, 120, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        picture[blob(8 + index)] += 120
+        picture[blob(40 - index)] //= 2
+        Image.fromarray(picture).save(folder / f"{index:05d}.jpg")
+    return Blobs(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> SAM2:
+    return seeing("tiny")
+
+
+@pytest.fixture(scope="module")
+def stock(tiny: SAM2) -> SAM2VideoPredictor:
+    """`sam2`'s own predictor with the same weights."""
+    attentions = [f"++model.memory_attention.layer.{kind}_attention.feat_sizes=[4,4]" for kind in ("self", "cross")]
+    predictor = build_sam2_video_predictor(
+        "configs/sam2.1/sam2.1_hiera_t.yaml",
+        ckpt_path=None,
+        device="cpu",
+        apply_postprocessing=False,
+        hydra_overrides_extra=["++model.image_size=64", *attentions],
+    )
+    predictor.load_state_dict(tiny.state_dict())
+    return predictor
+
+
+def test_prompts_are_first_masks(video: Blobs) -> None:
+    at_start = first_masks(video, LENGTH, later_objects=False)
+    assert {frame: list(masks) for frame, masks in at_start.items()} == {1: [1]}
+    assert np.array_equal(at_start[1][1], blob(9))
+    all_objects = first_masks(video, LENGTH, later_objects=True)
+    assert {frame: list(masks) for frame, masks in all_objects.items()} == {1: [1], 3: [3]}
+    assert np.array_equal(all_objects[3][3], blob(37))
+    assert list(first_masks(video, 3, later_objects=True)) == [1]  # looks no further than it is told
+
+
+def test_a_video_without_masks_is_an_error(video: Blobs) -> None:
+    with pytest.raises(UserError, match=r"^video blobs: no mask to start from in its first 1 frames$"):
+        first_masks(video, 1, later_objects=True)
+
+
+def test_true_masks_are_those_of_annotated_frames(video: Blobs) -> None:
+    annotated, truth = true_masks(video, 3, LENGTH)
+    assert annotated == [1, 3, 4, 5]
+    assert truth.shape == (4, HEIGHT, WIDTH)
+    assert not truth[0].any()
+    assert np.array_equal(truth[1], blob(37))
+    assert not true_masks(video, 7, LENGTH)[1].any()  # an object that is never there
+
+
+@pytest.mark.parametrize("non_overlapping", [True, False])
+def test_masks_are_those_of_the_stock_predictor(
+    non_overlapping: bool, tiny: SAM2, stock: SAM2VideoPredictor, video: Blobs
+) -> None:
+    masks = {1: blob(8), 3: blob(40)}
+    ours = track(tiny, video, {0: masks}, length=LENGTH, non_overlapping=non_overlapping)
+
+    stock.non_overlap_masks = non_overlapping
+    state = stock.init_state(str(video.folder))
+    for object_id, mask in masks.items():
+        stock.add_new_mask(state, 0, object_id, torch.from_numpy(mask))
+    theirs = {object_id: np.zeros((LENGTH, HEIGHT, WIDTH), dtype=bool) for object_id in masks}
+    for frame, object_ids, logits in stock.propagate_in_video(state):
+        for object_id, object_logits in zip(object_ids, logits[:, 0], strict=True):
+            theirs[object_id][frame] = object_logits > 0
+    assert ours.keys() == theirs.keys()
+    for object_id, expected in theirs.items():
+        assert 0.02 < expected[1:].mean() < 0.98  # neither nothing nor everything
+        assert np.array_equal(ours[object_id], expected)
+    assert (ours[1] & ours[3]).any() != non_overlapping
+
+
+def test_model_is_left_as_it_was(model: SAM2, video: Blobs) -> None:
+    before = {name: value for name, value in vars(model).items() if isinstance(value, (bool, int, float))}
+    track(model, video, {0: {1: blob(8)}}, length=2, non_overlapping=True)
+    assert {name: getattr(model, name) for name in before} == before
+
+
+def test_nothing_before_the_prompt(model: SAM2, video: Blobs) -> None:
+    tracked = track(model, video, {0: {1: blob(8)}, 3: {3: blob(37)}}, length=LENGTH, non_overlapping=False)
+    assert tracked[1].shape == tracked[3].shape == (LENGTH, HEIGHT, WIDTH)
+    assert not tracked[3][:3].any()
+    assert tracked[3][3:].any(axis=(1, 2)).all()
+    alone = track(model, video, {0: {1: blob(8)}}, length=LENGTH, non_overlapping=False)
+    assert np.array_equal(tracked[1], alone[1])  # objects do not see one another
+
+
+def test_length_cuts_the_video(model: SAM2, video: Blobs) -> None:
+    longer = copy.copy(video)  # below 16 frames sam2 encodes pointers by the video's length
+    longer.frame_names = 3 * video.frame_names
+    short = track(model, longer, {0: {1: blob(8)}}, length=16, non_overlapping=False)
+    long = track(model, longer, {0: {1: blob(8)}}, length=18, non_overlapping=False)
+    assert len(short[1]) == 16 and np.array_equal(short[1], long[1][:16])

@@ -1,0 +1,71 @@
+"""`qsam2 export`: the packed file, and what is refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qsam2.calibration.activation_ranges import find_ranges
+from qsam2.cli import main
+from qsam2.formats.packed import save_packed
+from qsam2.layers.convert import convert, finalize
+from qsam2.models import build_sam2
+from qsam2.recipe import build_recipe
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with 2-bit weights."""
+    folder = tmp_path_factory.mktemp("run")
+    values = {"model": {"size": "nano", "image_size": 64}, "quantize": {"weights": {"method": "minmax", "bits": 2}}}
+    recipe = build_recipe({"name": "test", "data": {"train": "moving_objects"}, **values})
+    model = build_sam2("nano", image_size=64)
+    convert(model, recipe.quantize)
+    find_ranges(model, lambda batch: None, [])
+    finalize(model)
+    save_packed(folder / "model.safetensors", model, recipe.model_dump(mode="json"))
+    (folder / "card.md").write_text("# card")
+    return folder
+
+
+@pytest.mark.parametrize("given", ["", "model.safetensors"])
+def test_a_packed_file_is_copied_with_its_card(finished_run, tmp_path, capsys, given):
+    out = tmp_path / "new" / "folder"
+    assert main(["export", str(finished_run / given), "--format", "packed", "--out", str(out)]) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["card.md", "model.safetensors"]
+    said = capsys.readouterr().out
+    for file in out.iterdir():
+        assert file.read_bytes() == (finished_run / file.name).read_bytes()
+        assert f"{file}  {file.stat().st_size:,} bytes" in said
+
+
+def test_what_cannot_be_exported_is_refused_in_one_line(finished_run, tmp_path, capsys):
+    def message(*words: str) -> str:
+        assert main(["export", *words]) == 2
+        return capsys.readouterr().err
+
+    unfinished, out = tmp_path / "run", str(tmp_path / "out")
+    unfinished.mkdir()
+    for kind in ("packed", "onnx"):
+        assert "holds no model.safetensors: the run is not finished" in message(
+            str(unfinished), "--format", kind, "--out", out
+        )
+    assert "packed model nano does not exist" in message("nano", "--format", "packed", "--out", out)
+    given = message(str(finished_run), "--format", "packed", "--out", out, "memory.cache=true")
+    assert "'memory.cache=true' changes nothing in a packed file" in given
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file; give a folder" in message("nano", "--format", "onnx", "--out", str(file))
+    assert "Not a directory" in message(str(finished_run), "--format", "packed", "--out", str(file / "below"))
+    assert "invalid choice: 'tflite'" in message("nano", "--format", "tflite", "--out", out)
+    assert not Path(out).exists()
+
+
+def test_a_damaged_packed_file_is_not_handed_on(finished_run, tmp_path, capsys):
+    data = bytearray((finished_run / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    out = tmp_path / "out"
+    assert main(["export", str(tmp_path), "--format", "packed", "--out", str(out)]) == 2
+    assert "is damaged" in capsys.readouterr().err and not out.exists()
