@@ -62,8 +62,8 @@ def results(path: Path) -> str:
         return nano_table.page(table)
     from qsam2.sweep.table_markdown import render
 
-    note = DOCS / "tables" / f"{path.stem}.md"
-    return f"# {table['title']}\n\n{note.read_text()}\n\n{render(table)}\n"
+    text = (DOCS / "tables" / f"{path.stem}.md").read_text()
+    return f"# {table['title']}\n\n{text.replace('<!-- table -->', render(table))}"
 
 
 def card(path: Path) -> str:
