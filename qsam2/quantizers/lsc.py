@@ -11,7 +11,7 @@ Why bounds are not mu -+ alpha * sigma in training: what comes out of a GELU rea
 it, and ends where it does whatever its mean. With bounds that moved with mu and sigma the zero point of such layers
 went from 1 to 0, which costs them 10 dB. Why sigma of activations stays as well unless told otherwise (`momentum` 1):
 weights in ruins send values far beyond the float model's (nano_heavy at 2 bits: 0.4 of one layer's), and the clip is
-what cuts them off; a sigma that followed them at 0.99 widened that step by 30 (docs/quantizers.md has what it cost).
+what cuts them off; a sigma that followed them at 0.99 widened that step by 30 (docs/tables/lsc.md has what it cost).
 Of 2 and 3 bits, zero of an activation may lie half-way between two codes (`grid=least_error`). A sigma that follows is
 that of all batches together, as calibration sees it: where one call differs from the next the mean of their own
 deviations is smaller (nano: 0.44 of it for mask prompts, 0.75 to 0.95 in the mask decoder's heads), and training would

@@ -5,7 +5,7 @@ Ours: for large symmetric weights every fourth ratio is tried first, then those 
 jumps where its zero point is rounded to another code, a small tensor's with each value: they try all hundred, which
 costs little there (affine grids are those of activations, of which a histogram was kept).
 Ours, too: of few bits, the two bounds of an affine grid are then moved one by one. One ratio for both keeps a code for
-the small negative end of what comes out of a GELU, however coarse the steps are (docs/quantizers.md has the decibels).
+the small negative end of what comes out of a GELU, however coarse the steps are (docs/experiments.md has the decibels).
 """
 
 from __future__ import annotations
