@@ -1,4 +1,4 @@
-"""SAM2 sizes and checkpoints."""
+"""SAM2: sizes, checkpoints, and nano, whose weights ship in the package."""
 
 from qsam2.models.checkpoints import load_sam2
 from qsam2.models.sam2 import SAM2, SIZES, build_sam2

@@ -1,4 +1,4 @@
-"""Checkpoints: Meta's `.pt` files and safetensors, found, downloaded, read safely and checked against the model."""
+"""Checkpoints (Meta's `.pt` files and safetensors): find or download, read safely, check against the model, load."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from qsam2.models.sam2 import EMBEDDED, SAM2, SIZES, build_sam2, model_config
 from qsam2.output import listed
 
 HIERA_WIDTH, HIERA_STAGES = 96, (2, 3, 16, 3)
-"""What `sam2` builds where a size's configuration says nothing (base_plus)."""
+"""Defaults of `sam2`'s Hiera, for sizes whose configuration omits them (base_plus)."""
 
 SHA256 = {
     "nano.safetensors": "a72cba8ef0dda6da1ea99f3501a52aeba636c599c37588e1df9d8f8c7369243e",
     "nano_heavy.safetensors": "ed10bace8f789449653fed5eef8055a86421d5d53299f8a35c4f6d72b11c0be4",
 }
-"""Of the files that ship in the package."""
+"""Hashes of the weight files in the package."""
 
 
 def load_sam2(
@@ -42,11 +42,11 @@ def load_sam2(
     """SAM 2 with trained weights, in float32 and eval mode.
 
     Args:
-        checkpoint: a path; "auto": the size's official weights (nano's ship in the package, and become nano_heavy's);
-            None: random weights.
+        checkpoint: a path; "auto" for the official weights (those of nano and nano_heavy ship in the package); None for
+            random weights.
 
     Raises:
-        UserError: the checkpoint cannot be found, read or loaded, see `find_checkpoint`, `read_state_dict`.
+        UserError: the checkpoint is not found, unreadable or does not fit.
     """
     model = build_sam2(size, version=version, image_size=image_size, drop_path_rate=drop_path_rate)
     if checkpoint is None:
@@ -59,10 +59,10 @@ def load_sam2(
 
 
 def packaged(name: str) -> Path:
-    """Path of a file of weights that ships in the package, its content checked.
+    """Path of a weight file in the package, after checking its hash.
 
     Raises:
-        UserError: it is damaged or another version's.
+        UserError: the file is missing, damaged or of another version.
     """
     path = Path(str(importlib.resources.files("qsam2.models.nano") / name))
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[name]:
@@ -80,7 +80,7 @@ def find_checkpoint(size: str, version: str = "2.1") -> Path:
     """Path of the size's official checkpoint: in ./, in ./checkpoints/, in Hugging Face's cache, or downloaded.
 
     Raises:
-        UserError: it is in none of these places and cannot be downloaded.
+        UserError: the file is in none of these places and cannot be downloaded.
     """
     if size in EMBEDDED:
         return packaged("nano.safetensors")
@@ -101,7 +101,7 @@ def find_checkpoint(size: str, version: str = "2.1") -> Path:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read `{"model": state_dict}` (Meta's layout), a bare state dict, or safetensors, without running any code in it.
+    """Read `{"model": state_dict}` (Meta's layout), a bare state dict, or safetensors, without running code.
 
     Raises:
         UserError: the file is missing, truncated, not a checkpoint, or a pickle that would run code.
@@ -138,8 +138,8 @@ def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size:
     """Load strictly: every key of the model, no other, all shapes equal. Half-precision weights become float32.
 
     Raises:
-        UserError: names the first keys and shapes that differ, and the size that the checkpoint would fit; or what is
-            NaN or infinite.
+        UserError: keys or shapes differ (the message names the first ones and the size that fits), or a tensor has NaN
+            or infinite values.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in state]
@@ -151,8 +151,8 @@ def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size:
     ]
     if missing or unexpected or shapes:
         problems = [("missing", missing), ("unexpected", unexpected), ("other shape", shapes)]
-        found = "; ".join(f"{what}: {listed(names)}" for what, names in problems if names)
-        raise UserError(f"checkpoint {source} does not fit model.size={size} ({found}){_fitting_size(state)}")
+        differences = "; ".join(f"{what}: {listed(names)}" for what, names in problems if names)
+        raise UserError(f"checkpoint {source} does not fit model.size={size} ({differences}){_fitting_size(state)}")
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise UserError(f"checkpoint {source} has NaN or infinite values in {listed(broken)}; it is of no use")
@@ -160,7 +160,7 @@ def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size:
 
 
 def guess_size(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """(size, version) that a state dict's trunk and heads belong to, None if no size fits."""
+    """(size, version) of a state dict, from its trunk and heads; None if no size fits."""
     stem = state.get("image_encoder.trunk.patch_embed.proj.weight")
     if stem is None or stem.dim() != 4:
         return None
@@ -182,7 +182,7 @@ def _fitting_size(state: Mapping[str, Tensor]) -> str:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Eight bytes of length, then JSON; a pickle or an archive is another thing there."""
+    """True if the file starts as safetensors does: eight bytes of length, then JSON."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 

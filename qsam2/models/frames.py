@@ -1,4 +1,4 @@
-"""Frames as the predictor asks for them: checked, from a sequence or a stream."""
+"""Frames for the video predictor, from a sequence or a stream, their shapes checked on access."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from qsam2.errors import UserError
 
 UNKNOWN_LENGTH = 2**31
-"""Number of frames of a stream: more than any has."""
+"""Reported length of a stream, longer than any video."""
 
 
 class EndOfStream(UserError):
-    """A frame past the last one of a stream was asked for; tracking ends there."""
+    """Raised on access past the last frame of a stream; tracking ends there."""
 
 
 class CheckedFrames:
-    """A sequence of normalised frames, each float (3, image_size, image_size), read when they are asked for."""
+    """A sequence of normalized frames, each float (3, image_size, image_size), read on access."""
 
     def __init__(self, frames: Sequence[Tensor], image_size: int) -> None:
         self.frames, self.image_size = frames, image_size
@@ -30,11 +30,11 @@ class CheckedFrames:
 
 
 class FrameStream:
-    """An iterator of such frames, of unknown length; the last `window` frames can be asked for again."""
+    """An iterator of normalized frames, of unknown length; the last `window` frames stay accessible."""
 
     def __init__(self, frames: Iterable[Tensor], image_size: int, window: int) -> None:
         self.frames, self.image_size, self.window = iter(frames), image_size, window
-        self.kept: dict[int, Tensor] = {}
+        self.recent: dict[int, Tensor] = {}
         self.count = 0
 
     def __len__(self) -> int:
@@ -46,19 +46,19 @@ class FrameStream:
                 frame = next(self.frames)
             except StopIteration:
                 raise EndOfStream(f"frame {index} is past the end: the stream has {self.count} frames") from None
-            self.kept[self.count] = checked(frame, self.count, self.image_size)
-            self.kept.pop(self.count - self.window, None)
+            self.recent[self.count] = checked(frame, self.count, self.image_size)
+            self.recent.pop(self.count - self.window, None)
             self.count += 1
-        if index not in self.kept:
+        if index not in self.recent:
             raise UserError(
-                f"frame {index} of the stream has passed, {min(self.kept)} to {max(self.kept)} are kept: "
+                f"frame {index} of the stream has passed, {min(self.recent)} to {max(self.recent)} are kept: "
                 "prompt and track frames in their order, or give the video as a sequence"
             )
-        return self.kept[index]
+        return self.recent[index]
 
 
 def checked(frame: Tensor, index: int, image_size: int) -> Tensor:
-    """The frame; raises UserError where its shape is not the model's."""
+    """Return the frame; raises UserError if it is not (3, image_size, image_size)."""
     if tuple(frame.shape) != (3, image_size, image_size):
         raise UserError(
             f"frame {index} of the video is {tuple(frame.shape)}, but this model's frames are "

@@ -1,4 +1,4 @@
-"""Attributes of another package's module, or of a model, that are others for a while."""
+"""Context managers that temporarily replace attributes of a module or a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sam2 import sam2_video_predictor
 
 @contextlib.contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Sets attributes of `owner`, and puts back what they were, whatever happens meanwhile."""
+    """Set attributes of `owner` and restore them on exit, also after an error."""
     before = {name: getattr(owner, name) for name in values}
     for name, value in values.items():
         setattr(owner, name, value)
@@ -23,5 +23,5 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def hide_progress_bar() -> contextlib.AbstractContextManager[None]:
-    """Without the progress bar that sam2 draws for each video: scores and benchmarks have one of their own."""
+    """Hide the progress bar that sam2 shows per video: scores and benchmarks have their own."""
     return replaced(sam2_video_predictor, tqdm=lambda frames, **_: frames)

@@ -1,4 +1,8 @@
-"""SAM 2 in all its sizes, built from `sam2`'s own configurations, and nano: the same architecture for a laptop."""
+"""SAM 2 in all sizes, built from `sam2`'s own configurations, and nano: the same architecture for a laptop.
+
+`SAM2` adds to `sam2`'s video predictor: training, frames read on access (also from a stream), and hooks through which
+`qsam2.memory` reads and bounds the memory bank.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +30,14 @@ from qsam2.models.frames import CheckedFrames, EndOfStream, FrameStream
 from qsam2.recipe.memory import MemoryRecipe
 
 STRIDE_PX = 32
-"""Image sizes are multiples of this: Hiera's coarsest stride, and eight tokens of its finest."""
+"""Image sizes are multiples of this: Hiera's coarsest stride, eight tokens of its finest."""
 MAX_SIZE_PX = 4096
-"""Tables of positions grow with the square of an image's size, which may stand in a file from anywhere."""
+"""Limit for sizes read from untrusted files: position tables grow with the square of the image size."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """One size of SAM 2: its configuration in the `sam2` package, its native resolution and published checkpoint."""
+    """One size of SAM 2: configuration in the `sam2` package, native resolution in pixels, published checkpoint."""
 
     config: str
     image_size: int = 1024
@@ -50,9 +54,8 @@ SIZES = {
 }
 VERSIONS = ("2", "2.1")
 EMBEDDED = ("nano", "nano_heavy")
-"""Sizes whose weights ship in the package: one shape, `NANO`, and one file of weights (see `heavy.py`)."""
+"""Sizes whose weights ship in the package; both have the shape `NANO` (see `heavy.py`)."""
 
-# nano: sam2.1_hiera_t with fewer channels and blocks. Its windows are set by `model_config`.
 NANO = {
     "image_encoder": {
         "trunk": {
@@ -85,14 +88,15 @@ NANO = {
         "fuser": {"layer": {"dim": 128}},
     },
     "decoder_mlp_dim": 512,
-    # One mask a frame while tracking, not the best of three by an IoU that a small model predicts badly
+    # one mask per frame while tracking, not the best of three: a small model predicts their IoU badly
     "multimask_output_for_tracking": False,
     "sam_mask_decoder_extra_args": {"dynamic_multimask_via_stability": False},
 }
+"""nano: changes to sam2.1_hiera_t, with fewer channels and blocks; `model_config` sets the windows."""
 
 
 class MemoryReader(Protocol):
-    """Reads the memory bank in place of `sam2`; see `qsam2.memory`."""
+    """Replaces `sam2`'s reading of the memory bank; see `qsam2.memory.reader`."""
 
     recipe: MemoryRecipe
 
@@ -107,12 +111,12 @@ class MemoryReader(Protocol):
         num_frames: int,
         reverse: bool,
     ) -> Tensor:
-        """A frame's features and positions (tokens, B, C) to features that know the memory, (tokens, B, C)."""
+        """Condition a frame's features on the memory: features and positions (tokens, B, C) to (tokens, B, C)."""
         ...
 
 
 class MemoryBound(Protocol):
-    """Forgets what no later frame asks for; see `qsam2.memory`."""
+    """Removes state that no later frame reads; see `qsam2.memory.bounded`."""
 
     def forget(self, model: SAM2, state: dict[str, Any], frame_idx: int) -> None: ...
     def check_prompt(self, model: SAM2, state: dict[str, Any], frame_idx: int, *, corrected: int | None) -> None: ...
@@ -120,7 +124,7 @@ class MemoryBound(Protocol):
 
 
 VideoReader: TypeAlias = Callable[[str | Path, int], tuple[Sequence[Tensor], tuple[int, int]]]
-"""Opens a path for an image size: normalised frames that are read when they are asked for, their (height, width)."""
+"""(path, image size) to normalized frames, read on access, and the video's (height, width)."""
 
 
 class SAM2(SAM2VideoPredictor, SAM2Train):
@@ -147,7 +151,7 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
             )
 
     def track_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """One frame: with ground truth as in training (all click steps are returned), without as in the predictor."""
+        """Track one frame: with ground truth as in training (returns all click steps), else as in the predictor."""
         step = SAM2Train.track_step if "gt_masks" in kwargs else SAM2Base.track_step
         return step(self, *args, **kwargs)
 
@@ -194,15 +198,15 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         *,
         video_size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
-        """Start a video: a path, or frames that are read when they are asked for.
+        """Start a video from a path or from frames, which are read on access.
 
-        Paths are opened by `video_reader`; without one `sam2` reads a JPEG folder or an mp4 as a whole.
+        `video_reader` opens paths; without it `sam2` reads a whole JPEG folder or mp4.
 
         Args:
-            video_path: a path, or normalised frames, each float (3, image_size, image_size): a sequence, or a stream
-                (any other iterable), whose length need not be known. Of a stream the latest `num_maskmem` frames can
-                be prompted, and object pointers are encoded as in a video of at least `max_obj_ptrs_in_encoder` frames.
-            video_size: (height, width) of the masks to return; needed with frames.
+            video_path: a path, or normalized frames, each float (3, image_size, image_size): a sequence, or a stream
+                (any other iterable) of unknown length. A stream's latest `num_maskmem` frames can be prompted; its
+                object pointers are encoded as in a video of at least `max_obj_ptrs_in_encoder` frames.
+            video_size: (height, width) of the returned masks; required with frames.
 
         Raises:
             UserError, now or while tracking: a frame has another size.
@@ -244,14 +248,14 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
     def add_new_points_or_box(
         self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, *args: Any, **kwargs: Any
     ) -> tuple[int, list[int], Tensor]:
-        """As in `sam2`; raises UserError where the frame or the state cannot be used."""
+        """As in `sam2`; raises UserError if the frame or the state cannot be used."""
         self._check_prompt(inference_state, frame_idx, corrected=obj_id)
         return super().add_new_points_or_box(inference_state, frame_idx, obj_id, *args, **kwargs)
 
     def add_new_mask(
         self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, mask: Tensor | np.ndarray
     ) -> tuple[int, list[int], Tensor]:
-        """As in `sam2`; raises UserError where the frame or the state cannot be used."""
+        """As in `sam2`; raises UserError if the frame or the state cannot be used."""
         self._check_prompt(inference_state, frame_idx)
         return super().add_new_mask(inference_state, frame_idx, obj_id, mask)
 
@@ -262,7 +266,7 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         max_frame_num_to_track: int | None = None,
         reverse: bool = False,
     ) -> Iterator[tuple[int, list[int], Tensor]]:
-        """As in `sam2`; a stream is tracked to its end. Raises UserError where start or state cannot be used."""
+        """As in `sam2`; a stream is tracked to its end. Raises UserError if start or state cannot be used."""
         self._check_owner(inference_state)
         if self.memory_bound is not None and start_frame_idx is not None:
             self.memory_bound.check_start(self, inference_state, start_frame_idx, reverse=reverse)
@@ -289,7 +293,7 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
 def _memory_in_own_dtype(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    # sam2 keeps memory in bfloat16; joined by no object pointer, as before an object's first prompt, it stays that
+    # sam2 keeps memory in bfloat16 and casts it only by concatenation with object pointers, which may be absent
     memory = kwargs.get("memory")
     dtype = next(attention.parameters()).dtype
     if memory is None or memory.dtype == dtype or torch.is_autocast_enabled(memory.device.type):
@@ -317,7 +321,7 @@ def build_sam2(
 
 
 def model_config(size: str, *, version: str = "2.1", image_size: int | None = None) -> DictConfig:
-    """The configuration that `build_sam2` instantiates (`sam2`'s YAML with our class, resolution and nano's shape)."""
+    """Configuration for `build_sam2`: `sam2`'s YAML with our class, the resolution and nano's shape."""
     if size not in SIZES:
         near = get_close_matches(size, SIZES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -333,7 +337,7 @@ def model_config(size: str, *, version: str = "2.1", image_size: int | None = No
     name = f"sam{version}"
     path = importlib.resources.files("sam2") / "configs" / name / f"{name}_hiera_{SIZES[size].config}.yaml"
     config = OmegaConf.create(path.read_text()).model
-    # What sam2's own builders set for inference; none of it acts while training.
+    # sam2's builders set these for inference; none has an effect in training
     config.sam_mask_decoder_extra_args = {
         "dynamic_multimask_via_stability": True,
         "dynamic_multimask_stability_delta": 0.05,
@@ -345,7 +349,7 @@ def model_config(size: str, *, version: str = "2.1", image_size: int | None = No
     side = image_size // 16
     if size in EMBEDDED:
         config = OmegaConf.merge(config, NANO)
-        # Stages 3 and 4 see the whole image at any size (Hiera's own 14 and 7 tokens were chosen for 1024 px)
+        # windows of stages 3 and 4 cover the whole image (Hiera's 14 and 7 tokens are made for 1024 px)
         config.image_encoder.trunk.window_spec = [8, 8, side, side // 2]
     for attention in (config.memory_attention.layer.self_attention, config.memory_attention.layer.cross_attention):
         attention.feat_sizes = [side, side]

@@ -1,1 +1,1 @@
-"""What people look at: overlays of masks, the page of a run, Weights & Biases."""
+"""Results for people: the page of a run, overlays of masks, Weights & Biases."""

@@ -1,4 +1,4 @@
-"""Several runs on one page: scores side by side, against bytes and time, and what their recipes differ in."""
+"""The page of several runs: scores side by side, accuracy against bytes and time, differences of the recipes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from qsam2.errors import UserError
 from qsam2.output import version
 from qsam2.report.curves import draw_loss
 from qsam2.report.draw import Point, draw_pareto
-from qsam2.report.page import bits, environment, headline
+from qsam2.report.page import bits, environment, score_rows
 from qsam2.report.read import SavedRun
 from qsam2.run_folder import flat
 
 APART = ("name", "output")
-"""Keys in which all recipes differ."""
+"""Recipe keys that differ between any two runs: not listed."""
 
 
 def render_comparison(runs: Sequence[SavedRun]) -> str:
-    """The page of several runs as HTML.
+    """The page as HTML.
 
     Raises:
         UserError: a run is given twice, or none has scores.
@@ -29,7 +29,7 @@ def render_comparison(runs: Sequence[SavedRun]) -> str:
     scored = {name: run for name, run in names.items() if run.final is not None and "float" in run.metrics}
     if not scored:
         raise UserError(f"{', '.join(names)}: none of these runs has scores yet; finish one of them first")
-    rows = {name: headline(run.metrics)[-1] for name, run in scored.items()}
+    rows = {name: score_rows(run.metrics)[-1] for name, run in scored.items()}
     curves = {name: run.curves["loss"] for name, run in names.items() if "loss" in run.curves}
     losses = draw_loss(curves)
     return (
@@ -39,7 +39,7 @@ def render_comparison(runs: Sequence[SavedRun]) -> str:
             version=version(),
             runs=names,
             rows=rows,
-            floats={name: headline(run.metrics)[0] for name, run in scored.items()},
+            floats={name: score_rows(run.metrics)[0] for name, run in scored.items()},
             bits=bits,
             unfinished={name: run.missing_stages for name, run in names.items() if run.missing_stages},
             settings=_settings(scored),
@@ -53,7 +53,7 @@ def render_comparison(runs: Sequence[SavedRun]) -> str:
 
 
 def unique_names(runs: Sequence[SavedRun]) -> dict[str, SavedRun]:
-    """Runs by the names of their folders, by their paths where two are the same.
+    """Runs by folder name, or by path if two folders have the same name.
 
     Raises:
         UserError: a run is given twice.
@@ -68,46 +68,46 @@ def unique_names(runs: Sequence[SavedRun]) -> dict[str, SavedRun]:
 def recipe_differences(runs: dict[str, SavedRun]) -> dict[str, list[Any]]:
     """{dotted key: its value in each run} of the keys that differ.
 
-    Of a part that some recipes leave out (`train: null`) a row says which have it, by its method where it has one; its
-    keys are listed where those that have it differ.
+    A section that some recipes leave out (`train: null`) has a row with its method, or "given", in the recipes that
+    have it; its keys have rows if they differ among those recipes.
     """
     recipes = [flat(run.recipe.model_dump(mode="json")) for run in runs.values()]
-    parts = {
+    sections = {
         key.rsplit(".", depth)[0] for recipe in recipes for key in recipe for depth in range(1, key.count(".") + 1)
     }
     differences = {}
     for key in sorted({key for recipe in recipes for key in recipe if key not in APART}):
         present = [recipe[key] for recipe in recipes if key in recipe]
-        if key in parts:
-            differences[key] = [_part(recipe, key) for recipe in recipes]
+        if key in sections:
+            differences[key] = [_section(recipe, key) for recipe in recipes]
         elif any(value != present[0] for value in present):
             differences[key] = [recipe.get(key) for recipe in recipes]
     return differences
 
 
-def _part(recipe: dict[str, Any], part: str) -> Any:
-    given = any(key.startswith(f"{part}.") for key in recipe)
-    return recipe.get(f"{part}.method", "given") if given else None
+def _section(recipe: dict[str, Any], section: str) -> Any:
+    is_given = any(key.startswith(f"{section}.") for key in recipe)
+    return recipe.get(f"{section}.method", "given") if is_given else None
 
 
 def _settings(runs: dict[str, SavedRun]) -> list[str]:
-    """What the runs were scored on, if that differs: their scores are then of different things."""
-    said = {
-        name: f"{name}: {run.recipe.data.scored}, {run.recipe.evaluate.protocol} protocol, "
+    """Evaluation settings of each run if they differ, which makes scores incomparable; else nothing."""
+    settings = {
+        name: f"{run.recipe.data.scored}, {run.recipe.evaluate.protocol} protocol, "
         f"{run.recipe.evaluate.videos or 'all'} videos, {run.recipe.evaluate.frames or 'all'} frames"
         for name, run in runs.items()
     }
-    different = {text.removeprefix(f"{name}: ") for name, text in said.items()}
-    return list(said.values()) if len(different) > 1 else []
+    differ = len(set(settings.values())) > 1
+    return [f"{name}: {text}" for name, text in settings.items()] if differ else []
 
 
 def _pareto(runs: dict[str, SavedRun], cost: Callable[[dict[str, Any]], float | None], axis: str) -> Markup | None:
     points: list[Point] = []
     for name, run in runs.items():
-        for row in headline(run.metrics):
+        for row in score_rows(run.metrics):
             is_float = row["model"] == "float"
             if row["model"] == "ptq" or cost(row) is None or "J&F" not in row:
-                continue  # of a run that trains, a way station; of one that does not, the same as `quantized`
+                continue  # an intermediate model if the run trains, else the same as `quantized`
             label = f"float {run.recipe.model.size}" if is_float and run.recipe.quantize is not None else name
             point = Point(label, float(cost(row) or 0.0), row["J&F"][0], is_float)
             if not any((other.label, other.score) == (point.label, point.score) for other in points):

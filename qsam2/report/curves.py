@@ -1,4 +1,4 @@
-"""A run's curves: read from what training logged, and drawn."""
+"""Training curves: read from the CSV files that training logs, and drawn."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from qsam2.errors import UserError
 from qsam2.report.draw import BLUE, GREY, ORANGE, SERIES, inline, new_figure
 
 SMOOTHING = 20
-"""Logged values that the drawn mean is taken over, at most; of a short run a fifth of all."""
+"""Largest window of the moving average, in logged values; short runs use a fifth of all values."""
 MOVED = 4
-"""Quantizers whose clips are drawn one by one: those that moved farthest."""
+"""Number of quantizers with a line of their own: those whose step size changed most."""
 SCALE = "scale/"
 
 Curve = list[tuple[int, float]]
-"""(step, value), by step."""
+"""(step, value) pairs by ascending step."""
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """All logged figures; of steps that a resumed run repeated, the later values.
+    """All logged figures; where a resumed run repeated steps, the later values count.
 
     Raises:
         UserError: a file is damaged.
@@ -40,11 +40,11 @@ def read_curves(folder: Path) -> dict[str, Curve]:
                             values.setdefault(name, {})[step] = float(text)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it, the report does without") from error
-    return {name: sorted(found.items()) for name, found in values.items()}
+    return {name: sorted(by_step.items()) for name, by_step in values.items()}
 
 
 def draw_loss(curves: Mapping[str, Curve]) -> str | None:
-    """The loss of one or several runs over the steps as an SVG element; None where nothing was logged."""
+    """Loss of one or several runs over the steps, as SVG; None if nothing was logged."""
     shown = {name: curve for name, curve in curves.items() if len(curve) > 1}
     if not shown:
         return None
@@ -69,9 +69,9 @@ def draw_loss(curves: Mapping[str, Curve]) -> str | None:
 
 
 def draw_clips(curves: Mapping[str, Curve]) -> str | None:
-    """Learned steps over training, each as a multiple of its first value: the middle 80 % and those that moved most.
+    """Learned step sizes over training, as multiples of their first values: the middle 80 % and the `MOVED` extremes.
 
-    None where nothing was learned or logged.
+    None if no step size was learned or logged.
     """
     scales = {name.removeprefix(SCALE): curve for name, curve in curves.items() if name.startswith(SCALE)}
     scales = {name: curve for name, curve in scales.items() if len(curve) > 1 and curve[0][1] > 0}

@@ -1,4 +1,8 @@
-"""Figures of a report as SVG elements, in colours that follow light and dark."""
+"""Figures of a report as inline SVG: signal to noise, sensitivity, histograms, Pareto front.
+
+Each `draw_*` makes a matplotlib figure and returns it as an `<svg role="img">` element whose label says in words what
+the figure shows. Colours are CSS variables, so that a figure follows the page's light or dark mode.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +19,41 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's colours, told apart by the colour-blind; the page gives each a lighter twin in the dark.
+# Okabe and Ito's colours, which colour-blind people can tell apart; the page has lighter ones for dark mode.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c8c8c"
 VARIABLES = {BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple", GREY: "grey"}
 SERIES = tuple(
     {"color": colour, "linestyle": dashes, "marker": marker}
     for colour, dashes, marker in ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"))
 )
-"""Colour, dashes and marker together: told apart in black and white, too."""
+"""Styles of series: colour, dashes and marker differ together, so that they work in black and white, too."""
+WORST = 12
+"""Number of layers that `draw_worst` names."""
+PARTS = {
+    "image_encoder": (BLUE, "o"),
+    "memory_attention": (ORANGE, "s"),
+    "memory_encoder": (GREEN, "^"),
+    "sam_mask_decoder": (PURPLE, "D"),
+    "other": (GREY, "x"),
+}
+"""Colour and marker of each part of SAM2."""
+COLUMNS = 2
+"""Histograms side by side."""
+TITLE = 48
+"""Letters that fit above a histogram."""
+DRAWN_LEVELS = 32
+"""Grids with more levels are drawn as their two ends."""
+SMALLEST = 5e-7
+"""Lower end of the share axis: stored shares are rounded to 1e-6."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches."""
+    """An empty figure, its size in inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def inline(figure: Figure, label: str) -> str:
-    """A figure as an `<svg role="img">` element that says `label`; black becomes the colour of the text around it."""
+    """A figure as an `<svg role="img">` element labelled `label`; black becomes the colour of the surrounding text."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     text = io.StringIO()
@@ -45,52 +67,39 @@ def inline(figure: Figure, label: str) -> str:
 
 
 def _own_ids(svg: str, label: str) -> str:
-    """Ids that no other figure of the page has; none where nothing refers to them."""
-    own = re.sub(r"\W+", "-", label)[:40]
+    """Make ids unique within the page by a prefix; remove those that nothing refers to."""
+    prefix = re.sub(r"\W+", "-", label)[:40]
     used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{own}-{found[1]}"' if found[1] in used else "", svg)
-    return re.sub(r'(href="#|url\(#)', rf"\1{own}-", svg)
-
-
-WORST = 12
-PARTS = {
-    "image_encoder": (BLUE, "o"),
-    "memory_attention": (ORANGE, "s"),
-    "memory_encoder": (GREEN, "^"),
-    "sam_mask_decoder": (PURPLE, "D"),
-    "other": (GREY, "x"),
-}
+    svg = re.sub(r' id="([^"]*)"', lambda match: f' id="{prefix}-{match[1]}"' if match[1] in used else "", svg)
+    return re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", svg)
 
 
 def draw_noise(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """All layers in the order of their weights' signal to noise in dB; None where no weight is quantized."""
+    """Signal to noise of the weights of all layers in dB, sorted; None if no weight is quantized."""
     measured = sorted((row for row in rows if row.get("weight_snr_db") is not None), key=lambda r: r["weight_snr_db"])
     if not measured:
         return None
     figure = new_figure(8, 3.2)
     axes = figure.subplots()
-    part = [row["name"].split(".")[0] for row in measured]
-    part = [name if name in PARTS else "other" for name in part]
+    values = [row["weight_snr_db"] for row in measured]
+    parts = [row["name"].split(".")[0] for row in measured]
     for name, (colour, marker) in PARTS.items():
-        at = [index for index, own in enumerate(part) if own == name]
+        at = [index for index, part in enumerate(parts) if (part if part in PARTS else "other") == name]
         if at:
-            values = [measured[index]["weight_snr_db"] for index in at]
-            axes.scatter(
-                at, values, s=14, color=colour, marker=marker, label=name.replace("_", " ").removeprefix("sam ")
-            )
+            label = name.replace("_", " ").removeprefix("sam ")
+            axes.scatter(at, [values[index] for index in at], s=14, color=colour, marker=marker, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layers, the noisiest first", ylabel="weights, signal to noise (dB)")
     axes.legend(frameon=False, fontsize=8)
-    values = [row["weight_snr_db"] for row in measured]
-    label = (
+    summary = (
         f"Signal to noise of the weights of {len(values)} layers: from {values[0]:.1f} dB ({measured[0]['name']}) to "
         f"{values[-1]:.1f} dB, {np.median(values):.1f} dB in the median"
     )
-    return inline(figure, label)
+    return inline(figure, summary)
 
 
 def draw_worst(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The layers whose weights or inputs are noisiest, by name; None where nothing is quantized."""
+    """The `WORST` layers of lowest signal to noise in weights or inputs, by name; None if nothing is quantized."""
     worst = sorted((row for row in rows if _lowest(row) is not None), key=lambda row: _lowest(row) or 0.0)[:WORST]
     if not worst:
         return None
@@ -100,9 +109,9 @@ def draw_worst(rows: Sequence[Mapping[str, Any]]) -> str | None:
         ("weight_snr_db", "weights", BLUE, "o"),
         ("input_snr_db", "inputs", ORANGE, "s"),
     ):
-        found = [(row[key], place) for place, row in enumerate(worst) if row.get(key) is not None]
-        if found:
-            values, places = zip(*found, strict=True)
+        points = [(row[key], place) for place, row in enumerate(worst) if row.get(key) is not None]
+        if points:
+            values, places = zip(*points, strict=True)
             axes.scatter(values, places, color=colour, marker=marker, s=30, label=label)
     _name_rows(axes, [_label(row) for row in worst], "signal to noise (dB)")
     named = ", ".join(f"{row['name']} {_lowest(row):.1f} dB" for row in worst[:3])
@@ -110,7 +119,7 @@ def draw_worst(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What quantizing one group alone loses, as `qsam2 sensitivity` measures it: the most sensitive groups first."""
+    """Fidelity lost by quantizing one group of layers alone (`qsam2 sensitivity`), most sensitive groups first."""
     worst: dict[str, float] = {}
     for row in rows:
         worst[row["group"]] = max(worst.get(row["group"], 0.0), row["loss"])
@@ -120,10 +129,8 @@ def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
     series = list(dict.fromkeys((row["part"], row["bits"]) for row in rows))
     for index, (part, bits) in enumerate(series):
         style = SERIES[index % len(SERIES)]
-        found = [
-            (row["loss"], groups.index(row["group"])) for row in rows if (row["part"], row["bits"]) == (part, bits)
-        ]
-        losses, places = zip(*found, strict=True)
+        of_series = [row for row in rows if (row["part"], row["bits"]) == (part, bits)]
+        losses, places = [row["loss"] for row in of_series], [groups.index(row["group"]) for row in of_series]
         axes.scatter(losses, places, color=style["color"], marker=style["marker"], s=24, label=f"{part} at {bits} bits")
     _name_rows(axes, groups, "loss of fidelity (percent of mask IoU)")
     named = ", ".join(f"{group} {worst[group]:.1f}" for group in groups[:3])
@@ -131,7 +138,7 @@ def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _name_rows(axes: Axes, names: Sequence[str], xlabel: str) -> None:
-    """A name a row, the first on top, and the legend above."""
+    """One name per row, the first on top; the legend goes above."""
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="y", color=GREY, linewidth=0.4, alpha=0.5)
@@ -140,27 +147,20 @@ def _name_rows(axes: Axes, names: Sequence[str], xlabel: str) -> None:
 
 
 def _lowest(row: Mapping[str, Any]) -> float | None:
-    found = [row[key] for key in ("weight_snr_db", "input_snr_db") if row.get(key) is not None]
-    return min(found) if found else None
+    return min((row[key] for key in ("weight_snr_db", "input_snr_db") if row.get(key) is not None), default=None)
 
 
 def _label(row: Mapping[str, Any]) -> str:
     bits = f"{row['weight_bits'] or '-'}/{row['activation_bits'] or '-'}"
-    return f"{row['name'].removeprefix('image_encoder.trunk.').removeprefix('sam_')}  {bits}"
+    return f"{_short(row['name'])}  {bits}"
 
 
-COLUMNS = 2
-TITLE = 48
-"""Letters that fit above one of them."""
-DRAWN_LEVELS = 32
-"""With more levels only the ends of the grid are drawn."""
-
-SMALLEST = 5e-7
-"""Share at which the axis begins: what is kept is rounded to 1e-6."""
+def _short(name: str) -> str:
+    return name.removeprefix("image_encoder.trunk.").removeprefix("sam_")
 
 
 def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> str:
-    """Histograms as `measure_layers` keeps them, of weights or inputs (`what`), as an SVG element."""
+    """Histograms that `measure_layers` returns, of "weights" or "inputs" (`what`)."""
     down = -(-len(rows) // COLUMNS)
     figure = new_figure(8, 2.1 * down + 0.5)
     places = figure.subplots(down, COLUMNS, squeeze=False).flat
@@ -200,7 +200,7 @@ def _edges(row: Mapping[str, Any]) -> np.ndarray:
 
 
 def _wrapped(title: str) -> str:
-    """A title that is wider than its drawing goes on in a second line, behind a dot in its middle."""
+    """Break a title wider than its histogram behind the dot nearest to its middle."""
     if len(title) <= TITLE:
         return title
     dots = [index for index, letter in enumerate(title) if letter == "."]
@@ -208,13 +208,9 @@ def _wrapped(title: str) -> str:
     return f"{title[:cut]}\n{title[cut:]}"
 
 
-def _short(name: str) -> str:
-    return name.removeprefix("image_encoder.trunk.").removeprefix("sam_")
-
-
 @dataclass(frozen=True)
 class Point:
-    """A scored model: its cost (less is better), its score in percent, whether it is a float model."""
+    """A scored model: cost (less is better) and score in percent (more is better)."""
 
     label: str
     cost: float
@@ -223,7 +219,7 @@ class Point:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in one of cost and score without losing in the other, by cost."""
+    """The points that no other point dominates (as cheap and better, or cheaper and as good), by cost."""
     front: list[Point] = []
     for point in sorted(points, key=lambda point: (point.cost, -point.score)):
         if not front or point.score > front[-1].score:
@@ -232,7 +228,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def draw_pareto(points: Sequence[Point], cost: str) -> str:
-    """The points with their labels and the front as an SVG element; `cost` names the axis with its unit."""
+    """Labelled points and their Pareto front; `cost` names the x axis with its unit."""
     front = pareto_front(points)
     figure = new_figure(8, 3.6)
     axes = figure.subplots()

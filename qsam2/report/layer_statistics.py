@@ -1,4 +1,9 @@
-"""Where quantization loses: signal to noise, clipping and histograms of each layer's weights and inputs (ours)."""
+"""Quantization error per layer (ours): signal-to-noise ratio, clipping and histograms of weights and inputs.
+
+A weight is compared with its latent value, the float tensor right before rounding. An input is measured while a sample
+passes through the quantized model. The layers with the lowest signal-to-noise ratio also get histograms, in codes of
+their own grid, beside those of the float model.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +24,9 @@ from qsam2.quantizers.fake_quant import broadcast_shape
 from qsam2.recipe.quantize import ConvertedLayer
 
 SHOWN = 6
-"""Layers whose histograms are kept: those of the lowest signal to noise."""
+"""Number of layers with histograms: those of the lowest signal-to-noise ratio."""
 BINS = 120
-INPUT = "input_quantizer"
+INPUT = ".input_quantizer"
 
 
 @torch.no_grad()
@@ -32,126 +37,103 @@ def measure_layers(
     latent: Mapping[str, Tensor],
     run: Callable[[SAM2], object],
 ) -> dict[str, Any]:
-    """What a report says of the layers of a finalized model; `run` passes a sample through a model.
+    """Statistics of the layers of a finalized model, as plain values.
 
     {"layers": rows of the conversion table with "weight_snr_db", "weight_clipped", "scale" (mean), "input_snr_db",
-    "input_clipped"; "weights" and "inputs": histograms of the layers that lose most, the float model's beside ours}.
-    Signal to noise is 10 log10 of the energy over that of the difference, None without noise; clipped are shares.
+    "input_clipped"; "weights" and "inputs": histograms of the layers that lose most, before (float model) and after}.
+    Signal to noise is 10 log10 of the energy over that of the difference, None without noise; clipped is a share.
+
+    Args:
+        latent: weights right before rounding, by layer.
+        run: passes a sample through a model.
     """
-    weights = {name: _weight_figures(layer.weight, quantizer, latent[name])
-               for name, layer, quantizer in quantized_weights(model)}  # fmt: skip
-    meters = {name: _Meter(quantizer) for name, quantizer in quantizers(model) if quantizer.role == "activation"}
+    weights = {}
+    for name, layer, quantizer in quantized_weights(model):
+        weights[name] = _Meter(quantizer)
+        weights[name].update(latent[name].to(layer.weight), layer.weight)
+    activations = {name: _Meter(quantizer) for name, quantizer in quantizers(model) if quantizer.role == "activation"}
     with hooked(
-        {name: meter.quantizer for name, meter in meters.items()},
-        lambda name, args, _, output: meters[name].update(args[0], output),
+        {name: meter.quantizer for name, meter in activations.items()},
+        lambda name, args, _, output: activations[name].update(args[0], output),
     ):
         run(model)
     inputs: dict[str, list[_Meter]] = defaultdict(list)  # an attention has three
-    for name, meter in meters.items():
+    for name, meter in activations.items():
         inputs[name.rpartition(".")[0]].append(meter)
+
     rows = []
-    for layer in layers:
-        row = {**asdict(layer), **weights.get(layer.name, {})}
-        if found := inputs.get(layer.name):
-            signal, noise, clipped, count = (
-                sum(values) for values in zip(*(meter.sums for meter in found), strict=True)
-            )
-            row |= {"input_snr_db": _decibels(signal, noise), "input_clipped": clipped / max(count, 1)}
+    for converted in layers:
+        row = asdict(converted)
+        if converted.name in weights:
+            meter = weights[converted.name]
+            row |= {"scale": float(meter.quantizer.scale.mean())} | _figures("weight", [meter])
+        if meters := inputs.get(converted.name):
+            row |= _figures("input", meters)
         rows.append(row)
-    named = dict(quantizers(model))
-    shown = [f"{name}.{INPUT}" for name in _worst(rows, "input_snr_db") if f"{name}.{INPUT}" in meters][:SHOWN]
-    before = {name: _Meter(named[name]) for name in shown}
-    own = dict(teacher.named_modules())
+
+    noisy_weights = _noisiest(rows, "weight_snr_db")[:SHOWN]
+    noisy_inputs = [name for name in _noisiest(rows, "input_snr_db") if name + INPUT in activations][:SHOWN]
+    float_weights = {name: _Meter(weights[name].quantizer) for name in noisy_weights}
+    for name, meter in float_weights.items():
+        weight = teacher.get_submodule(name).weight
+        meter.update(weight, weight)
+    float_inputs = {name: _Meter(activations[name + INPUT].quantizer) for name in noisy_inputs}
     with hooked(
-        {name: own[name.removesuffix(f".{INPUT}")] for name in shown},
-        lambda name, args, _: before[name].update(args[0], args[0]),
+        {name: teacher.get_submodule(name) for name in noisy_inputs},
+        lambda name, args, _: float_inputs[name].update(args[0], args[0]),
         before=True,
     ):
         run(teacher)
     return {
         "layers": rows,
-        "weights": [
-            _histograms(
-                name,
-                named[f"{name}.weight_quantizer"],
-                _codes_histogram(named[f"{name}.weight_quantizer"], own[name].weight.detach()),  # type: ignore[arg-type]
-                _codes_histogram(named[f"{name}.weight_quantizer"], latent[name]),
-            )
-            for name in _worst(rows, "weight_snr_db")[:SHOWN]
-        ],
-        "inputs": [
-            _histograms(name.removesuffix(f".{INPUT}"), named[name], before[name].counts, meters[name].counts)
-            for name in shown
-        ],
+        "weights": [_histograms(name, float_weights[name], weights[name]) for name in noisy_weights],
+        "inputs": [_histograms(name, float_inputs[name], activations[name + INPUT]) for name in noisy_inputs],
     }
 
 
 class _Meter:
-    """Sums over the inputs of a quantizer: signal, noise, clipped, count; and a histogram in codes of its grid."""
+    """Sums over the values that a quantizer rounds (signal, noise, clipped, count) and their histogram in codes."""
 
     def __init__(self, quantizer: Quantizer) -> None:
+        margin = max(2.0, (quantizer.qmax - quantizer.qmin) / 4)
         self.quantizer = quantizer
+        self.reach = (quantizer.qmin - margin, quantizer.qmax + margin)
         self.sums = [0.0, 0.0, 0.0, 0.0]
         self.counts = torch.zeros(BINS)
 
     def update(self, x: Tensor, quantized: Tensor) -> None:
         x, quantized = x.detach().float(), quantized.detach().float()
-        codes = _codes(self.quantizer, x)
+        shape = broadcast_shape(self.quantizer.num_channels, x.ndim, self.quantizer.channel_dim)
+        codes = x / self.quantizer.scale.view(shape).to(x) + self.quantizer.zero_point.view(shape).to(x)
         outside = (codes < self.quantizer.qmin - 0.5) | (codes > self.quantizer.qmax + 0.5)
-        noise = (x - quantized).square().sum()
-        sums = (float(x.square().sum()), float(noise), float(outside.sum()), float(x.numel()))
-        self.sums = [total + value for total, value in zip(self.sums, sums, strict=True)]
-        self.counts = self.counts + _histogram(self.quantizer, codes)
+        new = (float(x.square().sum()), float((x - quantized).square().sum()), float(outside.sum()), x.numel())
+        self.sums = [total + value for total, value in zip(self.sums, new, strict=True)]
+        self.counts = self.counts + torch.histc(codes.clamp(*self.reach), BINS, *self.reach).cpu()
 
 
-def _weight_figures(weight: Tensor, quantizer: Quantizer, latent: Tensor) -> dict[str, Any]:
-    difference = latent.to(weight) - weight
-    codes = _codes(quantizer, latent.to(weight))
-    outside = (codes < quantizer.qmin - 0.5) | (codes > quantizer.qmax + 0.5)
-    return {
-        "scale": float(quantizer.scale.mean()),
-        "weight_snr_db": _decibels(float(latent.square().sum()), float(difference.square().sum())),
-        "weight_clipped": float(outside.float().mean()),
-    }
+def _figures(role: str, meters: Sequence[_Meter]) -> dict[str, Any]:
+    signal, noise, clipped, count = (sum(values) for values in zip(*(meter.sums for meter in meters), strict=True))
+    snr_db = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    return {f"{role}_snr_db": snr_db, f"{role}_clipped": clipped / max(count, 1)}
 
 
-def _codes(quantizer: Quantizer, x: Tensor) -> Tensor:
-    """Values in steps of the grid, so that qmin and qmax are its first and last level."""
-    shape = broadcast_shape(quantizer.num_channels, x.ndim, quantizer.channel_dim)
-    return x / quantizer.scale.view(shape).to(x) + quantizer.zero_point.view(shape).to(x)
-
-
-def _reach(quantizer: Quantizer) -> tuple[float, float]:
-    beyond = max(2.0, (quantizer.qmax - quantizer.qmin) / 4)
-    return quantizer.qmin - beyond, quantizer.qmax + beyond
-
-
-def _histogram(quantizer: Quantizer, codes: Tensor) -> Tensor:
-    low, high = _reach(quantizer)
-    return torch.histc(codes.float().clamp(low, high), BINS, low, high).cpu()
-
-
-def _codes_histogram(quantizer: Quantizer, weight: Tensor) -> Tensor:
-    return _histogram(quantizer, _codes(quantizer, weight.to(quantizer.scale.device)))
-
-
-def _histograms(name: str, quantizer: Quantizer, before: Tensor, after: Tensor) -> dict[str, Any]:
-    shares = [[round(float(share), 6) for share in counts / counts.sum().clamp(min=1)] for counts in (before, after)]
+def _histograms(name: str, before: _Meter, after: _Meter) -> dict[str, Any]:
+    shares = [
+        [round(float(share), 6) for share in meter.counts / meter.counts.sum().clamp(min=1)]
+        for meter in (before, after)
+    ]
+    quantizer = after.quantizer
     return {
         "layer": name,
         "bits": quantizer.bits,
         "levels": [quantizer.qmin, quantizer.qmax],
-        "reach": list(_reach(quantizer)),
+        "reach": list(after.reach),
         "before": shares[0],
         "after": shares[1],
     }
 
 
-def _worst(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    """Names of layers by signal to noise, the lowest first."""
+def _noisiest(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """Names of the measured layers, lowest signal-to-noise ratio first."""
     measured = [row for row in rows if row.get(key) is not None]
     return [row["name"] for row in sorted(measured, key=lambda row: row[key])]
-
-
-def _decibels(signal: float, noise: float) -> float | None:
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None

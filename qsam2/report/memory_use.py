@@ -1,4 +1,4 @@
-"""What each frame read of the memory bank when remembered frames shared keys."""
+"""Memory use over a video: which remembered frames each frame reads when similar frames share keys."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ READINGS = {
 
 
 def memory_use(model: SAM2, video: Video, evaluation: EvaluateRecipe) -> dict[str, Any]:
-    """Track a video once more and note what its first object reads; the model's memory is as the recipe has it.
+    """Track a video and record what its first object reads of the memory bank, as the recipe configures it.
 
-    {"video", "frames": [{"frame", "read": {remembered frame: one of `READINGS`}, "key_frames": frames' worth of keys,
-    "of": with all of them}]}; prompted frames count in the last two only.
+    {"video", "frames": [{"frame", "read": {remembered frame: one of `READINGS`}, "key_frames": number of keys read, in
+    frames, "of": number of keys in the bank, in frames}]}. Prompted frames count in the last two only.
     """
     length = min(len(video), evaluation.frames or len(video))
     prompts = first_masks(video, length, later_objects=False)
@@ -44,13 +44,13 @@ def memory_use(model: SAM2, video: Video, evaluation: EvaluateRecipe) -> dict[st
 
 
 def draw_memory(used: Mapping[str, Any]) -> str:
-    """Remembered frames by their age over the frames of the video, and the keys that were read."""
+    """Age of the remembered frames and number of keys read, over the frames of the video, as SVG."""
     rows = used["frames"]
     figure = new_figure(8, 4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for reading, (colour, marker, size) in READINGS.items():
-        at = [(row["frame"], row["frame"] - int(time)) for row in rows for time, own in row["read"].items()
-              if own == reading]  # fmt: skip
+        at = [(row["frame"], row["frame"] - int(time)) for row in rows for time, kind in row["read"].items()
+              if kind == reading]  # fmt: skip
         if at:
             upper.scatter(*zip(*at, strict=True), color=colour, marker=marker, s=size, label=reading, linewidths=0.8)
     upper.set_ylabel("age of the remembered frame")
@@ -61,7 +61,7 @@ def draw_memory(used: Mapping[str, Any]) -> str:
     lower.set(xlabel="frame", ylabel="frames of keys", ylim=(0, None))
     lower.legend(frameon=False, fontsize=8, loc="lower right")
     read, whole = sum(row["key_frames"] for row in rows), sum(row["of"] for row in rows)
-    count = {name: sum(own == name for row in rows for own in row["read"].values()) for name in READINGS}
+    count = {name: sum(kind == name for row in rows for kind in row["read"].values()) for name in READINGS}
     named = ", ".join(f"{value} {name}" for name, value in count.items() if value)
     return inline(figure, f"Memory of {len(rows)} tracked frames: {read:.0f} of {whole} frames of keys were read; "
                           f"remembered frames: {named}")  # fmt: skip
@@ -70,15 +70,16 @@ def draw_memory(used: Mapping[str, Any]) -> str:
 def _row(frame: int, bank: Bank, sets: list[KeySet]) -> dict[str, Any]:
     prompted = {memory.time for memory in bank.conditioning}
     read: dict[int, str] = {}
-    worth = 0.0
+    key_frames = 0.0
     for keys in sets:
         if keys.counts[0] == 0:  # another object's
             continue
         part = (keys.share or 1.0) / (keys.window[0] * keys.window[1])
-        worth += part
+        key_frames += part
         of_object = [memory.time for index, memory in enumerate(keys.frames)
                      if keys.weights is None or float(keys.weights[index, 0])]  # fmt: skip
         reading = "shared keys" if len(of_object) > 1 else "part of its keys" if part < 1 else "own keys"
         read |= {time: reading for time in of_object if time not in prompted}
     unread = {memory.time: "not read" for memory in bank.recent if memory.time not in read}
-    return {"frame": frame, "read": read | unread, "key_frames": worth, "of": len(bank.conditioning) + len(bank.recent)}
+    total = len(bank.conditioning) + len(bank.recent)
+    return {"frame": frame, "read": read | unread, "key_frames": key_frames, "of": total}

@@ -1,9 +1,14 @@
-"""Tracked masks drawn over their frames, and frames as a small video."""
+"""Masks drawn over frames: one frame, a contact sheet of a tracked video, a film.
+
+An object has the same colour everywhere. `TrackedVideo` holds a video with the masks that several models tracked.
+"""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import BinaryIO
 
 import av
 import cv2
@@ -14,9 +19,10 @@ from qsam2.data.unlabelled import has_masks
 from qsam2.data.video import Predictions, Video
 
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
-"""Okabe and Ito's palette, told apart by the colour-blind; an object a colour."""
+"""Okabe and Ito's palette, which colour-blind people can tell apart; one colour per object."""
 OPACITY = 0.5
 COLUMN_PX, MARGIN_PX, LABEL_PX = 240, 4, 20
+"""Cells of a contact sheet."""
 
 
 def overlay(frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -34,24 +40,66 @@ def overlay(frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
     return picture
 
 
+@dataclass(frozen=True)
+class TrackedVideo:
+    """A video with each model's masks of it: {model: {object id: bool (T, H, W)}}."""
+
+    video: Video
+    length: int
+    masks: dict[str, dict[int, np.ndarray]]
+
+    @classmethod
+    def of(cls, video: Video, tracked: Mapping[str, Predictions], frames: int | None) -> TrackedVideo | None:
+        """The first `frames` frames; None if this process did not track the video."""
+        length = min(len(video), frames or len(video))
+        ids = sorted(object_id for name, object_id in next(iter(tracked.values())) if name == video.name)
+        count = length * video.size[0] * video.size[1]
+
+        def unpack(packed: np.ndarray) -> np.ndarray:
+            return np.unpackbits(packed, count=count).reshape(length, *video.size).astype(bool)
+
+        masks = {model: {item: unpack(packed[video.name, item]) for item in ids} for model, packed in tracked.items()}
+        return cls(video, length, masks) if ids else None
+
+    @property
+    def object_ids(self) -> list[int]:
+        """Ids of the tracked objects, ascending."""
+        return list(next(iter(self.masks.values())))
+
+    def truth(self, index: int) -> dict[int, np.ndarray] | None:
+        """True masks of the tracked objects; None if the frame has none."""
+        return self.annotation(index) if has_masks([self.video]) else None
+
+    def annotation(self, index: int) -> dict[int, np.ndarray] | None:
+        """The video's own masks of the tracked objects, true ones or prompts; None if the frame has none."""
+        masks = self.video.masks(index)
+        if masks is None:
+            return None
+        empty = np.zeros(self.video.size, bool)
+        return {item: masks.get(item, empty) for item in self.object_ids}
+
+    def at(self, model: str, index: int) -> dict[int, np.ndarray]:
+        """A model's masks of a frame."""
+        return {item: masks[index] for item, masks in self.masks[model].items()}
+
+
 def contact_sheet(
     video: Video, predictions: Mapping[str, Predictions], *, length: int, columns: int = 4
 ) -> Image.Image:
     """Frames spread over a video's first `length`, one row per model in `predictions` below one of true masks."""
-    chosen = np.linspace(0, length - 1, min(columns, length)).round().astype(int)
-    ids = sorted(object_id for name, object_id in next(iter(predictions.values())) if name == video.name)
+    clip = TrackedVideo.of(video, predictions, length)
+    assert clip is not None, f"{video.name} was not tracked"
     first = "truth" if has_masks([video]) else "prompts"
-    rows = {first: {i: _truth(video, i, ids) for i in chosen}}
-    for model, tracked in predictions.items():
-        masks = {object_id: _unpack(tracked[video.name, object_id], length, video.size) for object_id in ids}
-        rows[model] = {i: [masks[object_id][i] for object_id in ids] for i in chosen}
+    chosen = [int(index) for index in np.linspace(0, length - 1, min(columns, length)).round()]
     height = LABEL_PX + round(COLUMN_PX * video.size[0] / video.size[1])
     right, down = COLUMN_PX + MARGIN_PX, height + MARGIN_PX
-    sheet = Image.new("RGB", (len(chosen) * right - MARGIN_PX, len(rows) * down - MARGIN_PX), "white")
-    for row, (model, frames) in enumerate(rows.items()):
-        for column, (index, masks_of_frame) in enumerate(frames.items()):
-            of_what = [video.name] * (row == column == 0) + [model] * (column == 0) + [f"frame {index}"]
-            cell = _cell(overlay(video.frame(int(index)), masks_of_frame), ", ".join(of_what), height)
+    names = [first, *predictions]
+    sheet = Image.new("RGB", (len(chosen) * right - MARGIN_PX, len(names) * down - MARGIN_PX), "white")
+    for row, name in enumerate(names):
+        for column, index in enumerate(chosen):
+            masks = clip.at(name, index) if row else clip.annotation(index) or {}
+            label = [video.name] * (row == column == 0) + [name] * (column == 0) + [f"frame {index}"]
+            cell = _cell(overlay(video.frame(index), list(masks.values())), ", ".join(label), height)
             sheet.paste(cell, (column * right, row * down))
     return sheet
 
@@ -63,33 +111,24 @@ def _cell(picture: np.ndarray, label: str, height: int) -> Image.Image:
     return cell
 
 
-def _truth(video: Video, index: int, ids: Sequence[int]) -> list[np.ndarray]:
-    masks = video.masks(int(index)) or {}
-    return [masks.get(object_id, np.zeros(video.size, dtype=bool)) for object_id in ids]
+def write_video(
+    file: str | BinaryIO, frames: Iterable[np.ndarray], *, frames_per_second: Fraction | int, **options: str
+) -> None:
+    """Write RGB frames, uint8 (H, W, 3) of one size, as H.264 in MP4. An odd side grows by one pixel.
 
-
-def _unpack(packed: np.ndarray, length: int, size: tuple[int, int]) -> np.ndarray:
-    count = length * size[0] * size[1]
-    return np.unpackbits(packed, count=count).reshape(length, *size).astype(bool)
-
-
-FRAMES_PER_SECOND = 10
-QUALITY = "30"
-"""x264's constant rate factor: smaller is better and larger."""
-
-
-def encode_video(frames: Iterable[np.ndarray], *, frames_per_second: int = FRAMES_PER_SECOND) -> bytes:
-    """H.264 in MP4 of RGB frames, uint8 (H, W, 3), of one size, H and W even."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
+    Args:
+        options: of x264, e.g. `crf` (constant rate factor: smaller is better and larger).
+    """
+    with av.open(file, "w", format="mp4") as container:
         stream = None
         for frame in frames:
+            height, width = frame.shape[:2]
             if stream is None:
                 stream = container.add_stream("libx264", rate=frames_per_second)
-                stream.height, stream.width = frame.shape[:2]
+                stream.height, stream.width = height + height % 2, width + width % 2
                 stream.pix_fmt = "yuv420p"
-                stream.options = {"crf": QUALITY, "preset": "veryfast", "threads": "1"}
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                stream.options = dict(options)
+            even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
         if stream is not None:
             container.mux(stream.encode())
-    return buffer.getvalue()

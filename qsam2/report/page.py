@@ -1,4 +1,4 @@
-"""The page of a run: one self-contained HTML file, no network, regenerated from what the run folder keeps."""
+"""The page of a run: one self-contained HTML file without network access, made from the run folder alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPORT = "report.html"
 
 
 def write_report(folder: Path) -> None:
-    """Write a run folder's `report.html` from what it keeps.
+    """Write a run folder's `report.html`.
 
     Raises:
         UserError: the folder holds no run, a file of it is damaged, the disk is full.
@@ -33,7 +33,7 @@ def write_report(folder: Path) -> None:
 
 
 def render(run: SavedRun) -> str:
-    """The page as HTML; of an unfinished run what there is, and which stages are to come."""
+    """The page as HTML. An unfinished run shows what there is and which stages are to come."""
     metrics, layers, clips = run.metrics, run.layers, run.clips
     scored = (metrics.get("float") or {}).get("per_object", {})
     sensitivity = read_json(run.path / SENSITIVITY)
@@ -48,7 +48,7 @@ def render(run: SavedRun) -> str:
             objects=sum(len(objects) for objects in scored.values()),
             recipe_text=save_recipe(run.recipe),
             version=version(),
-            rows=headline(metrics),
+            rows=score_rows(metrics),
             missing=run.missing_stages,
             sizes=metrics.get("bytes", {}),
             seconds=metrics.get("seconds", {}),
@@ -73,7 +73,7 @@ def render(run: SavedRun) -> str:
 
 
 def environment() -> Environment:
-    """The templates of pages; all text is escaped."""
+    """Jinja environment of the page templates; all text is escaped."""
     return Environment(
         loader=PackageLoader("qsam2.report"),
         autoescape=True,
@@ -83,46 +83,46 @@ def environment() -> Environment:
     )
 
 
-def headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a scored model: scores, bytes, seconds a frame, and their differences to the float model.
+def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per scored model: scores, bytes, seconds per frame, and their differences to the float model.
 
     "J&F", "J", "F" of data with masks, and "box_mIoU" where stills were scored: (score, difference with its 95 %
     interval or None); "fidelity", and "versus_fidelity", its difference to 100 with the interval, without masks; "MB",
     "seconds": (value, difference or None).
     """
-    theirs, sizes = metrics.get("float"), metrics.get("bytes", {})
+    float_block, sizes = metrics.get("float"), metrics.get("bytes", {})
     rows = []
     for name in MODELS:
         block = metrics.get(name)
-        if block is None or theirs is None:
+        if block is None or float_block is None:
             continue
         row: dict[str, Any] = {"model": name, "fidelity": block.get("fidelity"), "versus_fidelity": None}
         if block.get("protocol") == "fidelity":
             row["versus_fidelity"] = block.get("versus_float")
         for key in ("J&F", "J", "F"):
             if key in block:
-                own = block["per_object"], theirs["per_object"]
-                row[key] = block[key], None if name == "float" else paired_bootstrap(*own, key=key)
-        if "stills" in block and "stills" in theirs:
-            found, wanted = (each["stills"]["per_object"] for each in (block, theirs))
-            difference = None if name == "float" else paired_bootstrap(found, wanted, key="box_IoU")
+                pair = block["per_object"], float_block["per_object"]
+                row[key] = block[key], None if name == "float" else paired_bootstrap(*pair, key=key)
+        if "stills" in block and "stills" in float_block:
+            boxes = block["stills"]["per_object"], float_block["stills"]["per_object"]
+            difference = None if name == "float" else paired_bootstrap(*boxes, key="box_IoU")
             row["box_mIoU"] = block["box_mIoU"], difference
         size = sizes.get("float32" if name == "float" else "packed")
         row["MB"] = size and size / 1e6, size and name != "float" and (size - sizes["float32"]) / 1e6
         row["smaller"] = size and name != "float" and sizes["float32"] / size
-        own, reference = block.get("seconds_per_frame"), theirs.get("seconds_per_frame")
-        row["seconds"] = own, own and reference and name != "float" and own - reference
+        seconds, float_seconds = block.get("seconds_per_frame"), float_block.get("seconds_per_frame")
+        row["seconds"] = seconds, seconds and float_seconds and name != "float" and seconds - float_seconds
         rows.append(row)
     return rows
 
 
 def by_noise(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of layers, the lowest signal to noise of the weights first, layers without at the end."""
+    """Rows of layers sorted by the weights' signal to noise, lowest first, layers without it last."""
     return sorted(layers, key=lambda row: (row.get("weight_snr_db") is None, row.get("weight_snr_db") or 0.0))
 
 
 def bits(spec: QuantizerSpec | None) -> str:
-    """A quantizer in words."""
+    """A quantizer in words, e.g. "at 4 bits (lsq)"."""
     return "in float" if spec is None else f"at {spec.bits} bits ({spec.method})"
 
 

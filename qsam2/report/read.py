@@ -1,4 +1,8 @@
-"""A run folder as its report reads it, and what a run keeps there for its report."""
+"""Run folders as reports read them.
+
+A run saves what its report needs (layer statistics, clips, memory use) in `report/` of its folder. The page is made
+from the folder alone, so that it can be made again at any time, also while the run goes on.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,22 @@ from qsam2.train.loggers import CURVES
 
 FOLDER = "report"
 LAYERS, CLIPS, MEMORY = "layers.json", "clips.json", "memory.json"
+MODELS = ("float", "ptq", "quantized")
+"""Keys of `metrics.json` that hold score blocks, in the order in which they are computed."""
 
 
 def save_json(run: Path, name: str, values: Any) -> None:
-    """Write plain values; raises UserError where the disk is full."""
+    """Write plain values into a run folder; raises UserError if the disk is full."""
     write_text(run / FOLDER / name, json.dumps(values))
 
 
 def save_media(run: Path, name: str, data: bytes) -> None:
-    """Write a picture or a video; raises UserError where the disk is full."""
+    """Write a picture or a film into a run folder; raises UserError if the disk is full."""
     write_bytes(run / FOLDER / name, data)
 
 
 def load_json(run: Path, name: str) -> Any:
-    """What `save_json` wrote; None where the run kept no such file.
+    """Values that `save_json` wrote; None if there is no such file.
 
     Raises:
         UserError: the file is damaged.
@@ -37,15 +43,9 @@ def load_json(run: Path, name: str) -> Any:
     return read_json(run / FOLDER / name)
 
 
-MODELS = ("float", "ptq", "quantized")
-
-
 @dataclass(frozen=True)
 class SavedRun:
-    """What a run folder holds of a run; `layers`, `clips`, `memory` are None where the run kept none.
-
-    `clips` of several runs are not needed to compare them: all files are read when asked for.
-    """
+    """A run folder, read lazily; `layers`, `clips`, `memory` are None if the run saved none."""
 
     path: Path
     recipe: Recipe
@@ -58,32 +58,32 @@ class SavedRun:
 
     @cached_property
     def layers(self) -> dict[str, Any] | None:
-        """See `measure_layers`."""
+        """Output of `measure_layers`."""
         return load_json(self.path, LAYERS)
 
     @cached_property
     def clips(self) -> dict[str, Any] | None:
-        """See `save_clips`."""
+        """Index that `save_clips` wrote."""
         return load_json(self.path, CLIPS)
 
     @cached_property
     def memory(self) -> dict[str, Any] | None:
-        """See `memory_use`."""
+        """Output of `memory_use`."""
         return load_json(self.path, MEMORY)
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """What training logged, by name."""
+        """Figures that training logged, by name."""
         return read_curves(self.path / CURVES)
 
     def media(self, name: str) -> bytes | None:
-        """A picture or video that the run kept."""
+        """Content of a picture or film; None if there is no such file."""
         file = self.path / FOLDER / name
         return file.read_bytes() if file.is_file() else None
 
     @property
     def missing_stages(self) -> list[str]:
-        """Stages of the recipe that are to come; none of a finished run."""
+        """Stages of the recipe that are still to come."""
         done = self.metrics.get("seconds", {})
         left = [stage for stage in _stages(self.recipe) if stage not in done]
         if not left and "bytes" not in self.metrics:
@@ -117,7 +117,7 @@ def read_run(path: Path) -> SavedRun:
 
 
 def _stages(recipe: Recipe) -> list[str]:
-    """The stages whose seconds a finished run has recorded, in their order."""
+    """Stages whose seconds a finished run has recorded, in their order."""
     calibrate = recipe.calibrate
 
     def score(name: str) -> list[str]:

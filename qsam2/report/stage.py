@@ -1,4 +1,4 @@
-"""The last stage of a run: what it keeps for its report, the report itself, and Weights & Biases."""
+"""The last stage of a run: saves what its report shows, logs to Weights & Biases, writes the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qsam2.report.wandb import log_results
 from qsam2.run import Run
 
 OVERLAYS = 3
-"""How many videos a run's pictures show."""
+"""Number of videos with a contact sheet in Weights & Biases."""
 
 
 def report(run: Run) -> None:
@@ -31,7 +31,7 @@ def report(run: Run) -> None:
             run.layers, run.model, run.teacher, run.latent, lambda network: run_sample(network, sample, ("mask",))
         )
         save_json(folder, LAYERS, measured)
-    tracked = any(len(video) > 1 for video in run.videos)  # pictures without masks are not
+    tracked = any(len(video) > 1 for video in run.videos)  # False for pictures without masks
     if tracked:
         save_clips(folder, run.videos, run.predictions, run.recipe.evaluate.frames)
         if run.recipe.memory.sharing != "none":

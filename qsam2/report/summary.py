@@ -1,16 +1,15 @@
-"""Scores as text."""
+"""Scores as plain text for the terminal."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from qsam2.evaluation.scoring import headline
-
-MODELS = ("float", "ptq", "quantized")
+from qsam2.report.read import MODELS
 
 
 def results_table(metrics: dict[str, Any]) -> str:
-    """A run's models, one row each: J&F, its difference to float with the interval, fidelity; then mIoU and bytes."""
+    """Table of a run's models: scores, difference to float with its 95 % interval, fidelity; then mIoU and bytes."""
     blocks = {name: metrics[name] for name in MODELS if name in metrics}
     keys = [key for key in ("J&F", "J", "F") if all(key in block for block in blocks.values())]
     lines = ["  ".join([f"{'':10}", *(f"{key:>5}" for key in keys), f"{'difference to float':>24}", "fidelity"])]
@@ -34,5 +33,5 @@ def _interval(versus: dict[str, float]) -> str:
 
 
 def score_line(block: dict[str, Any]) -> str:
-    """The headline figures of one score block."""
+    """Headline figures of one score block in one line."""
     return f"{block['model']}: {headline(block)}"

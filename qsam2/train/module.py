@@ -1,4 +1,8 @@
-"""The Lightning module that trains SAM2 on clips, pretraining and QAT alike."""
+"""Training of SAM2 on clips, for pretraining and QAT alike: the Lightning module and the stage that runs it.
+
+A step computes Meta's segmentation loss and, for QAT, the distance to the float model (the teacher), which gets the
+same clips and clicks.
+"""
 
 from __future__ import annotations
 
@@ -32,32 +36,33 @@ from qsam2.train.trainer import LAST, build_trainer, training_options
 log = logging.getLogger("qsam2")
 
 PLAIN_ATTENTION_PX = 384
-"""Largest image on a CPU for which training writes attention scores out."""
+"""Largest image side on a CPU for which training materializes attention scores."""
 
 
 def attention_backend(device: torch.device, image_size: int) -> AbstractContextManager[None]:
-    """The fastest attention to train with: torch's own choice, but plain matrix products for small images on a CPU.
+    """The fastest attention for training: torch's own choice, but plain matrix products for small images on a CPU.
 
-    There the backward of torch's fused CPU attention is slow (nano at 256 px in bf16, one core: a training step takes
-    2.6 s with it and 2.3 s without); large images would not fit into memory with their scores written out.
+    On a CPU the backward pass of torch's fused attention is slow (nano at 256 px in bf16 on one core: 2.6 s per
+    training step with it, 2.3 s without). Scores of large images do not fit into memory.
     """
     small = device.type == "cpu" and image_size <= PLAIN_ATTENTION_PX
     return sdpa_kernel([SDPBackend.MATH]) if small else nullcontext()
 
 
 def multiplies_bf16() -> bool:
-    """Whether the processor has instructions for products of bfloat16 numbers, or those that oneDNN makes do with."""
+    """True if oneDNN multiplies bfloat16 matrices natively on this processor."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class VideoTraining(L.LightningModule):
-    """SAM2 as a trainable task.
+    """Trains a SAM2, converted or not.
 
     Args:
         model: the network, converted or not.
-        seed, max_steps: of the run; all randomness of a step follows from (seed, step), so a resumed run repeats it.
-        teacher: float model to distil from, needed if the recipe's distill weights are above zero.
-        quantizer_parameters: names, in `model`, of the learned steps and clips.
+        seed, max_steps: seed and length of the run; (seed, step) determines all randomness of a step, so that a resumed
+            run repeats it.
+        teacher: float model to distil from, needed if one of the recipe's distillation weights is above zero.
+        quantizer_parameters: names in `model` of the learned step sizes and clips.
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class VideoTraining(L.LightningModule):
         self.seed = seed
         self.max_steps = max_steps
         self.quantizer_parameters = quantizer_parameters
-        self._teacher = [teacher] if teacher is not None else []  # in a list: no part of the module's state
+        self._teacher = [teacher] if teacher is not None else []  # in a list: excluded from the state dict
         self.loss = segmentation_loss(recipe.losses)
         if not recipe.image_encoder_lr:
             model.image_encoder.requires_grad_(False)
@@ -89,7 +94,7 @@ class VideoTraining(L.LightningModule):
             set_dropout(network, 0.0)
 
     def on_fit_start(self) -> None:
-        self.train()  # Lightning leaves the modes as they are, and models come in eval mode
+        self.train()  # models come in eval mode, which Lightning keeps
         for teacher in self._teacher:
             teacher.to(self.device).train().requires_grad_(False)
         if self.device.type == "cpu" and str(self.trainer.precision).startswith("bf16") and not multiplies_bf16():
@@ -133,7 +138,7 @@ class VideoTraining(L.LightningModule):
         return total
 
     def _seed_step(self, step: int) -> None:
-        # sam2 draws the kind of prompt from `rng`, the same on all ranks, and points from torch
+        # sam2 draws the kind of prompt from `rng`, equal on all ranks, and points from torch's generator
         self.model.rng = np.random.default_rng((self.seed, step))
         torch.manual_seed(int(np.random.SeedSequence((self.seed, step, self.global_rank)).generate_state(1)[0]))
 
@@ -153,7 +158,7 @@ class VideoTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Norms before clipping, by role: the shared clip could starve one of them
+        # norms before clipping, by role: shared clipping could starve one of them
         if self.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
@@ -198,6 +203,6 @@ def train(run: Run) -> None:
         )
         stream = ClipDataModule(clips, batch_size=data.batch_size, num_workers=data.num_workers)
         trainer.fit(module, stream, ckpt_path=str(last) if last.is_file() else None)
-        trainer.save_checkpoint(last)  # a run that is killed while it is scored need not train again
+        trainer.save_checkpoint(last)  # a run killed during scoring need not train again
     model.eval()
     run.latent = latent_weights(model)

@@ -1,4 +1,7 @@
-"""Parameter groups and schedule of Meta's fine-tuning recipe; learned steps and clips have a group of their own."""
+"""Parameter groups and schedule of Meta's fine-tuning recipe (sam2.1_hiera_b+_MOSE_finetune.yaml).
+
+Learned step sizes and clips of quantizers have a group of their own (ours).
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,21 @@ from qsam2.models import SAM2
 from qsam2.recipe.recipe import TrainRecipe
 
 QUANTIZER_EPS = 1e-15
-"""Adam's epsilon for learned steps and clips: LSQ's 1/sqrt(N Qp) takes some of their gradients below the usual 1e-8."""
+"""Adam's epsilon for learned step sizes: LSQ's factor 1/sqrt(N Qp) takes some gradients below the usual 1e-8."""
 ENCODER, TRUNK = "image_encoder.", "image_encoder.trunk"
 
 
 def parameter_groups(
     model: SAM2, recipe: TrainRecipe, quantizer_parameters: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW, one a pair of rate and decay, each with `params`, `names`, `lr`, `weight_decay`, `role`.
+    """Groups for AdamW, one per pair of rate and decay, with `params`, `names`, `lr`, `weight_decay`, `role`.
 
     Rates: `image_encoder_lr` in the image encoder, in its trunk times layer_decay^(depth from the top), position
     embeddings without that decay; `lr` elsewhere. No weight decay on names that contain "bias" and on LayerNorm.
-    Source: sam2.1_hiera_b+_MOSE_finetune.yaml. Learned quantizer parameters (ours): `quantizer_lr`, no weight decay,
-    `QUANTIZER_EPS`.
+    Learned quantizer parameters: `quantizer_lr`, no weight decay, `QUANTIZER_EPS`.
 
     Args:
-        quantizer_parameters: names of the learned steps and clips.
+        quantizer_parameters: names of the learned step sizes and clips.
     """
     undecayed = {
         f"{name}.{parameter}" if name else parameter
@@ -67,7 +69,7 @@ def _float_lr(name: str, model: SAM2, recipe: TrainRecipe) -> float:
 
 
 def cosine_share(step: int, *, max_steps: int, end: float, warmup_steps: int = 0) -> float:
-    """Share of a group's rate at a step: linear warm-up, then a cosine from 1 to `end` over `max_steps`."""
+    """Factor of a group's rate at a step: linear warm-up, then a cosine from 1 to `end` over `max_steps`."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return end + (1 - end) * (1 + math.cos(math.pi * min(step / max_steps, 1.0))) / 2
@@ -75,4 +77,4 @@ def cosine_share(step: int, *, max_steps: int, end: float, warmup_steps: int = 0
 
 def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(groups)  # not fused: Lightning cannot clip gradients of that in mixed precision
+    return torch.optim.AdamW(groups)  # not fused: Lightning cannot clip its gradients in mixed precision

@@ -1,4 +1,4 @@
-"""Prompts while training, and the deterministic ones that calibration uses."""
+"""Prompts of training clips: drawn at random as the recipe says, or deterministic, as calibration needs them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qsam2.models.replaced import replaced
 from qsam2.recipe.recipe import PromptRecipe
 
 Click = tuple[Tensor, Tensor]
-"""Coordinates (objects, 1, 2) and labels (objects, 1) of a click each."""
+"""One click per object: coordinates (objects, 1, 2) and labels (objects, 1)."""
 
 
 def set_prompts(model: SAM2, prompts: PromptRecipe) -> None:
-    """Make `SAM2Train` draw prompts as the recipe says."""
+    """Set the probabilities with which `SAM2Train` draws prompts."""
     points = prompts.point + prompts.box
     model.prob_to_use_pt_input_for_train = points
     model.prob_to_use_box_input_for_train = prompts.box / points if points else 0.0
@@ -44,16 +44,16 @@ def set_dropout(model: nn.Module, share: float) -> None:
 
 
 @contextlib.contextmanager
-def record_clicks(given: Sequence[Click] | None = None) -> Iterator[list[Click]]:
-    """Collects the clicks that `SAM2Train` draws; with `given` it gets these, in their order, instead.
+def record_clicks(replay: Sequence[Click] | None = None) -> Iterator[list[Click]]:
+    """Context manager that collects the clicks that `SAM2Train` draws, or makes it use those of `replay` in order.
 
-    Correction clicks are drawn where a model errs: only so are two models, a student and its teacher, asked the same.
+    Correction clicks depend on the model's errors; replaying gives a teacher the same prompts as its student.
     """
     draw = training.model.sam2.get_next_point
     clicks: list[Click] = []
 
     def get_next_point(**kwargs: Any) -> Click:
-        clicks.append(draw(**kwargs) if given is None else given[len(clicks)])
+        clicks.append(draw(**kwargs) if replay is None else replay[len(clicks)])
         return clicks[-1]
 
     with replaced(training.model.sam2, get_next_point=get_next_point):
@@ -62,11 +62,11 @@ def record_clicks(given: Sequence[Click] | None = None) -> Iterator[list[Click]]
 
 @torch.no_grad()
 def prompted_forward(model: SAM2, batch: BatchedVideoDatapoint, *, points: bool) -> list[dict[str, Any]]:
-    """Track a batch of clips in eval mode from mask prompts, or from a click and one correction, always the same.
+    """Track a batch of clips in eval mode from mask prompts or (`points`) a click and one correction, always the same.
 
-    Returns a frame's outputs each, as `SAM2Train.forward`.
+    Returns the outputs of each frame, as `SAM2Train.forward` does.
     """
     model.prob_to_use_pt_input_for_eval = float(points)
     model.num_correction_pt_per_frame = 1
-    model.forward_backbone_per_frame_for_eval = True  # a clip at a time would not fit at 1024 px
+    model.forward_backbone_per_frame_for_eval = True  # whole clips do not fit into memory at 1024 px
     return model(batch)

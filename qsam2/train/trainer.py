@@ -53,7 +53,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, with its end known to a resumed run too."""
+    """Lightning's progress bar that also starts at the right step in a resumed run."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
@@ -62,22 +62,22 @@ class ProgressBar(TQDMProgressBar):
 
 
 class StopAtSigterm(Callback):
-    """SIGTERM ends a stage as Ctrl-C does.
+    """Makes SIGTERM end a stage as Ctrl-C does.
 
-    Lightning would announce it to the other ranks by a broadcast, for which they, waiting in another collective, may
-    never be ready; on one device it would end training as if it were finished.
+    Lightning's own handler broadcasts the signal, which deadlocks if the other ranks wait in another collective; on one
+    device it ends training as if it were finished.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Lightning puts back what was there before it
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Lightning restores the previous handler
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_train_start(trainer, pl_module)
 
 
 class FreezeStatistics(Callback):
-    """Stops the running statistics of all quantizers from a step on, so that the last part trains what is shipped."""
+    """Freezes the running statistics of all quantizers from a step on: the last steps train the exported grid."""
 
     def __init__(self, quantizers: Mapping[str, Quantizer], at_step: int) -> None:
         self.quantizers = quantizers
@@ -86,11 +86,11 @@ class FreezeStatistics(Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_index: int) -> None:
         if trainer.global_step >= self.at_step:
             for quantizer in self.quantizers.values():
-                quantizer.eval()  # statistics follow in training mode only; learned clips go on learning
+                quantizer.eval()  # statistics are updated in training mode only; learned clips still learn
 
 
 class WeightAverage(EMAWeightAveraging):
-    """Lightning's moving average, which also becomes the weights of a run that was killed right after its last step."""
+    """Lightning's moving average of the weights, also applied to a run that was killed right after its last step."""
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, module, checkpoint)
@@ -98,8 +98,8 @@ class WeightAverage(EMAWeightAveraging):
             module.load_state_dict(checkpoint["state_dict"])
 
 
-class LogClips(Callback):
-    """Logs the mean scale of learned quantizers now and then: a step that runs away shows here first."""
+class LogScales(Callback):
+    """Logs the mean scale of each quantizer every `every` steps: a diverging step size shows here first."""
 
     def __init__(self, quantizers: Mapping[str, Quantizer], every: int) -> None:
         self.quantizers = quantizers
@@ -122,12 +122,12 @@ def build_trainer(
     """A Trainer with the recipe's devices and precision.
 
     Args:
-        folder: the run folder; profiles go there.
-        silent: whether it shows no progress, as where many short fits or scorings share a bar.
-        more: what one stage needs beyond that, passed to Lightning.
+        folder: run folder, for profiles.
+        silent: hide the progress bar, for many short fits or scorings under one bar.
+        more: further arguments of Lightning's Trainer.
 
     Raises:
-        UserError: there are no such devices, accelerator or strategy.
+        UserError: the devices, accelerator or strategy do not exist.
     """
     bar = ProgressBar(refresh_rate=max(recipe.log_every // 2, 1))
     if silent:
@@ -153,9 +153,9 @@ def build_trainer(
 
 
 def choose_strategy(recipe: TrainerRecipe) -> str:
-    """The recipe's strategy; "auto" on several devices is DDP that allows unused parameters.
+    """Lightning strategy; "auto" on several devices is DDP that allows unused parameters.
 
-    A clip without clicks leaves parts of the prompt encoder without gradients, at which plain DDP stops.
+    A clip without clicks leaves parts of the prompt encoder without gradients, where plain DDP fails.
     """
     if recipe.strategy != "auto":
         return recipe.strategy
@@ -166,7 +166,7 @@ def choose_strategy(recipe: TrainerRecipe) -> str:
 
 
 def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dict[str, Any]:
-    """What the training stage adds to `build_trainer`: steps, clipping, checkpoints, averaging, frozen statistics."""
+    """Arguments of `build_trainer` for training: steps, clipping, checkpoints, averaging, frozen statistics."""
     assert recipe.train is not None
     trainer = recipe.trainer
     callbacks: list[Callback] = [
@@ -183,7 +183,7 @@ def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dic
         callbacks.append(WeightAverage(decay=recipe.train.ema))
     if quantizers:
         callbacks.append(FreezeStatistics(quantizers, int(recipe.train.freeze_statistics_at * trainer.max_steps)))
-        callbacks.append(LogClips(quantizers, trainer.log_every))
+        callbacks.append(LogScales(quantizers, trainer.log_every))
     return {
         "max_steps": trainer.max_steps,
         "gradient_clip_val": trainer.gradient_clip or None,
@@ -196,5 +196,5 @@ def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dic
 
 
 def device_of(recipe: TrainerRecipe) -> torch.device:
-    """The device that a Trainer of this recipe puts its model on; raises UserError as `build_trainer` does."""
+    """Device of the recipe's Trainer; raises UserError as `build_trainer` does."""
     return build_trainer(recipe, folder=Path(".")).strategy.root_device

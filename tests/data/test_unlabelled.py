@@ -11,7 +11,7 @@ from PIL import Image
 from qsam2.data.sources import open_stills, open_train, open_videos
 from qsam2.errors import UserError
 from qsam2.recipe import build_recipe
-from qsam2.report.overlays import encode_video
+from qsam2.report.overlays import write_video
 
 
 def pictures(folder: Path, count: int, suffix: str = "png") -> Path:
@@ -22,7 +22,7 @@ def pictures(folder: Path, count: int, suffix: str = "png") -> Path:
 
 
 def film(file: Path, length: int) -> Path:
-    file.write_bytes(encode_video(np.full((16, 24, 3), index, np.uint8) for index in range(length)))
+    write_video(str(file), (np.full((16, 24, 3), index, np.uint8) for index in range(length)), frames_per_second=10)
     return file
 
 

@@ -14,12 +14,11 @@ import pytest
 from kept_run import SIZE, Squares, square, tracked
 
 from qsam2.errors import UserError
-from qsam2.report.overlays import encode_video
+from qsam2.report.overlays import TrackedVideo, write_video
 from qsam2.report.tracked_clips import (
     CONFUSED,
     GAINED,
     LOST,
-    TrackedVideo,
     difference,
     frame_scores,
     panels,
@@ -112,7 +111,9 @@ def test_panels_are_of_even_size_with_the_difference_last(models: dict) -> None:
 
 def test_a_film_holds_the_frames_in_their_order() -> None:
     frames = [np.full((32, 48, 3), 20 * index, np.uint8) for index in range(9)]
-    with av.open(io.BytesIO(encode_video(frames, frames_per_second=5))) as film:
+    written = io.BytesIO()
+    write_video(written, frames, frames_per_second=5)
+    with av.open(io.BytesIO(written.getvalue())) as film:
         decoded = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
         assert film.streams.video[0].average_rate == 5
     assert [abs(float(picture.mean()) - 20 * index) < 6 for index, picture in enumerate(decoded)] == [True] * 9

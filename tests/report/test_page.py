@@ -18,7 +18,7 @@ from kept_run import METRICS, QAT, W2, kept_run, metrics_of, write_run
 from PIL import Image
 
 from qsam2.errors import UserError
-from qsam2.report.page import headline, render, write_report
+from qsam2.report.page import render, score_rows, write_report
 from qsam2.report.read import read_run
 from qsam2.report.summary import results_table, score_line
 
@@ -97,12 +97,12 @@ def test_the_headline_has_all_models_with_their_differences(run_html: str) -> No
 def test_differences_of_seconds_and_bytes() -> None:
     metrics = copy.deepcopy(METRICS)
     metrics["quantized"]["seconds_per_frame"] = 0.2234
-    row = headline(metrics)[2]
+    row = score_rows(metrics)[2]
     assert row["seconds"] == (0.2234, pytest.approx(0.1))
     assert row["MB"] == (2.5, pytest.approx(-13.5)) and row["smaller"] == pytest.approx(6.4)
     del metrics["bytes"]
     metrics["float"]["seconds_per_frame"] = None
-    row = headline(metrics)[2]
+    row = score_rows(metrics)[2]
     assert not row["MB"][0] and not row["smaller"] and row["seconds"][0] == 0.2234 and not row["seconds"][1]
 
 
@@ -111,11 +111,11 @@ def test_mean_iou_of_stills_stands_in_the_headline_with_its_difference() -> None
     for index, name in enumerate(("float", "ptq", "quantized")):
         scores = {image: {k: {"box_IoU": 80.0 - 10 * index + k} for k in range(2)} for image in ("a", "b")}
         metrics[name] |= {"box_mIoU": 80.5 - 10 * index, "stills": {"per_object": scores}}
-    reference, ptq, quantized = headline(metrics)
+    reference, ptq, quantized = score_rows(metrics)
     assert reference["box_mIoU"] == (80.5, None)
     for row, lost in ((ptq, -10), (quantized, -20)):
         assert row["box_mIoU"][1]["difference"] == pytest.approx(lost)
-    assert all("box_mIoU" not in row for row in headline(METRICS))
+    assert all("box_mIoU" not in row for row in score_rows(METRICS))
 
 
 def test_the_layers_stand_by_their_noise(run_html: str) -> None:

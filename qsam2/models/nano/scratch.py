@@ -1,8 +1,8 @@
-"""Random weights that training gets off the ground with (ours): what attention has to find out anyway is there at once.
+"""Initialization for training from scratch (ours): attention starts by matching positions and appearance.
 
-sam2's own initialisation is made for weights that are loaded. Trained from scratch with it, nano spends its first
-hundreds of steps on learning that objects exist (until then sam2 replaces their mask logits by a constant without
-gradient) and much longer on attending to what resembles the query.
+sam2's own initialization assumes that weights are loaded. Trained from scratch with it, nano spends hundreds of steps
+on learning that objects exist (until then sam2 replaces mask logits by a constant without gradient) and many more on
+attending to similar features.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from torch import Tensor, nn
 from qsam2.models.sam2 import SAM2
 
 PRESENT_LOGIT = 4.0
-"""Of the object score at the start: every object counts as visible."""
+"""Initial bias of the object score: every object counts as visible."""
 SHARPNESS = 1.5
 """Scale of the shared query and key projections, each of orthonormal rows."""
 APPEARANCE = 3 / 4, 5 / 8
-"""Share of the memory encoder's channels, and of a memory's, that start with the image; the rest with the mask."""
+"""Share of the memory encoder's channels, and of the memory's, for appearance; the rest are for the mask."""
 
 
 @torch.no_grad()
 def initialise(model: SAM2, seed: int = 0) -> None:
-    """Change a model's random weights in place, the same for the same seed.
+    """Change a model's random weights in place; the seed determines them.
 
-    The object score starts positive. In the mask decoder's cross-attention queries and keys share one projection, so
-    that a prompt attends to the place that its position encoding names. In memory attention they share one, too: a
-    memory keeps the frame's appearance in some channels and the mask in others, and a pixel attends to what looks
-    alike near its place.
+    The object score starts positive. Queries and keys of the mask decoder's cross-attention share one projection, so
+    that a prompt attends to its position. Those of memory attention share one, too: a memory stores appearance in some
+    channels and the mask in others, and a pixel attends to similar appearance near its position.
     """
     generator = torch.Generator().manual_seed(seed)
     score = model.sam_mask_decoder.pred_obj_score_head.layers[-1]
@@ -47,22 +46,22 @@ def initialise(model: SAM2, seed: int = 0) -> None:
 
 def _match_by_appearance(model: SAM2, generator: torch.Generator) -> None:
     encoder, width, memory = model.memory_encoder, model.hidden_dim, model.mem_dim
-    seen, kept = int(APPEARANCE[0] * width), int(APPEARANCE[1] * memory)
+    features, stored = int(APPEARANCE[0] * width), int(APPEARANCE[1] * memory)
     look = torch.zeros(width, width)
-    look[:seen] = _orthonormal(seen, width, generator)
+    look[:features] = _orthonormal(features, width, generator)
     _set(encoder.pix_feat_proj, look)
-    mask = encoder.mask_downsampler.encoder[-1]  # writes where the appearance does not
-    mask.weight[:seen] = 0
-    mask.bias[:seen] = 0
+    mask = encoder.mask_downsampler.encoder[-1]  # writes the other channels
+    mask.weight[:features] = 0
+    mask.bias[:features] = 0
     summary = torch.zeros(memory, width)
-    summary[:kept, :seen] = _orthonormal(kept, seen, generator)
-    summary[kept:, seen:] = _orthonormal(memory - kept, width - seen, generator)
+    summary[:stored, :features] = _orthonormal(stored, features, generator)
+    summary[stored:, features:] = _orthonormal(memory - stored, width - features, generator)
     _set(encoder.out_proj, summary)
-    remembered = (summary @ look)[:kept]  # of a frame's features
+    remembered = (summary @ look)[:stored]  # from a frame's features to its memory
     for layer in model.memory_attention.layers:
-        spread = SHARPNESS * _orthonormal(kept, width, generator).T
+        spread = SHARPNESS * _orthonormal(stored, width, generator).T
         keys = torch.zeros(width, memory)
-        keys[:, :kept] = spread
+        keys[:, :stored] = spread
         _set(layer.cross_attn_image.k_proj, keys)
         _set(layer.cross_attn_image.q_proj, spread @ remembered)
 
