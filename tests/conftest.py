@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import copy
 import os
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from small_models import seeing
 from small_predictors import write_models
 from small_runs import RUNS, finish_runs
 
+from qsam2.models import SAM2
 from qsam2.models.sam2 import SIZES
 
 settings.register_profile("qsam2", deadline=None, derandomize=True)  # a busy machine is slow now and then
@@ -75,6 +77,17 @@ def message(
     yield message
     if message.refresh:
         message.write()
+
+
+@pytest.fixture(scope="session")
+def pristine() -> SAM2:
+    return seeing(image_size=64)
+
+
+@pytest.fixture
+def model(pristine: SAM2) -> SAM2:
+    """Nano for 64 px with random weights, which sees objects."""
+    return copy.deepcopy(pristine)
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-import qsam2.pipeline
 from qsam2.calibration.weights import calibrate_weights
 from qsam2.errors import UserError
+from qsam2.evaluation import stages
 from qsam2.formats.packed import load_packed
 from qsam2.models import load_sam2
 from qsam2.pipeline import begin, run_recipe
 from qsam2.recipe import Recipe, build_recipe
+from qsam2.run import Run
 from qsam2.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -83,13 +84,13 @@ def test_the_float_reference_is_the_model_as_it_was_given(tmp_path: Path, monkey
     class Stop(Exception):
         pass
 
-    def score(model: nn.Module, name: str, *_: Any) -> None:
+    def score(run: Run, model: nn.Module, name: str, *_: Any) -> None:
         expected = encoder_weights(load_sam2("nano_heavy", image_size=64))
         assert name == "float"
         assert all(torch.equal(weight, expected[key]) for key, weight in encoder_weights(model).items())
         raise Stop
 
-    monkeypatch.setattr(qsam2.pipeline, "score", score)
+    monkeypatch.setattr(stages, "score", score)
     with pytest.raises(Stop):
         run_recipe(recipe(tmp_path, *BLOCK_0))
 

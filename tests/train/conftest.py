@@ -1,18 +1,15 @@
-"""Meta's fine-tuning recipe, a small model and clips to train it on."""
+"""Meta's fine-tuning recipe, and clips to train on."""
 
 from __future__ import annotations
 
-import copy
 import importlib.resources
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
-from small_models import seeing
 from training.utils.data_utils import BatchedVideoDatapoint
 
 from qsam2.data.clips import ClipDataset, collate_clips
 from qsam2.data.synthetic.moving_objects import moving_objects
-from qsam2.models import SAM2
 
 SIZE_PX = 64
 MOSE = "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"
@@ -24,17 +21,6 @@ def meta() -> DictConfig:
     for name, resolve in {"times": lambda x, y: x * y, "divide": lambda x, y: x / y}.items():
         OmegaConf.register_new_resolver(name, resolve, replace=True)
     return OmegaConf.create((importlib.resources.files("sam2") / MOSE).read_text()).trainer
-
-
-@pytest.fixture(scope="session")
-def pristine() -> SAM2:
-    return seeing(image_size=SIZE_PX)
-
-
-@pytest.fixture
-def model(pristine: SAM2) -> SAM2:
-    """nano with random weights for pictures of 64 px."""
-    return copy.deepcopy(pristine)
 
 
 @pytest.fixture(scope="session")
