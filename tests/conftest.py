@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from small_runs import RUNS, finish_runs
 from qsam2.models import SAM2
 from qsam2.models.sam2 import SIZES
 
+# torch.compile's cache does not tell vector widths apart: kernels cached for another width compute garbage
+CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{CAPABILITY}"))
 settings.register_profile("qsam2", deadline=None, derandomize=True)  # a busy machine is slow now and then
 settings.load_profile("qsam2")
 torch.set_num_threads(1)  # small tensors; more threads wait for each other where the machine is busy
