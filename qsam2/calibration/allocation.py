@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from qsam2.calibration.forward import run_sample
 from qsam2.errors import UserError
-from qsam2.layers.convert import WEIGHT_TWINS
+from qsam2.layers.convert import QUANT_LAYERS
 from qsam2.layers.hooks import watch_inputs
 from qsam2.recipe.quantize import QuantizeRecipe, Rule
 from qsam2.run import Run
@@ -93,7 +93,7 @@ def group_of(layer: str) -> str:
 
 def allocatable(model: nn.Module, quantize: QuantizeRecipe) -> dict[str, nn.Module]:
     """The layers of a float model whose bits no rule of the recipe decides."""
-    layers = {name: layer for name, layer in model.named_modules() if type(layer) in WEIGHT_TWINS}
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in QUANT_LAYERS}
     return {name: layer for name, layer in layers.items() if quantize.rule_for(name) is None}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsam2.fast.integers import multiplies_bytes, use_integers
 from qsam2.fast.plain_layers import use_plain_layers
-from qsam2.layers.weight import adopt
+from qsam2.layers.weight import recast
 from qsam2.models import SAM2
 
 log = logging.getLogger("qsam2")
@@ -92,7 +92,7 @@ def make_fast(model: SAM2, dtype: torch.dtype | None = None) -> FastSAM2:
     Raises:
         UserError: a quantizer has no range yet.
     """
-    fast: Any = adopt(FastSAM2, model.eval().requires_grad_(False))
+    fast: Any = recast(FastSAM2, model.eval().requires_grad_(False))
     fast.fast_dtype = dtype or fast_dtype(model.device)
     able = multiplies_bytes(fast.device)
     in_integers = use_integers(fast, fast.fast_dtype) if able else 0
@@ -103,10 +103,10 @@ def make_fast(model: SAM2, dtype: torch.dtype | None = None) -> FastSAM2:
         str(fast.fast_dtype).removeprefix("torch."),
     )
     use_plain_layers(fast)
-    trunk: Any = adopt(FastHiera, fast.image_encoder.trunk)
+    trunk: Any = recast(FastHiera, fast.image_encoder.trunk)
     trunk.known_positions = {}
     fast.image_encoder.trunk = trunk
-    positions: Any = adopt(FastPositions, fast.image_encoder.neck.position_encoding)
+    positions: Any = recast(FastPositions, fast.image_encoder.neck.position_encoding)
     positions.known_positions = {}
     fast.image_encoder.neck.position_encoding = positions
     for part in LOW_PRECISION:

@@ -14,10 +14,10 @@ from qsam2.layers.attention import (
     QuantRoPEAttention,
     attend,
 )
-from qsam2.layers.convert import ATTENTION_TWINS, WEIGHT_TWINS
-from qsam2.layers.weight import QuantizedLayer, adopt
+from qsam2.layers.convert import QUANT_ATTENTIONS, QUANT_LAYERS
+from qsam2.layers.weight import QuantizedLayer, recast
 
-PLAIN_TYPES = {twin: plain for plain, twin in WEIGHT_TWINS.items()}
+PLAIN_TYPES = {twin: plain for plain, twin in QUANT_LAYERS.items()}
 
 
 class FastMultiScaleAttention(QuantMultiScaleAttention):
@@ -57,12 +57,12 @@ def use_plain_layers(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLayer):
             model.set_submodule(name, _plain(module))
-        elif isinstance(module, QuantizedAttention) or type(module) in ATTENTION_TWINS:
+        elif isinstance(module, QuantizedAttention) or type(module) in QUANT_ATTENTIONS:
             model.set_submodule(name, _fast_attention(module))
 
 
 def _plain(layer: QuantizedLayer) -> nn.Module:
-    plain: Any = adopt(PLAIN_TYPES[type(layer)], layer)
+    plain: Any = recast(PLAIN_TYPES[type(layer)], layer)
     quantizer = layer.weight_quantizer
     if quantizer is not None:
         values = quantizer.dequantize(quantizer.to_int(layer.weight), layer.weight.dtype)
@@ -76,8 +76,8 @@ def _plain(layer: QuantizedLayer) -> nn.Module:
 
 def _fast_attention(attention: nn.Module) -> nn.Module:
     if not isinstance(attention, QuantizedAttention):
-        attention = ATTENTION_TWINS[type(attention)].from_float(attention)
-    fast = adopt(FAST_ATTENTIONS[type(attention)], attention)
+        attention = QUANT_ATTENTIONS[type(attention)].from_float(attention)
+    fast = recast(FAST_ATTENTIONS[type(attention)], attention)
     for part in "qkv":
         fast._modules.pop(f"{part}_quantizer", None)
         setattr(fast, f"{part}_quantizer", None)

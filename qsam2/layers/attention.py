@@ -15,7 +15,7 @@ from sam2.modeling.backbones.hieradet import MultiScaleAttention, do_pool
 from sam2.modeling.sam.transformer import Attention, RoPEAttention
 from torch import Tensor, nn
 
-from qsam2.layers.weight import adopt
+from qsam2.layers.weight import recast
 from qsam2.quantizers import Quantizer, QuantizerState
 
 
@@ -68,7 +68,7 @@ class QuantizedAttention(nn.Module):
         v_quantizer: Quantizer | None = None,
     ) -> QuantizedAttention:
         """The quantized twin of `attention`; it shares the projections and all attributes."""
-        module: Any = adopt(cls, attention)
+        module: Any = recast(cls, attention)
         module.q_quantizer, module.k_quantizer, module.v_quantizer = q_quantizer, k_quantizer, v_quantizer
         return module
 
@@ -199,7 +199,7 @@ ROW = 64
 """Rows of scores are a multiple of so many: products into rows that start anywhere take half as long again."""
 
 
-def reads_memory_itself(attention: RoPEAttention) -> bool:
+def projects_values_last(attention: RoPEAttention) -> bool:
     """Whether its values are projected after attention: without heads, quantizers, dropout or gradients; on the CPU,
     where torch's fused attention has no short way for gradients or unequal channels.
     """
@@ -259,12 +259,12 @@ def quantizer_of(attention: nn.Module, part: str) -> Quantizer | None:
 
 
 def quantized(x: Tensor, attention: nn.Module, part: str) -> Tensor:
-    """q, k or v as the attention quantizes it."""
+    """q, k or v as the attention is_quantizing it."""
     quantizer = quantizer_of(attention, part)
     return x if quantizer is None else quantizer(x)
 
 
-def quantizes(quantizer: Quantizer) -> bool:
+def is_quantizing(quantizer: Quantizer) -> bool:
     """Whether its forward rounds."""
     return quantizer.state in (QuantizerState.QUANTIZE, QuantizerState.FROZEN)
 

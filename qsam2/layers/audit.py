@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from qsam2.layers.attention import QuantizedAttention
 from qsam2.layers.convert import (
-    ATTENTION_TWINS,
-    WEIGHT_TWINS,
+    QUANT_ATTENTIONS,
+    QUANT_LAYERS,
     quantized_weights,
     quantizers,
 )
@@ -173,7 +173,7 @@ def _float_parts(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer
     for name, module in modules.items():
         if isinstance(module, Quantizer) or name in quantized:
             continue
-        if isinstance(module, (*WEIGHT_TWINS, *ATTENTION_TWINS)) and name not in reasons:
+        if isinstance(module, (*QUANT_LAYERS, *QUANT_ATTENTIONS)) and name not in reasons:
             problems.append(f"{name}: {type(module).__name__} is not in the conversion table")
             continue
         for key, parameter in module.named_parameters(recurse=False):

@@ -28,12 +28,12 @@ from qsam2.recipe.quantize import ConvertedLayer, LayerPlan, QuantizeRecipe
 from qsam2.recipe.quantizer_specs import QuantizerSpec
 from qsam2.run import Run
 
-WEIGHT_TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
+QUANT_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantLinear,
     nn.Conv2d: QuantConv2d,
     nn.ConvTranspose2d: QuantConvTranspose2d,
 }
-ATTENTION_TWINS: dict[type[nn.Module], type[QuantizedAttention]] = {
+QUANT_ATTENTIONS: dict[type[nn.Module], type[QuantizedAttention]] = {
     MultiScaleAttention: QuantMultiScaleAttention,
     Attention: QuantAttention,
     RoPEAttention: QuantRoPEAttention,
@@ -65,14 +65,14 @@ def convert(model: nn.Module, quantize: QuantizeRecipe) -> list[ConvertedLayer]:
     if any(isinstance(module, (QuantizedLayer, QuantizedAttention)) for module in model.modules()):
         raise ValueError("the model has been converted before: convert a float model")
     layers = {
-        name: module for name, module in model.named_modules() if type(module) in {**WEIGHT_TWINS, **ATTENTION_TWINS}
+        name: module for name, module in model.named_modules() if type(module) in {**QUANT_LAYERS, **QUANT_ATTENTIONS}
     }
     _check_rules(quantize, list(layers))
     rows = []
     for name, layer in layers.items():
         plan = quantize.plan(name)
         kind = type(layer).__name__
-        is_attention = type(layer) in ATTENTION_TWINS
+        is_attention = type(layer) in QUANT_ATTENTIONS
         weights = None if is_attention else plan.weights
         if weights is not None or plan.activations is not None:
             twin = _quantized_attention(name, layer, plan) if is_attention else _quantized_layer(name, layer, plan)
@@ -109,7 +109,7 @@ def conversion_table(rows: Sequence[ConvertedLayer]) -> str:
 
 
 def _quantized_layer(name: str, layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
-    twin = WEIGHT_TWINS[type(layer)].from_float(layer)
+    twin = QUANT_LAYERS[type(layer)].from_float(layer)
     if plan.weights is not None:
         twin.weight_quantizer = build_quantizer(
             plan.weights,
@@ -126,7 +126,7 @@ def _quantized_layer(name: str, layer: nn.Module, plan: LayerPlan) -> QuantizedL
 def _quantized_attention(name: str, attention: nn.Module, plan: LayerPlan) -> QuantizedAttention:
     assert plan.activations is not None
     built = (_activation_quantizer(f"{name}.{part}_quantizer", attention, plan.activations) for part in "qkv")
-    return ATTENTION_TWINS[type(attention)].from_float(attention, *built)
+    return QUANT_ATTENTIONS[type(attention)].from_float(attention, *built)
 
 
 def _activation_quantizer(name: str, layer: nn.Module, spec: QuantizerSpec) -> Quantizer:

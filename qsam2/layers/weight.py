@@ -13,12 +13,12 @@ from typing_extensions import Self
 
 from qsam2.quantizers import Quantizer
 from qsam2.quantizers.fake_quant import Codes, dequantize
-from qsam2.quantizers.once_a_step import forget_after_backward, outside_checkpointing
+from qsam2.quantizers.step_cache import clear_after_backward, hidden_from_checkpointing
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def adopt(cls: type[M], module: nn.Module) -> M:
+def recast(cls: type[M], module: nn.Module) -> M:
     """A `cls` with all that `module` has: tensors, submodules and hooks are shared, the dictionaries of them copied."""
     twin = cls.__new__(cls)
     for name, value in vars(module).items():
@@ -37,7 +37,7 @@ class CachedWeight(NamedTuple):
 class QuantizedLayer(nn.Module):
     """A layer whose weight and input are fake-quantized; a quantizer that is None leaves its tensor as it is (ours).
 
-    The quantized weight is computed once an optimizer step and shared, see `quantizers.once_a_step`.
+    The quantized weight is computed once an optimizer step and shared, see `quantizers.step_cache`.
     """
 
     channel_dim: ClassVar[int]
@@ -55,7 +55,7 @@ class QuantizedLayer(nn.Module):
         cls, layer: nn.Module, weight_quantizer: Quantizer | None = None, input_quantizer: Quantizer | None = None
     ) -> Self:
         """The quantized twin of `layer`; it shares the parameters and all attributes."""
-        module: Any = adopt(cls, layer)
+        module: Any = recast(cls, layer)
         module.weight_quantizer, module.input_quantizer = weight_quantizer, input_quantizer
         module._cached = None
         return module
@@ -87,10 +87,10 @@ class QuantizedLayer(nn.Module):
             or needs_graph > cached.has_graph
         ):
             # an inference tensor could not serve a later training step
-            with torch.inference_mode(False), torch.set_grad_enabled(needs_graph), outside_checkpointing():
+            with torch.inference_mode(False), torch.set_grad_enabled(needs_graph), hidden_from_checkpointing():
                 quantized = quantizer(weight).to(dtype)
             if needs_graph:
-                forget_after_backward(quantized, self, "_cached")
+                clear_after_backward(quantized, self, "_cached")
             elif torch.equal(quantized, weight):
                 quantized = weight.detach()  # a finalized weight needs no second copy
             cached = CachedWeight(quantized, _source(tensors, dtype, quantizer.training), needs_graph)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from sam2.modeling.sam.transformer import RoPEAttention
 from torch import Tensor, nn
 
-from qsam2.layers.attention import Table, quantizer_of, quantizes, rotate, split_heads
+from qsam2.layers.attention import Table, is_quantizing, quantizer_of, rotate, split_heads
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, build_quantizer
 from qsam2.recipe.quantizer_specs import MinMaxSpec
@@ -36,7 +36,7 @@ class Stored:
     @classmethod
     def of(cls, x: Tensor, quantizer: Quantizer | None) -> Stored:
         """Integers where `x` is quantized and no gradient is asked for."""
-        if quantizer is None or torch.is_grad_enabled() or quantizer.training or not quantizes(quantizer):
+        if quantizer is None or torch.is_grad_enabled() or quantizer.training or not is_quantizing(quantizer):
             return cls(x if quantizer is None else quantizer(x), x.dtype, packed=False)
         return cls(pack_codes(quantizer.to_int(x) - quantizer.qmin, quantizer.bits), x.dtype, packed=True)
 
@@ -174,7 +174,7 @@ def _part_quantizers(attention: RoPEAttention) -> tuple[Quantizer | None, Quanti
 
 def _quantized_apart(x: Tensor, quantizer: Quantizer | None) -> Tensor:
     # The layer's own range is that of whole keys: at 4 bits its step would round these small parts away.
-    if quantizer is None or not quantizes(quantizer):
+    if quantizer is None or not is_quantizing(quantizer):
         return x
     spec = MinMaxSpec(bits=quantizer.bits, symmetric=quantizer.grid.symmetric)
     own = build_quantizer(spec, "activation", name=f"{quantizer.name}.temporal").to(x.device).eval()

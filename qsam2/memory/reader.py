@@ -16,8 +16,8 @@ from qsam2.layers.attention import (
     Table,
     attend,
     join_heads,
+    projects_values_last,
     quantized,
-    reads_memory_itself,
     rotary_table,
     rotate,
     split_heads,
@@ -151,7 +151,7 @@ class MemoryReading:
         k, v = torch.cat(keys, dim=2), torch.cat(values, dim=2)
         self.keys, self.value_channels = k.shape[2], v.shape[3]
         out = attend(q, k, v, _raised(stands, q), attention.dropout_p if attention.training else 0.0)
-        if reads_memory_itself(attention):
+        if projects_values_last(attention):
             out = attention.v_proj(out)
         return attention.out_proj(join_heads(out))
 
@@ -178,7 +178,7 @@ class MemoryReading:
     def _values(self, layer: int, attention: RoPEAttention, each: KeySet, table: Table) -> Tensor:
         """(B, heads, tokens, C / heads), or the memory itself, (B, 1, tokens, C_memory)."""
         device = table[0].device
-        if self.cache and not reads_memory_itself(attention):
+        if self.cache and not projects_values_last(attention):
             return _weighted([frame.values(layer, attention, device) for frame in each.frames], each.weights)
         features = _weighted([frame.tokens(device)[0] for frame in each.frames], each.weights)
         return _as_values(attention, features)
@@ -194,7 +194,7 @@ class MemoryReading:
 
 def _as_values(attention: RoPEAttention, memory: Tensor) -> Tensor:
     """Of memory (B, tokens, C_memory): quantized values, or the memory itself where it is projected afterwards."""
-    if reads_memory_itself(attention):
+    if projects_values_last(attention):
         return memory.unsqueeze(1)
     return quantized(split_heads(attention.v_proj(memory), attention.num_heads), attention, "v")
 

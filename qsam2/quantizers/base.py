@@ -1,4 +1,4 @@
-"""The base of all quantizers, for weights and activations: one state, one grid, one fake-quantization."""
+"""Base class of all quantizers, for weights and activations: one state, one grid, one fake-quantization operation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize
 from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.mse import least_error_grid
 from qsam2.quantizers.observers import Distribution, Observer
-from qsam2.quantizers.once_a_step import forget_after_backward, outside_checkpointing
 from qsam2.quantizers.passes import to_levels
+from qsam2.quantizers.step_cache import clear_after_backward, hidden_from_checkpointing
 from qsam2.recipe.quantizer_specs import QuantizerSpec, Role
 
 
 class QuantizerState(Enum):
+    """Mode of a quantizer's forward, see `Quantizer`."""
+
     FLOAT = 0
     OBSERVE = 1
     QUANTIZE = 2
@@ -29,38 +31,38 @@ class QuantizerState(Enum):
 
 
 class SharedRange(NamedTuple):
-    """Scale and zero point of an optimizer step, and the parameters that they were computed from."""
+    """Scale and zero point of one optimizer step, and the parameters (with versions) they were computed from."""
 
     scale: Tensor
     zero_point: Tensor
     source: tuple[tuple[nn.Parameter, int], ...]
 
     def is_of(self, source: tuple[tuple[nn.Parameter, int], ...]) -> bool:
-        """Whether these are the same parameters, unchanged since."""
+        """True if `source` holds the same parameters, unchanged since."""
         pairs = zip(self.source, source, strict=True)
-        return all(ours is theirs and version == now for (ours, version), (theirs, now) in pairs)
+        return all(old is new and old_version == version for (old, old_version), (new, version) in pairs)
 
 
 class Quantizer(nn.Module):
     """Quantizes a weight or an activation; starts in FLOAT.
 
     FLOAT: forward returns x. OBSERVE: records x and returns it. QUANTIZE: fake-quantizes with the current parameters
-    (in training mode running statistics follow). FROZEN: fake-quantizes with the stored scale and zero point only.
-    All tensors have their final shapes from the start: `scale`, `zero_point` are (num_channels,), (1,) for a tensor.
+    (in training mode running statistics are updated). FROZEN: fake-quantizes with the stored scale and zero point only.
+    All tensors have their final shapes from the start: `scale`, `zero_point` are (num_channels,), (1,) per tensor.
 
-    A method implements `_initialize`, `_scale_and_zero_point`, and where it needs them `_update_statistics`,
-    `_transform`, `learned_parameters`. Raises UserError, naming `name`, on what calibration got wrong.
+    A method implements `_initialize` and `_scale_and_zero_point`; `_update_statistics`, `_transform` and
+    `learned_parameters` are optional. Errors of calibration are UserErrors that give the quantizer's `name`.
     """
 
     residual_gradient: ClassVar[bool] = True
-    """Whether a learned step feels the rounding of what is not clipped (LSQ), or only what is (PACT)."""
+    """True if the gradient of a learned step includes the rounding of unclipped values (LSQ), False as in PACT."""
 
     frozen_scale: Tensor
     frozen_zero_point: Tensor
     state_code: Tensor
     is_calibrated: Tensor
     is_mid_rise: Tensor
-    """There where calibration chooses the grid."""
+    """Present only if calibration chooses the grid (`grid=least_error`)."""
 
     def __init__(
         self, spec: QuantizerSpec, role: Role, *, num_channels: int = 1, channel_dim: int = 0, name: str = ""
@@ -84,10 +86,10 @@ class Quantizer(nn.Module):
         if spec.grid == "least_error":
             self.register_buffer("is_mid_rise", torch.tensor(0, dtype=torch.uint8))
 
-    # What a method implements
+    # Implemented by a method
 
-    def _initialize(self, seen: Distribution) -> None:
-        """Sets parameters and statistics from what was observed; runs without gradients."""
+    def _initialize(self, observed: Distribution) -> None:
+        """Set parameters and statistics from the observed distribution; runs without gradients."""
         raise NotImplementedError
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
@@ -95,23 +97,23 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def _update_statistics(self, x: Tensor) -> None:
-        """Follows x before it is quantized: for weights on each forward, for activations on each in training mode."""
+        """Update statistics from x before it is quantized: weights on each forward, activations in training mode."""
 
     @property
-    def follows_sums(self) -> bool:
-        """Whether `_follow` is called with the sums of what an activation quantizer has quantized in training mode."""
+    def needs_sums(self) -> bool:
+        """True if an activation quantizer in training mode wants `_update_from_sums` called for each tensor."""
         return False
 
-    def _follow(self, sums: Tensor, count: int) -> None:
-        """Follows the sums of x and x^2 (2, C), of `count` elements each, that quantizing gave; see `follows_sums`."""
+    def _update_from_sums(self, sums: Tensor, count: int) -> None:
+        """Update statistics from the sums of x and x^2 (2, C) over `count` elements; see `needs_sums`."""
         raise NotImplementedError
 
     def _transform(self, x: Tensor) -> Tensor:
-        """What stands before the grid, for a weight; in float32 at least. `freeze` applies it for good."""
+        """Transform a weight before it is quantized (identity by default), in float32 or wider."""
         return x
 
     def learned_parameters(self) -> list[nn.Parameter]:
-        """Learned steps and clips, for an optimizer group of their own."""
+        """Learned steps and clips, which get their own optimizer group."""
         return []
 
     # Grid
@@ -145,33 +147,33 @@ class Quantizer(nn.Module):
             return self._shared.scale, self._shared.zero_point
         return self._scale_and_zero_point()
 
-    def _of_this_call(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of a forward: learned ones of an activation once an optimizer step, for all its calls.
+    def _range_of_step(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a forward; those an activation learns are computed once per optimizer step.
 
-        So the frames and clicks of a step share one range, and checkpointed calls get theirs again.
+        All frames and clicks of a step share one range, and recomputed (checkpointed) calls get the same one.
         """
         learned = self._learned()
         shares = self.role == "activation" and self.training and learned and torch.is_grad_enabled()
         if self._state is QuantizerState.FROZEN or not shares or torch.compiler.is_compiling():
             return self._current()
         if self._shared is None or not self._shared.is_of(learned):
-            with outside_checkpointing():
+            with hidden_from_checkpointing():
                 scale, zero_point = self._scale_and_zero_point()
             if not scale.requires_grad:
                 return scale, zero_point
             self._shared = SharedRange(scale, zero_point, learned)
-            forget_after_backward(scale, self, "_shared")
+            clear_after_backward(scale, self, "_shared")
         return self._shared.scale, self._shared.zero_point
 
     def _learned(self) -> tuple[tuple[nn.Parameter, int], ...]:
-        """The learned parameters with their versions."""
-        return tuple((each, each._version) for each in self._parameters.values() if each is not None)
+        """Learned parameters with their versions."""
+        return tuple((param, param._version) for param in self._parameters.values() if param is not None)
 
     # State
 
     @property
     def calibrated(self) -> bool:
-        """Whether a range was ever set, by `finish_observing`, `initialize_from` or a checkpoint."""
+        """True once a range was set, by `finish_observing`, `initialize_from` or a checkpoint."""
         return self._calibrated
 
     @property
@@ -180,10 +182,10 @@ class Quantizer(nn.Module):
 
     @state.setter
     def state(self, state: QuantizerState) -> None:
-        """OBSERVE starts anew; QUANTIZE and FROZEN need a range; OBSERVE ends with `finish_observing` (or FLOAT)."""
+        """OBSERVE starts with an empty observer and ends with `finish_observing`; QUANTIZE and FROZEN need a range."""
         if state in (QuantizerState.QUANTIZE, QuantizerState.FROZEN):
             if self._state is QuantizerState.OBSERVE:
-                raise UserError(f"quantizer {self._label}: is observing, call finish_observing() before {state.name}")
+                raise UserError(f"quantizer {self._label}: is in OBSERVE, call finish_observing() before {state.name}")
             if not self._calibrated:
                 raise UserError(
                     f"quantizer {self._label}: has no range yet and cannot be {state.name}, calibrate it first"
@@ -200,25 +202,25 @@ class Quantizer(nn.Module):
         self.state_code.fill_(state.value)
 
     def limit_observed(self, lower: float, upper: float) -> None:
-        """While in OBSERVE: what was seen beyond these bounds counts as at them. Needs a range a tensor."""
+        """Clamp the observed minimum and maximum to these bounds, while in OBSERVE. Per tensor only."""
         observer = self._observer
         if observer is None:
-            raise UserError(f"quantizer {self._label}: is {self._state.name}, only what is observed can be limited")
+            raise UserError(f"quantizer {self._label}: is {self._state.name}, limits apply in OBSERVE only")
         observer.minimum, observer.maximum = observer.minimum.clamp(min=lower), observer.maximum.clamp(max=upper)
 
     def finish_observing(self) -> None:
-        """OBSERVE -> QUANTIZE: sets the range from what all ranks observed. UserError if that is nothing."""
+        """OBSERVE -> QUANTIZE: set the range from what all ranks observed. UserError if nothing was."""
         if self._observer is None:
             raise UserError(f"quantizer {self._label}: is {self._state.name}, set it to OBSERVE and run data first")
-        seen = self._observer.distribution(self.frozen_scale.device)
-        if seen is None:
+        observed = self._observer.distribution(self.frozen_scale.device)
+        if observed is None:
             raise UserError(
                 f"quantizer {self._label}: observed no data, let calibration batches reach this layer or keep it float"
             )
-        self._start_quantizing(seen)
+        self._start_quantizing(observed)
 
     def initialize_from(self, weight: Tensor) -> None:
-        """Sets the range from a weight and goes to QUANTIZE. UserError if it holds NaN or infinity."""
+        """Set the range from a weight and go to QUANTIZE. UserError if it holds NaN or infinity."""
         self._check_channels(weight)
         weight = weight.detach()
         if weight.numel() == 0 or not torch.isfinite(weight).all():
@@ -226,11 +228,11 @@ class Quantizer(nn.Module):
         self._start_quantizing(Distribution.of(weight, self._observed_dim))
 
     @torch.no_grad()
-    def _start_quantizing(self, seen: Distribution) -> None:
+    def _start_quantizing(self, observed: Distribution) -> None:
         if self.spec.grid == "least_error":
-            self.is_mid_rise.fill_(least_error_grid(seen, self.grid).mid_rise)
+            self.is_mid_rise.fill_(least_error_grid(observed, self.grid).mid_rise)
             self._read_grid()
-        self._initialize(seen)
+        self._initialize(observed)
         self._calibrated = True
         self.is_calibrated.fill_(1)
         self._observer = None
@@ -238,10 +240,10 @@ class Quantizer(nn.Module):
         self.state = QuantizerState.QUANTIZE
 
     def freeze(self, weight: Tensor | None = None) -> None:
-        """QUANTIZE -> FROZEN: stores scale and zero point for good.
+        """QUANTIZE -> FROZEN: store scale and zero point.
 
-        A weight quantizer follows `weight` a last time; without it the statistics of its last forward are stored.
-        What a method does to weights before the grid is done to `weight` in place: what is frozen does it no more.
+        With `weight`, statistics are updated from it first and the method's `_transform` is applied to it in place;
+        without, the statistics of the last forward are stored.
         """
         if weight is not None and self._state is QuantizerState.QUANTIZE:
             self._update_statistics(weight.detach())
@@ -253,9 +255,9 @@ class Quantizer(nn.Module):
     # Quantization
 
     def forward(self, x: Tensor, *, with_codes: bool = False) -> Tensor:
-        """Returns x's shape and float dtype. Per channel, x has num_channels entries in dimension channel_dim.
+        """Fake-quantized x, of the same shape and float dtype. Per channel, x.shape[channel_dim] is num_channels.
 
-        `with_codes`: where it quantizes and a graph is built, the result carries its `Codes`.
+        `with_codes`: if it quantizes and builds a graph, the result carries its `Codes`.
         """
         state = self._state
         if state is QuantizerState.FLOAT:
@@ -267,10 +269,10 @@ class Quantizer(nn.Module):
                 raise UserError(f"calibration batch contains NaN or infinity at {self._label}: check the inputs")
             return x
         quantizes = state is QuantizerState.QUANTIZE
-        follows = quantizes and (self.role == "weight" or self.training) and not _in_backward()
-        if follows:
+        updates = quantizes and (self.role == "weight" or self.training) and not _in_backward()
+        if updates:
             self._update_statistics(x.detach())
-        scale, zero_point = self._of_this_call()
+        scale, zero_point = self._range_of_step()
         quantized = fake_quantize(
             self._transform(x) if quantizes else x,
             scale,
@@ -282,16 +284,16 @@ class Quantizer(nn.Module):
             identity_gradient=self.spec.clipped_gradient == "identity",
             exact_gradient=self.role == "weight",
             residual_gradient=self.residual_gradient,
-            # LSQ's N counts a layer's features: the batch, and how ranks share it, plays no part
+            # LSQ's N counts the features of one sample, so that the batch size and the number of ranks do not matter
             num_samples=1 if self.role == "weight" else max(len(x), 1),
             with_codes=with_codes and not torch.compiler.is_compiling(),
-            follow=self._follow if follows and self.follows_sums and self.role == "activation" else None,
+            on_sums=self._update_from_sums if updates and self.needs_sums and self.role == "activation" else None,
         )
         return quantized.to(x.dtype)
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:
-        """Codes qmin..qmax of x by the current scale, int32. `dequantize(to_int(x), x.dtype)` equals forward(x)."""
+        """Codes qmin..qmax of x with the current scale, int32. `dequantize(to_int(x), x.dtype)` equals forward(x)."""
         self._need_range("to_int")
         self._check_channels(x)
         if self._state is QuantizerState.QUANTIZE:
@@ -323,9 +325,9 @@ class Quantizer(nn.Module):
     def _observed_dim(self) -> int | None:
         return self.channel_dim if self.per_channel else None
 
-    def _need_range(self, what: str) -> None:
+    def _need_range(self, operation: str) -> None:
         if not self._calibrated:
-            raise UserError(f"quantizer {self._label}: {what} needs a range, calibrate it first")
+            raise UserError(f"quantizer {self._label}: {operation} needs a range, calibrate it first")
 
     def _check_channels(self, x: Tensor) -> None:
         if self.per_channel and x.shape[self.channel_dim] != self.num_channels:
@@ -336,7 +338,7 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # The buffers are what is saved; reading them on each forward would wait for the GPU.
+        # The state is saved in buffers; reading those on each forward would wait for the GPU.
         self._state = QuantizerState(int(self.state_code))
         self._calibrated = bool(self.is_calibrated)
         self._read_grid()
@@ -360,8 +362,8 @@ class Quantizer(nn.Module):
 
 
 def _in_backward() -> bool:
-    """Whether activation checkpointing is running a forward again, whose statistics have been counted.
+    """True while activation checkpointing recomputes a forward, whose statistics have been counted already.
 
-    Where nothing is shared (see `once_a_step`) it quantizes by statistics that later calls of the step have moved on.
+    Without a shared range (see `step_cache`), such a forward uses statistics that later calls of the step have updated.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

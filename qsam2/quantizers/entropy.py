@@ -1,14 +1,14 @@
 """Range by entropy: the clip ratio of least Kullback-Leibler divergence between a histogram and its requantized self.
 
 TensorRT's calibration (Migacz, "8-bit inference with TensorRT", GTC 2017). For a clipped part of the histogram, P is
-that part with all that was clipped added to its outermost bins, Q the part without it, its bins merged into as many
-cells as there are levels and each cell's counts spread over its bins that P has filled; minimise
-sum P log(P/Q), both normalized. The bin of zero takes its neighbour's count, as in NVIDIA's pytorch-quantization: zero
-has a level of its own.
-Ours: the ratios 1/100 ... 1 in place of every bin; bins are 2^e/2048 wide, 2^e the power of two above the largest
-magnitude, so that a histogram of such bins merges exactly; an affine range scales both ends, over bins of both signs;
-each ratio costs one look at the edges of the cells, by prefix sums; no ratio clips more than a hundredth of the counts:
-where most values are one, as in a mask's background, clipping it to the outermost bin has no divergence at all.
+that part with the clipped counts added to its outermost bins; Q is the part without them, its bins merged into as many
+cells as there are levels and the counts of each cell spread over its bins that are filled in P; minimise
+sum P log(P/Q), both normalized. The bin of zero takes its neighbour's count, as in NVIDIA's pytorch-quantization, since
+zero has a level of its own.
+Ours: the ratios 1/100 ... 1 instead of every bin; bins are 2^e/2048 wide, 2^e the power of two above the largest
+magnitude, so that histograms merge exactly; an affine range scales both ends, over bins of both signs; each ratio reads
+prefix sums at the edges of the cells; no ratio clips more than a hundredth of the counts: if most values are equal, as
+in the background of a mask, clipping them into the outermost bin would have no divergence.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ from torch import Tensor
 from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.observers import Distribution
 
-BINS = 2048  # of a side
+BINS = 2048  # per side
 CLIP_RATIOS = 100
 MOST_CLIPPED = 0.01  # of the values
 
 
-def least_divergence_ratio(seen: Distribution, grid: Grid, bounds: Callable[[float], tuple[Tensor, Tensor]]) -> Tensor:
-    """The ratio (C,) of 1/100 ... 1 whose `bounds(ratio)` have the least divergence, the largest among equals.
+def least_divergence_ratio(
+    observed: Distribution, grid: Grid, bounds: Callable[[float], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Ratio (C,) of 1/100 ... 1 whose `bounds(ratio)` have the least divergence, the largest among equals.
 
-    Symmetric grids look at magnitudes. A part of fewer bins than cells is passed over, and one without more than
+    Symmetric grids use magnitudes. Skipped are parts of fewer bins than cells, and parts that clip more than
     `MOST_CLIPPED` of the counts.
     """
-    histogram, width, zero = _histogram(seen, grid.symmetric)
+    histogram, width, zero = _histogram(observed, grid.symmetric)
     sums = [_prefix_sums(part) for part in (histogram, _x_log_x(histogram), (histogram > 0).double())]
     cells = 2 ** (grid.bits - 1) if grid.symmetric else 2**grid.bits
     least = torch.full_like(width, float("inf"))
-    best = torch.ones_like(seen.minimum)
+    best = torch.ones_like(observed.minimum)
     for step in range(CLIP_RATIOS, 0, -1):
         ratio = step / CLIP_RATIOS
         lower, upper = (bound.double() / width for bound in bounds(ratio))
@@ -50,15 +52,15 @@ def least_divergence_ratio(seen: Distribution, grid: Grid, bounds: Callable[[flo
     return best
 
 
-def _histogram(seen: Distribution, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _histogram(observed: Distribution, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Counts (C, bins) float64, the width (C,) of a bin, and the index (C,) of the bin that begins at zero."""
-    largest = torch.maximum(-seen.minimum, seen.maximum).double()
+    largest = torch.maximum(-observed.minimum, observed.maximum).double()
     width = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent) / BINS
     first = 0 if symmetric else BINS
-    values = seen.values.abs() if symmetric else seen.values
+    values = observed.values.abs() if symmetric else observed.values
     index = (values.double() / width[:, None]).floor_().long().add_(first).clamp_(0, first + BINS - 1)
     histogram = torch.zeros(len(width), first + BINS, dtype=torch.float64, device=width.device)
-    histogram.scatter_add_(1, index, seen.counts.double())
+    histogram.scatter_add_(1, index, observed.counts.double())
     histogram[:, first] = histogram[:, first + 1]
     return histogram, width, torch.full_like(index[:, 0], first)
 
@@ -89,5 +91,5 @@ def _x_log_x(x: Tensor) -> Tensor:
 
 
 def _prefix_sums(x: Tensor) -> Tensor:
-    """(C, n + 1): the sum of what lies before each edge."""
+    """Sums (C, n + 1) of the entries before each edge."""
     return torch.nn.functional.pad(x.cumsum(dim=1), (1, 0))

@@ -1,4 +1,4 @@
-"""The one fake-quantization operation of all methods: quantize and dequantize, with gradients to input, step and clip.
+"""Fake quantization, the one operation of all methods: quantize and dequantize, with gradients to input, step and clip.
 
 Notation: t = x / scale; a level is a grid value in steps, low = qmin - zero_point, high = qmax - zero_point;
 out = scale * level(t), level(t) = clip([t]; low, high), or clip([t - 1/2] + 1/2; low, high) on a mid-rise grid.
@@ -8,13 +8,13 @@ Gradients (LSQ, arXiv 1902.08153, eq. 3; PACT, arXiv 1805.06085), [.] straight t
   clipped   d out/dx = 0 or 1,  d out/dscale = low | high, d out/dzero_point = -scale
 "Inside" is low <= t <= high, half a step wider on a mid-rise grid, whose outer cells reach that far (ParetoQ's rule).
 Bounds l, u get PACT's gradients by the chain rule through scale = (u - l)/n and zero_point = -l/scale; PACT itself
-leaves the residual level - t out (`residual_gradient=False`).
+omits the residual level - t (`residual_gradient=False`).
 
-Memory (ours). A weight is a parameter, alive anyhow: it is saved by reference and t is computed again, exactly. An
-activation is kept by nobody else (its consumer saves the quantized copy), so one byte an element is saved in its place:
-below | above | level - t in steps of 1/252, whose error (at most 1/504 a value, random in sign) touches the scale's
-gradient alone. Without a gradient for scale or zero point the byte is only the mask, and with the identity gradient
-nothing is saved. The consumer, too, can do with a byte: `Codes`.
+Memory (ours). A weight is a parameter, in memory anyway: it is saved by reference and t is recomputed exactly. An
+activation would be kept for this operation alone (its consumer saves the quantized copy), so one byte per element is
+saved instead: below | above | level - t in steps of 1/252, whose error (at most 1/504 per value, random in sign) enters
+the scale's gradient only. Without a gradient to scale or zero point the byte is just the mask, and with the identity
+gradient nothing is saved. The consumer can save a byte per element, too: `Codes`.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from qsam2.quantizers.passes import (
     to_levels,
 )
 
-Follow = Callable[[Tensor, int], None]
-"""Takes the sums of x and x^2 (2, C) and how many elements each is of."""
+OnSums = Callable[[Tensor, int], None]
+"""Called with the sums of x and x^2 (2, C) and the number of elements in each sum."""
 
 
 class Kernels(NamedTuple):
-    """The passes as they are run."""
+    """Implementations of the passes of `passes`: eager or compiled."""
 
     quantize: Callable[..., Quantized]
     gradients: Callable[..., Gradients]
     dequantize: Callable[..., Tensor]
     min_elements: int
-    """Smaller tensors are left to the eager kernels."""
+    """Smaller tensors use the eager kernels."""
 
 
 EAGER = Kernels(quantize_in_blocks, gradients_in_blocks, dequantize_pass, min_elements=0)
@@ -59,7 +59,7 @@ _chosen = EAGER
 
 
 def use_kernels(kernels: Kernels) -> None:
-    """What training forwards and backwards of this process run from now on. Inference is eager always."""
+    """Set the kernels of all training forwards and backwards of this process. Inference is always eager."""
     global _chosen
     _chosen = kernels
 
@@ -70,7 +70,7 @@ def _kernels(x: Tensor) -> Kernels:
 
 @dataclass(frozen=True)
 class _Options:
-    """What is not a tensor, see `fake_quantize`."""
+    """Arguments of `fake_quantize` that are not tensors."""
 
     qmin: int
     qmax: int
@@ -81,7 +81,7 @@ class _Options:
     residual_gradient: bool
     num_samples: int
     with_codes: bool
-    follow: Follow | None
+    on_sums: OnSums | None
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -99,16 +99,18 @@ class _FakeQuantize(torch.autograd.Function):
         elif not options.exact and not options.identity:
             keep = "mask"
         flat = ctx.layout.flat(x)
-        given = (options.mid_rise, keep, options.with_codes, options.follow is not None)
-        found = _kernels(x).quantize(flat, scale, low, high, *given)
-        ctx.save_for_backward(x if options.exact else found.byte, scale, low, high)
-        if options.follow is not None and found.total is not None and found.square is not None:
-            options.follow(torch.stack([found.total.view(-1), found.square.view(-1)]), x.numel() // scale.numel())
+        quantized = _kernels(x).quantize(
+            flat, scale, low, high, options.mid_rise, keep, options.with_codes, options.on_sums is not None
+        )
+        ctx.save_for_backward(x if options.exact else quantized.byte, scale, low, high)
+        if options.on_sums is not None and quantized.total is not None and quantized.square is not None:
+            sums = torch.stack([quantized.total.view(-1), quantized.square.view(-1)])
+            options.on_sums(sums, x.numel() // scale.numel())
         codes = None
-        if found.codes is not None:
-            codes = ctx.layout.back(found.codes)
+        if quantized.codes is not None:
+            codes = ctx.layout.back(quantized.codes)
             ctx.mark_non_differentiable(codes)
-        return ctx.layout.back(found.out), codes
+        return ctx.layout.back(quantized.out), codes
 
     @staticmethod
     @once_differentiable
@@ -120,7 +122,7 @@ class _FakeQuantize(torch.autograd.Function):
             return grad, None, None, None
         if not learned and not options.exact:
             return layout.back(layout.flat(grad) * saved), None, None, None
-        found = _kernels(grad).gradients(
+        gradients = _kernels(grad).gradients(
             layout.flat(saved) if options.exact else saved,
             layout.flat(grad),
             scale,
@@ -134,20 +136,21 @@ class _FakeQuantize(torch.autograd.Function):
         )
         grad_x = grad_scale = grad_zero_point = None
         if needs_x:
-            grad_x = grad if found.x is None else layout.back(found.x)
-        # LSQ's 1/sqrt(N Qp), N a sample's elements that share the step: balances its update with the weights'.
+            grad_x = grad if gradients.x is None else layout.back(gradients.x)
+        # LSQ's 1/sqrt(N Qp), N the elements of one sample that share the step: balances its update with the weights'.
         elements = max(grad.numel() // (scale.numel() * options.num_samples), 1)
         factor = gradient_scale(elements, options.qmax + 0.5 if options.mid_rise else float(options.qmax))
-        if found.scale is not None and ctx.needs_input_grad[1]:
-            grad_scale = (found.scale * factor).to(scale.dtype).view(-1)
-        if found.zero_point is not None and ctx.needs_input_grad[2]:
-            grad_zero_point = (found.zero_point * factor).to(scale.dtype).view(-1)
+        if gradients.scale is not None and ctx.needs_input_grad[1]:
+            grad_scale = (gradients.scale * factor).to(scale.dtype).view(-1)
+        if gradients.zero_point is not None and ctx.needs_input_grad[2]:
+            grad_zero_point = (gradients.zero_point * factor).to(scale.dtype).view(-1)
         return grad_x, grad_scale, grad_zero_point, None
 
 
 class Codes(NamedTuple):
-    """A quantized tensor in a byte an element, for a consumer that would otherwise save it in float for its backward:
-    x = (codes + low) * scale, exactly.
+    """A quantized tensor in one byte per element: x = (codes + low) * scale, exactly.
+
+    A consumer saves it for its backward in place of the float tensor.
     """
 
     codes: Tensor
@@ -156,12 +159,12 @@ class Codes(NamedTuple):
 
     @classmethod
     def of(cls, quantized: Tensor) -> Codes | None:
-        """Those of what `fake_quantize(with_codes=True)` returned; None for any other tensor."""
+        """Codes of a tensor that `fake_quantize(with_codes=True)` returned; None for any other tensor."""
         return getattr(quantized, "qsam2_codes", None)
 
 
 def dequantize(codes: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
-    """The quantized tensor of `Codes`, in their shape and layout."""
+    """Quantized tensor of `Codes`, in their shape and layout."""
     layout = Layout.of(codes, scale.numel(), _varying_dim(scale))
     out = _kernels(codes).dequantize(layout.flat(codes), scale.view(1, -1, 1), low.view(1, -1, 1), dtype)
     return layout.back(out)
@@ -172,12 +175,12 @@ def _varying_dim(scale: Tensor) -> int:
 
 
 def gradient_scale(elements: int, largest_level: float) -> float:
-    """LSQ's scale of the gradients of step and zero point, 1/sqrt(N Qp)."""
+    """Factor of the gradients of step and zero point in LSQ, 1/sqrt(N Qp)."""
     return 1.0 / math.sqrt(elements * largest_level)
 
 
 def broadcast_shape(channels: int, ndim: int, channel_dim: int) -> list[int]:
-    """Shape that lines a (C,) tensor up with dimension `channel_dim` of an `ndim`-dimensional one."""
+    """Shape that aligns a (C,) tensor with dimension `channel_dim` of an `ndim`-dimensional tensor."""
     shape = [1] * ndim
     if channels > 1:
         shape[channel_dim] = channels
@@ -198,14 +201,18 @@ def fake_quantize(
     residual_gradient: bool = True,
     num_samples: int = 1,
     with_codes: bool = False,
-    follow: Follow | None = None,
+    on_sums: OnSums | None = None,
 ) -> Tensor:
-    """Fake-quantizes x of any shape and float dtype; `scale`, `zero_point` are (C,) along `channel_dim`, or (1,).
+    """Fake-quantize x of any shape and float dtype; `scale`, `zero_point` are (C,) along `channel_dim`, or (1,).
 
-    Returns x's shape and dtype. Arithmetic is in float32 (float64 for float64). `exact_gradient=False` saves one byte
-    an element for the backward pass in place of x. `residual_gradient=False`: what is inside adds nothing to the
-    scale's gradient. N in that gradient's scale counts the elements of one of x's `num_samples`. `with_codes`: where a
-    graph is built the result carries its `Codes`. `follow` is called with sums of x, from the same reading of it.
+    Returns x's shape and dtype. Arithmetic is in float32 (float64 for float64).
+
+    Args:
+        exact_gradient: False saves one byte per element for the backward pass instead of x.
+        residual_gradient: False leaves unclipped values out of the scale's gradient.
+        num_samples: of x; N in the gradient scale counts the elements of one sample.
+        with_codes: if a graph is built, the result carries its `Codes`.
+        on_sums: called with the sums of x and x^2, computed in the same pass.
     """
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
         options = _Options(
@@ -218,7 +225,7 @@ def fake_quantize(
             residual_gradient=residual_gradient,
             num_samples=num_samples,
             with_codes=with_codes,
-            follow=follow,
+            on_sums=on_sums,
         )
         out, codes = _FakeQuantize.apply(x, scale, zero_point, options)
         if codes is not None:
@@ -226,8 +233,8 @@ def fake_quantize(
             scale, zero_point = scale.detach().view(shape), zero_point.detach().view(shape)
             out.qsam2_codes = Codes(codes, scale, qmin - zero_point)
         return out
-    if follow is not None:
-        follow(*sums(x, channel_dim if scale.numel() > 1 else None))
+    if on_sums is not None:
+        on_sums(*sums(x, channel_dim if scale.numel() > 1 else None))
     shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
     scale, zero_point = scale.view(shape), zero_point.view(shape)
     return to_levels(x, scale, qmin - zero_point, qmax - zero_point, mid_rise).mul_(scale).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Uniform grids: which integers a quantizer may use, and the step and zero point that cover a range."""
+"""Uniform grids: the integers of a quantizer, and the step and zero point that cover a range."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from qsam2.recipe.quantizer_specs import QuantizerSpec
 
 SMALLEST_SCALE = 1e-12  # float32 values divided by it stay finite up to 3e26
 LARGEST_SCALE = 1e30
-FARTHEST = 1e6  # steps
+FARTHEST = 1e6  # steps from zero, so that a learned bound far off the grid stays finite
 
 
 def round_through(x: Tensor, low: int, high: int) -> Tensor:
-    """Rounds half to even and clips; its gradient is 1 (straight-through estimator). An integer, exactly."""
+    """Round half to even and clip, with gradient 1 (straight-through estimator). The result is an exact integer."""
     return x.detach().round().clamp(low, high) + (x - x.detach())
 
 
-def positive(log: Tensor) -> Tensor:
-    """exp(log), positive and finite, and with a finite gradient, wherever an optimizer has sent `log`."""
+def bounded_exp(log: Tensor) -> Tensor:
+    """exp(log), clamped so that value and gradient are positive and finite for any `log`."""
     return log.clamp(math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE)).exp()
 
 
@@ -40,7 +40,7 @@ class Grid:
 
     @classmethod
     def of(cls, spec: QuantizerSpec) -> Grid:
-        """The grid of a spec that `for_role` has resolved."""
+        """Grid of a spec that `for_role` has resolved."""
         if spec.symmetric is None or spec.grid == "auto":
             raise ValueError(f"spec is not resolved, call for_role first: {spec}")
         return cls(spec.bits, spec.symmetric, spec.grid == "mid_rise")
@@ -62,28 +62,26 @@ class Grid:
         """Scale and zero point, float (C,), that cover [lower, upper] (C,); differentiable in both.
 
         Symmetric: the larger of |lower|, |upper| falls on qmax (mid-rise: on the outer edge of the last cell).
-        Affine: the range is widened to hold zero, as integer runtimes need, and the zero point is rounded (STE);
-        mid-rise: its ends, too, fall on the outer edges of the outer cells.
+        Affine: the range is widened to contain zero, as integer runtimes need, and the zero point is rounded (STE);
+        mid-rise: its ends also fall on the outer edges of the outer cells.
         """
-        if self.symmetric:
-            scale = self.clamp_scale(torch.maximum(-lower, upper) / (self.qmax + 1 if self.mid_rise else self.qmax))
-        else:
+        if not self.symmetric:
             lower, upper = lower.clamp(max=0.0), upper.clamp(min=0.0)
-            scale = self.clamp_scale((upper - lower) / (self.qmax + 1 if self.mid_rise else self.qmax))
+        reach = torch.maximum(-lower, upper) if self.symmetric else upper - lower
+        scale = self.clamp_scale(reach / (self.qmax + 1 if self.mid_rise else self.qmax))
         return scale, self.zero_point(lower, scale)
 
     def zero_point(self, lower: Tensor, scale: Tensor) -> Tensor:
-        """Zero point (C,); affine: the code that stands for zero when `lower` falls on qmin, rounded, clipped (STE).
+        """Zero point (C,); affine: the code of zero if `lower` falls on qmin, rounded and clipped (STE).
 
-        Mid-rise: what lies between two codes, when `lower` falls on the outer edge of qmin's cell.
+        Mid-rise: half-way between two codes, with `lower` on the outer edge of qmin's cell.
         """
         if self.symmetric:
             return torch.full_like(scale, -0.5 if self.mid_rise else 0.0, requires_grad=False)
-        # finite: a learned bound may be far off the grid
         zero = (-lower / scale).clamp(-FARTHEST, FARTHEST)
         return round_through(zero, 1, self.qmax) - 0.5 if self.mid_rise else round_through(zero, self.qmin, self.qmax)
 
     @staticmethod
     def clamp_scale(scale: Tensor) -> Tensor:
-        """Keeps a scale positive and finite (an all-zero channel has the smallest one)."""
+        """Clamp a scale to positive finite values (an all-zero channel gets the smallest one)."""
         return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE)

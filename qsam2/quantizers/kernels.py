@@ -1,8 +1,8 @@
 """Compiled kernels of the fake-quantization operation, and the choice between them and the eager ones (ours).
 
-The passes of `passes` are compiled as they stand, so both versions compute the same: each pass becomes one loop
-that reads the tensor once. They differ by one quantum at rounding ties at most, and in the order of the sums. Sizes
-are dynamic: a kernel is compiled once a granularity, grid, dtype and number of dimensions, not once a layer.
+`torch.compile` turns each pass of `passes` into one loop that reads the tensor once. Compiled and eager results differ
+by at most one quantum at rounding ties, and in the order of summation. Sizes are dynamic: one compilation serves a
+granularity, grid, dtype and number of dimensions, not a layer.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from qsam2.quantizers.fake_quant import EAGER, Kernels, fake_quantize, use_kerne
 from qsam2.quantizers.passes import dequantize_pass, gradient_pass, quantize_pass
 
 MIN_ELEMENTS = 2**14
-"""Below, the call of a compiled kernel takes longer than the eager one; sizes 0 and 1 would be compiled apart."""
+"""Below, a compiled kernel is slower than the eager one; sizes 0 and 1 would need compilations of their own."""
 
 MIN_STEPS = 150
-"""Training steps from which compiling, about half a minute, pays on nano; on tiny at 512 px a dozen would do."""
+"""Training steps that make up for half a minute of compilation on nano; tiny at 512 px needs a dozen."""
 
 VARIANTS = 64
-"""Of a kernel: granularity, grid, dtype and what is learned; PyTorch's own limit is 8."""
+"""Allowed compilations per kernel (granularity, grid, dtype, learned parameters); PyTorch's default limit is 8."""
 
 ACTIVATION = (4, 4096, 384)
-"""What the choice is measured on: stage 3 of Hiera-T for four frames at 1024 px."""
+"""Shape that the choice is timed on: stage 3 of Hiera-T for four frames at 1024 px."""
 
 Compile = Literal["auto", "on", "off"]
 
@@ -38,7 +38,7 @@ log = logging.getLogger("qsam2")
 
 @functools.cache
 def compiled_kernels() -> Kernels:
-    """The kernels through `torch.compile`; a kernel is compiled when it first runs, which raises without a compiler."""
+    """Kernels through `torch.compile`, compiled at their first call, which raises without a working compiler."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     return Kernels(
         torch.compile(quantize_pass, dynamic=True, fullgraph=True),
@@ -50,9 +50,9 @@ def compiled_kernels() -> Kernels:
 
 @functools.cache
 def choose_kernels(mode: Compile, max_steps: int, device: torch.device) -> bool:
-    """Choose what trains from now on, say it in the log, and return whether it is the compiled kernels.
+    """Choose and log the kernels for training; True for the compiled ones.
 
-    "auto" takes the faster on `device` where training is long enough to pay for compiling, "on" the compiled ones
+    "auto" takes the faster on `device` if training is long enough to pay for compilation, "on" the compiled ones
     wherever there is a compiler, "off" the eager ones.
     """
     use_kernels(EAGER)
@@ -62,7 +62,7 @@ def choose_kernels(mode: Compile, max_steps: int, device: torch.device) -> bool:
     started = time.perf_counter()
     try:
         _forward_backward_ms(compiled_kernels(), x)
-    except (RuntimeError, ImportError, OSError) as error:  # what torch.compile raises without a working compiler
+    except (RuntimeError, ImportError, OSError) as error:  # raised by torch.compile without a working compiler
         use_kernels(EAGER)
         log.warning("fake quantization: eager, torch.compile failed: %s", str(error).strip().partition("\n")[0])
         return False
@@ -85,7 +85,7 @@ def choose_kernels(mode: Compile, max_steps: int, device: torch.device) -> bool:
 
 
 def _forward_backward_ms(kernels: Kernels, x: Tensor) -> float:
-    """Milliseconds of quantizing x with a learned step and back."""
+    """Milliseconds of one forward and backward of x with a learned step."""
     use_kernels(kernels)
     x = x.detach().requires_grad_()
     scale = torch.full((1,), 0.3, device=x.device, requires_grad=True)

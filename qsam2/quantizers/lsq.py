@@ -1,10 +1,10 @@
 """LSQ: learned step size quantization (Esser et al., arXiv 1902.08153).
 
 x^ = s * clip([x/s]; Qn, Qp); gradients of x and s by eq. 3 and 5, that of s times 1/sqrt(N Qp), N the elements that
-share s in a weight or, batch apart, in an activation. With `range=mean_abs` the first step is the paper's
+share s in a weight or in one sample of an activation. With `range=mean_abs` the first step is the paper's
 2 mean|x| / sqrt(Qp); the default, mse, is ours.
-Ours too: log s is the parameter, so that s > 0 and a step of the optimizer is relative to s; on an affine grid the zero
-point is an integer fixed at calibration, so that the range scales about zero.
+Ours: log s is the parameter, so that s > 0 and an optimizer step is relative to s; on an affine grid the zero point is
+an integer fixed at calibration, so that the range scales about zero.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.quantizers.base import Quantizer
-from qsam2.quantizers.grid import positive
+from qsam2.quantizers.grid import bounded_exp
 from qsam2.quantizers.observers import Distribution
 from qsam2.quantizers.ranges import initial_bounds
 from qsam2.quantizers.registry import register
@@ -39,14 +39,14 @@ class LSQQuantizer(Quantizer):
     def learned_parameters(self) -> list[nn.Parameter]:
         return [self.log_scale]
 
-    def _initialize(self, seen: Distribution) -> None:
+    def _initialize(self, observed: Distribution) -> None:
         if self.spec.range == "mean_abs":
-            scale = self.grid.clamp_scale(2.0 * seen.mean_abs / math.sqrt(self.grid.largest_level))
-            zero_point = self.grid.zero_point(seen.minimum, scale)
+            scale = self.grid.clamp_scale(2.0 * observed.mean_abs / math.sqrt(self.grid.largest_level))
+            zero_point = self.grid.zero_point(observed.minimum, scale)
         else:
-            scale, zero_point = self.grid.from_bounds(*initial_bounds(seen, self.spec, self.grid))
+            scale, zero_point = self.grid.from_bounds(*initial_bounds(observed, self.spec, self.grid))
         self.log_scale.copy_(scale.log())
         self.fixed_zero_point.copy_(zero_point)
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
-        return positive(self.log_scale), self.fixed_zero_point
+        return bounded_exp(self.log_scale), self.fixed_zero_point

@@ -1,4 +1,9 @@
-"""Observers: what calibration remembers of a tensor, in one pass and bounded memory, equal on all ranks."""
+"""Observers and running statistics of a tensor: one pass, bounded memory, equal on all ranks.
+
+An `Observer` sees all calibration batches of a tensor and returns their `Distribution`, from which a method takes its
+first range. In training, `extremes`, `sums` and `magnitudes` measure one batch, and `update_running` and
+`update_moments` keep exponential moving averages of them.
+"""
 
 from __future__ import annotations
 
@@ -11,41 +16,14 @@ from torch import Tensor
 
 from qsam2.quantizers.passes import to_rows
 
-
-def world_size() -> int:
-    """Number of ranks; 1 in a single process."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum over ranks; x itself in a single process. Every rank must call it equally often."""
-    return _all_reduce(x, dist.ReduceOp.SUM) if world_size() > 1 else x
-
-
-def all_reduce_max(x: Tensor) -> Tensor:
-    """Maximum over ranks; x itself in a single process. Every rank must call it equally often."""
-    return _all_reduce(x, dist.ReduceOp.MAX) if world_size() > 1 else x
-
-
-def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-    reduced = x.clone()
-    dist.all_reduce(reduced, op=op)
-    return reduced
-
-
-def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Min and max (C,) of rows (C, n). On CPUs PyTorch's `aminmax` of a dimension takes 30 times as long."""
-    return rows.amin(dim=1), rows.amax(dim=1)
-
-
-def at_most_half_the_range(std: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
-    """A standard deviation is never larger; one that overflowed becomes finite."""
-    return torch.minimum(std, (maximum - minimum) / 2)
+BINS_PER_SIDE = 4096
+MAX_SAMPLES = 2**20  # values of one tensor that enter the histogram; min, max and sums use all of them
+ZERO_EXPONENT = -100  # exponent of the histogram's reach for an all-zero channel
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Values and their counts, (C, n) float32 each, with the exact statistics (C,) a channel."""
+    """Values and their counts, (C, n) float32 each, with exact statistics (C,) per channel."""
 
     values: Tensor
     counts: Tensor
@@ -57,7 +35,7 @@ class Distribution:
 
     @classmethod
     def of(cls, x: Tensor, channel_dim: int | None) -> Distribution:
-        """All values of one finite tensor, each counted once."""
+        """Distribution of one finite tensor, each value with count 1."""
         rows = to_rows(x, channel_dim).float()
         minimum, maximum = row_extremes(rows)
         return cls(
@@ -71,80 +49,12 @@ class Distribution:
         )
 
 
-def extremes(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[Tensor, Tensor]:
-    """Min and max (C,) float32 of a batch; infinite where no rank had data."""
-    rows = to_rows(x, channel_dim)
-    if rows.numel() > 0:
-        minimum, maximum = (bound.float() for bound in row_extremes(rows))
-    else:
-        maximum = torch.full((rows.shape[0],), -math.inf, device=x.device)
-        minimum = -maximum
-    if over_ranks:
-        negated, maximum = all_reduce_max(torch.stack([-minimum, maximum]))
-        minimum = -negated
-    return minimum, maximum
-
-
-def sums(x: Tensor, channel_dim: int | None) -> tuple[Tensor, int]:
-    """Sums of x and of x^2 (2, C) of a batch, and how many elements each is of."""
-    rows = to_rows(x, channel_dim)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    square = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_()
-    return torch.stack([rows.sum(dim=1, dtype=dtype), square]), rows.shape[1]
-
-
-def moments(sums: Tensor, count: int, *, over_ranks: bool) -> Tensor:
-    """Mean and mean square (2, C) of a batch, from what `sums` gives; NaN where no rank had data."""
-    if not over_ranks:
-        return sums / count
-    counts = torch.full_like(sums[:1], count)
-    sums = all_reduce_sum(torch.cat([sums, counts]))
-    return sums[:2] / sums[2]
-
-
-def magnitudes(x: Tensor, channel_dim: int | None) -> tuple[Tensor, Tensor]:
-    """Mean magnitude and root mean square (C,) of a weight."""
-    rows = to_rows(x, channel_dim)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    total = rows.abs().sum(dim=1, dtype=dtype)  # a norm of order 1 takes four times as long
-    root = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-    return total / rows.shape[1], root / math.sqrt(rows.shape[1])
-
-
-def follow(running: Tensor, batch: Tensor, momentum: float) -> None:
-    """running <- momentum * running + (1 - momentum) * batch, in place.
-
-    A batch that is empty or overflowed (as under a gradient scaler's search) leaves it as it is.
-    """
-    batch = batch.to(running.dtype)
-    running.copy_(torch.where(batch.isfinite(), torch.lerp(batch, running, momentum), running))
-
-
-def follow_moments(mean: Tensor, std: Tensor, batch: Tensor, momentum: float) -> None:
-    """`follow` for mean and standard deviation (C,) of all that is followed, in place; `batch` is of `moments`.
-
-    Mean squares are followed, not deviations: so the deviation is that of the values of all batches together, their
-    own and how far their means lie apart (law of total variance). Averaged by itself it would miss the latter, and
-    shrink below the one that calibration found on all batches at once wherever one batch differs from the next.
-    """
-    squares = torch.stack([mean, mean.square().addcmul_(std, std)])
-    now = torch.lerp(batch.to(mean.dtype), squares, momentum)
-    now[1] = now[1].addcmul_(now[0], now[0], value=-1.0).clamp_(min=0.0).sqrt_()
-    for running, new in zip((mean, std), torch.where(now.isfinite(), now, torch.stack([mean, std])), strict=True):
-        running.copy_(new)
-
-
-BINS_PER_SIDE = 4096
-MAX_SAMPLES = 2**20  # values of one tensor that enter the histogram; min, max and sums use all of them
-ZERO_EXPONENT = -100  # histogram reach of a channel that was zero so far
-
-
 class Observer:
-    """Exact min, max, mean, std, mean|x| and a histogram a channel (`channel_dim`, or one for the tensor if None).
+    """Exact min, max, mean, std, mean|x| and a histogram per channel (`channel_dim`; None: one for the tensor).
 
-    The histogram reaches from -2^e to 2^e with 4096 bins a side; a larger value raises e, which merges bins exactly, so
-    that the result does not depend on the order of batches. Larger tensors enter it by an evenly strided subsample.
-    Kept on the CPU: calibration does not hold device memory.
+    The histogram covers -2^e to 2^e with 4096 bins per side; a larger value raises e, which merges bins exactly, so
+    that the result does not depend on the order of batches. Larger tensors enter it as an evenly strided subsample. It
+    is kept on the CPU, so that calibration holds no device memory.
     """
 
     def __init__(self, num_channels: int, channel_dim: int | None) -> None:
@@ -157,7 +67,7 @@ class Observer:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> bool:
-        """Records x; False, and nothing recorded, if it holds NaN or infinity. An empty tensor changes nothing."""
+        """Record x; False, and nothing recorded, if it holds NaN or infinity. An empty tensor changes nothing."""
         if x.numel() == 0:
             return True
         rows = to_rows(x, self.channel_dim).float()
@@ -166,9 +76,9 @@ class Observer:
             return False
         self.minimum = torch.minimum(self.minimum, minimum)
         self.maximum = torch.maximum(self.maximum, maximum)
-        # A norm of order 1 takes four times as long as this sum.
+        # abs().sum() takes a quarter of the time of a norm of order 1
         sums = [rows.sum(dim=1), torch.linalg.vector_norm(rows, dim=1), rows.abs().sum(dim=1)]
-        total, root, absolute = (each.cpu().double() for each in sums)
+        total, root, absolute = (value.cpu().double() for value in sums)
         count = torch.full_like(total, rows.shape[1])
         self.sums = self.sums + torch.stack([count, total, root.square(), absolute])
         self._raise_reach(torch.maximum(-minimum, maximum))
@@ -176,7 +86,7 @@ class Observer:
         return True
 
     def distribution(self, device: torch.device) -> Distribution | None:
-        """What all ranks saw, on `device`; None if a channel saw nothing. Every rank must call it."""
+        """Distribution over all ranks, on `device`; None if a channel has no values. Every rank must call it."""
         extremes = all_reduce_max(torch.stack([-self.minimum, self.maximum]).to(device))
         sums = all_reduce_sum(self.sums.to(device))
         self._raise_reach(torch.maximum(*extremes.cpu()))
@@ -198,7 +108,7 @@ class Observer:
         )
 
     def _raise_reach(self, largest: Tensor) -> None:
-        """Merges bins until every channel reaches `largest` (C,)."""
+        """Merge bins until every channel's histogram reaches `largest` (C,)."""
         exponent = torch.where(largest > 0, torch.frexp(largest)[1], ZERO_EXPONENT)
         raised = torch.maximum(self.exponent, exponent)
         if torch.equal(raised, self.exponent):
@@ -211,7 +121,7 @@ class Observer:
 
 
 def _histogram(rows: Tensor, exponent: Tensor) -> Tensor:
-    """Counts (C, bins) of rows (C, n) which lie within +-2^exponent."""
+    """Counts (C, bins) of rows (C, n) whose values lie within +-2^exponent."""
     channels, bins = rows.shape[0], 2 * BINS_PER_SIDE
     per_unit = torch.ldexp(torch.full((channels, 1), float(BINS_PER_SIDE)), -exponent[:, None]).to(rows.device)
     index = (rows * per_unit).floor_().add_(BINS_PER_SIDE).clamp_(0, bins - 1).long()
@@ -220,8 +130,102 @@ def _histogram(rows: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _subsample(rows: Tensor) -> Tensor:
-    """At most MAX_SAMPLES values; the stride shares no factor with the row, so that no inner dimension is favoured."""
+    """At most MAX_SAMPLES values; the stride is coprime to the row length, so that it samples all inner dimensions."""
     stride = math.ceil(rows.numel() / MAX_SAMPLES)
     while math.gcd(stride, rows.shape[1]) > 1:
         stride += 1
     return rows[:, ::stride]
+
+
+def extremes(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[Tensor, Tensor]:
+    """Min and max (C,) float32 of a batch; infinite if no rank had data."""
+    rows = to_rows(x, channel_dim)
+    if rows.numel() > 0:
+        minimum, maximum = (bound.float() for bound in row_extremes(rows))
+    else:
+        maximum = torch.full((rows.shape[0],), -math.inf, device=x.device)
+        minimum = -maximum
+    if over_ranks:
+        negated, maximum = all_reduce_max(torch.stack([-minimum, maximum]))
+        minimum = -negated
+    return minimum, maximum
+
+
+def sums(x: Tensor, channel_dim: int | None) -> tuple[Tensor, int]:
+    """Sums of x and x^2 (2, C) of a batch, and the number of elements in each sum."""
+    rows = to_rows(x, channel_dim)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    square = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_()
+    return torch.stack([rows.sum(dim=1, dtype=dtype), square]), rows.shape[1]
+
+
+def moments(sums: Tensor, count: int, *, over_ranks: bool) -> Tensor:
+    """Mean and mean square (2, C) of a batch, from the result of `sums`; NaN if no rank had data."""
+    if not over_ranks:
+        return sums / count
+    counts = torch.full_like(sums[:1], count)
+    sums = all_reduce_sum(torch.cat([sums, counts]))
+    return sums[:2] / sums[2]
+
+
+def magnitudes(x: Tensor, channel_dim: int | None) -> tuple[Tensor, Tensor]:
+    """Mean magnitude and root mean square (C,) of a weight."""
+    rows = to_rows(x, channel_dim)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = rows.abs().sum(dim=1, dtype=dtype)  # a quarter of the time of a norm of order 1
+    root = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    return total / rows.shape[1], root / math.sqrt(rows.shape[1])
+
+
+def update_running(running: Tensor, batch: Tensor, momentum: float) -> None:
+    """running <- momentum * running + (1 - momentum) * batch, in place.
+
+    An empty batch or one with overflow (as while a gradient scaler searches its scale) changes nothing.
+    """
+    batch = batch.to(running.dtype)
+    running.copy_(torch.where(batch.isfinite(), torch.lerp(batch, running, momentum), running))
+
+
+def update_moments(mean: Tensor, std: Tensor, batch: Tensor, momentum: float) -> None:
+    """`update_running` for a mean and standard deviation (C,), in place; `batch` is a result of `moments`.
+
+    The average is taken of mean squares, so that the deviation is that of all batches together and includes the spread
+    of their means (law of total variance). An average of deviations would omit that spread and fall below the deviation
+    that calibration measures on all batches at once.
+    """
+    squares = torch.stack([mean, mean.square().addcmul_(std, std)])
+    now = torch.lerp(batch.to(mean.dtype), squares, momentum)
+    now[1] = now[1].addcmul_(now[0], now[0], value=-1.0).clamp_(min=0.0).sqrt_()
+    for running, new in zip((mean, std), torch.where(now.isfinite(), now, torch.stack([mean, std])), strict=True):
+        running.copy_(new)
+
+
+def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Min and max (C,) of rows (C, n). On a CPU, `aminmax` along a dimension takes 30 times as long."""
+    return rows.amin(dim=1), rows.amax(dim=1)
+
+
+def at_most_half_the_range(std: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
+    """Standard deviation clamped to its upper bound (max - min) / 2, which makes an overflowed one finite."""
+    return torch.minimum(std, (maximum - minimum) / 2)
+
+
+def world_size() -> int:
+    """Number of ranks; 1 in a single process."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over ranks; x itself in a single process. Every rank must call it equally often."""
+    return _all_reduce(x, dist.ReduceOp.SUM) if world_size() > 1 else x
+
+
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Maximum over ranks; x itself in a single process. Every rank must call it equally often."""
+    return _all_reduce(x, dist.ReduceOp.MAX) if world_size() > 1 else x
+
+
+def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    reduced = x.clone()
+    dist.all_reduce(reduced, op=op)
+    return reduced

@@ -1,7 +1,8 @@
-"""Views of a tensor as kernels read it, and what is computed of it: the forward, backward and code passes.
+"""Passes of the fake-quantization operation over a tensor: forward, backward and dequantization of codes.
 
-Notation as in `fake_quant`. Tensors come as (outer, C, inner), what is one value a channel as (1, C, 1). Compiled,
-a pass reads and writes its tensors once; what is one value a channel is computed in the same call.
+Notation as in `fake_quant`. Tensors are (outer, C, inner), see `Layout`; values per channel are (1, C, 1). Compiled, a
+pass reads and writes each tensor once. Eager on a CPU, it works on blocks that fit the cache, and uses minimum, maximum
+and products of signs, since clamp and masks take 5 to 30 times as long.
 """
 
 from __future__ import annotations
@@ -16,26 +17,36 @@ from torch import Tensor
 from typing_extensions import Self
 
 SHORTEST_ROW = 32
-"""Elements; where rows that lie apart are shorter, a copy is read faster."""
+"""Elements; a tensor of separate rows that are shorter is copied, which reads faster."""
+
+
+RESIDUAL_STEPS = 252  # level - t in [-1/2, 1/2] becomes -126..126
+CLIPPED = 127  # -127 below, 127 above
+BLOCK = 2**18
+"""Elements per block of the eager kernels on a CPU: half a dozen float copies fit the cache. Forward and backward take
+1/1.4 and 1/1.1 of the time of 2**16 on 6 and 25 MB, and half of that without blocks on 25 MB."""
+
+Keep = Literal["residual", "mask", "nothing"]
+"""Content of the byte per element that the forward pass saves."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor becomes the (outer, C, inner) of the kernels, C the channels with a range of their own, and back.
+    """View of a tensor as the kernels' (outer, C, inner), C the channels with their own range, and back.
 
-    With one range in all the order of the elements does not matter: a permuted tensor is taken as it lies in memory,
-    one whose rows lie apart (a slice of a product) as (rows, 1, row).
+    Per tensor the order of elements does not matter: a permuted tensor is viewed in memory order, one of separate rows
+    (a slice of a product) as (rows, 1, row length).
     """
 
     shape: tuple[int, ...]
-    """As it lies in memory."""
+    """In memory order."""
     order: list[int] | None
-    """The dimensions in that order; None for the tensor's own."""
+    """Dimensions in memory order; None if that is the tensor's own order."""
     view: tuple[int, int, int]
 
     @classmethod
     def of(cls, x: Tensor, num_channels: int, channel_dim: int) -> Self:
-        """That of x, with one range in all or `num_channels` along a dimension."""
+        """Layout of x, with one range per tensor or `num_channels` along a dimension."""
         shape = tuple(x.shape)
         if num_channels > 1:
             dim = channel_dim % x.ndim
@@ -43,35 +54,39 @@ class Layout:
         if x.is_contiguous():
             return cls(shape, None, (1, 1, x.numel()))
         order = sorted(range(x.ndim), key=x.stride, reverse=True)
-        lying = x.permute(order)
-        row = _row(lying)
-        return cls(tuple(lying.shape), order, (x.numel() // max(row, 1), 1, row))
+        ordered = x.permute(order)
+        row = _row_length(ordered)
+        return cls(tuple(ordered.shape), order, (x.numel() // max(row, 1), 1, row))
 
     def flat(self, x: Tensor) -> Tensor:
-        """x in the view, of which autograd does not know: a compiled kernel is compiled again for each base."""
-        lying = x if self.order is None else x.permute(self.order)
-        return lying.reshape(self.view).data
+        """View of x, hidden from autograd: a compiled kernel would be recompiled for each base of a view."""
+        ordered = x if self.order is None else x.permute(self.order)
+        return ordered.reshape(self.view).data
 
     def back(self, flat: Tensor) -> Tensor:
-        """Undoes `flat`, for a tensor without gaps."""
-        lying = flat.view(self.shape)
-        return lying if self.order is None else lying.permute([self.order.index(dim) for dim in range(len(self.order))])
+        """Inverse of `flat`, for a contiguous tensor."""
+        ordered = flat.view(self.shape)
+        return (
+            ordered
+            if self.order is None
+            else ordered.permute([self.order.index(dim) for dim in range(len(self.order))])
+        )
 
 
 def to_rows(x: Tensor, channel_dim: int | None) -> Tensor:
-    """(C, n), a row a channel of dimension `channel_dim`; (1, n) for None, in any order. A view where possible."""
+    """Rows (C, n), one per channel of `channel_dim`; (1, n) in any order if that is None. A view where possible."""
     if channel_dim is None:
         return Layout.of(x, 1, 0).flat(x).reshape(1, -1)
     return x.movedim(channel_dim, 0).reshape(x.shape[channel_dim], -1)
 
 
-def _row(lying: Tensor) -> int:
-    """Elements that lie together in a tensor of falling strides: all of them, or those of rows at equal distances.
+def _row_length(ordered: Tensor) -> int:
+    """Length of contiguous rows at equal distances in a tensor of falling strides.
 
-    All, too, where rows are short or lie otherwise: `Layout.flat` copies those.
+    All elements if the tensor is contiguous, and if its rows are short or irregular: `Layout.flat` copies those.
     """
     row, distance = 1, None
-    for size, stride in zip(reversed(lying.shape), reversed(lying.stride()), strict=True):
+    for size, stride in zip(reversed(ordered.shape), reversed(ordered.stride()), strict=True):
         if size == 1:
             continue
         if distance is None and stride == row:
@@ -79,18 +94,8 @@ def _row(lying: Tensor) -> int:
         elif stride > 0 and distance in (None, stride):
             distance = stride * size
         else:
-            return lying.numel()
-    return row if row >= SHORTEST_ROW else lying.numel()
-
-
-RESIDUAL_STEPS = 252  # level - t in [-1/2, 1/2] becomes -126..126
-CLIPPED = 127  # -127 below, 127 above
-BLOCK = 2**18
-"""Elements that the eager kernels work on at a time on a CPU: half a dozen float copies stay in its cache. Forward
-and back 1.4 and 1.1 times as fast as 2**16 on 6 and 25 MB; without blocks 25 MB take twice as long."""
-
-Keep = Literal["residual", "mask", "nothing"]
-"""What the forward pass saves of an element in a byte."""
+            return ordered.numel()
+    return row if row >= SHORTEST_ROW else ordered.numel()
 
 
 def to_levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
@@ -98,11 +103,8 @@ def to_levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: boo
     return _levels_(x / scale, low, high, mid_rise)
 
 
-# Minimum, maximum and products of signs rather than clamp and masks: those take 5-30 times as long on a CPU.
-
-
 def _levels_(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
-    """Rounds and clips t in place."""
+    """Round and clip t in place."""
     return _clip_(_round_(t, mid_rise), low, high)
 
 
@@ -115,29 +117,29 @@ def _clip_(t: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _clip_to_edges(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
-    """A copy of t clipped to where "inside" ends."""
+    """Copy of t, clipped to the edges of "inside"."""
     if mid_rise:
         low, high = low - 0.5, high + 0.5
     return torch.maximum(torch.minimum(t, high), low)
 
 
 def _split_(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels; level - t where inside; side: -1 below, 0 inside, 1 above. Overwrites t."""
+    """Levels; level - t inside; side: -1 below, 0 inside, 1 above. Overwrites t."""
     clipped = _clip_to_edges(t, low, high, mid_rise)
     side = t.sub_(clipped).sign_()
     levels = _round_(clipped.clone(), mid_rise)
-    if mid_rise:  # otherwise low and high are levels, and what lies between them is not rounded beyond
+    if mid_rise:  # otherwise low and high are levels, and rounding between them stays between them
         _clip_(levels, low, high)
     return levels, torch.sub(levels, clipped, out=clipped), side
 
 
 class Quantized(NamedTuple):
-    """What `quantize_pass` gives; None for what it was not asked for."""
+    """Result of `quantize_pass`; None for parts that were not requested."""
 
     out: Tensor
     """In x's shape and dtype."""
     byte: Tensor | None
-    """What the backward pass needs of an element, int8."""
+    """Saved for the backward pass, int8."""
     codes: Tensor | None
     """level - low, uint8."""
     total: Tensor | None
@@ -178,12 +180,12 @@ def quantize_pass(
 
 
 def dequantize_pass(codes: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `quantize_pass` gave, from its codes."""
+    """Quantized tensor, from its codes."""
     return codes.to(torch.promote_types(dtype, scale.dtype)).add_(low).mul_(scale).to(dtype)
 
 
 class Gradients(NamedTuple):
-    """What `gradient_pass` gives; None for what it was not asked for."""
+    """Result of `gradient_pass`; None for parts that were not requested."""
 
     x: Tensor | None
     """In the gradient's shape and dtype."""
@@ -204,7 +206,7 @@ def gradient_pass(
     learned: bool,
     residual_gradient: bool,
 ) -> Gradients:
-    """Backward kernel: `saved` is x if `exact`, else `quantize_pass`'s byte; (outer, C, inner) like grad."""
+    """Backward kernel: `saved` is x if `exact`, else the byte of `quantize_pass`; (outer, C, inner) like grad."""
     if exact:
         _, residual, side = _split_(saved / scale, low, high, mid_rise)
     else:
@@ -238,7 +240,7 @@ def quantize_in_blocks(
     with_codes: bool,
     with_sums: bool,
 ) -> Quantized:
-    """`quantize_pass`, a block at a time."""
+    """`quantize_pass`, block by block."""
     x = x.contiguous()
     blocks, options = _blocks(x), (mid_rise, keep, with_codes, with_sums)
     if len(blocks) == 1:
@@ -270,7 +272,7 @@ def gradients_in_blocks(
     learned: bool,
     residual_gradient: bool,
 ) -> Gradients:
-    """`gradient_pass`, a block at a time."""
+    """`gradient_pass`, block by block."""
     grad = grad.contiguous()
     blocks, options = _blocks(grad), (mid_rise, exact, needs_x, learned, residual_gradient)
     if len(blocks) == 1:
@@ -287,20 +289,20 @@ def gradients_in_blocks(
 def _assemble(
     whole: Iterable[Tensor | None], part: Iterable[Tensor | None], at: tuple[slice, slice, slice], *, tensors: int
 ) -> None:
-    """Put a block's results into the whole: the first so many are tensors, the others sums a channel."""
-    for index, (all_of, of_part) in enumerate(zip(whole, part, strict=True)):
-        if all_of is None or of_part is None:
+    """Put a block's results into the whole: the first `tensors` are tensors, the others sums per channel."""
+    for index, (result, of_block) in enumerate(zip(whole, part, strict=True)):
+        if result is None or of_block is None:
             continue
         if index < tensors:
-            all_of[at] = of_part
+            result[at] = of_block
         else:
-            all_of[:, at[1]] += of_part
+            result[:, at[1]] += of_block
 
 
 def _blocks(x: Tensor) -> list[tuple[slice, slice]]:
-    """Parts of an (outer, C, inner) tensor that stay in a CPU's cache from the first step of a kernel to the last."""
+    """Slices (channels, inner) of a tensor, small enough to stay in a CPU's cache throughout a kernel."""
     outer, channels, inner = x.shape
-    if x.device.type != "cpu" or outer > 1 or x.numel() <= 4 * BLOCK:  # a smaller one stays there anyhow
+    if x.device.type != "cpu" or outer > 1 or x.numel() <= 4 * BLOCK:  # a smaller one fits the cache
         return [(slice(None), slice(None))]
     rows, columns = max(BLOCK // inner, 1), BLOCK
     return [

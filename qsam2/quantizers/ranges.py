@@ -1,4 +1,4 @@
-"""The first range of a quantizer, from what calibration observed."""
+"""First range of a quantizer, from the distribution that calibration observed: minmax, percentile, mse or entropy."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from qsam2.quantizers.observers import Distribution
 from qsam2.recipe.quantizer_specs import RangedSpec
 
 
-def initial_bounds(seen: Distribution, spec: RangedSpec, grid: Grid) -> tuple[Tensor, Tensor]:
+def initial_bounds(observed: Distribution, spec: RangedSpec, grid: Grid) -> tuple[Tensor, Tensor]:
     """Lower <= 0 <= upper bound (C,) by `spec.range`: minmax, percentile, mse or entropy."""
-    lower, upper = seen.minimum.clamp(max=0.0), seen.maximum.clamp(min=0.0)
+    lower, upper = observed.minimum.clamp(max=0.0), observed.maximum.clamp(min=0.0)
     if spec.range == "minmax":
         return lower, upper
     if spec.range == "percentile":
-        return percentile_bounds(seen, spec.percentile, grid.symmetric)
+        return percentile_bounds(observed, spec.percentile, grid.symmetric)
     if spec.range == "mse":
-        return best_bounds(seen, grid)
+        return best_bounds(observed, grid)
     if spec.range != "entropy":
         raise ValueError(f"range={spec.range} gives no bounds")
-    ratio = least_divergence_ratio(seen, grid, lambda ratio: (lower * ratio, upper * ratio))
+    ratio = least_divergence_ratio(observed, grid, lambda ratio: (lower * ratio, upper * ratio))
     return lower * ratio, upper * ratio
 
 
-def percentile_bounds(seen: Distribution, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Bounds that leave out (100 - percentile) % of the values at each end; symmetric: of the magnitudes."""
+def percentile_bounds(observed: Distribution, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Bounds that cut off (100 - percentile) % of the values at each end; symmetric: of the magnitudes."""
     if symmetric:
-        bound = _quantile(seen.values.abs(), seen.counts, percentile / 100.0)
+        bound = _quantile(observed.values.abs(), observed.counts, percentile / 100.0)
         return -bound, bound
-    lower = -_quantile(-seen.values, seen.counts, percentile / 100.0)
-    return lower.clamp(max=0.0), _quantile(seen.values, seen.counts, percentile / 100.0).clamp(min=0.0)
+    lower = -_quantile(-observed.values, observed.counts, percentile / 100.0)
+    return lower.clamp(max=0.0), _quantile(observed.values, observed.counts, percentile / 100.0).clamp(min=0.0)
 
 
 def _quantile(values: Tensor, counts: Tensor, fraction: float) -> Tensor:
-    """Smallest value (C,) that at least `fraction` of the counts do not exceed."""
+    """Smallest value (C,) such that at least `fraction` of the counts are of values up to it."""
     values, order = values.sort(dim=1)
     cumulative = counts.gather(1, order).double().cumsum(dim=1)
     position = torch.searchsorted(cumulative, fraction * cumulative[:, -1:])

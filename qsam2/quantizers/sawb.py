@@ -1,10 +1,10 @@
 """SAWB: statistics-aware weight binning (Choi et al., arXiv 1807.06964).
 
-clip = c1 sqrt(E[w^2]) + c2 E|w|, anew at each forward and detached; 2^b levels from -clip to clip, a mid-rise grid:
-s = 2 clip / (2^b - 1). c1 and c2, fitted to the best clips of several distributions, are those of the code of IBM's
-fms-model-optimizer.
-Ours: 6 and 7 bits, which it lacks, are interpolated; one clip a channel (or tensor); a clip is at least the root mean
-square: for weights of nearly equal magnitude the combination is negative from 4 bits on.
+clip = c1 sqrt(E[w^2]) + c2 E|w|, recomputed at each forward and detached; 2^b levels from -clip to clip, a mid-rise
+grid: s = 2 clip / (2^b - 1). c1 and c2, fitted to the best clips of several distributions, are those of the code of
+IBM's fms-model-optimizer.
+Ours: coefficients for 6 and 7 bits, missing there, are interpolated; one clip per channel (or tensor), at least the
+root mean square: for weights of nearly equal magnitude the sum is negative from 4 bits on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qsam2.quantizers.base import Quantizer
-from qsam2.quantizers.observers import Distribution, follow, magnitudes
+from qsam2.quantizers.observers import Distribution, magnitudes, update_running
 from qsam2.quantizers.registry import register
 from qsam2.recipe.quantizer_specs import Role, SAWBSpec
 
@@ -43,14 +43,14 @@ class SAWBQuantizer(Quantizer):
         self.register_buffer("mean_abs", torch.ones(self.num_channels))
         self.register_buffer("rms", torch.ones(self.num_channels))
 
-    def _initialize(self, seen: Distribution) -> None:
-        self.mean_abs.copy_(seen.mean_abs)
-        self.rms.copy_(torch.hypot(seen.mean, seen.std))
+    def _initialize(self, observed: Distribution) -> None:
+        self.mean_abs.copy_(observed.mean_abs)
+        self.rms.copy_(torch.hypot(observed.mean, observed.std))
 
     def _update_statistics(self, x: Tensor) -> None:
         mean_abs, rms = magnitudes(x, self._observed_dim)
-        follow(self.mean_abs, mean_abs, momentum=0.0)
-        follow(self.rms, rms, momentum=0.0)
+        update_running(self.mean_abs, mean_abs, momentum=0.0)
+        update_running(self.rms, rms, momentum=0.0)
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         of_rms, of_mean_abs = COEFFICIENTS[self.bits]

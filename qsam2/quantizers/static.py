@@ -1,7 +1,7 @@
-"""The methods `percentile`, `mse` and `entropy`: a fixed range, found by the search of that name (see `ranges`).
+"""Methods `percentile`, `mse` and `entropy`: a fixed range, determined by the search of that name (see `ranges`).
 
-Activations: on the calibration data. Weights: on the weight itself at that time, a channel. Nothing is learned and
-nothing is followed afterwards; under training the weights move on a fixed grid.
+The range of activations is found on the calibration data, that of a weight on its values then, per channel. Nothing is
+learned or updated afterwards; in training, weights change on a fixed grid.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class StaticQuantizer(Quantizer):
         self.register_buffer("fixed_scale", one)
         self.register_buffer("fixed_zero_point", self.grid.zero_point(-one, one))
 
-    def _initialize(self, seen: Distribution) -> None:
-        scale, zero_point = self.grid.from_bounds(*initial_bounds(seen, self.spec, self.grid))
+    def _initialize(self, observed: Distribution) -> None:
+        scale, zero_point = self.grid.from_bounds(*initial_bounds(observed, self.spec, self.grid))
         self.fixed_scale.copy_(scale)
         self.fixed_zero_point.copy_(zero_point)
 

@@ -18,7 +18,7 @@ from sam2.modeling.sam2_utils import MLP
 from torch import nn
 
 from qsam2.errors import UserError
-from qsam2.layers.convert import WEIGHT_TWINS, quantized_weights
+from qsam2.layers.convert import QUANT_LAYERS, quantized_weights
 from qsam2.recipe.reconstruct import ReconstructRecipe
 
 Scale = Literal["frame", "short", "long"]
@@ -91,7 +91,7 @@ def find_blocks(model: nn.Module, recipe: ReconstructRecipe) -> list[list[Block]
 
 
 def _split(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, (*BLOCKS, *WEIGHT_TWINS)):
+    if isinstance(module, (*BLOCKS, *QUANT_LAYERS)):
         yield name, module
         return
     for key, child in module.named_children():

@@ -9,7 +9,7 @@ from qsam2.layers.convert import quantized_weights
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer
 from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize
-from qsam2.quantizers.grid import positive
+from qsam2.quantizers.grid import bounded_exp
 
 STRETCH, SHIFT = 1.2, 0.1
 """The rectified sigmoid's: h reaches 0 and 1 at finite V."""
@@ -95,7 +95,7 @@ class LearnedStep(nn.Module):
         quantizer = self.quantizer
         quantized = fake_quantize(
             x,
-            positive(self.log_scale),
+            bounded_exp(self.log_scale),
             self.zero_point,
             quantizer.qmin,
             quantizer.qmax,
@@ -109,7 +109,7 @@ class LearnedStep(nn.Module):
     @torch.no_grad()
     def store(self) -> Quantizer:
         """The quantizer, frozen with the learned step."""
-        self.quantizer.frozen_scale.copy_(positive(self.log_scale))
+        self.quantizer.frozen_scale.copy_(bounded_exp(self.log_scale))
         return self.quantizer
 
 

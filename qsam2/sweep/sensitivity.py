@@ -18,7 +18,7 @@ from qsam2.data.sources import open_train, open_videos
 from qsam2.errors import UserError
 from qsam2.evaluation.float_scores import weights_digest
 from qsam2.evaluation.scoring import compare, score_float, score_videos
-from qsam2.layers.convert import ATTENTION_TWINS, WEIGHT_TWINS, convert, quantizers, set_state
+from qsam2.layers.convert import QUANT_ATTENTIONS, QUANT_LAYERS, convert, quantizers, set_state
 from qsam2.loading import load_float, load_model
 from qsam2.models import SAM2
 from qsam2.output import aligned, write_text
@@ -101,7 +101,7 @@ def measure_sensitivity(
 
 def groups(model: SAM2, quantize: QuantizeRecipe, part: str) -> list[str]:
     """The groups of a float model with weights, or activations, whose bits no rule of the recipe decides."""
-    kinds = set(WEIGHT_TWINS) if part == "weights" else {*WEIGHT_TWINS, *ATTENTION_TWINS}
+    kinds = set(QUANT_LAYERS) if part == "weights" else {*QUANT_LAYERS, *QUANT_ATTENTIONS}
     layers = (name for name, layer in model.named_modules() if type(layer) in kinds)
     return list(dict.fromkeys(group_of(name) for name in layers if quantize.rule_for(name) is None))
 

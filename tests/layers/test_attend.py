@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsam2.layers import attention as module
-from qsam2.layers.attention import attend, reads_memory_itself
+from qsam2.layers.attention import attend, projects_values_last
 from qsam2.layers.convert import convert
 from qsam2.models import SAM2
 from qsam2.recipe.quantize import QuantizeRecipe
@@ -68,9 +68,9 @@ def test_gradients_and_dropout_take_torchs_way() -> None:
 def test_who_reads_the_memory_itself(model: SAM2) -> None:
     """Not a model that learns, nor one whose values are quantized."""
     attention = model.memory_attention.layers[0].cross_attn_image
-    assert not reads_memory_itself(attention)
+    assert not projects_values_last(attention)
     with torch.no_grad():
-        assert reads_memory_itself(attention)
+        assert projects_values_last(attention)
         spec = MinMaxSpec(bits=8)
         convert(model, QuantizeRecipe(weights=spec, activations=spec))
-        assert not reads_memory_itself(model.memory_attention.layers[0].cross_attn_image)
+        assert not projects_values_last(model.memory_attention.layers[0].cross_attn_image)
