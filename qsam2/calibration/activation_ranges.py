@@ -1,4 +1,8 @@
-"""Range calibration: weights from themselves, activations from what passes through a few batches."""
+"""Range calibration: weights from their values, activations from a few batches (ours: part by part).
+
+The ranges of a part of SAM2 are found with all earlier parts quantized, so that quantizers observe the inputs they will
+have. `find_ranges` calibrates one part, `find_sam2_ranges` all of them in order.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from qsam2.run import Run
 
 Batch = TypeVar("Batch")
 FEATURES_BYTES = 2e9
-"""Memory for image features that two stages of calibration share: 120 frames at 1024 px."""
+"""Memory for image features shared by two stages of calibration: 120 frames at 1024 px."""
 
 
 def calibrate_ranges(run: Run) -> None:
@@ -39,21 +43,20 @@ def calibrate_ranges(run: Run) -> None:
 
 
 def in_image_encoder(name: str) -> bool:
-    """Whether a layer works on an image alone: `SAM2.forward_image` runs two of the mask decoder's."""
+    """True for layers of `SAM2.forward_image`, which includes two of the mask decoder's."""
     return name.startswith(("image_encoder.", "sam_mask_decoder.conv_s"))
 
 
 def find_sam2_ranges(model: SAM2, data: CalibrationData, *, progress: bool = True) -> None:
-    """Find the ranges of a converted SAM2, in eval mode, part by part, earlier parts quantized already (ours).
+    """Find the ranges of a converted SAM2, in eval mode, part by part with earlier parts quantized.
 
-    First the image encoder, on the stills and three frames of each clip, far apart. Then, on these clips, what fills
-    the memory bank: prompt encoder, mask decoder and memory encoder. Last the memory attention, on whole clips, every
-    other one from points, with a bank that the quantized model has filled.
+    First the image encoder, on the stills and three distant frames of each clip. Then, on these clips, the modules that
+    fill the memory bank: prompt encoder, mask decoder and memory encoder. Last the memory attention, on whole clips,
+    every other one from points, with a bank filled by the quantized model.
 
     Raises:
         UserError: see `find_ranges`; names the sample.
     """
-
     set_state(model, QuantizerState.FLOAT)
     stages: tuple[tuple[str, Callable[[str], bool], Callable[[Sample], object]], ...] = (
         ("image encoder", in_image_encoder, lambda sample: encode(model, far_apart(sample))),
@@ -70,12 +73,12 @@ def find_sam2_ranges(model: SAM2, data: CalibrationData, *, progress: bool = Tru
         if part is in_image_encoder:
             samples, count = data.samples(), len(data)
         if not any(quantizer.role == "activation" and part(name) for name, quantizer in quantizers(model)):
-            samples, count = iter(()), 0  # weights have their ranges of themselves
+            samples, count = iter(()), 0  # ranges of weights need no data
         find_ranges(model, run, tqdm(samples, f"ranges, {what}", count, disable=not progress), part)
 
 
 def _prompt(sample: Sample) -> Prompt:
-    return PROMPTS[sample.clip.index % 2]  # a memory does not tell a click from a box
+    return PROMPTS[sample.clip.index % 2]  # a memory does not depend on whether a click or a box made it
 
 
 def _in_memory_attention(name: str) -> bool:
@@ -93,12 +96,11 @@ def find_ranges(
     batches: Iterable[Batch],
     part: Callable[[str], bool] = lambda name: True,
 ) -> int:
-    """Find the range of every quantizer in a part of the model and switch these, whatever their state, to QUANTIZE.
+    """Find the ranges of all quantizers in a part of the model (chosen by name) and switch them to QUANTIZE.
 
-    `run` passes one batch through the model, in the mode (train, eval) that the caller has put it into; nothing in the
-    part, which is chosen by names, is quantized meanwhile. All its activation ranges are set at the end, so that none
-    is found on inputs that the part itself quantized. Returns the number of batches. In a distributed run all ranks
-    call it.
+    `run` passes one batch through the model, in its current mode (train, eval). Meanwhile nothing in the part is
+    quantized: its activation ranges are all set at the end. Returns the number of batches. In a distributed run all
+    ranks call it.
 
     Raises:
         UserError: a batch or a weight holds NaN or infinity, or no batch reached some quantizer.
@@ -118,7 +120,7 @@ def find_ranges(
     for quantizer in activations:
         try:
             quantizer.finish_observing()
-        except UserError:  # every rank has to ask every quantizer before one of them gives up
+        except UserError:  # all ranks have to call this for all quantizers before any of them raises
             unreached.append(quantizer.name)
     if unreached:
         raise UserError(

@@ -1,6 +1,8 @@
-"""Mixed precision: which layer gets how many bits under a budget.
+"""Mixed precision: bits of each layer under a budget of average bits.
 
 minimise sum_l cost_l(b_l)  subject to  sum_l n_l b_l <= B sum_l n_l,  n_l weights of layer l, B the average bits.
+
+Costs are an importance times 2^-b (Mix-QSAM2), or losses measured by `qsam2 sensitivity` (ours).
 """
 
 from __future__ import annotations
@@ -36,21 +38,21 @@ GROUP = re.compile(
     r"image_encoder\.trunk\.(blocks\.\d+|patch_embed)|image_encoder\.neck|memory_attention\.layers\.\d+|"
     r"sam_mask_decoder\.transformer|[^.]+"
 )
-"""The parts of SAM 2 whose sensitivity is measured: a block of the trunk, a layer of the memory attention, ..."""
+"""Parts of SAM 2 whose sensitivity is measured: a block of the trunk, a layer of the memory attention, ..."""
 UNMEASURED = "quantize.allocate.sensitivity: {file} {problem}; run qsam2 sensitivity on this model and give its JSON"
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bits of each layer, and the mean over their weights."""
+    """Bits of each layer, and their mean over all weights."""
 
     bits: dict[str, int]
     average_bits: float
 
     def resolve(self, quantize: QuantizeRecipe, reason: str) -> QuantizeRecipe:
-        """The recipe with a rule for each layer in place of its budget."""
-        own = (Rule(match=name, weight_bits=bits, reason=reason) for name, bits in self.bits.items())
-        return quantize.model_copy(update={"rules": (*quantize.rules, *own), "allocate": None})
+        """Recipe with a rule for each layer instead of the budget."""
+        rules = (Rule(match=name, weight_bits=bits, reason=reason) for name, bits in self.bits.items())
+        return quantize.model_copy(update={"rules": (*quantize.rules, *rules), "allocate": None})
 
 
 def allocate_bits(run: Run) -> None:
@@ -61,10 +63,10 @@ def allocate_bits(run: Run) -> None:
     budget, layers = quantize.allocate, allocatable(run.model, quantize)
     by = "importance" if budget.sensitivity is None else "measured sensitivity"
     before = folder.metrics.get("allocated_bits")
-    if before is not None:  # a resumed run goes on with the bits that it began with
+    if before is not None:  # a resumed run keeps its bits
         allocation = Allocation(before["layers"], before["average"])
     elif not layers:
-        raise UserError("quantize.allocate: rules decide on all layers, none is left to give bits to; remove one")
+        raise UserError("quantize.allocate: rules decide on all layers, none is left to allocate; remove a rule")
     else:
         with folder.stage("allocate bits", f"{budget.average_bits:g} on average, by {by}"):
             if budget.sensitivity is None:
@@ -85,23 +87,23 @@ def allocate_bits(run: Run) -> None:
 
 
 def group_of(layer: str) -> str:
-    """The group that a layer of SAM 2 belongs to."""
+    """Group of a layer of SAM 2."""
     match = GROUP.match(layer)
     assert match is not None
     return match.group()
 
 
 def allocatable(model: nn.Module, quantize: QuantizeRecipe) -> dict[str, nn.Module]:
-    """The layers of a float model whose bits no rule of the recipe decides."""
+    """Layers of a float model on which no rule of the recipe decides."""
     layers = {name: layer for name, layer in model.named_modules() if type(layer) in QUANT_LAYERS}
     return {name: layer for name, layer in layers.items() if quantize.rule_for(name) is None}
 
 
 def solve(costs: Costs, sizes: Mapping[str, int], average_bits: float) -> dict[str, int]:
-    """The bits of least total cost in the budget, exactly: a mixed-integer program (HiGHS through SciPy).
+    """Bits of least total cost in the budget: exact solution of a mixed-integer program (HiGHS through SciPy).
 
     Args:
-        costs: of each layer at each number of bits that it may have.
+        costs: of each layer at each allowed number of bits.
         sizes: number of weights of each layer.
     """
     chosen = [(name, bits) for name, by_bits in costs.items() for bits in by_bits]
@@ -120,19 +122,19 @@ def solve(costs: Costs, sizes: Mapping[str, int], average_bits: float) -> dict[s
         ],
         options={"mip_rel_gap": 0.0},
     )
-    assert result.success, result.message  # the least bits always fit: the recipe checks that
+    assert result.success, result.message  # the fewest bits fit any budget that the recipe accepts
     return {name: bits for (name, bits), taken in zip(chosen, result.x, strict=True) if taken > 0.5}
 
 
 def allocate(layers: Mapping[str, nn.Module], costs: Costs, average_bits: float) -> Allocation:
-    """Bits of least cost in the budget; costs are of the layers, or of their groups, whose layers share bits."""
+    """Bits of least cost in the budget; costs are per layer, or per group, whose layers share bits."""
     key = {name: name if name in costs else group_of(name) for name in layers}
     sizes: dict[str, int] = dict.fromkeys(costs, 0)
     count = {name: _weight(layer).numel() for name, layer in layers.items()}
     for name in layers:
         sizes[key[name]] += count[name]
-    given = solve({name: costs[name] for name, size in sizes.items() if size}, sizes, average_bits)
-    bits = {name: given[key[name]] for name in layers}
+    solution = solve({name: costs[name] for name, size in sizes.items() if size}, sizes, average_bits)
+    bits = {name: solution[key[name]] for name in layers}
     return Allocation(bits, sum(bits[name] * count[name] for name in layers) / sum(count.values()))
 
 
@@ -160,18 +162,18 @@ def importance(
 
 
 def importance_costs(importances: Mapping[str, float], choices: Sequence[int]) -> Costs:
-    """S_l 2^-b (Mix-QSAM2)."""
+    """Costs S_l 2^-b from importances S_l."""
     return {name: {bits: value * 2.0**-bits for bits in choices} for name, value in importances.items()}
 
 
 def measured_costs(file: Path, layers: Iterable[str], choices: Sequence[int]) -> Costs:
-    """What `qsam2 sensitivity` measured of the groups of these layers, as a cost for each number of bits (ours).
+    """Costs of the groups of these layers from a file of `qsam2 sensitivity`, for each number of bits.
 
-    Between measured bits the logarithm of the loss goes in a straight line; beyond them noise power falls fourfold a
-    bit. More bits never cost more.
+    The logarithm of the loss is interpolated linearly between measured bits; beyond them the noise power falls by 4 per
+    bit. Costs never increase with the bits.
 
     Raises:
-        UserError: no such file, another kind of file, or a group was not measured.
+        UserError: the file is missing or not a sensitivity measurement, or a group was not measured.
     """
     try:
         rows = json.loads(file.read_text())["groups"]
@@ -195,7 +197,7 @@ def _filled(measured: Mapping[int, float], choices: Sequence[int]) -> dict[int, 
     filled = {}
     for bits in sorted(choices):
         nearest = min(max(bits, known[0]), known[-1])
-        log_loss = np.interp(nearest, known, [math.log(max(measured[each], floor)) for each in known])
+        log_loss = np.interp(nearest, known, [math.log(max(measured[k], floor)) for k in known])
         filled[bits] = math.exp(log_loss) * 4.0 ** (nearest - bits)
     falling = np.maximum.accumulate(list(filled.values())[::-1])[::-1]
     return dict(zip(filled, falling.tolist(), strict=True))
@@ -207,7 +209,7 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _by_input(layer: nn.Module) -> Tensor:
-    """|W| as (outputs, inputs): a convolution's taps are averaged, a grouped one's inputs are its own alone."""
+    """|W| as (outputs, inputs): the mean over a convolution's taps; a grouped one has the inputs of its group."""
     weight = _weight(layer).detach().double().abs()
     if isinstance(layer, nn.Linear):
         return weight

@@ -1,4 +1,8 @@
-"""GPTQ rounding: columns of a weight are rounded one by one, and those that follow take up the error of each."""
+"""GPTQ (arXiv 2210.17323): columns of a weight are rounded one by one, and later columns compensate their errors.
+
+The integers of a calibrated model's weights are chosen for least output error E |(W - Q) x|^2 instead of least
+distance.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +31,12 @@ from qsam2.run import Run
 
 log = logging.getLogger("qsam2")
 BLOCK = 128
-"""Columns whose errors are passed on to the columns behind them in one product."""
+"""Columns whose errors are passed on to the later columns in one product."""
 
 
 @dataclass(frozen=True)
 class RowGrid:
-    """The levels of each row of a weight (m, n): `low` .. `high` steps of `scale`, all (m, 1) float64."""
+    """Levels of each row of a weight (m, n): `low` .. `high` steps of `scale`, all (m, 1) float64."""
 
     scale: Tensor
     low: Tensor
@@ -41,7 +45,7 @@ class RowGrid:
 
     @classmethod
     def of(cls, layer: QuantizedLayer, device: torch.device) -> RowGrid:
-        """That of a layer's weight quantizer, whatever its method."""
+        """Grid of a layer's weight quantizer, for any method."""
         quantizer = layer.weight_quantizer
         assert quantizer is not None
         shape = broadcast_shape(quantizer.num_channels, 2, 0)
@@ -52,27 +56,27 @@ class RowGrid:
         return cls(scale, quantizer.qmin - zero_point, quantizer.qmax - zero_point, quantizer.grid.mid_rise)
 
     def nearest(self, weight: Tensor) -> Tensor:
-        """Values on the grid, of all columns or of some."""
+        """Nearest values on the grid, for any columns of the weight."""
         return to_levels(weight, self.scale, self.low, self.high, self.mid_rise) * self.scale
 
 
 @dataclass(frozen=True)
 class RoundedLayer:
-    """What became of one layer. Errors: E |difference of outputs|^2 over the outputs' variance, held-out half."""
+    """Result for one layer. Errors: E |difference of outputs|^2 over the outputs' variance, held-out half."""
 
     name: str
     bits: int
     inputs: int
     error: tuple[float, float]
-    """Of the nearest integers, and of those that were chosen."""
+    """Error of the nearest integers, and of the chosen ones."""
 
     def figures(self) -> dict[str, Any]:
-        """What `metrics.json` holds of it."""
+        """Values for `metrics.json`."""
         return {key: value for key, value in vars(self).items() if key != "name"}
 
 
 def round_weights(run: Run) -> None:
-    """Stage: give quantized weights, in place and for good, the integers of least output error."""
+    """Stage: round quantized weights to integers of least output error, in place."""
     method = run.recipe.calibrate.rounding
     if run.recipe.quantize is None or method is None:
         return
@@ -84,7 +88,7 @@ def round_weights(run: Run) -> None:
 
 
 def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The layers that GPTQ rounds: linear ones and convolutions without groups. The others keep nearest integers."""
+    """Layers that GPTQ rounds: linear layers and convolutions without groups; others keep nearest integers."""
     return {
         name: layer
         for name, layer, _ in quantized_weights(model)
@@ -93,10 +97,10 @@ def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def round_sam2(model: SAM2, data: CalibrationData, damping: float, *, progress: bool = True) -> list[RoundedLayer]:
-    """Round the layers of a calibrated SAM2 in two passes: the image encoder, then all else behind the rounded encoder.
+    """Round the layers of a calibrated SAM2 in two passes: the image encoder, then all others, with it rounded.
 
-    Inputs are those of the quantized model, but for the weights that the same pass will round: these are still in
-    float, which rounded ones come nearer to than the nearest integers do (ours; GPTQ has a pass a block).
+    Inputs are those of the quantized model, except that weights of the same pass are still in float: rounded weights
+    will be nearer to them than to their nearest integers (ours; GPTQ has one pass per block).
     """
     layers = rounded_layers(model)
     rows: list[RoundedLayer] = []
@@ -125,28 +129,27 @@ def _set_states(layers: Mapping[str, QuantizedLayer], state: QuantizerState) -> 
 def round_layers(
     layers: Mapping[str, QuantizedLayer], inputs: dict[str, LayerInputs], damping: float
 ) -> Iterator[RoundedLayer]:
-    """Round each layer, in place, and say what became of it. Empties `inputs`; see `round_layer`."""
+    """Round each layer in place, see `round_layer`. Empties `inputs`."""
     for name, layer in layers.items():
         yield round_layer(name, layer, inputs.pop(name), damping)
 
 
 @torch.no_grad()
 def round_layer(name: str, layer: QuantizedLayer, inputs: LayerInputs, damping: float) -> RoundedLayer:
-    """Freeze the weight's quantizer and give the layer integers of least output error on it, in place.
+    """Freeze the weight's quantizer and round the weight to integers of least output error, in place.
 
-    The weight becomes what its integers stand for, so that finalizing, packing and further rounding find the same
-    integers. Ours: A bias takes up the mean of what rounding changes; then only the error about the mean is left to
-    lessen, and the Hessian is the covariance of the inputs (without a bias: their second moment). The error of
-    quantized inputs counts as noise, uncorrelated between inputs and with them, as in `calibrate_layer`: GPTQ then
-    rounds the weights that are best for noisy inputs. Integers are fitted on one half of the inputs; where the nearest
-    do better on the other half, they stay.
+    The weight becomes its dequantized integers, which finalizing, packing and further rounding leave unchanged. Ours:
+    the bias compensates the change of the mean output, so that the Hessian is the covariance of the inputs (without a
+    bias: their second moment). The error of quantized inputs is treated as noise, uncorrelated between inputs and with
+    them, as in `calibrate_layer`: GPTQ then rounds the weights that are best for noisy inputs. Integers are fitted on
+    one half of the inputs; if the nearest are better on the other half, these are kept.
 
     Raises:
         UserError: the Hessian with this damping is singular.
     """
     quantizer, bias = layer.weight_quantizer, getattr(layer, "bias", None)
     assert quantizer is not None
-    quantizer.freeze(layer.weight)  # from here on the weight is what the method puts on the grid
+    quantizer.freeze(layer.weight)  # applies the method's transform to the weight
     weight = layer.weight.detach().flatten(1).to(inputs.fit.mean.device).double()
     grid = RowGrid.of(layer, weight.device)
     nearest = grid.nearest(weight)
@@ -172,19 +175,19 @@ def round_layer(name: str, layer: QuantizedLayer, inputs: LayerInputs, damping: 
 
 
 def second_moment(moments: Moments, *, centred: bool) -> Tensor:
-    """(n, n), of the inputs about their mean or about zero."""
+    """Second moment (n, n) of the inputs, about their mean or about zero."""
     return moments.covariance if centred else moments.covariance + torch.outer(moments.mean, moments.mean)
 
 
 def gptq(weight: Tensor, moment: Tensor, grid: RowGrid, damping: float, noise: Tensor | None = None) -> Tensor | None:
     """Values on the grid, (m, n), of a weight (m, n) float64; None where the damped Hessian is singular.
 
-    GPTQ (arXiv 2210.17323), algorithm 1: with U the upper Cholesky factor of the inverse of the Hessian H + damping *
-    mean diag H, column j is rounded, and its error over U_jj times row j of U is taken from the columns behind it.
-    Columns of large energy go first, while there are many left to make up for them (the authors' code). U is found
-    without the inverse (ours): of H = R R^T, R upper triangular, it is R^-1. Inputs that are all zero ask for the
-    nearest. With noise n (n,) of the inputs, H is C + diag n, and W (C + diag n)^-1 C is rounded in place of W (ours):
-    E |W x - Q (x + e)|^2 is least there.
+    Algorithm 1: with U the upper Cholesky factor of the inverse of the Hessian H + damping * mean diag H, column j is
+    rounded, and its error over U_jj times row j of U is subtracted from the later columns. Columns of large energy come
+    first, while many others can compensate them (the authors' code). U is computed without the inverse (ours): it is
+    R^-1 for H = R R^T, R upper triangular. Inputs that are all zero give the nearest values. With noise n (n,) of the
+    inputs, H is C + diag n, and W (C + diag n)^-1 C is rounded instead of W (ours), the minimiser of
+    E |W x - Q (x + e)|^2.
     """
     noise = torch.zeros_like(moment[0]) if noise is None else noise
     energy = (moment.diagonal() + noise).mean()

@@ -1,4 +1,8 @@
-"""Ranges of activations aggregated from frames to clips to the whole set (hierarchy-based video quantization, ours)."""
+"""Ranges of activations aggregated from frames to clips to the whole set (after Q-MiniSAM2; the aggregation is ours).
+
+The range of a clip is what at least two of its frames reach, which excludes single outliers but not a drift of many
+frames; the range of the set is that of its widest clip.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +18,27 @@ from qsam2.models import SAM2
 from qsam2.quantizers import QuantizerState
 
 PASSES = 2
-"""How often a clip is tracked: from masks and from clicks."""
+"""Passes over each clip: from masks and from clicks."""
 Frame = tuple[int, int]
-"""Image number, and number of the frame that is tracked."""
+"""Number of the image, and of the tracked frame."""
 
 
 class RangeHierarchy:
-    """Extremes of one activation: of each frame, of clips, of the set.
-
-    A clip reaches what at least two of its frames reach: one odd frame sets no range, a drift, which many frames share,
-    does. The set reaches what its widest clip reaches.
-    """
+    """Range of one activation, aggregated from frames to clips to the set."""
 
     def __init__(self) -> None:
         self.lower, self.upper = math.inf, -math.inf
         self._frames: dict[Frame, tuple[float, float]] = {}
 
     def add(self, frame: Frame, lower: float, upper: float) -> None:
-        """What one call saw, as part of a frame."""
+        """Include the extremes of one call in those of its frame."""
         before = self._frames.get(frame, (math.inf, -math.inf))
         self._frames[frame] = min(lower, before[0]), max(upper, before[1])
 
     def end_clip(self, length: int = 0) -> None:
-        """The frames since the last call are a clip of `length` tracked frames, perhaps tracked several times."""
-        seen, self._frames = self._frames, {}
-        for (image, tracked), extremes in seen.items():
+        """End a clip of `length` tracked frames, tracked any number of times: all frames since the last call."""
+        frames, self._frames = self._frames, {}
+        for (image, tracked), extremes in frames.items():
             self.add((image, tracked % length if length else tracked), *extremes)
         if self._frames:
             second = min(len(self._frames), 2) - 1
@@ -48,7 +48,7 @@ class RangeHierarchy:
 
 
 class HierarchicalData(CalibrationData):
-    """Calibration data that narrows what quantizers observed of it, when the last sample has passed, to its hierarchy.
+    """Calibration data after whose last sample observed ranges are limited to those of a `RangeHierarchy`.
 
     All stills together count as one clip.
     """
@@ -58,11 +58,11 @@ class HierarchicalData(CalibrationData):
         self.stills, self.clips = data.stills, data.clips
 
     def samples(self) -> Iterator[Sample]:
-        """All, as `data` gives them."""
+        """All samples, in the order of `data`."""
         return self._watched(self.data.samples())
 
     def clip_samples(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
-        """The clips alone, as `data` gives them."""
+        """Clips only, in the order of `data`."""
         return self._watched(self.data.clip_samples(start, stop))
 
     def _watched(self, samples: Iterator[Sample]) -> Iterator[Sample]:

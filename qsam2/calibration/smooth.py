@@ -1,4 +1,8 @@
-"""SmoothQuant: scales move from the output of a LayerNorm, whose range is quantized, into the layers that read it."""
+"""SmoothQuant (arXiv 2211.10438): channel scales move from the output of a LayerNorm into the layers that read it.
+
+Dividing a norm's channels by s_j and multiplying the columns of its readers by s_j keeps the function and evens out the
+ranges of the channels, which share one activation quantizer.
+"""
 
 from __future__ import annotations
 
@@ -24,30 +28,30 @@ from qsam2.run import Run
 
 log = logging.getLogger("qsam2")
 ROWS = 32
-"""Rows of each call of a layer that are kept to compare strengths on."""
+"""Rows kept of each call of a layer, for the comparison of strengths."""
 
 
 @dataclass(frozen=True)
 class SmoothedNorm:
-    """What became of one LayerNorm. Errors: of its quantized readers' outputs over their energy, held-out half."""
+    """Result for one LayerNorm. Errors: of its quantized readers' outputs over their energy, held-out half."""
 
     name: str
     readers: tuple[str, ...]
     alpha: float | None
-    """None where no smoothing did best."""
+    """None if no smoothing is best."""
     range_over_mean: tuple[float, float]
-    """Largest over mean of the channels' max|x|, before and after."""
+    """Largest over mean of the channels' max|x|, before and after smoothing."""
     error: tuple[float, float] | None
-    """Without smoothing and with; None where there was nothing to choose."""
+    """Error without and with smoothing; None if only one alpha is given."""
 
     def figures(self) -> dict[str, Any]:
-        """What `metrics.json` holds of it."""
+        """Values for `metrics.json`."""
         return {key: value for key, value in vars(self).items() if key != "name"}
 
 
 @dataclass
 class ReaderInputs:
-    """A linear layer's inputs: max|x| a channel over all of them, and some rows of each half of the samples."""
+    """Inputs of a linear layer: max|x| per channel over all of them, and some rows of each half of the samples."""
 
     largest: Tensor
     fit: list[Tensor] = field(default_factory=list)
@@ -71,40 +75,40 @@ def smooth_norms(run: Run) -> None:
 
 
 def norms_and_readers(model: SAM2, quantize: QuantizeRecipe) -> dict[str, list[str]]:
-    """Each normalisation whose output linear layers alone read, with these layers, by name, if their inputs quantize.
+    """Names of normalisations whose output is read by linear layers only, with these layers, if their inputs quantize.
 
-    Not among them: norms whose output is also added to something (two-way transformer) or goes into an activation.
+    Excluded are norms whose output is also added to a tensor (two-way transformer) or enters an activation function.
     """
     trunk = "image_encoder.trunk"
-    found = {
+    names = {
         f"{trunk}.{norm}": [f"{trunk}.{reader}" for reader in readers]
         for norm, readers in trunk_norms_and_readers(model.image_encoder.trunk).items()
     }
     for name, module in model.named_modules():
         if isinstance(module, MemoryAttentionLayer):
             if not module.pos_enc_at_attn:
-                found[f"{name}.norm1"] = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
+                names[f"{name}.norm1"] = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
             if not module.pos_enc_at_cross_attn_queries:
-                found[f"{name}.norm2"] = [f"{name}.cross_attn_image.q_proj"]
-            found[f"{name}.norm3"] = [f"{name}.linear1"]
+                names[f"{name}.norm2"] = [f"{name}.cross_attn_image.q_proj"]
+            names[f"{name}.norm3"] = [f"{name}.linear1"]
         elif isinstance(module, CXBlock):
-            found[f"{name}.norm"] = [f"{name}.pwconv1"]
+            names[f"{name}.norm"] = [f"{name}.pwconv1"]
     decoder = "sam_mask_decoder"
     heads = [f"{decoder}.output_hypernetworks_mlps.{k}." for k in range(model.sam_mask_decoder.num_mask_tokens)]
     heads += [f"{decoder}.iou_prediction_head", f"{decoder}.pred_obj_score_head", "obj_ptr_proj"]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found[f"{decoder}.transformer.norm_final_attn"] = [
+    names[f"{decoder}.transformer.norm_final_attn"] = [
         next(name for name in linear if name.startswith(head)) for head in heads
     ]
     return {
         norm: readers
-        for norm, readers in found.items()
+        for norm, readers in names.items()
         if any(quantize.plan(reader).activations is not None for reader in readers)
     }
 
 
 def reader_layers(model: SAM2, names: Iterable[str]) -> dict[str, nn.Linear]:
-    """The layers of these names."""
+    """Linear layers by name."""
     return {name: cast("nn.Linear", model.get_submodule(name)) for name in names}
 
 
@@ -136,7 +140,7 @@ def smooth(
     quantize: QuantizeRecipe,
     alphas: Sequence[float],
 ) -> Iterator[SmoothedNorm]:
-    """Smooth each norm and its readers, in place, and say what became of them."""
+    """Smooth each norm and its readers in place, see `smooth_norm`."""
     for norm, readers in norms.items():
         layer = cast("nn.LayerNorm", model.get_submodule(norm))
         yield smooth_norm(norm, layer, reader_layers(model, readers), inputs, quantize, alphas)
@@ -151,9 +155,9 @@ def smooth_norm(
     quantize: QuantizeRecipe,
     alphas: Sequence[float],
 ) -> SmoothedNorm:
-    """Divide the norm's channels by `smoothing_scales` and multiply the readers' columns by them: the same function.
+    """Divide the norm's channels by `smoothing_scales` and multiply the readers' columns by them, in place.
 
-    Of several alphas, and none (ours), the one of least quantized output error on the held-out rows.
+    Of several alphas, and no smoothing (ours), the one of least quantized output error on the held-out rows is taken.
     """
     weights = {reader: layer.weight.detach() for reader, layer in readers.items()}
     largest = torch.stack([inputs[reader].largest for reader in readers]).amax(dim=0)
@@ -162,15 +166,15 @@ def smooth_norm(
     chosen: float | None = alphas[0]
     errors = None
     if len(alphas) > 1:
-        found = {
+        totals = {
             alpha: sum(
                 quantized_error(weight, inputs[reader], scales, quantize.plan(reader), reader)
                 for reader, weight in weights.items()
             )
             for alpha, scales in candidates.items()
         }
-        chosen = min(found, key=found.__getitem__)
-        errors = found[None], found[chosen]
+        chosen = min(totals, key=totals.__getitem__)
+        errors = totals[None], totals[chosen]
     scales = candidates[chosen]
     norm.weight.div_(scales)
     norm.bias.div_(scales)
@@ -185,12 +189,12 @@ def _range_over_mean(largest: Tensor) -> float:
 
 
 def smoothing_scales(largest: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
-    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), (n,) (SmoothQuant, arXiv 2211.10438, eq. 4); over all readers' W.
+    """Scales s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), (n,) (SmoothQuant, eq. 4), over the W of all readers.
 
-    1 where inputs or weights are all zero, which leaves nothing to balance.
+    1 for channels whose inputs or weights are all zero.
 
     Args:
-        largest: (n,) max|X_j|; weights: (m, n) each; alpha: 0 evens out the weights, 1 the inputs.
+        largest: (n,) max|X_j|; weights: (m, n) each; alpha: 0 balances the weights, 1 the inputs.
     """
     columns = torch.cat([weight.abs() for weight in weights]).amax(dim=0)
     scales = largest**alpha / columns.clamp(min=torch.finfo(columns.dtype).tiny) ** (1 - alpha)
@@ -198,7 +202,7 @@ def smoothing_scales(largest: Tensor, weights: Sequence[Tensor], alpha: float) -
 
 
 def quantized_error(weight: Tensor, inputs: ReaderInputs, scales: Tensor, plan: LayerPlan, name: str) -> float:
-    """|Q(x / s) Q(W s)^T - x W^T|^2 over |x W^T|^2 on held-out rows, Q with the range of the others."""
+    """|Q(x / s) Q(W s)^T - x W^T|^2 over |x W^T|^2 on the held-out rows, Q calibrated on the fitted ones."""
     fit, x = torch.cat(inputs.fit), torch.cat(inputs.held_out)
     quantized_x, quantized_weight = x / scales, weight * scales
     if plan.activations is not None:

@@ -1,11 +1,14 @@
-"""Weight calibration: a linear layer gets weights whose quantized output errs least on data not used for the fit."""
+"""Weight calibration: new weights for linear layers, of least quantized output error on held-out data.
+
+Candidates of several strengths (`frobenius`: Q-SAM2's ridge, AHCQ-SAM's ACNR) are fitted on one half of the calibration
+samples and compared on the other (ours).
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,6 +20,7 @@ from qsam2.calibration.forward import encode, run_sample
 from qsam2.calibration.frobenius import Spectrum, acnr, ridge
 from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs, gram_bytes
 from qsam2.errors import UserError
+from qsam2.layers.convert import nearest_names
 from qsam2.output import listed
 from qsam2.quantizers import Quantizer, build_quantizer
 from qsam2.recipe.calibrate import FrobeniusRecipe, WeightCalibration
@@ -24,16 +28,14 @@ from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import QuantizerSpec
 from qsam2.run import Run
 
-NEAREST = 3
-"""How many layer names the message on a pattern without a match gives."""
 log = logging.getLogger("qsam2")
 
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """What became of one layer. Errors: E |difference of outputs|^2 over the outputs' variance, held-out half.
+    """Result for one layer. Errors: E |difference of outputs|^2 over the outputs' variance, held-out half.
 
-    `strength` is rho (frobenius) or the number of steps (acnr), 0 where the weights stayed what they were.
+    `strength` is rho (frobenius) or the number of steps (acnr), 0 if the weights are unchanged.
     """
 
     name: str
@@ -41,25 +43,25 @@ class CalibratedLayer:
     strength: float
     inputs: int
     rank: int
-    """Of the inputs about their mean, on the half that was fitted."""
+    """Rank of the inputs about their mean, on the fitted half."""
     condition_number: float
     std: tuple[float, float]
-    """Of the weights before and after, as the next."""
+    """Standard deviation of the weights, before and after calibration."""
     max_over_std: tuple[float, float]
     float_error: float
-    """Of the float layer with the new weights."""
+    """Error of the float layer with the new weights."""
     quantized_error: tuple[float, float]
-    """Of the quantized layer with the old and the new weights, noise of quantized inputs included."""
+    """Error of the quantized layer with the old and the new weights, noise of quantized inputs included."""
     errors: dict[float, float]
     """Quantized error for each strength."""
 
     def figures(self) -> dict[str, Any]:
-        """What `metrics.json` holds of it."""
+        """Values for `metrics.json`."""
         return {key: value for key, value in vars(self).items() if key != "name"}
 
 
 def calibrate_weights(run: Run) -> None:
-    """Stage: give linear layers, in place, the weights that quantize best on the calibration data."""
+    """Stage: replace weights of linear layers by those of least quantized error on the calibration data, in place."""
     quantize, method = run.recipe.quantize, run.recipe.calibrate.weights
     if quantize is None or method is None:
         return
@@ -80,7 +82,7 @@ def calibrate_weights(run: Run) -> None:
 
 
 def choose_layers(model: nn.Module, quantize: QuantizeRecipe, patterns: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linear layers of a float model that match a pattern and whose weights the recipe quantizes.
+    """Linear layers of a float model that match a pattern and whose weights the recipe quantizes.
 
     Raises:
         UserError: a pattern matches no linear layer, or none that is quantized.
@@ -90,15 +92,14 @@ def choose_layers(model: nn.Module, quantize: QuantizeRecipe, patterns: tuple[st
     for pattern in patterns:
         where = f"calibrate.weights.layers: {pattern!r} matches"
         if not any(fnmatchcase(name, pattern) for name in linear):
-            nearest = get_close_matches(pattern.strip("*."), linear, n=NEAREST, cutoff=0.0)
-            raise UserError(f"{where} no linear layer; nearest names: {', '.join(nearest)} (* stands for anything)")
+            raise UserError(f"{where} no linear layer; {nearest_names(pattern, linear)}")
         if not any(fnmatchcase(name, pattern) for name in quantized):
             raise UserError(f"{where} only layers whose weights the recipe keeps in float: remove it, or their rule")
     return {name: linear[name] for name in quantized if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def input_quantizers(names: Iterable[str], quantize: QuantizeRecipe) -> dict[str, Quantizer]:
-    """A quantizer each for the inputs of the layers of these names, where the recipe quantizes them."""
+    """Quantizers for the inputs of layers, by name, if the recipe quantizes them."""
     specs = {name: quantize.plan(name).activations for name in names}
     return {
         name: build_quantizer(spec, "activation", name=f"{name}.input_quantizer")
@@ -110,7 +111,7 @@ def input_quantizers(names: Iterable[str], quantize: QuantizeRecipe) -> dict[str
 def calibrate_layers(
     layers: Mapping[str, nn.Linear], inputs: dict[str, LayerInputs], quantize: QuantizeRecipe, method: WeightCalibration
 ) -> Iterator[CalibratedLayer]:
-    """Give each layer, in place, its new weights and bias, and say what became of it. Empties `inputs`.
+    """Replace weights and bias of each layer in place, see `calibrate_layer`. Empties `inputs`.
 
     Raises:
         UserError: a layer's weights hold NaN or infinity.
@@ -128,11 +129,11 @@ def calibrate_layers(
 def calibrate_layer(
     name: str, layer: nn.Linear, inputs: LayerInputs, spec: QuantizerSpec, method: WeightCalibration
 ) -> CalibratedLayer:
-    """The method's weights (`ridge`, `acnr`) of least quantized output error on the held-out half, in place (ours).
+    """Replace a layer's weights by the candidate (`ridge`, `acnr`) of least quantized error on the held-out half.
 
-    Candidates are quantized as the recipe quantizes this layer. Where it quantizes the inputs, too, their error counts
-    as noise, uncorrelated between inputs and with them. The bias is refitted so that the mean output on the fitted half
-    stays; a layer without bias is fitted about zero. 0 is a candidate: no layer does worse than without calibration.
+    Candidates are quantized by the recipe's spec of this layer. The error of quantized inputs counts as noise,
+    uncorrelated between inputs and with them. The bias keeps the mean output on the fitted half; a layer without bias
+    is fitted about zero. Strength 0 is a candidate, so that no layer gets worse on the held-out half.
     """
     device = inputs.fit.mean.device
     weight = layer.weight.detach().to(device).double()
@@ -153,7 +154,7 @@ def calibrate_layer(
         quantized = _quantize(quantizer, candidate)
         noise = float(quantized.square().sum(dim=0) @ inputs.noise)
         errors.append((output_error(weight - quantized, shift, held_out) + noise) / scale)
-    best = min(range(len(errors)), key=errors.__getitem__)  # the weakest of equals
+    best = min(range(len(errors)), key=errors.__getitem__)  # the weakest among equals
     new = candidates[best]
     shift = refit_bias(weight, new, inputs.fit.mean, layer.bias)
     row = CalibratedLayer(
@@ -176,19 +177,19 @@ def calibrate_layer(
 
 
 def refit_bias(weight: Tensor, new: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
-    """What to add to the bias so that the mean output stays: (W - W^) mean, (m,); 0 where there is no bias."""
+    """Change (m,) of the bias that keeps the mean output, (W - W^) mean; 0 without a bias."""
     shift = (weight - new) @ mean
     return shift if bias is not None else torch.zeros_like(shift)
 
 
 def output_error(difference: Tensor, shift: Tensor, moments: Moments) -> float:
-    """E |D x - shift|^2 from the moments of x alone: tr(D C D^T) + |D mean - shift|^2. D is (m, n)."""
+    """E |D x - shift|^2 from the moments of x: tr(D C D^T) + |D mean - shift|^2. D is (m, n)."""
     spread = ((difference @ moments.covariance) * difference).sum()
     return float(spread + (difference @ moments.mean - shift).square().sum())
 
 
 def output_energy(weight: Tensor, moments: Moments, centred: bool) -> float:
-    """E |W x|^2, about the mean or about zero; 1 where that is 0, so that errors can be relative to it."""
+    """E |W x|^2, about the mean or about zero; 1 if that is 0, so that errors can be relative to it."""
     mean = weight @ moments.mean if centred else weight.new_zeros(len(weight))
     return output_error(weight, mean, moments) or 1.0
 
@@ -200,7 +201,7 @@ def _quantize(quantizer: Quantizer, weight: Tensor) -> Tensor:
 
 
 def _report_singular(rows: Sequence[CalibratedLayer]) -> None:
-    # LayerNorm takes one direction from what it gives: that alone is no news
+    # the output of a LayerNorm always lacks one direction
     singular = [f"{row.name} {row.rank} of {row.inputs}" for row in rows if row.rank < row.inputs - 1]
     if singular:
         log.warning(

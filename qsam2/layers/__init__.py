@@ -1,1 +1,1 @@
-"""Quantized layers: conversion by rules, finalization, the audit."""
+"""Quantized layers and attention: conversion by rules, finalization, audit, hooks."""

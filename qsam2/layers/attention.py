@@ -1,7 +1,8 @@
 """SAM2's three attention classes with quantized q, k and v.
 
-Fused attention runs on the quantized tensors (ours): quantizing the score matrix would materialise it, 471 MB an object
-and layer in the memory attention at 1024 px. Rotary encoding is real-valued, so that the model can be exported.
+Fused attention runs on the quantized tensors (ours): quantizing the score matrix would materialise it, 471 MB per
+object and layer in the memory attention at 1024 px. Rotary encoding is real-valued, so that the model can be exported.
+`attend` is the one attention for inference that reads memory; on a CPU it has a path of its own.
 """
 
 from __future__ import annotations
@@ -18,11 +19,18 @@ from torch import Tensor, nn
 from qsam2.layers.weight import recast
 from qsam2.quantizers import Quantizer, QuantizerState
 
+QUERIES = 1024
+"""Queries whose scores are computed at a time: 118 MB of scores for a full bank at 1024 px in float32."""
+ROW = 64
+"""Row lengths of scores are multiples of it: products into unaligned rows take half as long again."""
+RotaryTable = tuple[Tensor, Tensor]
+"""Cosines and sines (tokens, channels / 2)."""
+
 
 def axial_rotary_table(dim: int, width: int, height: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (width * height, dim / 2) float32: half of the channels turn with x, the others with y.
+    """Cosines and sines, each (width * height, dim / 2) float32: half of the channels encode x, the others y.
 
-    Axial rotary encoding of Heo et al. (arXiv 2403.13298), with the frequencies that SAM2 has.
+    Axial rotary encoding of Heo et al. (arXiv 2403.13298), with SAM2's frequencies.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 4)[: dim // 4].float() / dim)
     positions = torch.arange(width * height)
@@ -34,12 +42,12 @@ def axial_rotary_table(dim: int, width: int, height: int, theta: float = 10000.0
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary encoding of x (B, heads, r * N, C) by a table of N positions (N, C / 2), repeated r times, in float32.
 
-    Channels (2i, 2i + 1) are one pair, turned by the angle of their position: SAM2's complex product in real numbers.
+    Channels (2i, 2i + 1) are a pair, rotated by the angle of its position: SAM2's complex product in real numbers.
     """
     pairs = x.float().unflatten(-1, (-1, 2)).unflatten(2, (-1, cos.shape[0]))  # (B, heads, r, N, C/2, 2)
     even, odd = pairs.unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.reshape(x.shape).type_as(x)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.reshape(x.shape).type_as(x)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -53,7 +61,7 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 class QuantizedAttention(nn.Module):
-    """What the three attentions share: a quantizer each for q, k and v (None: left as it is), then fused attention."""
+    """Base of the three attentions: a quantizer for each of q, k and v (None: not quantized), then fused attention."""
 
     q_quantizer: Quantizer | None
     k_quantizer: Quantizer | None
@@ -67,7 +75,7 @@ class QuantizedAttention(nn.Module):
         k_quantizer: Quantizer | None = None,
         v_quantizer: Quantizer | None = None,
     ) -> QuantizedAttention:
-        """The quantized twin of `attention`; it shares the projections and all attributes."""
+        """Quantized version of `attention`; it shares the projections and all attributes."""
         module: Any = recast(cls, attention)
         module.q_quantizer, module.k_quantizer, module.v_quantizer = q_quantizer, k_quantizer, v_quantizer
         return module
@@ -81,13 +89,13 @@ class QuantizedAttention(nn.Module):
 
 
 class QuantMultiScaleAttention(QuantizedAttention, MultiScaleAttention):
-    """Hiera's window or global attention; where the block pools, q is quantized after pooling."""
+    """Hiera's window or global attention; in pooling blocks q is quantized after pooling."""
 
     qkv: nn.Linear
     proj: nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, H', W', dim_out), H' and W' halved where q is pooled."""
+        """(B, H, W, C) to (B, H', W', dim_out), H' and W' halved if q is pooled."""
         batch, height, width, _ = x.shape
         qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1)
         q, k, v = qkv.unbind(2)  # (B, H*W, heads, C/heads)
@@ -121,8 +129,8 @@ class QuantAttention(QuantizedAttention, Attention):
 class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
     """Rotary attention of the memory attention; q and k are quantized after rotary encoding.
 
-    The table of the model's own feature size is a buffer outside the state dict; another square
-    size computes its own on each call.
+    The table of the model's feature size is a buffer outside the state dict; that of another square size is computed on
+    each call.
     """
 
     q_proj: nn.Linear
@@ -145,7 +153,7 @@ class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
         k_quantizer: Quantizer | None = None,
         v_quantizer: Quantizer | None = None,
     ) -> QuantizedAttention:
-        """As the base class does; the complex table becomes two real ones."""
+        """See the base class; the complex table becomes two real ones."""
         module: Any = super().from_float(attention, q_quantizer, k_quantizer, v_quantizer)
         device = module.q_proj.weight.device
         module.rotary_theta = module.compute_cis.keywords["theta"]
@@ -155,9 +163,10 @@ class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
         return module
 
     def rotary_table(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for that many query tokens.
+        """Cosines and sines for a number of query tokens.
 
-        Raises ValueError where they are neither the model's own number nor a square, which SAM2 would place wrongly.
+        Raises:
+            ValueError: it is neither the model's own number nor a square; SAM2 would give wrong positions.
         """
         if tokens == self.rotary_cos.shape[0]:
             return self.rotary_cos, self.rotary_sin
@@ -171,8 +180,10 @@ class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
         """(B, tokens, C) each; the last `num_k_exclude_rope` keys (object pointers) are not rotated.
 
-        Returns (B, tokens of q, C). Raises ValueError where the keys to rotate are not as many as the queries or, with
-        `rope_k_repeat`, a multiple of them.
+        Returns (B, tokens of q, C).
+
+        Raises:
+            ValueError: there are not as many keys to rotate as queries or, with `rope_k_repeat`, a multiple of them.
         """
         q = split_heads(self.q_proj(q), self.num_heads)  # (B, heads, N, C/heads)
         k = split_heads(self.k_proj(k), self.num_heads)
@@ -193,84 +204,24 @@ class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
         return self.out_proj(join_heads(out))
 
 
-QUERIES = 1024
-"""Scores are written out for so many queries at a time: 118 MB of them for a full bank at 1024 px in float32."""
-ROW = 64
-"""Rows of scores are a multiple of so many: products into rows that start anywhere take half as long again."""
-
-
-def projects_values_last(attention: RoPEAttention) -> bool:
-    """Whether its values are projected after attention: without heads, quantizers, dropout or gradients; on the CPU,
-    where torch's fused attention has no short way for gradients or unequal channels.
-    """
-    plain = type(attention.v_proj) is nn.Linear and quantizer_of(attention, "v") is None
-    return plain and attention.num_heads == 1 and not torch.is_grad_enabled() and _on_cpu(attention.v_proj.weight)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, raised: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(C) + raised) v of q, k (B, heads, tokens, C), v (B, heads, tokens, C') and raised (B, 1, 1,
-    tokens): (B, heads, tokens of q, C').
-
-    torch's fused CPU attention has no path for C' < C and gains nothing from bfloat16: there scores are written out, in
-    the precision of q. Tiny's cross-attention to a full bank at 1024 px takes 0.48 s instead of 0.70 s in float32 and
-    0.29 s instead of 0.68 s in bfloat16 on two cores.
-    """
-    faster = v.shape[-1] < q.shape[-1] or q.dtype == torch.bfloat16
-    if not faster or dropout_p or torch.is_grad_enabled() or not _on_cpu(q):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=raised, dropout_p=dropout_p)
-    scale = 1 / math.sqrt(q.shape[-1])
-    with torch.autocast(q.device.type, enabled=False):
-        items = [
-            _plain(
-                q[item, head] * scale,
-                k[item, head],
-                v[item, head].to(q.dtype),
-                None if raised is None else raised[item, 0],
-            )
-            for item in range(len(q))
-            for head in range(q.shape[1])
-        ]
-    return torch.stack(items).unflatten(0, q.shape[:2])
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, raised: Tensor | None) -> Tensor:
-    """Of matrices (tokens, C): products of matrices take fewer copies than products of batches of one."""
-    row = -(-len(k) // ROW) * ROW
-    scores = q.new_full((min(QUERIES, len(q)), row), -math.inf)
-    v = F.pad(v, (0, 0, 0, row - len(k)))
-    parts = []
-    for part in q.split(QUERIES):
-        rows = scores[: len(part)]
-        seen = rows[:, : len(k)]
-        torch.mm(part, k.T, out=seen)
-        if raised is not None:
-            seen += raised
-        parts.append(rows.softmax(dim=-1) @ v)
-    return torch.cat(parts)
-
-
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
-
-
 def quantizer_of(attention: nn.Module, part: str) -> Quantizer | None:
-    """The quantizer of q, k or v; float attentions have none."""
+    """Quantizer of q, k or v; None for a float attention."""
     return getattr(attention, f"{part}_quantizer", None)
 
 
-def quantized(x: Tensor, attention: nn.Module, part: str) -> Tensor:
-    """q, k or v as the attention is_quantizing it."""
+def quantize_part(x: Tensor, attention: nn.Module, part: str) -> Tensor:
+    """q, k or v, fake-quantized by the attention's quantizer if it has one."""
     quantizer = quantizer_of(attention, part)
     return x if quantizer is None else quantizer(x)
 
 
 def is_quantizing(quantizer: Quantizer) -> bool:
-    """Whether its forward rounds."""
+    """True if the quantizer's forward rounds."""
     return quantizer.state in (QuantizerState.QUANTIZE, QuantizerState.FROZEN)
 
 
-def rotary_table(attention: RoPEAttention, tokens: int) -> Table:
-    """Cosines and sines for a square of that many tokens, of a float or a quantized attention."""
+def rotary_table(attention: RoPEAttention, tokens: int) -> RotaryTable:
+    """Cosines and sines for a square of `tokens` tokens, of a float or a quantized attention."""
     if isinstance(attention, QuantRoPEAttention):
         return attention.rotary_table(tokens)
     side, theta = round(tokens**0.5), attention.compute_cis.keywords["theta"]
@@ -279,9 +230,64 @@ def rotary_table(attention: RoPEAttention, tokens: int) -> Table:
     return cos.to(device), sin.to(device)
 
 
-Table = tuple[Tensor, Tensor]
-
-
-def project(attention: RoPEAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def project_keys_values(attention: RoPEAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (B, heads, tokens, C / heads), neither rotated nor quantized."""
     return split_heads(attention.k_proj(k), attention.num_heads), split_heads(attention.v_proj(v), attention.num_heads)
+
+
+def projects_values_last(attention: RoPEAttention) -> bool:
+    """True if values can be projected after attention: one head, no quantizer of v, no gradients, on the CPU.
+
+    There the narrow memory features are attended to and projected afterwards: fewer channels, fewer multiplications.
+    """
+    plain = type(attention.v_proj) is nn.Linear and quantizer_of(attention, "v") is None
+    return plain and attention.num_heads == 1 and not torch.is_grad_enabled() and _on_cpu(attention.v_proj.weight)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(C) + bias) v, (B, heads, tokens of q, C').
+
+    torch's fused CPU attention has no path for C' < C and gains nothing from bfloat16: in these cases scores are
+    materialised, in the precision of q. The cross-attention of tiny to a full bank at 1024 px takes 0.48 s instead of
+    0.70 s in float32 and 0.29 s instead of 0.68 s in bfloat16 on two cores.
+
+    Args:
+        q, k: (B, heads, tokens, C); v: (B, heads, tokens, C').
+        bias: (B, 1, 1, tokens of k), added to the scores.
+    """
+    fused_is_slow = v.shape[-1] < q.shape[-1] or q.dtype == torch.bfloat16
+    if not fused_is_slow or dropout_p or torch.is_grad_enabled() or not _on_cpu(q):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
+    scale = 1 / math.sqrt(q.shape[-1])
+    with torch.autocast(q.device.type, enabled=False):
+        items = [
+            _attend_head(
+                q[item, head] * scale,
+                k[item, head],
+                v[item, head].to(q.dtype),
+                None if bias is None else bias[item, 0],
+            )
+            for item in range(len(q))
+            for head in range(q.shape[1])
+        ]
+    return torch.stack(items).unflatten(0, q.shape[:2])
+
+
+def _attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of one head, from matrices (tokens, C): products of batches of one would copy more."""
+    row = -(-len(k) // ROW) * ROW
+    scores = q.new_full((min(QUERIES, len(q)), row), -math.inf)
+    v = F.pad(v, (0, 0, 0, row - len(k)))
+    parts = []
+    for part in q.split(QUERIES):
+        rows = scores[: len(part)]
+        columns = rows[:, : len(k)]
+        torch.mm(part, k.T, out=columns)
+        if bias is not None:
+            columns += bias
+        parts.append(rows.softmax(dim=-1) @ v)
+    return torch.cat(parts)
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""The invariant that is checked before every evaluation and export: what is called quantized is quantized."""
+"""Audit before every evaluation and export: each layer computes with the bits that the conversion table states."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ FLOAT_PARAMETERS = {
     "no_mem_embed": "one embedded token",
     "no_obj_ptr": "one embedded token",
     "no_obj_embed_spatial": "one embedded token",
-    "memory_encoder.fuser.layers.*.gamma": "one scale a channel",
+    "memory_encoder.fuser.layers.*.gamma": "one scale per channel",
 }
-"""What is float by nature, by module type and by the name of a parameter that its module holds itself."""
+"""Parameters that always stay in float, by module type and by name, with reasons."""
 
 
 class AuditError(RuntimeError):
-    """The model is not what the conversion table says: a fault of the program. Names all violations."""
+    """The model differs from its conversion table, which is a fault of the program. Names all violations."""
 
 
 @dataclass(frozen=True)
 class FloatPart:
-    """A parameter that stays in float, its number of values, and why."""
+    """A parameter in float: its name, number of values, and the reason."""
 
     name: str
     values: int
@@ -54,7 +54,7 @@ class FloatPart:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What a passed audit found."""
+    """Result of a passed audit."""
 
     quantized_weights: int
     """Number of weight values on integer grids."""
@@ -63,7 +63,7 @@ class AuditReport:
 
     @property
     def summary(self) -> str:
-        """What was found, in one line."""
+        """The result in one line."""
         kept = sum(part.values for part in self.float_parts)
         return (
             f"audit passed: {self.quantizers} quantizers frozen, {self.quantized_weights:,} weights on their grids, "
@@ -86,17 +86,17 @@ def audit(
     """Check a finalized model against its conversion table.
 
     All quantizers are frozen and calibrated; every weight equals its own dequantized integers exactly, with at most
-    2^bits levels a channel, and it is the weight that the layer computes with; bits are those of the table; nothing
-    else is in float but what rules and nature keep; every rule of `quantize` decided on some layer; two calls of
-    `forward`, which may return nested tensors, agree bit for bit.
+    2^bits levels per channel, and the layer computes with it; bits are those of the table; everything in float is kept
+    there by a rule or by `FLOAT_MODULES` and `FLOAT_PARAMETERS`; every rule of `quantize` decides on some layer; two
+    calls of `forward`, which may return nested tensors, agree bit for bit.
 
     Raises:
-        AuditError: any of this is not so.
+        AuditError: any of these conditions is violated.
     """
     modules = dict(model.named_modules())
-    problems = [*_rows(modules, rows), *_quantizers(model)]
-    if not problems:  # weights can be told from their integers only if the quantizers are sound
-        problems += _weights(model)
+    problems = [*_bits_violations(modules, rows), *_quantizer_violations(model)]
+    if not problems:  # integers of weights can be computed with valid quantizers only
+        problems += _weight_violations(model)
     float_parts, unexplained = _float_parts(modules, rows)
     problems += unexplained
     if quantize is not None:
@@ -110,16 +110,16 @@ def audit(
     return AuditReport(values, sum(1 for _ in quantizers(model)), tuple(float_parts))
 
 
-def _rows(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> Iterator[str]:
-    """Each row's layer has the row's bits."""
+def _bits_violations(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> Iterator[str]:
+    """Layers whose bits differ from those of their row."""
     for row in rows:
-        found = _bits(modules[row.name]) if row.name in modules else None
-        if found != (row.weight_bits, row.activation_bits):
-            yield f"{row.name}: the table says bits {(row.weight_bits, row.activation_bits)}, the model has {found}"
+        bits = _bits(modules[row.name]) if row.name in modules else None
+        if bits != (row.weight_bits, row.activation_bits):
+            yield f"{row.name}: the table says bits {(row.weight_bits, row.activation_bits)}, the model has {bits}"
 
 
 def _bits(layer: nn.Module) -> tuple[int | None, int | None]:
-    """Bits of weights and activations; -1 where something else sits in a quantizer's place, or q, k and v differ."""
+    """Bits of weights and activations; -1 if q, k and v differ or another module is in a quantizer's place."""
     if isinstance(layer, QuantizedLayer):
         return _bits_of(layer.weight_quantizer), _bits_of(layer.input_quantizer)
     if isinstance(layer, QuantizedAttention):
@@ -134,7 +134,7 @@ def _bits_of(quantizer: nn.Module | None) -> int | None:
     return quantizer.bits if isinstance(quantizer, Quantizer) else -1
 
 
-def _quantizers(model: nn.Module) -> Iterator[str]:
+def _quantizer_violations(model: nn.Module) -> Iterator[str]:
     for name, quantizer in quantizers(model):
         if quantizer.state is not QuantizerState.FROZEN:
             yield f"{name}: is {quantizer.state.name}, not FROZEN"
@@ -144,7 +144,7 @@ def _quantizers(model: nn.Module) -> Iterator[str]:
             yield f"{name}: has a scale that is not positive and finite"
 
 
-def _weights(model: nn.Module) -> Iterator[str]:
+def _weight_violations(model: nn.Module) -> Iterator[str]:
     for name, layer, quantizer in quantized_weights(model):
         weight = layer.weight
         if not torch.equal(weight, quantizer.dequantize(quantizer.to_int(weight), weight.dtype)):
@@ -156,13 +156,13 @@ def _weights(model: nn.Module) -> Iterator[str]:
 
 
 def _most_levels(weight: Tensor, channel_dim: int) -> int:
-    """The largest number of distinct values in a channel."""
+    """Largest number of distinct values in a channel."""
     ordered = weight.transpose(0, channel_dim).flatten(1).sort(dim=1).values
     return int((ordered.diff(dim=1) != 0).sum(dim=1).max()) + 1
 
 
 def _float_parts(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> tuple[list[FloatPart], list[str]]:
-    """Parameters in float (biases of quantized layers apart) with their reasons, and what has none."""
+    """Parameters in float (except biases of quantized layers) with their reasons, and violations: those without one."""
     reasons = {
         row.name: row.reason if row.activation_bits is None else "the recipe leaves weights in float"
         for row in rows

@@ -1,10 +1,14 @@
-"""Conversion: float layers become quantized layers, in place and by rules; after training they are finalized."""
+"""Conversion: float layers become quantized layers, in place and by rules; after training they are finalized.
+
+`convert` replaces layers, `finalize` replaces their weights by dequantized integers. Between the two, quantizers are
+calibrated and trained.
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -41,7 +45,7 @@ QUANT_ATTENTIONS: dict[type[nn.Module], type[QuantizedAttention]] = {
 log = logging.getLogger("qsam2")
 NO_ACTIVATIONS = "the recipe leaves activations in float"
 NEAREST = 3
-"""How many layer names the message on a rule without a match gives."""
+"""Layer names in the message on a pattern without a match."""
 
 
 def convert_layers(run: Run) -> None:
@@ -56,14 +60,14 @@ def convert_layers(run: Run) -> None:
 def convert(model: nn.Module, quantize: QuantizeRecipe) -> list[ConvertedLayer]:
     """Replace the layers of a float model in place, sharing their parameters; quantizers start in FLOAT.
 
-    What a rule keeps in float is left alone: same class, same object. Returns a row a layer, in the model's order.
+    A layer that a rule keeps in float stays the same object. Returns one row per layer, in the model's order.
 
     Raises:
-        UserError: a rule of the recipe matches no layer or is overruled everywhere, a quantizer does not fit its layer.
-        ValueError: the model has been converted before.
+        UserError: a rule of the recipe matches no layer or decides on none, a quantizer does not fit its layer.
+        ValueError: the model is converted already.
     """
     if any(isinstance(module, (QuantizedLayer, QuantizedAttention)) for module in model.modules()):
-        raise ValueError("the model has been converted before: convert a float model")
+        raise ValueError("the model is converted already: give a float model")
     layers = {
         name: module for name, module in model.named_modules() if type(module) in {**QUANT_LAYERS, **QUANT_ATTENTIONS}
     }
@@ -75,83 +79,19 @@ def convert(model: nn.Module, quantize: QuantizeRecipe) -> list[ConvertedLayer]:
         is_attention = type(layer) in QUANT_ATTENTIONS
         weights = None if is_attention else plan.weights
         if weights is not None or plan.activations is not None:
-            twin = _quantized_attention(name, layer, plan) if is_attention else _quantized_layer(name, layer, plan)
-            model.set_submodule(name, twin)
+            build = _quantized_attention if is_attention else _quantized_layer
+            model.set_submodule(name, build(name, layer, plan))
         weight_bits, activation_bits = (spec.bits if spec else None for spec in (weights, plan.activations))
         reason = NO_ACTIVATIONS if is_attention and quantize.activations is None else plan.reason
         rows.append(ConvertedLayer(name, kind, weight_bits, activation_bits, reason))
     return rows
 
 
-def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """All quantizers of a model with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
-
-
-def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer, Quantizer]]:
-    """All layers of a model whose weight is quantized: name, layer, the weight's quantizer."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
-            yield name, module, module.weight_quantizer
-
-
-def set_state(model: nn.Module, state: QuantizerState) -> None:
-    """Put all quantizers of a model into a state."""
-    for _, quantizer in quantizers(model):
-        quantizer.state = state
-
-
-def conversion_table(rows: Sequence[ConvertedLayer]) -> str:
-    """The rows as text: layer, kind, bits of weights and activations (- is float), reason."""
-    cells: list[tuple[str, ...]] = [("layer", "kind", "weights", "activations", "reason")]
-    cells += [tuple("-" if value is None else str(value) for value in astuple(row)) for row in rows]
-    return aligned(cells)
-
-
-def _quantized_layer(name: str, layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
-    twin = QUANT_LAYERS[type(layer)].from_float(layer)
-    if plan.weights is not None:
-        twin.weight_quantizer = build_quantizer(
-            plan.weights,
-            "weight",
-            num_channels=twin.weight.shape[twin.channel_dim],
-            channel_dim=twin.channel_dim,
-            name=f"{name}.weight_quantizer",
-        ).train(layer.training)
-    if plan.activations is not None:
-        twin.input_quantizer = _activation_quantizer(f"{name}.input_quantizer", layer, plan.activations)
-    return twin
-
-
-def _quantized_attention(name: str, attention: nn.Module, plan: LayerPlan) -> QuantizedAttention:
-    assert plan.activations is not None
-    built = (_activation_quantizer(f"{name}.{part}_quantizer", attention, plan.activations) for part in "qkv")
-    return QUANT_ATTENTIONS[type(attention)].from_float(attention, *built)
-
-
-def _activation_quantizer(name: str, layer: nn.Module, spec: QuantizerSpec) -> Quantizer:
-    # A new module is in training mode, in which it would follow what it sees.
-    return build_quantizer(spec, "activation", name=name).train(layer.training)
-
-
-def _check_rules(quantize: QuantizeRecipe, names: list[str]) -> None:
-    """Every rule that the user gave has to decide on some layer."""
-    deciding = {id(quantize.rule_for(name)) for name in names}
-    for index, rule in enumerate(quantize.rules):
-        if id(rule) in deciding:
-            continue
-        where = f"quantize.rules.{index}: match={rule.match!r}"
-        if any(fnmatchcase(name, rule.match) for name in names):
-            raise UserError(f"{where} decides on no layer, earlier rules match them all: put it first or remove it")
-        nearest = get_close_matches(rule.match.strip("*."), names, n=NEAREST, cutoff=0.0)
-        raise UserError(f"{where} matches no layer; nearest names: {', '.join(nearest)} (* stands for anything)")
-
-
 @torch.no_grad()
 def finalize(model: nn.Module) -> None:
     """Freeze all quantizers and replace each quantized weight by its dequantized integers, in place (ours).
 
-    Afterwards `weight == dequantize(to_int(weight))` exactly; a second call changes nothing.
+    Afterwards `weight == dequantize(to_int(weight))` exactly. Idempotent.
 
     Raises:
         UserError: a quantizer has no range yet.
@@ -166,10 +106,79 @@ def finalize(model: nn.Module) -> None:
 
 @torch.no_grad()
 def latent_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of a converted model, before it is finalized, as they stand before the grid: copies on the CPU."""
+    """Weights of a converted model as they are before rounding, by layer: copies on the CPU. Call before `finalize`."""
     latent = {}
     for name, layer, quantizer in quantized_weights(model):
         weight = layer.weight.detach().clone()
-        copy.deepcopy(quantizer).freeze(weight)  # applies what stands before the grid
+        copy.deepcopy(quantizer).freeze(weight)  # applies the method's transform
         latent[name] = weight.cpu()
     return latent
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """All quantizers of a model with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
+
+
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer, Quantizer]]:
+    """All layers of a model with a quantized weight: name, layer, the weight's quantizer."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
+            yield name, module, module.weight_quantizer
+
+
+def set_state(model: nn.Module, state: QuantizerState) -> None:
+    """Put all quantizers of a model into a state."""
+    for _, quantizer in quantizers(model):
+        quantizer.state = state
+
+
+def conversion_table(rows: Sequence[ConvertedLayer]) -> str:
+    """Rows as text: layer, kind, bits of weights and activations (- for float), reason."""
+    cells: list[tuple[str, ...]] = [("layer", "kind", "weights", "activations", "reason")]
+    cells += [tuple("-" if value is None else str(value) for value in astuple(row)) for row in rows]
+    return aligned(cells)
+
+
+def _quantized_layer(name: str, layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
+    quantized = QUANT_LAYERS[type(layer)].from_float(layer)
+    if plan.weights is not None:
+        quantized.weight_quantizer = build_quantizer(
+            plan.weights,
+            "weight",
+            num_channels=quantized.weight.shape[quantized.channel_dim],
+            channel_dim=quantized.channel_dim,
+            name=f"{name}.weight_quantizer",
+        ).train(layer.training)
+    if plan.activations is not None:
+        quantized.input_quantizer = _activation_quantizer(f"{name}.input_quantizer", layer, plan.activations)
+    return quantized
+
+
+def _quantized_attention(name: str, attention: nn.Module, plan: LayerPlan) -> QuantizedAttention:
+    assert plan.activations is not None
+    built = (_activation_quantizer(f"{name}.{part}_quantizer", attention, plan.activations) for part in "qkv")
+    return QUANT_ATTENTIONS[type(attention)].from_float(attention, *built)
+
+
+def _activation_quantizer(name: str, layer: nn.Module, spec: QuantizerSpec) -> Quantizer:
+    # a new module is in training mode, in which its statistics would change
+    return build_quantizer(spec, "activation", name=name).train(layer.training)
+
+
+def _check_rules(quantize: QuantizeRecipe, names: list[str]) -> None:
+    """Raise UserError unless every rule of the recipe decides on some layer."""
+    deciding = {id(quantize.rule_for(name)) for name in names}
+    for index, rule in enumerate(quantize.rules):
+        if id(rule) in deciding:
+            continue
+        where = f"quantize.rules.{index}: match={rule.match!r}"
+        if any(fnmatchcase(name, rule.match) for name in names):
+            raise UserError(f"{where} decides on no layer, earlier rules match them all: put it first or remove it")
+        raise UserError(f"{where} matches no layer; {nearest_names(rule.match, names)}")
+
+
+def nearest_names(pattern: str, names: Iterable[str]) -> str:
+    """Part of a message on a pattern that matches nothing: the names nearest to it."""
+    nearest = get_close_matches(pattern.strip("*."), list(names), n=NEAREST, cutoff=0.0)
+    return f"nearest names: {', '.join(nearest)} (* stands for anything)"

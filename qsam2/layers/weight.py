@@ -1,4 +1,7 @@
-"""Quantized linear and convolutional layers: two quantizers each, one quantized weight per optimizer step."""
+"""Quantized linear and convolutional layers: y = Q(x) Q(W)^T + b, with a quantizer for x and one for W.
+
+The quantized weight is computed once per optimizer step and shared by all calls (see `quantizers.step_cache`).
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,8 @@ from qsam2.quantizers.step_cache import clear_after_backward, hidden_from_checkp
 M = TypeVar("M", bound=nn.Module)
 
 
-def recast(cls: type[M], module: nn.Module) -> M:
-    """A `cls` with all that `module` has: tensors, submodules and hooks are shared, the dictionaries of them copied."""
-    twin = cls.__new__(cls)
-    for name, value in vars(module).items():
-        twin.__dict__[name] = value.copy() if isinstance(value, dict) else value
-    return twin
-
-
 class CachedWeight(NamedTuple):
-    """A quantized weight and what it was computed from."""
+    """A quantized weight, and the tensors with versions that it was computed from."""
 
     tensor: Tensor
     source: tuple[object, ...]
@@ -35,15 +30,12 @@ class CachedWeight(NamedTuple):
 
 
 class QuantizedLayer(nn.Module):
-    """A layer whose weight and input are fake-quantized; a quantizer that is None leaves its tensor as it is (ours).
-
-    The quantized weight is computed once an optimizer step and shared, see `quantizers.step_cache`.
-    """
+    """Base of layers whose weight and input are fake-quantized; None as a quantizer leaves its tensor in float."""
 
     channel_dim: ClassVar[int]
-    """The weight's dimension that counts output channels."""
+    """Dimension of the weight's output channels."""
     reads_codes: ClassVar[bool] = False
-    """Whether the gradient of its weight makes do with the `Codes` of its input."""
+    """True if the gradient of the weight can be computed from the `Codes` of the input."""
 
     weight: Tensor
     weight_quantizer: Quantizer | None
@@ -54,14 +46,14 @@ class QuantizedLayer(nn.Module):
     def from_float(
         cls, layer: nn.Module, weight_quantizer: Quantizer | None = None, input_quantizer: Quantizer | None = None
     ) -> Self:
-        """The quantized twin of `layer`; it shares the parameters and all attributes."""
+        """Quantized version of `layer`; it shares the parameters and all attributes."""
         module: Any = recast(cls, layer)
         module.weight_quantizer, module.input_quantizer = weight_quantizer, input_quantizer
         module._cached = None
         return module
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The fake-quantized input, of the same shape."""
+        """Fake-quantized input, of the same shape."""
         quantizer = self.input_quantizer
         if quantizer is None:
             return x
@@ -69,7 +61,7 @@ class QuantizedLayer(nn.Module):
         return quantizer(x, with_codes=True) if needs_codes and isinstance(quantizer, Quantizer) else quantizer(x)
 
     def quantized_weight(self) -> Tensor:
-        """The fake-quantized weight of this optimizer step, under autocast in its dtype."""
+        """Fake-quantized weight of the current optimizer step, in autocast's dtype if it is enabled."""
         weight, quantizer = self.weight, self.weight_quantizer
         if quantizer is None:
             return weight
@@ -86,7 +78,7 @@ class QuantizedLayer(nn.Module):
             or cached.source != _source(tensors, dtype, quantizer.training)
             or needs_graph > cached.has_graph
         ):
-            # an inference tensor could not serve a later training step
+            # an inference tensor could not be used in a later training step
             with torch.inference_mode(False), torch.set_grad_enabled(needs_graph), hidden_from_checkpointing():
                 quantized = quantizer(weight).to(dtype)
             if needs_graph:
@@ -106,9 +98,9 @@ class QuantizedLayer(nn.Module):
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
-    # parameters() and buffers() look for duplicates, which takes longer than all else in a cached call
-    found = (tensor for each in module.modules() for tensor in (*each._parameters.values(), *each._buffers.values()))
-    return [tensor for tensor in found if tensor is not None]
+    # parameters() and buffers() look for duplicates, which would dominate the time of a cached call
+    tensors = (t for inner in module.modules() for t in (*inner._parameters.values(), *inner._buffers.values()))
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _source(tensors: list[Tensor], dtype: torch.dtype, training: bool) -> tuple[object, ...]:
@@ -118,7 +110,7 @@ def _source(tensors: list[Tensor], dtype: torch.dtype, training: bool) -> tuple[
 class QuantLinear(QuantizedLayer, nn.Linear):
     """Q(x) Q(W)^T + b, the bias in float.
 
-    For the gradient of W its input is saved as codes, a byte an element in place of four (ours).
+    For the gradient of W the input is saved as codes, one byte per element instead of four (ours).
     """
 
     channel_dim = 0
@@ -130,13 +122,13 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         codes = Codes.of(x)
         if codes is None:
             return F.linear(x, weight, self.bias)
-        # a view that a Function returns could not be written to: sam2 turns queries and keys in place
+        # not a view from the Function: sam2 rotates queries and keys in place, which such a view does not allow
         rows: Tensor = _LinearOfCodes.apply(x.reshape(-1, x.shape[-1]), weight, self.bias, *codes)
         return rows.view(*x.shape[:-1], self.out_features)
 
 
 class _LinearOfCodes(torch.autograd.Function):
-    """`F.linear` of x (N, in) that saves the codes (..., in) of x in place of x."""
+    """`F.linear` of x (N, in) that saves the codes (..., in) of x instead of x."""
 
     @staticmethod
     def forward(
@@ -155,7 +147,7 @@ class _LinearOfCodes(torch.autograd.Function):
         if needs_x:
             grad_x = (grad @ weight.to(grad.dtype)).to(ctx.dtype)
         if needs_weight:
-            # as the forward pass had it: rounded to its dtype, then to autocast's
+            # rounded as in the forward pass: to its dtype, then to autocast's
             x = dequantize(codes, scale, low, ctx.dtype).to(grad.dtype)
             grad_weight = (grad.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if needs_bias:
@@ -191,3 +183,11 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
             self.groups,
             self.dilation,
         )
+
+
+def recast(cls: type[M], module: nn.Module) -> M:
+    """Copy of `module` as class `cls`; tensors, submodules and hooks are shared, the dictionaries of them copied."""
+    copy = cls.__new__(cls)
+    for name, value in vars(module).items():
+        copy.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    return copy

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from sam2.modeling.sam.transformer import RoPEAttention
 from torch import Tensor, nn
 
-from qsam2.layers.attention import Table, is_quantizing, quantizer_of, rotate, split_heads
+from qsam2.layers.attention import RotaryTable, is_quantizing, quantizer_of, rotate, split_heads
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, build_quantizer
 from qsam2.recipe.quantizer_specs import MinMaxSpec
@@ -77,7 +77,7 @@ class FrameMemory:
         features = self.features.to(device).flatten(2).transpose(1, 2)
         return features.to(torch.promote_types(features.dtype, position.dtype)), position
 
-    def keys(self, layer: int, attention: RoPEAttention, table: Table) -> Tensor:
+    def keys(self, layer: int, attention: RoPEAttention, table: RotaryTable) -> Tensor:
         """Rotated keys without temporal position, quantized: (B, heads, H * W, C / heads)."""
         quantizer = quantizer_of(attention, "k")
         if layer not in self.kept_keys:
@@ -105,7 +105,7 @@ class TemporalKeys:
         self._kept: dict[int, tuple[object, Tensor]] = {}
 
     def __call__(
-        self, layer: int, attention: RoPEAttention, positions: Tensor, table: Table, with_graph: dict[int, Tensor]
+        self, layer: int, attention: RoPEAttention, positions: Tensor, table: RotaryTable, with_graph: dict[int, Tensor]
     ) -> Tensor:
         """Of the model's parameter (slots, 1, 1, C): (slots, heads, H * W, C / heads).
 
@@ -126,7 +126,7 @@ class TemporalKeys:
         return kept[1]
 
 
-def temporal_keys(attention: RoPEAttention, positions: Tensor, table: Table) -> Tensor:
+def temporal_keys(attention: RoPEAttention, positions: Tensor, table: RotaryTable) -> Tensor:
     """rotary(W_k positions), without the bias of k_proj: (slots, C) to (slots, heads, H * W, C / heads)."""
     projection: nn.Linear = attention.k_proj
     input_quantizer, k_quantizer = _part_quantizers(attention)

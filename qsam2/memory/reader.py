@@ -13,11 +13,11 @@ from torch import Tensor
 
 from qsam2.errors import UserError
 from qsam2.layers.attention import (
-    Table,
+    RotaryTable,
     attend,
     join_heads,
     projects_values_last,
-    quantized,
+    quantize_part,
     rotary_table,
     rotate,
     split_heads,
@@ -86,7 +86,7 @@ class MemoryReading:
     def __init__(self, *, cache: bool) -> None:
         self.cache = cache
         self.temporal_keys = TemporalKeys()
-        self._tables: dict[tuple[object, ...], Table] = {}
+        self._tables: dict[tuple[object, ...], RotaryTable] = {}
         self.keys = 0
         """How many keys the last frame read, in each layer."""
         self.value_channels = 0
@@ -130,7 +130,7 @@ class MemoryReading:
     ) -> Tensor:
         """Cross-attention of x (B, tokens, C); all keys of a set are raised by the log of what they stand for."""
         table = self._table(attention, x.shape[1])
-        q = quantized(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
+        q = quantize_part(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
         keys, values, stands = [], [], []
         for each in sets:
             k = self._keys(layer, attention, each, slots, table, bank.remembered)
@@ -145,7 +145,7 @@ class MemoryReading:
         if bank.pointers is not None:
             assert bank.pointer_positions is not None
             k = split_heads(attention.k_proj(bank.pointers + bank.pointer_positions), attention.num_heads)
-            keys.append(quantized(k, attention, "k"))
+            keys.append(quantize_part(k, attention, "k"))
             values.append(_as_values(attention, bank.pointers))
             stands.append((k.shape[2], [1] * len(x)))
         k, v = torch.cat(keys, dim=2), torch.cat(values, dim=2)
@@ -161,7 +161,7 @@ class MemoryReading:
         attention: RoPEAttention,
         each: KeySet,
         slots: Tensor,
-        table: Table,
+        table: RotaryTable,
         remembered: Remembered,
     ) -> Tensor:
         """(B, heads, tokens, C / heads), temporal positions included."""
@@ -170,12 +170,12 @@ class MemoryReading:
             features, position = _weighted([values for values, _ in tokens], each.weights), tokens[-1][1]
             temporal = mixed(slots.flatten(1), each.positions).unsqueeze(1)
             k = split_heads(attention.k_proj(features + position + temporal), attention.num_heads)
-            return quantized(rotate(k, *table), attention, "k")
+            return quantize_part(rotate(k, *table), attention, "k")
         temporal = self.temporal_keys(layer, attention, slots, table, remembered.temporal_keys)
         keys = _weighted([frame.keys(layer, attention, table) for frame in each.frames], each.weights)
         return keys + mixed(temporal, each.positions)
 
-    def _values(self, layer: int, attention: RoPEAttention, each: KeySet, table: Table) -> Tensor:
+    def _values(self, layer: int, attention: RoPEAttention, each: KeySet, table: RotaryTable) -> Tensor:
         """(B, heads, tokens, C / heads), or the memory itself, (B, 1, tokens, C_memory)."""
         device = table[0].device
         if self.cache and not projects_values_last(attention):
@@ -183,7 +183,7 @@ class MemoryReading:
         features = _weighted([frame.tokens(device)[0] for frame in each.frames], each.weights)
         return _as_values(attention, features)
 
-    def _table(self, attention: RoPEAttention, tokens: int) -> Table:
+    def _table(self, attention: RoPEAttention, tokens: int) -> RotaryTable:
         weight = attention.k_proj.weight
         known = tokens, attention.internal_dim, attention.num_heads, weight.device
         if known not in self._tables:
@@ -196,7 +196,7 @@ def _as_values(attention: RoPEAttention, memory: Tensor) -> Tensor:
     """Of memory (B, tokens, C_memory): quantized values, or the memory itself where it is projected afterwards."""
     if projects_values_last(attention):
         return memory.unsqueeze(1)
-    return quantized(split_heads(attention.v_proj(memory), attention.num_heads), attention, "v")
+    return quantize_part(split_heads(attention.v_proj(memory), attention.num_heads), attention, "v")
 
 
 def _raised(stands: Sequence[tuple[int, Sequence[int]]], q: Tensor) -> Tensor | None:

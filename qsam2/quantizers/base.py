@@ -185,7 +185,7 @@ class Quantizer(nn.Module):
         """OBSERVE starts with an empty observer and ends with `finish_observing`; QUANTIZE and FROZEN need a range."""
         if state in (QuantizerState.QUANTIZE, QuantizerState.FROZEN):
             if self._state is QuantizerState.OBSERVE:
-                raise UserError(f"quantizer {self._label}: is in OBSERVE, call finish_observing() before {state.name}")
+                raise UserError(f"quantizer {self._label}: is observing, call finish_observing() before {state.name}")
             if not self._calibrated:
                 raise UserError(
                     f"quantizer {self._label}: has no range yet and cannot be {state.name}, calibrate it first"

@@ -1,10 +1,9 @@
-"""The blocks that are fitted one after another, found by structure, each with the time scale on which it works."""
+"""Blocks of SAM2 that are reconstructed one after another, found by structure, each with its time scale."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
@@ -18,19 +17,19 @@ from sam2.modeling.sam2_utils import MLP
 from torch import nn
 
 from qsam2.errors import UserError
-from qsam2.layers.convert import QUANT_LAYERS, quantized_weights
+from qsam2.layers.convert import QUANT_LAYERS, nearest_names, quantized_weights
 from qsam2.recipe.reconstruct import ReconstructRecipe
 
 Scale = Literal["frame", "short", "long"]
-"""What a block sees: one frame, consecutive frames through the memory, a whole video."""
+"""Data of a block: single frames, consecutive frames through the memory, or whole videos."""
 
 ENCODER_BLOCKS = (PatchEmbed, MultiScaleBlock, FpnNeck)
 BLOCKS = (*ENCODER_BLOCKS, MemoryEncoder, MemoryAttentionLayer, TwoWayAttentionBlock, Attention, MLP)
-"""What is fitted as one; a quantized layer outside of them is a block of its own."""
+"""Modules that are one block each; so is every quantized layer outside of them."""
 
 
 class Part(NamedTuple):
-    """Blocks by a pattern of their names; `parallel` ones do not depend on each other."""
+    """Blocks selected by a pattern of names; `parallel` if none depends on another."""
 
     pattern: str
     scale: Scale
@@ -50,8 +49,7 @@ PARTS = (
     Part("sam_mask_decoder.*", "long", parallel=True),
     Part("obj_ptr_proj", "long"),
 )
-"""In the order in which a tracked frame passes them; within a part, modules stand in that order."""
-NEAREST = 3
+"""In the order in which a tracked frame passes them, as are the modules within a part."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +62,24 @@ class Block:
 
 
 def find_blocks(model: nn.Module, recipe: ReconstructRecipe) -> list[list[Block]]:
-    """The blocks of a converted SAM2 that the recipe reconstructs, in their order, in groups to be captured together.
+    """Blocks of a converted SAM2 that the recipe reconstructs, in order, in groups that are captured together.
 
-    A group is one block, or blocks of which none depends on another; with adaround it is the layers of a block.
+    A group is one block, or blocks of which none depends on another; with adaround, the layers of a block.
 
     Raises:
         UserError: a pattern of `reconstruct.blocks` matches no block, or none whose weights are quantized.
     """
-    found = dict(_split(model, ""))
-    _check_patterns(recipe.blocks, found)
-    chosen = [name for name in found if any(fnmatchcase(name, pattern) for pattern in recipe.blocks)]
+    modules = dict(_split(model, ""))
+    _check_patterns(recipe.blocks, modules)
+    chosen = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in recipe.blocks)]
     groups: list[list[Block]] = []
     last = None
     for name in sorted(chosen, key=_part):  # stable: the model's order within a part
         part = PARTS[_part(name)]
-        layers = {name: found[name]}
+        layers = {name: modules[name]}
         if recipe.method == "adaround":
-            layers = {f"{name}.{inner}".rstrip("."): layer for inner, layer, _ in quantized_weights(found[name])}
-        blocks = [Block(each, module, part.scale) for each, module in layers.items() if _is_quantized(module)]
+            layers = {f"{name}.{inner}".rstrip("."): layer for inner, layer, _ in quantized_weights(modules[name])}
+        blocks = [Block(path, module, part.scale) for path, module in layers.items() if _is_quantized(module)]
         if part.parallel and part is last:
             groups[-1] += blocks
         elif blocks:
@@ -106,13 +104,12 @@ def _is_quantized(block: nn.Module) -> bool:
     return any(True for _ in quantized_weights(block))
 
 
-def _check_patterns(patterns: tuple[str, ...], found: dict[str, nn.Module]) -> None:
-    """Every pattern has to match a block with a quantized weight."""
+def _check_patterns(patterns: tuple[str, ...], modules: dict[str, nn.Module]) -> None:
+    """Raise UserError unless every pattern matches a block with a quantized weight."""
     for pattern in patterns:
-        matched = [name for name in found if fnmatchcase(name, pattern)]
+        matched = [name for name in modules if fnmatchcase(name, pattern)]
         where = f"reconstruct.blocks: {pattern!r} matches"
         if not matched:
-            nearest = get_close_matches(pattern.strip("*."), found, n=NEAREST, cutoff=0.0)
-            raise UserError(f"{where} no block; nearest names: {', '.join(nearest)} (* stands for anything)")
-        if not any(_is_quantized(found[name]) for name in matched):
+            raise UserError(f"{where} no block; {nearest_names(pattern, modules)}")
+        if not any(_is_quantized(modules[name]) for name in matched):
             raise UserError(f"{where} only blocks whose weights the recipe keeps in float: remove it, or their rule")

@@ -1,4 +1,4 @@
-"""What a block sees and what it should give: its inputs in the quantized model, its outputs in the float model."""
+"""Training data of a block: its inputs in the quantized model, and its outputs in the float model as targets."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Sample = TypeVar("Sample")
 
 
 class Call(NamedTuple):
-    """One call of a block: its inputs, and the float model's outputs (see `features`)."""
+    """One call of a block: its inputs, and the float model's outputs (see `output_tensors`)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: tuple[Tensor, ...]
 
 
-class Kept:
-    """Values of a block's calls in bounded memory: beyond `budget_bytes`, every second of them goes."""
+class CallBuffer:
+    """Values of a block's calls in bounded memory: beyond `budget_bytes`, every second value is dropped."""
 
     def __init__(self, budget_bytes: float, stride: int = 1) -> None:
         self.budget_bytes = budget_bytes
@@ -36,7 +36,7 @@ class Kept:
         self._bytes: list[int] = []
 
     def add(self, value: Any) -> None:
-        """Copies the tensors of a call's value to the CPU if the call is one to keep."""
+        """Count a call, and copy its value to the CPU if its number is a multiple of the stride."""
         if self.count % self.stride == 0:
             copied = apply_to_collection(value, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
             self.values.append(copied)
@@ -46,41 +46,45 @@ class Kept:
             self.values, self._bytes, self.stride = self.values[::2], self._bytes[::2], 2 * self.stride
 
 
-class _Reached(Exception):
-    """Ends a forward that has nothing more to tell."""
+class _AllReached(Exception):
+    """Ends a forward after its last block."""
 
 
 @torch.no_grad()
 def capture(
     blocks: Mapping[str, nn.Module],
-    twins: Mapping[str, nn.Module],
+    float_blocks: Mapping[str, nn.Module],
     run: Callable[[bool, Sample], object],
     samples: Sequence[Sample],
     *,
     budget_bytes: float,
     one_call: bool,
 ) -> dict[str, list[Call]]:
-    """Inputs of the blocks of a quantized model, outputs of their `twins` in the float model, over the same samples.
+    """Inputs of the blocks of a quantized model, and outputs of the float model's blocks on the same samples.
 
-    `run(quantized, sample)` passes a sample through one of the two models; with `one_call`, which says that it calls
-    each block once, the rest of the forward is skipped. What is kept stays on the CPU, within `budget_bytes`.
+    Calls are kept on the CPU, within `budget_bytes`.
+
+    Args:
+        float_blocks: the blocks' modules in the float model.
+        run: `run(quantized, sample)` passes a sample through one of the two models.
+        one_call: `run` calls each block once, so that the rest of the forward is skipped.
 
     Raises:
-        UserError: a block was never reached, or its inputs or targets hold NaN or infinity.
+        UserError: a block was not reached, or its inputs or targets hold NaN or infinity.
     """
     share = budget_bytes / 2 / len(blocks)
-    inputs = {name: Kept(share) for name in blocks}
+    inputs = {name: CallBuffer(share) for name in blocks}
 
-    def keep_inputs(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+    def add_inputs(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         inputs[name].add((args, kwargs))
 
-    _record(blocks, keep_inputs, partial(run, True), samples, one_call)
-    targets = {name: Kept(share, inputs[name].stride) for name in blocks}
+    _record(blocks, add_inputs, partial(run, True), samples, one_call)
+    targets = {name: CallBuffer(share, inputs[name].stride) for name in blocks}
 
-    def keep_targets(name: str, _: tuple[Any, ...], __: dict[str, Any], output: Any) -> None:
-        targets[name].add(features(output))
+    def add_targets(name: str, _: tuple[Any, ...], __: dict[str, Any], output: Any) -> None:
+        targets[name].add(output_tensors(output))
 
-    _record(twins, keep_targets, partial(run, False), samples, one_call)
+    _record(float_blocks, add_targets, partial(run, False), samples, one_call)
     return {name: _calls(name, inputs[name], targets[name]) for name in blocks}
 
 
@@ -98,29 +102,31 @@ def _record(
         record(name, args, kwargs, output)
         waiting.discard(name)
         if one_call and not waiting:
-            raise _Reached
+            raise _AllReached
 
     with hooked(blocks, on_call):
         for sample in samples:
             waiting.update(blocks)
-            with contextlib.suppress(_Reached):
+            with contextlib.suppress(_AllReached):
                 run(sample)
 
 
-def _calls(name: str, inputs: Kept, targets: Kept) -> list[Call]:
+def _calls(name: str, inputs: CallBuffer, targets: CallBuffer) -> list[Call]:
     if not inputs.count:
-        raise UserError(f"no calibration clip reached {name}: give more clips, or leave it out of reconstruct.blocks")
+        raise UserError(
+            f"calibration samples did not reach {name}: give more clips, or leave it out of reconstruct.blocks"
+        )
     if inputs.count != targets.count:
         raise RuntimeError(f"{name} was called {inputs.count} times, in the float model {targets.count} times")
     kept = inputs.values[:: targets.stride // inputs.stride]
-    calls = [Call(args, kwargs, wanted) for (args, kwargs), wanted in zip(kept, targets.values, strict=True)]
+    calls = [Call(args, kwargs, target) for (args, kwargs), target in zip(kept, targets.values, strict=True)]
     if not all(tensor.isfinite().all() for tensor in tensors(calls) if tensor.is_floating_point()):
         raise UserError(f"the inputs or float outputs of {name} contain NaN or infinity: check the clips and the model")
     return calls
 
 
-def features(output: Any) -> tuple[Tensor, ...]:
-    """The tensors of a block's output that depend on its input: position encodings, which come along, do not."""
+def output_tensors(output: Any) -> tuple[Tensor, ...]:
+    """Tensors of a block's output that depend on its input, which excludes position encodings."""
     if isinstance(output, dict):  # memory encoder
         return (output["vision_features"],)
     if isinstance(output, tuple) and isinstance(output[0], list):  # neck

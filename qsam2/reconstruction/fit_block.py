@@ -1,4 +1,8 @@
-"""Block reconstruction as training: a Lightning module that fits the rounding of one block (see `block_by_block`)."""
+"""Reconstruction of one block as training: a Lightning module fits its rounding and steps (BRECQ, arXiv 2102.05426).
+
+minimise E (output - float output)^2 / variance + regularization of the rounding. Errors relative to the variance of
+each output (ours) make one regularization weight suit all blocks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from qsam2.errors import UserError
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.recipe.reconstruct import ReconstructRecipe
-from qsam2.reconstruction.capture import Call, features
+from qsam2.reconstruction.capture import Call, output_tensors
 from qsam2.reconstruction.rounding import (
     beta_at,
     flipped_share,
@@ -33,24 +37,21 @@ from qsam2.train.trainer import build_trainer
 
 @dataclass(frozen=True)
 class ReconstructedBlock:
-    """What became of one block. Errors: E (output - float output)^2 over the float outputs' variance, hard-rounded."""
+    """Result for one block. Errors: E (output - float output)^2 over the float outputs' variance, hard-rounded."""
 
     name: str
     calls: int
-    """Of the block, that it was fitted to."""
+    """Number of calls that the block was fitted to."""
     error: tuple[float, float]
-    """With nearest rounding, and of what was kept."""
+    """Error with nearest rounding, and of the block as it is now."""
     kept: bool
-    """Whether the fit was better than nearest rounding; else the block is as it was before."""
+    """True if the fit was better than nearest rounding; otherwise the block is unchanged."""
     flipped: float
-    """Share of weights that are not rounded to the nearest."""
+    """Share of weights that are not rounded to the nearest level."""
 
 
 class BlockReconstruction(L.LightningModule):
-    """Fits the soft rounding and the learned steps of one softened block to the float block's outputs.
-
-    Loss: squared error over the variance of each output + regularization of the rounding (see `SoftRounding`).
-    """
+    """Fits the soft rounding and the learned steps of one softened block to the float block's outputs."""
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class BlockReconstruction(L.LightningModule):
 
 def block_error(block: nn.Module, call: Call, variances: Sequence[Tensor]) -> Tensor:
     """Squared error of a block's outputs over their variances, summed over outputs; a scalar."""
-    outputs = features(block(*call.args, **call.kwargs))
+    outputs = output_tensors(block(*call.args, **call.kwargs))
     errors = [
         (output.float() - target).square().mean() / variance.to(output.device)
         for output, target, variance in zip(outputs, call.targets, variances, strict=True)
@@ -108,7 +109,7 @@ def block_error(block: nn.Module, call: Call, variances: Sequence[Tensor]) -> Te
 
 
 def target_variances(calls: Sequence[Call]) -> list[Tensor]:
-    """The variance of each output of the float block over all calls; 1 where it is constant."""
+    """Variance of each output of the float block over all calls; 1 if it is constant."""
     variances = []
     for outputs in zip(*(call.targets for call in calls), strict=True):
         count = sum(output.numel() for output in outputs)
@@ -137,9 +138,9 @@ def fit_block(
     seed: int,
     stopped: Callable[[], bool],
 ) -> ReconstructedBlock | None:
-    """Reconstruct a calibrated block in place. It keeps its nearest rounding where the fit is no better on `calls`.
+    """Reconstruct a calibrated block in place; it keeps nearest rounding if the fit is no better on `calls`.
 
-    None, and the block as it was, where `stopped` became true meanwhile.
+    None, with the block unchanged, if `stopped()` became True meanwhile.
     """
     options: dict[str, Any] = {"max_steps": recipe.iterations, "limit_val_batches": 0, "enable_checkpointing": False}
     trainer = build_trainer(trainer_recipe, folder=folder, silent=True, **options)

@@ -1,6 +1,7 @@
 """Activation steps fitted to video at three time scales at once (hierarchy-based video quantization, Q-MiniSAM2).
 
-The paper's abstract gives the idea; the scales, their losses and that the steps are what is fitted are ours.
+minimise sum over scales of weight * loss(scale), see `scale_loss`. The paper's abstract gives the idea; the scales,
+their losses and the choice of steps as parameters are ours.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ from qsam2.train.optimizer import QUANTIZER_EPS, cosine_share
 from qsam2.train.trainer import build_trainer
 
 JUDGED = 4
-"""Clips of each scale by which a fit is judged."""
+"""Steps whose mean loss judges a fit: the first clips of each scale."""
 
 
 class Tracked(NamedTuple):
-    """What SAM2 makes of a clip, a tensor a frame in each: (objects, C, ...)."""
+    """Outputs of SAM2 for a clip, one tensor (objects, C, ...) per frame in each list."""
 
     memories: list[Tensor]
     conditioned: list[Tensor]
-    """Image features after memory attention, of the frames that have a memory."""
+    """Image features after memory attention, of frames that have a memory."""
     masks: list[Tensor]
     pointers: list[Tensor]
     scores: list[Tensor]
 
 
 def track_clip(model: SAM2, sample: Sample, features: dict[str, Any], *, points: bool) -> list[dict[str, Any]]:
-    """Track a clip in eval mode from masks or from one click each, its image features given; a frame's outputs each.
+    """Track a clip in eval mode, from its image features and masks or one click per object; SAM2's outputs per frame.
 
-    Without corrections, which depend on the masks: the quantized and the float model get the same prompts.
+    Without corrections, which would depend on the predicted masks: quantized and float model get the same prompts.
     """
     batch = collate_clips([sample.clip]).to(model.device)
     model.prob_to_use_pt_input_for_eval = float(points)
@@ -58,7 +59,7 @@ def track_clip(model: SAM2, sample: Sample, features: dict[str, Any], *, points:
 
 
 def tracked(model: SAM2, sample: Sample, *, points: bool) -> Tracked:
-    """What the losses of the scales "short" and "long" compare, with gradients to everything."""
+    """Outputs that the losses of the scales "short" and "long" compare, with gradients."""
     conditioned: list[Tensor] = []
     last = {"norm": model.memory_attention.norm}  # the one module that every way of reading memory calls
     with hooked(last, lambda _, __, ___, output: conditioned.append(output)):
@@ -74,11 +75,12 @@ def tracked(model: SAM2, sample: Sample, *, points: bool) -> Tracked:
 
 
 def scale_loss(scale: Scale, model: SAM2, teacher: SAM2, sample: Sample, step: int) -> Tensor:
-    """How far the quantized model is from the float model on a sample, a mean over its frames; a scalar.
+    """Difference between quantized and float model on a sample, mean over its frames; a scalar.
 
     frame: squared error of the image embeddings over their variance; short: that of memory features and of features
-    after memory attention; long: that of object pointers, Kullback-Leibler divergence of masks and object scores.
-    Prompts are masks and clicks by turns.
+    after memory attention; long: that of object pointers, plus the Kullback-Leibler divergence of masks and object
+    scores.
+    Prompts alternate between masks and clicks.
     """
     if scale == "frame":
         image = sample.clip.images[step % len(sample.clip.images)][None].to(model.device)
@@ -87,29 +89,29 @@ def scale_loss(scale: Scale, model: SAM2, teacher: SAM2, sample: Sample, step: i
         return embedding_distillation(model.forward_image(image)["backbone_fpn"], target) / len(target)
     points = step % 2 == 1
     with torch.no_grad():
-        theirs = tracked(teacher, sample, points=points)
-    ours = tracked(model, sample, points=points)
+        targets = tracked(teacher, sample, points=points)
+    outputs = tracked(model, sample, points=points)
     if scale == "short":
-        return _distance(ours.memories, theirs.memories) + _distance(ours.conditioned, theirs.conditioned)
-    divergences = [_divergence(ours.masks, theirs.masks), _divergence(ours.scores, theirs.scores)]
-    return _distance(ours.pointers, theirs.pointers) + torch.stack(divergences).sum()
+        return _distance(outputs.memories, targets.memories) + _distance(outputs.conditioned, targets.conditioned)
+    divergences = [_divergence(outputs.masks, targets.masks), _divergence(outputs.scores, targets.scores)]
+    return _distance(outputs.pointers, targets.pointers) + torch.stack(divergences).sum()
 
 
-def _distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    return embedding_distillation(list(ours), list(theirs)) / len(ours)
+def _distance(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    return embedding_distillation(list(outputs), list(targets)) / len(outputs)
 
 
-def _divergence(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    first, second = ([{"pred_masks": logits} for logits in side] for side in (ours, theirs))
-    return mask_distillation(first, second) / len(ours)
+def _divergence(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    student, teacher = ([{"pred_masks": logits} for logits in side] for side in (outputs, targets))
+    return mask_distillation(student, teacher) / len(outputs)
 
 
 class VideoReconstruction(L.LightningModule):
     """Fits the learned steps of a hard-rounded model to the weighted sum of the losses of all scales.
 
     Args:
-        samples: of the scales whose weight is above zero.
-        stopped: whether the user wants no more of it.
+        samples: for the scales whose weight is above zero.
+        stopped: returns True once Ctrl-C was pressed.
     """
 
     def __init__(
@@ -122,13 +124,13 @@ class VideoReconstruction(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self._teacher = [teacher]  # in a list: no part of the module's state
+        self._teacher = [teacher]  # in a list, so that it is not part of the module's state
         self.recipe = recipe
         self.samples = samples
         self.stopped = stopped
 
     def loss(self, step: int) -> Tensor:
-        """The sum for the samples of a step, those of each scale by turns."""
+        """Weighted sum over the scales, each with its samples in turn."""
         with attention_backend(self.device, self.model.image_size):
             losses = [
                 getattr(self.recipe, scale)
@@ -155,7 +157,7 @@ class VideoReconstruction(L.LightningModule):
 
     @torch.no_grad()
     def judge(self) -> float:
-        """The mean sum over the first clips, from masks and from clicks."""
+        """Mean loss over the first clips, from masks and from clicks."""
         return float(torch.stack([self.loss(step) for step in range(JUDGED)]).mean())
 
 
@@ -169,10 +171,10 @@ def fit_video(
     folder: Path,
     stopped: Callable[[], bool],
 ) -> tuple[float, float] | None:
-    """Fit all activation steps of a calibrated model in place, its weights rounded as they are.
+    """Fit all activation steps of a calibrated model in place; its rounded weights stay.
 
-    Returns the summed loss before and after on some of the samples; steps that are no better are not kept. None, and
-    the model as it was, where `stopped` became true meanwhile.
+    Returns the loss before and after, see `judge`; steps that are no better are dropped. None, with the model
+    unchanged, if `stopped()` became True meanwhile.
     """
     options: dict[str, Any] = {"max_steps": recipe.iterations, "limit_val_batches": 0, "enable_checkpointing": False}
     trainer = build_trainer(trainer_recipe, folder=folder, **options)

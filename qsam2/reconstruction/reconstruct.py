@@ -1,4 +1,8 @@
-"""Reconstruction of a whole model, one block after another: what each sees, what is stored, how it is stopped."""
+"""Reconstruction of a whole model, block after block, with finished blocks stored and Ctrl-C handled.
+
+A block's inputs come from the quantized model with all earlier blocks reconstructed and later ones rounded to the
+nearest, its targets from the float model on the same sample (BRECQ, arXiv 2102.05426).
+"""
 
 from __future__ import annotations
 
@@ -35,30 +39,61 @@ from qsam2.train.trainer import SafeCheckpointIO
 GIGABYTE = 1e9
 SMALLEST = 1e-9
 STORED = "reconstruction"
-"""Folder, in a run's `checkpoints/`, of the blocks that are finished."""
+"""Folder of finished blocks in a run's `checkpoints/`."""
 log = logging.getLogger("qsam2")
+
+
+def reconstruct_blocks(run: Run) -> None:
+    """Stage: fit the rounding of weights and the steps of activations, block by block, to the float model."""
+    method = run.recipe.reconstruct
+    if method is None or run.teacher is None:
+        return
+    scales: dict[Scale, CalibrationData] = {"frame": run.calibration, "short": run.calibration, "long": run.calibration}
+    if method.video is not None:
+        scales = time_scales(
+            run.sources,
+            run.calibration,
+            run.recipe.calibrate,
+            image_size=run.model.image_size,
+            max_objects=run.recipe.data.max_objects,
+            seed=run.recipe.seed,
+        )
+    with run.folder.stage("reconstruct", f"{method.method}, {method.iterations} iterations per block"):
+        run.prepare_inference()
+        result = reconstruct(
+            run.model,
+            run.teacher,
+            scales,
+            method,
+            run.recipe.trainer,
+            folder=run.folder.path,
+            seed=run.recipe.seed,
+            silent=run.silent,
+        )
+    log.log(logging.INFO if result.complete else logging.WARNING, "%s", result.summary)
+    run.folder.record("reconstruction", result.figures())
 
 
 @dataclass
 class Reconstruction:
-    """What became of a model."""
+    """Result for a model."""
 
     total: int
     """Blocks to reconstruct."""
     fits_video: bool = False
-    """Whether steps were to be fitted on video after the blocks."""
+    """True if the recipe fits steps on video after the blocks."""
     blocks: list[ReconstructedBlock] = field(default_factory=list)
     video: tuple[float, float] | None = None
-    """Summed loss on video before and after that."""
+    """Loss on video before and after the fit."""
 
     @property
     def complete(self) -> bool:
-        """False where it was stopped: the other blocks are rounded to the nearest."""
+        """False after Ctrl-C: the remaining blocks are rounded to the nearest."""
         return len(self.blocks) == self.total and (self.video is not None or not self.fits_video)
 
     @property
     def summary(self) -> str:
-        """One line."""
+        """The result in one line."""
         better = [block for block in self.blocks if block.kept]
         ratios = [math.log(max(block.error[1] / block.error[0], SMALLEST)) for block in better]
         ratio = math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
@@ -68,10 +103,10 @@ class Reconstruction:
         )
         if self.video is not None:
             text += f"; loss on video {self.video[0]:.4f} -> {self.video[1]:.4f}"
-        return text if self.complete else f"{text}; STOPPED EARLY, what is left is as calibration made it"
+        return text if self.complete else f"{text}; STOPPED EARLY, the other blocks are rounded to the nearest"
 
     def figures(self) -> dict[str, Any]:
-        """What `metrics.json` holds."""
+        """Values for `metrics.json`."""
         return {
             "complete": self.complete,
             "total": self.total,
@@ -91,16 +126,14 @@ def reconstruct(
     seed: int,
     silent: bool = False,
 ) -> Reconstruction:
-    """Fit rounding and steps of a calibrated model, block by block, to the float `teacher` (BRECQ, arXiv 2102.05426).
+    """Fit rounding and steps of a calibrated model, block by block, to the float `teacher`, in place.
 
-    A block sees what the quantized model gives it, with all blocks before it reconstructed and those behind it rounded
-    to the nearest; tracking blocks see a memory that the quantized model filled. Its target is the output of the
-    teacher's block on the same sample. With `recipe.video` the steps of all blocks are then fitted together. What is
-    finished is stored: a run that was killed goes on behind it. The first Ctrl-C ends reconstruction and leaves a
-    usable model, the second one the run.
+    Tracking blocks read a memory filled by the quantized model. With `recipe.video` the steps of all blocks are then
+    fitted together. Finished blocks are stored, and a resumed run continues after them. The first Ctrl-C ends
+    reconstruction and leaves a usable model, the second one ends the run.
 
     Args:
-        data: stills and clips for the blocks of each scale; those of the scale "frame" see them frame by frame.
+        data: stills and clips for the blocks of each scale; for the scale "frame" they are split into frames.
         folder: the run folder.
         silent: no progress bar.
 
@@ -111,40 +144,40 @@ def reconstruct(
     scales = [scale for scale in data if video is None or getattr(video, scale) > 0]
     groups = [group for group in find_blocks(model, recipe) if group[0].scale in scales]
     fits_video = video is not None and video.iterations > 0
-    done = Reconstruction(sum(len(group) for group in groups), fits_video)
+    result = Reconstruction(sum(len(group) for group in groups), fits_video)
     samples: Sequence[Tensor | Sample] = ()
     source: tuple[CalibrationData, bool] | None = None
     with (
         _interruptible() as stopped,
-        tqdm(total=done.total + fits_video, desc="reconstruct", disable=silent) as bar,
+        tqdm(total=result.total + fits_video, desc="reconstruct", disable=silent) as bar,
         contextlib.suppress(_Stopped),
     ):
-        run = _Run(model, teacher, recipe, trainer_recipe, folder, stopped, bar)
+        session = _Session(model, teacher, recipe, trainer_recipe, folder, stopped, bar)
         for index, group in enumerate(groups):
-            stored = _load(run.file(f"{index:03d}"), {block.name: block.module for block in group})
+            stored = _load(session.file(f"{index:03d}"), {block.name: block.module for block in group})
             if stored is not None:
-                done.blocks += [ReconstructedBlock(**row) for row in stored]
+                result.blocks += [ReconstructedBlock(**row) for row in stored]
                 bar.update(len(stored))
                 continue
             frames = group[0].scale == "frame"
             if source != (data[group[0].scale], frames):
                 source = (data[group[0].scale], frames)
                 samples = _frames(source[0]) if frames else list(source[0].clip_samples())
-                run.encode_anew()
-            for row in run.fit_group(group, samples, seed=_seed(seed, index)):
-                done.blocks.append(row)
+                session.encode_anew()
+            for row in session.fit_group(group, samples, seed=_seed(seed, index)):
+                result.blocks.append(row)
                 bar.update()
-            rows = [asdict(row) for row in done.blocks[-len(group) :]]
-            _save(run.file(f"{index:03d}"), {block.name: block.module for block in group}, rows)
+            rows = [asdict(row) for row in result.blocks[-len(group) :]]
+            _save(session.file(f"{index:03d}"), {block.name: block.module for block in group}, rows)
         if fits_video:
-            done.video = run.fit_video({scale: list(data[scale].clip_samples()) for scale in scales})
+            result.video = session.fit_video({scale: list(data[scale].clip_samples()) for scale in scales})
             bar.update()
-    return done
+    return result
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What all blocks of a run share."""
+class _Session:
+    """State shared by all blocks of one call of `reconstruct`."""
 
     model: SAM2
     teacher: SAM2
@@ -154,21 +187,21 @@ class _Run:
     stopped: Callable[[], bool]
     bar: Any
     features: dict[bool, ImageFeatures] = field(default_factory=dict)
-    """Of the clips, by whether the model is quantized; no block that is fitted on clips changes them."""
+    """Features of the clips in the quantized (True) and float model; no block that is fitted on clips changes them."""
 
     def file(self, name: str) -> Path:
-        """Where something finished is stored."""
+        """File of a finished block, or of the fit on video."""
         return self.folder / "checkpoints" / STORED / f"{name}.ckpt"
 
     def encode_anew(self) -> None:
-        """The clips are others from now on."""
+        """Drop the features of former clips."""
         budget = self.recipe.cache_gb * GIGABYTE / 2
         self.features.update({True: ImageFeatures(self.model, budget), False: ImageFeatures(self.teacher, budget)})
 
     def fit_group(
         self, group: Sequence[Block], samples: Sequence[Tensor | Sample], seed: int
     ) -> Iterator[ReconstructedBlock]:
-        """Capture what the blocks of a group see, then fit one after another."""
+        """Capture the calls of a group's blocks, then fit one after another."""
         self.bar.set_postfix_str(f"{group[0].name}: inputs")
         calls = capture(
             {block.name: block.module for block in group},
@@ -235,14 +268,14 @@ def _frames(data: CalibrationData) -> list[Tensor]:
 
 
 class _Stopped(Exception):
-    """The user has had enough of it."""
+    """Ctrl-C was pressed."""
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed; pressed again, it does what it did before."""
+    """Context manager: a function that returns True once Ctrl-C was pressed; the second Ctrl-C interrupts as usual."""
     pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield pressed.is_set
         return
     before = signal.getsignal(signal.SIGINT)
@@ -266,7 +299,7 @@ def _save(file: Path, modules: Mapping[str, nn.Module], figures: list[Any]) -> N
 
 
 def _load(file: Path, modules: Mapping[str, nn.Module]) -> list[Any] | None:
-    """The figures that were stored, the modules as they were then; None where nothing is."""
+    """Stored figures, with the states of the modules restored; None if nothing is stored."""
     if not file.is_file():
         return None
     stored = SafeCheckpointIO().load_checkpoint(file)
@@ -277,34 +310,3 @@ def _load(file: Path, modules: Mapping[str, nn.Module]) -> list[Any] | None:
 
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-def reconstruct_blocks(run: Run) -> None:
-    """Stage: fit the rounding of weights and the steps of activations, block by block, to the float model."""
-    method = run.recipe.reconstruct
-    if method is None or run.teacher is None:
-        return
-    scales: dict[Scale, CalibrationData] = {"frame": run.calibration, "short": run.calibration, "long": run.calibration}
-    if method.video is not None:
-        scales = time_scales(
-            run.sources,
-            run.calibration,
-            run.recipe.calibrate,
-            image_size=run.model.image_size,
-            max_objects=run.recipe.data.max_objects,
-            seed=run.recipe.seed,
-        )
-    with run.folder.stage("reconstruct", f"{method.method}, {method.iterations} iterations per block"):
-        run.prepare_inference()
-        result = reconstruct(
-            run.model,
-            run.teacher,
-            scales,
-            method,
-            run.recipe.trainer,
-            folder=run.folder.path,
-            seed=run.recipe.seed,
-            silent=run.silent,
-        )
-    log.log(logging.INFO if result.complete else logging.WARNING, "%s", result.summary)
-    run.folder.record("reconstruction", result.figures())

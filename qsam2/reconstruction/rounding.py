@@ -1,4 +1,10 @@
-"""Soft rounding of weights (AdaRound: Nagel et al., arXiv 2004.10568, eq. 21-25; BRECQ uses it by block)."""
+"""Learned rounding of weights and learned steps of activations, for the time a block is fitted.
+
+Weights: AdaRound (Nagel et al., arXiv 2004.10568, eq. 21-25), W^ = s * clip(floor(W/s) + h(V); low, high), h a
+rectified sigmoid that a regularizer drives to 0 or 1. Activations: log s is learned, with LSQ's gradient; QDrop (arXiv
+2203.05740, eq. 11) leaves random values in float. `soften_weights` and `learn_steps` put both into a block, `harden`
+removes them.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +18,15 @@ from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize
 from qsam2.quantizers.grid import bounded_exp
 
 STRETCH, SHIFT = 1.2, 0.1
-"""The rectified sigmoid's: h reaches 0 and 1 at finite V."""
+"""Of the rectified sigmoid, so that h reaches 0 and 1 at finite V."""
 SMALLEST = 1e-20
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 
 
 class SoftRounding(nn.Module):
-    """In a frozen weight quantizer's place while a block is fitted: W^ = s * clip(floor(W/s) + h(V); low, high).
+    """Replaces a frozen weight quantizer while a block is fitted.
 
-    `v` has the weight's shape; at first W^ is W, clipped. On a mid-rise grid levels are odd multiples of half a step.
+    `v` has the weight's shape; W^ starts as W, clipped. On a mid-rise grid levels are odd multiples of half a step.
     """
 
     floor: Tensor
@@ -44,23 +50,23 @@ class SoftRounding(nn.Module):
 
     @property
     def h(self) -> Tensor:
-        """How much of a step each weight is rounded up, 0 to 1."""
+        """Fraction of a step, 0 to 1, by which each weight is rounded up."""
         return (STRETCH * self.v.sigmoid() - SHIFT).clamp(0.0, 1.0)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The softly rounded weight; `weight` itself plays no part any more."""
+        """Softly rounded weight; `weight` gives the dtype only."""
         return (torch.clamp(self.floor + self.h, self.low, self.high) * self.scale).to(weight.dtype)
 
     @torch.no_grad()
     def hard(self, dtype: torch.dtype) -> Tensor:
-        """The weight as its own dequantized integers: up where h is a half or more."""
+        """Hard-rounded weight, up where h >= 1/2: its own dequantized integers."""
         levels = torch.clamp(self.floor + (self.h >= 0.5), self.low, self.high)
         return self.quantizer.dequantize((levels + self.quantizer.qmin - self.low).round(), dtype)
 
     def regularization(self, beta: float) -> Tensor:
         """Sum of 1 - |2h - 1|^beta over a channel's weights, mean over channels (the papers: sum over all).
 
-        With errors relative to the variance of the output, which average over its channels, the balance is theirs.
+        Errors relative to the output's variance are means over channels, too, which keeps the papers' balance.
         """
         decided = (2.0 * self.h - 1.0).abs().clamp(min=SMALLEST)
         power = (decided.log2() * beta).exp2()  # several times as fast as pow
@@ -68,17 +74,17 @@ class SoftRounding(nn.Module):
 
 
 def beta_at(progress: float, warmup: float) -> float | None:
-    """The exponent at a share of the iterations: from 20 down to 2, linearly; None during warm-up."""
+    """Exponent at a share of the iterations: linear from 20 to 2; None during warm-up."""
     if progress < warmup:
         return None
     return LAST_BETA + (FIRST_BETA - LAST_BETA) * (1.0 - (progress - warmup) / (1.0 - warmup))
 
 
 class LearnedStep(nn.Module):
-    """In a frozen activation quantizer's place while a block is fitted, whatever its method (ours; gradient: LSQ).
+    """Replaces a frozen activation quantizer of any method while a block is fitted (ours).
 
-    Learns log s; the zero point stays, so that the range scales about zero. With `drop`, each value is left in float
-    with that probability (QDrop, eq. 11). It is no Quantizer: an audit refuses a model in which one is left.
+    Learns log s; the zero point is fixed, so that the range scales about zero. `drop` is the probability of a value to
+    stay in float (QDrop). It is no Quantizer, so that the audit refuses a model in which one remains.
     """
 
     zero_point: Tensor
@@ -91,7 +97,7 @@ class LearnedStep(nn.Module):
         self.register_buffer("zero_point", quantizer.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantized x, some of it left as it is."""
+        """Fake-quantized x, except the dropped values."""
         quantizer = self.quantizer
         quantized = fake_quantize(
             x,
@@ -115,7 +121,7 @@ class LearnedStep(nn.Module):
 
 @torch.no_grad()
 def soften_weights(block: nn.Module) -> None:
-    """Give all quantized weights of a calibrated block soft rounding; their scales and zero points are frozen."""
+    """Replace all weight quantizers of a calibrated block by soft rounding; scales and zero points are frozen."""
     for _, layer, quantizer in list(quantized_weights(block)):
         quantizer.freeze(layer.weight)
         layer.weight_quantizer = SoftRounding(layer.weight, quantizer)  # type: ignore[assignment]
@@ -123,7 +129,7 @@ def soften_weights(block: nn.Module) -> None:
 
 @torch.no_grad()
 def learn_steps(block: nn.Module, drop: float = 0.0) -> None:
-    """Give all quantized activations of a calibrated block learned steps, the quantizers frozen behind them."""
+    """Replace all activation quantizers of a calibrated block by learned steps; zero points are frozen."""
     for parent in list(block.modules()):
         for key, child in list(parent.named_children()):
             if isinstance(child, Quantizer) and child.role == "activation":
@@ -133,7 +139,7 @@ def learn_steps(block: nn.Module, drop: float = 0.0) -> None:
 
 @torch.no_grad()
 def harden(block: nn.Module) -> None:
-    """Round every soft weight of a block for good and put all quantizers, FROZEN, back in their places."""
+    """Round every soft weight of a block and put all quantizers, FROZEN, back."""
     for layer in list(block.modules()):
         for key, child in list(layer.named_children()):
             if isinstance(child, LearnedStep):
@@ -145,7 +151,7 @@ def harden(block: nn.Module) -> None:
 
 @torch.no_grad()
 def flipped_share(block: nn.Module) -> float:
-    """Share of a soft block's weights that `harden` will not round to the nearest."""
+    """Share of a soft block's weights that `harden` will not round to the nearest level."""
     flipped, total = 0, 0
     for layer in block.modules():
         rounding = getattr(layer, "weight_quantizer", None)
@@ -157,10 +163,10 @@ def flipped_share(block: nn.Module) -> float:
 
 
 def soft_roundings(block: nn.Module) -> list[SoftRounding]:
-    """All of a block."""
+    """All soft roundings of a block."""
     return [module for module in block.modules() if isinstance(module, SoftRounding)]
 
 
 def learned_steps(block: nn.Module) -> list[LearnedStep]:
-    """All of a block."""
+    """All learned steps of a block."""
     return [module for module in block.modules() if isinstance(module, LearnedStep)]

@@ -1,4 +1,4 @@
-"""The three time scales of calibration data (ours, after Q-MiniSAM2): frames, successive frames, whole videos."""
+"""Calibration data of three time scales (ours, after Q-MiniSAM2): frames, successive frames, whole videos."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qsam2.reconstruction.blocks import Scale
 
 
 class SpreadVideo(Video):
-    """Some frames of a video, evenly spread over all that are annotated."""
+    """Video of `num_frames` frames, evenly spread over the annotated frames of another."""
 
     def __init__(self, video: Video, num_frames: int) -> None:
         annotated = annotated_frames(video)
@@ -40,18 +40,18 @@ def time_scales(
     max_objects: int,
     seed: int,
 ) -> dict[Scale, CalibrationData]:
-    """The given stills and clips as single frames; clips of successive frames; clips spread over whole videos.
+    """Data of each scale: `frames`; clips of successive frames; clips spread over whole videos.
 
-    All clips are as long; there are no more spread ones than there are videos.
+    All clips have `amount.num_frames` frames; there are at most as many spread clips as videos.
     """
     spread = [
         Source([SpreadVideo(video, amount.num_frames) for video in source.videos], source.weight) for source in sources
     ]
-    few = min(amount.clips, sum(len(source.videos) for source in sources))
+    spread_clips = min(amount.clips, sum(len(source.videos) for source in sources))
 
     def draw(sources: Sequence[Source], clips: int) -> CalibrationData:
         only_clips = amount.model_copy(update={"clips": clips, "stills": 0})
         size = {"image_size": image_size, "max_objects": max_objects}
         return CalibrationData(sources, only_clips, **size, max_stride=1, seed=seed)
 
-    return {"frame": frames, "short": draw(sources, amount.clips), "long": draw(spread, few)}
+    return {"frame": frames, "short": draw(sources, amount.clips), "long": draw(spread, spread_clips)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
-from qsam2.reconstruction.capture import Call, Kept, capture, features, tensors
+from qsam2.reconstruction.capture import Call, CallBuffer, capture, output_tensors, tensors
 
 
 class Stack(nn.Module):
@@ -88,14 +88,14 @@ def test_targets_larger_than_inputs_thin_both() -> None:
 
 
 def test_one_call_is_always_kept() -> None:
-    kept = Kept(1)
+    kept = CallBuffer(1)
     for i in range(5):
         kept.add(torch.full((9,), float(i)))
     assert len(kept.values) == 1 and kept.count == 5
 
 
 def test_a_block_that_nothing_reaches_is_named(models: tuple[Stack, Stack]) -> None:
-    with pytest.raises(UserError, match="no calibration clip reached second: give more clips, or leave it out"):
+    with pytest.raises(UserError, match="calibration samples did not reach second: give more clips, or leave it out"):
         take(models, "second", [])
 
 
@@ -119,10 +119,10 @@ def test_models_that_take_different_ways_are_refused(models: tuple[Stack, Stack]
 
 def test_features_leave_position_encodings_out() -> None:
     a, b, position = (torch.zeros(1) + i for i in range(3))
-    assert features(a) == (a,)
-    assert features((a, b)) == (a, b)
-    assert features(([a, b], [position, position])) == (a, b)
-    assert features({"vision_features": a, "vision_pos_enc": [position]}) == (a,)
+    assert output_tensors(a) == (a,)
+    assert output_tensors((a, b)) == (a, b)
+    assert output_tensors(([a, b], [position, position])) == (a, b)
+    assert output_tensors({"vision_features": a, "vision_pos_enc": [position]}) == (a,)
 
 
 def test_all_tensors_of_a_call_are_found() -> None:

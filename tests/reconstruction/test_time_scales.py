@@ -81,7 +81,7 @@ def test_observed_ranges_can_be_limited() -> None:
     scale, zero_point = quantizer.scale, quantizer.zero_point
     assert float(scale * (255 - zero_point)) == pytest.approx(3.0, abs=0.02)
     assert float(-scale * zero_point) == pytest.approx(-1.0, abs=0.02)
-    with pytest.raises(UserError, match="here: is QUANTIZE, only what is observed can be limited"):
+    with pytest.raises(UserError, match="here: is QUANTIZE, limits apply in OBSERVE only"):
         quantizer.limit_observed(-1.0, 1.0)
 
 

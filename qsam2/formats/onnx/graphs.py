@@ -17,7 +17,14 @@ from sam2.modeling.sam2_utils import get_1d_sine_pe
 from torch import Tensor, nn
 
 from qsam2.formats.onnx.grids import use_onnx_grids
-from qsam2.layers.attention import QuantRoPEAttention, join_heads, project, quantized, rotate, split_heads
+from qsam2.layers.attention import (
+    QuantRoPEAttention,
+    join_heads,
+    project_keys_values,
+    quantize_part,
+    rotate,
+    split_heads,
+)
 from qsam2.models import SAM2
 
 HIDDEN_KEY = -1e9
@@ -268,8 +275,9 @@ def _repeated(x: Tensor, times: int) -> Tensor:
 def _read(attention: QuantRoPEAttention, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, rotated: int) -> Tensor:
     """Cross-attention of x (1, tokens, C); the first `rotated` keys have a place in the picture."""
     table = attention.rotary_table(x.shape[1])
-    q = quantized(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
-    k, v = project(attention, keys, values)
+    q = quantize_part(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
+    k, v = project_keys_values(attention, keys, values)
     k = torch.cat([rotate(k[:, :, :rotated], *table), k[:, :, rotated:]], dim=2)
-    out = F.scaled_dot_product_attention(q, quantized(k, attention, "k"), quantized(v, attention, "v"), attn_mask=bias)
+    k, v = quantize_part(k, attention, "k"), quantize_part(v, attention, "v")
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return attention.out_proj(join_heads(out))
