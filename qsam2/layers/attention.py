@@ -262,10 +262,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_
     with torch.autocast(q.device.type, enabled=False):
         items = [
             _attend_head(
-                q[item, head] * scale,
-                k[item, head],
-                v[item, head].to(q.dtype),
-                None if bias is None else bias[item, 0],
+                q[item, head] * scale, k[item, head], v[item, head].to(q.dtype), None if bias is None else bias[item, 0]
             )
             for item in range(len(q))
             for head in range(q.shape[1])

@@ -11,21 +11,12 @@ from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
 from qsam2.layers.attention import QuantizedAttention
-from qsam2.layers.convert import (
-    QUANT_ATTENTIONS,
-    QUANT_LAYERS,
-    quantized_weights,
-    quantizers,
-)
+from qsam2.layers.convert import QUANT_ATTENTIONS, QUANT_LAYERS, quantized_weights, quantizers
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import ConvertedLayer, QuantizeRecipe
 
-FLOAT_MODULES = {
-    nn.LayerNorm: "normalisation",
-    LayerNorm2d: "normalisation",
-    nn.Embedding: "small embedding table",
-}
+FLOAT_MODULES = {nn.LayerNorm: "normalisation", LayerNorm2d: "normalisation", nn.Embedding: "small embedding table"}
 FLOAT_PARAMETERS = {
     "image_encoder.trunk.pos_embed": "position embedding",
     "image_encoder.trunk.pos_embed_window": "position embedding",

@@ -19,12 +19,7 @@ from sam2.modeling.sam.transformer import Attention, RoPEAttention
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
-from qsam2.layers.attention import (
-    QuantAttention,
-    QuantizedAttention,
-    QuantMultiScaleAttention,
-    QuantRoPEAttention,
-)
+from qsam2.layers.attention import QuantAttention, QuantizedAttention, QuantMultiScaleAttention, QuantRoPEAttention
 from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantizedLayer, QuantLinear
 from qsam2.output import aligned
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer

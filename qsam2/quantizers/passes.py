@@ -148,14 +148,7 @@ class Quantized(NamedTuple):
 
 
 def quantize_pass(
-    x: Tensor,
-    scale: Tensor,
-    low: Tensor,
-    high: Tensor,
-    mid_rise: bool,
-    keep: Keep,
-    with_codes: bool,
-    with_sums: bool,
+    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, keep: Keep, with_codes: bool, with_sums: bool
 ) -> Quantized:
     """Forward kernel: x (outer, C, inner), the other tensors (1, C, 1)."""
     total = square = None
@@ -231,14 +224,7 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def quantize_in_blocks(
-    x: Tensor,
-    scale: Tensor,
-    low: Tensor,
-    high: Tensor,
-    mid_rise: bool,
-    keep: Keep,
-    with_codes: bool,
-    with_sums: bool,
+    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, keep: Keep, with_codes: bool, with_sums: bool
 ) -> Quantized:
     """`quantize_pass`, block by block."""
     x = x.contiguous()

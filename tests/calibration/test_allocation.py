@@ -104,11 +104,6 @@ def test_importance_is_that_of_its_equation(build: Callable[[], nn.Module], shap
     assert found == pytest.approx(np.mean(terms), rel=1e-6)  # squares are of single precision
 
 
-def test_a_layer_that_no_sample_reaches() -> None:
-    with pytest.raises(UserError, match="calibration samples did not reach b: give more clips, or bits for"):
-        importance({"b": nn.Linear(2, 2)}, lambda sample: None, [1])
-
-
 def test_groups_are_the_parts_of_sam2() -> None:
     quantize = QuantizeRecipe.model_validate({"weights": {"method": "minmax", "bits": 4}})
     names = allocatable(build_sam2("nano"), quantize)

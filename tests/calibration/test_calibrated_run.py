@@ -121,14 +121,8 @@ def test_without_it_nothing_changes(tmp_path: Path) -> None:
         (["calibrate.weights=frob"], "calibrate.weights.method='frob' is unknown: give frobenius or acnr"),
         (["calibrate.weights={method: acnr, rhos: [1]}"], "unknown recipe key 'calibrate.weights.rhos': calibrate.wei"),
         (["calibrate.weights={method: frobenius, rhos: [-1]}"], "calibrate.weights.rhos.0=-1: should be greater than"),
-        (
-            ["calibrate.weights={method: acnr, steps: [0.5]}"],
-            "calibrate.weights.steps.0=0.5: should be a valid int",
-        ),
-        (
-            ["calibrate.weights=acnr", "calibrate.clips=1"],
-            "calibrate: clips=1 is too few: weights are fitted on",
-        ),
+        (["calibrate.weights={method: acnr, steps: [0.5]}"], "calibrate.weights.steps.0=0.5: should be a valid int"),
+        (["calibrate.weights=acnr", "calibrate.clips=1"], "calibrate: clips=1 is too few: weights are fitted on"),
         (["calibrate.rounding=gptq", "calibrate.clips=1"], "calibrate: clips=1 is too few: what is fitted on one half"),
         (["calibrate.smooth=[0.3, 0.5]", "calibrate.clips=1"], "calibrate: clips=1 is too few: what is fitted on"),
         (["calibrate.rounding=gpt"], "calibrate.rounding.method='gpt': should be 'gptq'"),
@@ -141,14 +135,8 @@ def test_without_it_nothing_changes(tmp_path: Path) -> None:
         (["calibrate.rounding=gptq", "quantize.weights=null"], "recipe: calibrate.rounding=gptq needs quantized"),
         (["calibrate.rounding=gptq", "train={}"], "recipe: calibrate.rounding=gptq is for calibration alone, training"),
         (["calibrate.smooth=0.5", "quantize.activations=null"], "recipe: calibrate.smooth needs quantized activations"),
-        (
-            ["calibrate.weights=acnr", "quantize.weights=null"],
-            "recipe: calibrate.weights=acnr needs quantized",
-        ),
-        (
-            ["calibrate.weights=acnr", "quantize=null"],
-            "recipe: calibrate.weights=acnr needs quantized weights: give",
-        ),
+        (["calibrate.weights=acnr", "quantize.weights=null"], "recipe: calibrate.weights=acnr needs quantized"),
+        (["calibrate.weights=acnr", "quantize=null"], "recipe: calibrate.weights=acnr needs quantized weights: give"),
     ],
 )
 def test_recipe_messages(tmp_path: Path, overrides: list[str], message: str) -> None:

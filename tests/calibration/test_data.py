@@ -113,7 +113,7 @@ def test_features_of_frames_are_found_once_within_the_budget(model: SAM2, monkey
             assert all(map(torch.equal, found[key], expected[key]))
         seen.clear()
     assert features.left_bytes == 0
-    held = [tensor for levels in features._kept.values() for tensor in levels]
+    held = [tensor for levels in features._cache.values() for tensor in levels]
     assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 6 * a_frame, "nothing else is held"
     features.of(first), run_sample(model, first, ("mask",), features)
     assert not seen

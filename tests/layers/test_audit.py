@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -68,25 +69,15 @@ def test_finalized_weights_are_their_own_integers(finalized):
     assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.FROZEN}
 
 
-def test_finalizing_twice_changes_nothing(finalized):
-    model, _ = finalized
+def test_finalizing_keeps_outputs_and_parameters_and_twice_changes_nothing(calibrated):
+    model, _ = calibrated
+    outputs, parameters = track_video(model), dict(model.named_parameters())
+    finalize(model)
+    assert all(torch.equal(one, other) for one, other in zip(track_video(model), outputs, strict=True))
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     before = copy.deepcopy(model.state_dict())
     finalize(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_finalizing_does_not_change_what_the_model_computes(calibrated):
-    model, _ = calibrated
-    before = track_video(model)
-    finalize(model)
-    assert all(torch.equal(one, other) for one, other in zip(track_video(model), before, strict=True))
-
-
-def test_finalizing_keeps_the_parameters_of_the_optimizer(calibrated):
-    model, _ = calibrated
-    before = dict(model.named_parameters())
-    finalize(model)
-    assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
 def test_a_finalized_model_passes_and_lists_what_is_float(finalized):
@@ -103,6 +94,10 @@ def test_a_finalized_model_passes_and_lists_what_is_float(finalized):
     assert text.startswith("audit passed: ") and "  obj_ptr_tpos_proj.weight (2,048): a test" in text.splitlines()
 
 
+PROJECTION = "obj_ptr_proj.layers.1"
+BLOCK = "image_encoder.trunk.blocks.0"
+
+
 class Dropping(nn.Module):
     """QDrop left on at test time: half of the values stay float (PTQ4SAM, SAQ-SAM)."""
 
@@ -112,56 +107,6 @@ class Dropping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(torch.rand_like(x) < 0.5, x, self.quantizer(x))
-
-
-def _drop(model: SAM2) -> None:
-    model.obj_ptr_proj.layers[0].input_quantizer = Dropping(model.obj_ptr_proj.layers[0].input_quantizer)
-
-
-def _soft_rounding(model: SAM2) -> None:
-    # AdaRound's soft rounding shipped as hard: only the first layer of a block was rounded (PTQ4SAM and followers)
-    layer = model.obj_ptr_proj.layers[1]
-    layer.weight.add_(0.3 * layer.weight_quantizer.scale[:, None] * torch.rand_like(layer.weight))
-
-
-def _mlp(model: SAM2) -> nn.Module:
-    return model.image_encoder.trunk.blocks[0].mlp
-
-
-def _qdrop_left_on(model: SAM2) -> None:
-    # Set by one pattern of names, reset by a narrower one: the block's quantizers are put back but for one
-    learn_steps(model.image_encoder.trunk.blocks[0], drop=0.5)
-    left = _mlp(model).layers[1].input_quantizer
-    harden(model)
-    _mlp(model).layers[1].input_quantizer = left
-
-
-def _qdrop_left_on_in_attention(model: SAM2) -> None:
-    attention = model.image_encoder.trunk.blocks[0].attn
-    attention.v_quantizer = LearnedStep(attention.v_quantizer, drop=0.5)
-
-
-def _only_the_first_layer_hardened(model: SAM2) -> None:
-    soften_weights(_mlp(model))
-    harden(_mlp(model).layers[0])
-
-
-def _soft_values_kept(model: SAM2) -> None:
-    # The same error one step later: quantizers are back, the weights are what soft rounding made of them
-    layer = _mlp(model).layers[1]
-    rounding = SoftRounding(layer.weight, layer.weight_quantizer)
-    rounding.v.add_(torch.randn_like(rounding.v))
-    layer.weight.copy_(rounding(layer.weight))
-
-
-def _one_value(model: SAM2) -> None:
-    model.mask_downsample.weight[0, 0, 0, 0] *= 1 + 1e-6
-
-
-def _stale_cache(model: SAM2) -> None:
-    layer = model.obj_ptr_proj.layers[1]
-    layer.quantized_weight()
-    layer._cached = layer._cached._replace(tensor=2 * layer.weight)
 
 
 class TwoGrids(Quantizer):
@@ -176,85 +121,140 @@ class TwoGrids(Quantizer):
         return 2 * super().qmax
 
 
-def _too_many_levels(model: SAM2) -> None:
-    layer = model.obj_ptr_proj.layers[1]
+def _soft_rounding(layer: Any) -> None:
+    # AdaRound's soft rounding shipped as hard: only the first layer of a block was rounded (PTQ4SAM and followers)
+    layer.weight.add_(0.3 * layer.weight_quantizer.scale[:, None] * torch.rand_like(layer.weight))
+
+
+def _qdrop_left_on(block: Any) -> None:
+    # set by one pattern of names, reset by a narrower one: all quantizers but one are put back
+    learn_steps(block, drop=0.5)
+    left = block.mlp.layers[1].input_quantizer
+    harden(block)
+    block.mlp.layers[1].input_quantizer = left
+
+
+def _only_the_first_layer_hardened(mlp: Any) -> None:
+    soften_weights(mlp)
+    harden(mlp.layers[0])
+
+
+def _soft_values_kept(layer: Any) -> None:
+    # quantizers are back, but the weights are those of soft rounding
+    rounding = SoftRounding(layer.weight, layer.weight_quantizer)
+    rounding.v.add_(torch.randn_like(rounding.v))
+    layer.weight.copy_(rounding(layer.weight))
+
+
+def _stale_cache(layer: Any) -> None:
+    layer.quantized_weight()
+    layer._cached = layer._cached._replace(tensor=2 * layer.weight)
+
+
+def _too_many_levels(layer: Any) -> None:
     layer.weight_quantizer.__class__ = type("Finer", (TwoGrids, type(layer.weight_quantizer)), {})
     levels = torch.arange(layer.weight.numel()).view(layer.weight.shape) % 10 - 5.0
     layer.weight.copy_(levels * layer.weight_quantizer.scale[:, None])
 
 
-def _back_to_float(model: SAM2) -> None:
-    layer = nn.Linear(64, 64)
-    model.obj_ptr_proj.layers[1] = layer
+def _set(**values: Any) -> Callable[[Any], None]:
+    """Sets attributes; a function is called with the attribute's present value."""
+
+    def violate(owner: Any) -> None:
+        for name, value in values.items():
+            setattr(owner, name, value(getattr(owner, name)) if callable(value) else value)
+
+    return violate
 
 
-def _one_bit_more(model: SAM2) -> None:
-    quantizer = model.obj_ptr_proj.layers[1].input_quantizer
-    quantizer.grid = replace(quantizer.grid, bits=5)
-
-
-def _one_of_three(model: SAM2) -> None:
-    model.image_encoder.trunk.blocks[0].attn.k_quantizer = None
-
-
-def _not_frozen(model: SAM2) -> None:
-    model.obj_ptr_proj.layers[1].input_quantizer.state = QuantizerState.QUANTIZE
-
-
-def _float_state(model: SAM2) -> None:
-    model.obj_ptr_proj.layers[1].input_quantizer.state = QuantizerState.FLOAT
-
-
-def _uncalibrated(model: SAM2) -> None:
-    model.obj_ptr_proj.layers[1].input_quantizer._calibrated = False
-
-
-def _bad_scale(model: SAM2) -> None:
-    model.obj_ptr_proj.layers[1].input_quantizer.frozen_scale.fill_(float("nan"))
-
-
-def _extra_layer(model: SAM2) -> None:
-    model.obj_ptr_proj.layers.append(nn.Linear(2, 2))
-
-
-def _extra_parameter(model: SAM2) -> None:
-    model.adapter = nn.Parameter(torch.zeros(2, 2))
-
-
-VIOLATIONS: dict[str, tuple[Any, str]] = {
-    "dropping quantizer": (_drop, r"obj_ptr_proj.layers.0: the table says bits \(3, 4\), the model has \(3, -1\)"),
-    "soft rounding": (_soft_rounding, "obj_ptr_proj.layers.1.weight: is not its own dequantized integers"),
-    "QDrop left on": (_qdrop_left_on, r"mlp.layers.1: the table says bits \(3, 4\), the model has \(3, -1\)"),
+VIOLATIONS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "dropping quantizer": (
+        "obj_ptr_proj.layers.0",
+        _set(input_quantizer=Dropping),
+        r"obj_ptr_proj.layers.0: the table says bits \(3, 4\), the model has \(3, -1\)",
+    ),
+    "soft rounding": (PROJECTION, _soft_rounding, f"{PROJECTION}.weight: is not its own dequantized integers"),
+    "QDrop left on": (BLOCK, _qdrop_left_on, r"mlp.layers.1: the table says bits \(3, 4\), the model has \(3, -1\)"),
     "QDrop left on in attention": (
-        _qdrop_left_on_in_attention,
+        f"{BLOCK}.attn",
+        _set(v_quantizer=lambda quantizer: LearnedStep(quantizer, drop=0.5)),
         r"blocks.0.attn: the table says bits \(None, 4\), the model has \(None, -1\)",
     ),
     "soft rounding behind the first layer": (
+        f"{BLOCK}.mlp",
         _only_the_first_layer_hardened,
         r"(?s)mlp.layers.1: the table says bits \(3, 4\), the model has \(-1, 4\).*weight_quantizer.v: is in float",
     ),
-    "soft values shipped as hard": (_soft_values_kept, "mlp.layers.1.weight: is not its own dequantized integers"),
-    "one value off its grid": (_one_value, "mask_downsample.weight: is not its own dequantized integers"),
-    "stale cache": (_stale_cache, "obj_ptr_proj.layers.1: computes with another weight than its own"),
-    "too many levels": (_too_many_levels, "layers.1.weight: has 10 levels in a channel, 3 bits allow 8"),
-    "layer back in float": (_back_to_float, r"layers.1: the table says bits \(3, 4\), the model has \(None, None\)"),
-    "other bits": (_one_bit_more, r"layers.1: the table says bits \(3, 4\), the model has \(3, 5\)"),
-    "keys in float": (_one_of_three, r"blocks.0.attn: the table says bits \(None, 4\), the model has \(None, -1\)"),
-    "not frozen": (_not_frozen, "obj_ptr_proj.layers.1.input_quantizer: is QUANTIZE, not FROZEN"),
-    "left in float": (_float_state, "obj_ptr_proj.layers.1.input_quantizer: is FLOAT, not FROZEN"),
-    "not calibrated": (_uncalibrated, "obj_ptr_proj.layers.1.input_quantizer: was never calibrated"),
-    "scale not finite": (_bad_scale, "layers.1.input_quantizer: has a scale that is not positive and finite"),
-    "layer without a row": (_extra_layer, "obj_ptr_proj.layers.3: Linear is not in the conversion table"),
-    "parameter without a reason": (_extra_parameter, "adapter: is in float and no rule keeps it"),
+    "soft values shipped as hard": (
+        f"{BLOCK}.mlp.layers.1",
+        _soft_values_kept,
+        "mlp.layers.1.weight: is not its own dequantized integers",
+    ),
+    "one value off its grid": (
+        "mask_downsample",
+        lambda layer: layer.weight[0, 0, 0, 0].mul_(1 + 1e-6),
+        "mask_downsample.weight: is not its own dequantized integers",
+    ),
+    "stale cache": (PROJECTION, _stale_cache, f"{PROJECTION}: computes with another weight than its own"),
+    "too many levels": (PROJECTION, _too_many_levels, "layers.1.weight: has 10 levels in a channel, 3 bits allow 8"),
+    "layer back in float": (
+        "obj_ptr_proj",
+        lambda mlp: mlp.layers.__setitem__(1, nn.Linear(64, 64)),
+        r"layers.1: the table says bits \(3, 4\), the model has \(None, None\)",
+    ),
+    "other bits": (
+        f"{PROJECTION}.input_quantizer",
+        _set(grid=lambda grid: replace(grid, bits=5)),
+        r"layers.1: the table says bits \(3, 4\), the model has \(3, 5\)",
+    ),
+    "keys in float": (
+        f"{BLOCK}.attn",
+        _set(k_quantizer=None),
+        r"blocks.0.attn: the table says bits \(None, 4\), the model has \(None, -1\)",
+    ),
+    **{
+        f"left in {state.name}": (
+            f"{PROJECTION}.input_quantizer",
+            _set(state=state),
+            f"{PROJECTION}.input_quantizer: is {state.name}, not FROZEN",
+        )
+        for state in (QuantizerState.QUANTIZE, QuantizerState.FLOAT)
+    },
+    "not calibrated": (
+        f"{PROJECTION}.input_quantizer",
+        _set(_calibrated=False),
+        f"{PROJECTION}.input_quantizer: was never calibrated",
+    ),
+    "scale not finite": (
+        f"{PROJECTION}.input_quantizer",
+        lambda quantizer: quantizer.frozen_scale.fill_(float("nan")),
+        "layers.1.input_quantizer: has a scale that is not positive and finite",
+    ),
+    "layer without a row": (
+        "obj_ptr_proj",
+        lambda mlp: mlp.layers.append(nn.Linear(2, 2)),
+        "obj_ptr_proj.layers.3: Linear is not in the conversion table",
+    ),
+    "parameter without a reason": (
+        "",
+        lambda model: model.register_parameter("adapter", nn.Parameter(torch.zeros(2, 2))),
+        "adapter: is in float and no rule keeps it",
+    ),
 }
 
 
-@pytest.mark.parametrize("violate, message", VIOLATIONS.values(), ids=VIOLATIONS.keys())
-def test_each_planted_violation_is_refused(finalized, violate, message):
+def _violate(model: SAM2, violation: str) -> str:
+    path, violate, message = VIOLATIONS[violation]
+    with torch.no_grad():
+        violate(model.get_submodule(path))
+    return message
+
+
+@pytest.mark.parametrize("violation", VIOLATIONS)
+def test_each_planted_violation_is_refused(finalized, violation):
     model, rows = finalized
     audit(model, rows, RECIPE)
-    with torch.no_grad():
-        violate(model)
+    message = _violate(model, violation)
     with pytest.raises(AuditError, match=message):
         audit(model, rows, RECIPE)
 
@@ -308,8 +308,10 @@ def test_a_quantizer_that_drops_at_random_is_refused(finalized):
         audit(model, rows, forward=lambda: model.obj_ptr_proj(x))
 
 
-def test_a_rule_without_a_layer_is_refused(finalized):
+def test_a_rule_or_row_without_a_layer_is_refused(finalized):
     model, rows = finalized
+    with pytest.raises(AuditError, match="gone: the table says bits"):
+        audit(model, [*rows, ConvertedLayer("gone", "Linear", 4, 4, "")])
     rules = (*RECIPE.rules, Rule(match="nowhere", bits=4))
     with pytest.raises(AuditError, match="rule 'nowhere' decides on no layer"):
         audit(model, rows, RECIPE.model_copy(update={"rules": rules}))
@@ -317,17 +319,9 @@ def test_a_rule_without_a_layer_is_refused(finalized):
 
 def test_all_violations_are_named(finalized):
     model, rows = finalized
-    with torch.no_grad():
-        _not_frozen(model)
-        _extra_parameter(model)
+    _violate(model, "left in QUANTIZE"), _violate(model, "parameter without a reason")
     with pytest.raises(AuditError, match=r"(?s)found 2 violations:.*obj_ptr_proj.*adapter"):
         audit(model, rows)
-
-
-def test_a_row_without_a_layer_is_refused(finalized):
-    model, rows = finalized
-    with pytest.raises(AuditError, match="gone: the table says bits"):
-        audit(model, [*rows, ConvertedLayer("gone", "Linear", 4, 4, "")])
 
 
 def test_a_transposed_convolution_is_counted_by_output_channel():

@@ -158,10 +158,20 @@ def recipe(folder: Path, *overrides: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def caches() -> list[ImageFeatures]:
+    """The image features of the run `whole`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, caches: list[ImageFeatures]) -> Path:
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    run_recipe(recipe(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            block_by_block, "ImageFeatures", lambda *given: caches.append(ImageFeatures(*given)) or caches[-1]
+        )
+        run_recipe(recipe(folder))
     return folder
 
 
@@ -221,28 +231,18 @@ def test_a_run_that_was_killed_goes_on_behind_its_last_block(
 
 
 def test_clips_are_encoded_once_for_all_tracking_blocks(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, caches: list[ImageFeatures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: list[ImageFeatures] = []
+    frames, clips = caches[:2], caches[2:]  # of the quantized and the float model: three groups share those of clips
+    assert len(clips) == 2 and not any(features._cache for features in frames)
+    assert all(len(features._cache) > 1 and features.left_bytes < 2e9 for features in clips)
+    assert all(features.left_bytes == 2e9 for features in frames), "half of reconstruct.cache_gb"
 
-    def keep(budget: float) -> Any:
-        def build(model: Any, budget_bytes: float) -> ImageFeatures:
-            assert budget_bytes == 2e9, "half of reconstruct.cache_gb"
-            kept.append(ImageFeatures(model, budget * budget_bytes))
-            return kept[-1]
-
-        return build
-
-    for budget in (1, 0):
-        monkeypatch.setattr(block_by_block, "ImageFeatures", keep(budget))
-        run_recipe(recipe(tmp_path / str(budget)))
-        (ours, figures), (theirs, expected) = results(tmp_path / str(budget)), results(whole)
-        assert figures == expected
-        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    frames, clips = kept[:2], kept[2:4]  # of the quantized and the float model: three groups share those of clips
-    assert len(kept) == 8 and not any(each._kept for each in frames)
-    assert all(len(each._kept) > 1 and each.left_bytes < 2e9 for each in clips)
-    assert not any(each._kept for each in kept[4:])
+    monkeypatch.setattr(block_by_block, "ImageFeatures", lambda model, _: ImageFeatures(model, 0.0))
+    run_recipe(recipe(tmp_path))
+    (tensors, figures), (expected_tensors, expected) = results(tmp_path), results(whole)
+    assert figures == expected
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected_tensors.items())
 
 
 def test_ctrl_c_leaves_a_usable_model_that_says_so(

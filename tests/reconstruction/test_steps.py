@@ -54,19 +54,6 @@ def test_any_quantizer_learns_its_step_as_lsq_does(symmetric: bool) -> None:
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
 
 
-def test_what_was_learned_is_stored_and_frozen() -> None:
-    x = torch.randn(100)
-    static = quantizer(MinMaxSpec(bits=4), x)
-    static.freeze()
-    step = LearnedStep(static)
-    with torch.no_grad():
-        step.log_scale.add_(0.5)
-    soft = step(x)
-    stored = step.store()
-    assert stored is static and stored.state is QuantizerState.FROZEN
-    torch.testing.assert_close(stored(x), soft.detach())
-
-
 def test_drop_leaves_its_share_in_float() -> None:
     x = torch.randn(20000)
     static = quantizer(MinMaxSpec(bits=2), x)

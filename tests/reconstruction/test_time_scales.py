@@ -38,21 +38,20 @@ def hierarchy(*clips: list[float]) -> RangeHierarchy:
     return found
 
 
-def test_one_odd_frame_sets_no_range() -> None:
-    found = hierarchy([1.0, 1.1, 9.0, 1.2])
-    assert (found.lower, found.upper) == (-1.2, 1.2)
-
-
-def test_a_drift_is_not_missed() -> None:
-    assert hierarchy([1.0, 1.0], [1.0, 2.0, 3.0, 4.0]).upper == 3.0
-
-
-def test_a_clip_of_one_frame_counts_as_it_is() -> None:
-    assert hierarchy([5.0], [1.0, 1.0]).upper == 5.0
-
-
-def test_nothing_seen_has_no_range() -> None:
-    assert (hierarchy().lower, hierarchy([]).upper) == (math.inf, -math.inf)
+@pytest.mark.parametrize(
+    ("clips", "upper"),
+    [
+        ([[1.0, 1.1, 9.0, 1.2]], 1.2),
+        ([[1.0, 1.0], [1.0, 2.0, 3.0, 4.0]], 3.0),
+        ([[5.0], [1.0, 1.0]], 5.0),
+        ([], -math.inf),
+        ([[]], -math.inf),
+    ],
+    ids=["an odd frame does not count", "a drift does", "a single frame does", "no clip", "no frame"],
+)
+def test_a_clip_reaches_what_two_of_its_frames_reach(clips: list[list[float]], upper: float) -> None:
+    ranges = hierarchy(*clips)
+    assert (ranges.lower, ranges.upper) == (-upper, upper)
 
 
 def test_calls_of_a_frame_belong_together_in_both_passes() -> None:
@@ -113,17 +112,13 @@ def test_frames_are_spread_over_the_whole_video(sources: list[Source]) -> None:
     last = len(video) - 1
     expected = [0, round(last / 2), last]
     assert spread.frame_names == [video.frame_names[index] for index in expected]
+    assert SpreadVideo(spread, 9).frame_names == spread.frame_names, "a short video is taken whole"
     assert len(spread) == 3 and (spread.name, spread.size) == (video.name, video.size)
     for index, original in enumerate(expected):
         assert np.array_equal(spread.frame(index), video.frame(original))
         masks, theirs = spread.masks(index), video.masks(original)
         assert masks is not None and theirs is not None and masks.keys() == theirs.keys()
         assert all(np.array_equal(masks[key], theirs[key]) for key in masks)
-
-
-def test_a_short_video_is_taken_whole(sources: list[Source]) -> None:
-    video = SpreadVideo(sources[0].videos[0], 2)
-    assert SpreadVideo(video, 9).frame_names == video.frame_names
 
 
 def test_scales_differ_in_time_alone(sources: list[Source]) -> None:
