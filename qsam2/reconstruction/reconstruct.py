@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,7 +26,6 @@ from qsam2.calibration.forward import ImageFeatures
 from qsam2.data.calibration_data import CalibrationData, Sample
 from qsam2.layers.convert import quantizers
 from qsam2.models import SAM2
-from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.recipe.reconstruct import ReconstructRecipe
 from qsam2.reconstruction.blocks import Block, Scale, find_blocks
 from qsam2.reconstruction.capture import capture
@@ -44,32 +43,24 @@ log = logging.getLogger("qsam2")
 
 
 def reconstruct_blocks(run: Run) -> None:
-    """Stage: fit the rounding of weights and the steps of activations, block by block, to the float model."""
-    method = run.recipe.reconstruct
-    if method is None or run.teacher is None:
+    """Stage: fit rounding of weights and steps of activations, block by block, to the float model, in place.
+
+    Tracking blocks read a memory filled by the quantized model. With `reconstruct.video` the steps of all blocks are
+    then fitted together. Finished blocks are stored, and a resumed run continues after them. The first Ctrl-C ends
+    reconstruction and leaves a usable model, the second one ends the run.
+
+    Raises:
+        UserError: see `find_blocks` and `capture`; a loss is not finite, the disk is full.
+    """
+    recipe = run.recipe.reconstruct
+    if recipe is None or run.teacher is None:
         return
-    scales: dict[Scale, CalibrationData] = {"frame": run.calibration, "short": run.calibration, "long": run.calibration}
-    if method.video is not None:
-        scales = time_scales(
-            run.sources,
-            run.calibration,
-            run.recipe.calibrate,
-            image_size=run.model.image_size,
-            max_objects=run.recipe.data.max_objects,
-            seed=run.recipe.seed,
-        )
-    with run.folder.stage("reconstruct", f"{method.method}, {method.iterations} iterations per block"):
+    with (
+        run.folder.stage("reconstruct", f"{recipe.method}, {recipe.iterations} iterations per block"),
+        _interruptible() as stopped,
+    ):
         run.prepare_inference()
-        result = reconstruct(
-            run.model,
-            run.teacher,
-            scales,
-            method,
-            run.recipe.trainer,
-            folder=run.folder.path,
-            seed=run.recipe.seed,
-            silent=run.silent,
-        )
+        result = _reconstruct(run, run.teacher, recipe, stopped)
     log.log(logging.INFO if result.complete else logging.WARNING, "%s", result.summary)
     run.folder.record("reconstruction", result.figures())
 
@@ -115,47 +106,22 @@ class Reconstruction:
         }
 
 
-def reconstruct(
-    model: SAM2,
-    teacher: SAM2,
-    data: Mapping[Scale, CalibrationData],
-    recipe: ReconstructRecipe,
-    trainer_recipe: TrainerRecipe,
-    *,
-    folder: Path,
-    seed: int,
-    silent: bool = False,
-) -> Reconstruction:
-    """Fit rounding and steps of a calibrated model, block by block, to the float `teacher`, in place.
-
-    Tracking blocks read a memory filled by the quantized model. With `recipe.video` the steps of all blocks are then
-    fitted together. Finished blocks are stored, and a resumed run continues after them. The first Ctrl-C ends
-    reconstruction and leaves a usable model, the second one ends the run.
-
-    Args:
-        data: stills and clips for the blocks of each scale; for the scale "frame" they are split into frames.
-        folder: the run folder.
-        silent: no progress bar.
-
-    Raises:
-        UserError: see `find_blocks` and `capture`; a loss is not finite, the disk is full.
-    """
+def _reconstruct(run: Run, teacher: SAM2, recipe: ReconstructRecipe, stopped: Callable[[], bool]) -> Reconstruction:
     video = recipe.video
+    data = dict.fromkeys(get_args(Scale), run.calibration) if video is None else time_scales(run)
     scales = [scale for scale in data if video is None or getattr(video, scale) > 0]
-    groups = [group for group in find_blocks(model, recipe) if group[0].scale in scales]
-    fits_video = video is not None and video.iterations > 0
-    result = Reconstruction(sum(len(group) for group in groups), fits_video)
+    groups = [group for group in find_blocks(run.model, recipe) if group[0].scale in scales]
+    result = Reconstruction(sum(len(group) for group in groups), video is not None and video.iterations > 0)
     samples: Sequence[Tensor | Sample] = ()
     source: tuple[CalibrationData, bool] | None = None
     with (
-        _interruptible() as stopped,
-        tqdm(total=result.total + fits_video, desc="reconstruct", disable=silent) as bar,
+        tqdm(total=result.total + result.fits_video, desc="reconstruct", disable=run.silent) as bar,
         contextlib.suppress(_Stopped),
     ):
-        session = _Session(model, teacher, recipe, trainer_recipe, folder, stopped, bar)
+        session = _Session(run, teacher, recipe, stopped, bar)
         for index, group in enumerate(groups):
-            stored = _load(session.file(f"{index:03d}"), {block.name: block.module for block in group})
-            if stored is not None:
+            modules, file = {block.name: block.module for block in group}, session.file(f"{index:03d}")
+            if (stored := _load(file, modules)) is not None:
                 result.blocks += [ReconstructedBlock(**row) for row in stored]
                 bar.update(len(stored))
                 continue
@@ -163,13 +129,12 @@ def reconstruct(
             if source != (data[group[0].scale], frames):
                 source = (data[group[0].scale], frames)
                 samples = _frames(source[0]) if frames else list(source[0].clip_samples())
-                session.encode_anew()
-            for row in session.fit_group(group, samples, seed=_seed(seed, index)):
+                session.clear_features()
+            for row in session.fit_group(group, samples, seed=_seed(run.recipe.seed, index)):
                 result.blocks.append(row)
                 bar.update()
-            rows = [asdict(row) for row in result.blocks[-len(group) :]]
-            _save(session.file(f"{index:03d}"), {block.name: block.module for block in group}, rows)
-        if fits_video:
+            _save(file, modules, [asdict(row) for row in result.blocks[-len(group) :]])
+        if result.fits_video:
             result.video = session.fit_video({scale: list(data[scale].clip_samples()) for scale in scales})
             bar.update()
     return result
@@ -177,13 +142,11 @@ def reconstruct(
 
 @dataclass(frozen=True)
 class _Session:
-    """State shared by all blocks of one call of `reconstruct`."""
+    """State shared by all blocks of a run."""
 
-    model: SAM2
+    run: Run
     teacher: SAM2
     recipe: ReconstructRecipe
-    trainer_recipe: TrainerRecipe
-    folder: Path
     stopped: Callable[[], bool]
     bar: Any
     features: dict[bool, ImageFeatures] = field(default_factory=dict)
@@ -191,12 +154,12 @@ class _Session:
 
     def file(self, name: str) -> Path:
         """File of a finished block, or of the fit on video."""
-        return self.folder / "checkpoints" / STORED / f"{name}.ckpt"
+        return self.run.folder.path / "checkpoints" / STORED / f"{name}.ckpt"
 
-    def encode_anew(self) -> None:
+    def clear_features(self) -> None:
         """Drop the features of former clips."""
         budget = self.recipe.cache_gb * GIGABYTE / 2
-        self.features.update({True: ImageFeatures(self.model, budget), False: ImageFeatures(self.teacher, budget)})
+        self.features.update({True: ImageFeatures(self.run.model, budget), False: ImageFeatures(self.teacher, budget)})
 
     def fit_group(
         self, group: Sequence[Block], samples: Sequence[Tensor | Sample], seed: int
@@ -218,9 +181,9 @@ class _Session:
                 block.module,
                 calls.pop(block.name),
                 self.recipe,
-                self.trainer_recipe,
-                folder=self.folder,
-                image_size=self.model.image_size,
+                self.run.recipe.trainer,
+                folder=self.run.folder.path,
+                image_size=self.run.model.image_size,
                 seed=_seed(seed, number),
                 stopped=self.stopped,
             )
@@ -232,7 +195,7 @@ class _Session:
         """Pass a frame, or a clip twice, through the quantized or the float model."""
         if self.stopped():
             raise _Stopped
-        network = self.model if quantized else self.teacher
+        network = self.run.model if quantized else self.teacher
         if not isinstance(sample, Sample):
             network.forward_image(sample.to(network.device))
             return
@@ -243,17 +206,17 @@ class _Session:
     def fit_video(self, samples: Mapping[Scale, Sequence[Sample]]) -> tuple[float, float]:
         """See `qsam2.reconstruction.fit_video`."""
         self.bar.set_postfix_str("steps on " + ", ".join(samples))
-        activations = {name: q for name, q in quantizers(self.model) if q.role == "activation"}
+        activations = {name: q for name, q in quantizers(self.run.model) if q.role == "activation"}
         if (stored := _load(self.file("video"), activations)) is not None:
             return stored[0], stored[1]
         assert self.recipe.video is not None
         losses = fit_video(
-            self.model,
+            self.run.model,
             self.teacher,
             samples,
             self.recipe.video,
-            self.trainer_recipe,
-            folder=self.folder,
+            self.run.recipe.trainer,
+            folder=self.run.folder.path,
             stopped=self.stopped,
         )
         if losses is None:

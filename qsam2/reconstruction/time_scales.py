@@ -9,8 +9,8 @@ import numpy as np
 from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.clips import Source, annotated_frames
 from qsam2.data.video import Video
-from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.reconstruction.blocks import Scale
+from qsam2.run import Run
 
 
 class SpreadVideo(Video):
@@ -31,27 +31,21 @@ class SpreadVideo(Video):
         return self._video.masks(self._frames[index])
 
 
-def time_scales(
-    sources: Sequence[Source],
-    frames: CalibrationData,
-    amount: CalibrateRecipe,
-    *,
-    image_size: int,
-    max_objects: int,
-    seed: int,
-) -> dict[Scale, CalibrationData]:
-    """Data of each scale: `frames`; clips of successive frames; clips spread over whole videos.
+def time_scales(run: Run) -> dict[Scale, CalibrationData]:
+    """Data of each scale: the run's stills and clips; clips of successive frames; clips spread over whole videos.
 
-    All clips have `amount.num_frames` frames; there are at most as many spread clips as videos.
+    All clips have `calibrate.num_frames` frames; there are at most as many spread clips as videos.
     """
+    amount = run.recipe.calibrate
     spread = [
-        Source([SpreadVideo(video, amount.num_frames) for video in source.videos], source.weight) for source in sources
+        Source([SpreadVideo(video, amount.num_frames) for video in source.videos], source.weight)
+        for source in run.sources
     ]
-    spread_clips = min(amount.clips, sum(len(source.videos) for source in sources))
+    spread_clips = min(amount.clips, sum(len(source.videos) for source in run.sources))
 
     def draw(sources: Sequence[Source], clips: int) -> CalibrationData:
         only_clips = amount.model_copy(update={"clips": clips, "stills": 0})
-        size = {"image_size": image_size, "max_objects": max_objects}
-        return CalibrationData(sources, only_clips, **size, max_stride=1, seed=seed)
+        size = {"image_size": run.model.image_size, "max_objects": run.recipe.data.max_objects}
+        return CalibrationData(sources, only_clips, **size, max_stride=1, seed=run.recipe.seed)
 
-    return {"frame": frames, "short": draw(sources, amount.clips), "long": draw(spread, spread_clips)}
+    return {"frame": run.calibration, "short": draw(run.sources, amount.clips), "long": draw(spread, spread_clips)}

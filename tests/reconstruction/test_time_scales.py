@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,7 +125,9 @@ def test_frames_are_spread_over_the_whole_video(sources: list[Source]) -> None:
 def test_scales_differ_in_time_alone(sources: list[Source]) -> None:
     amount = CalibrateRecipe(stills=2, clips=5, num_frames=3)
     frames = CalibrationData(sources, amount, image_size=SIZE_PX, max_objects=1, max_stride=2, seed=0)
-    scales = time_scales(sources, frames, amount, image_size=SIZE_PX, max_objects=1, seed=0)
+    recipe = SimpleNamespace(calibrate=amount, data=SimpleNamespace(max_objects=1), seed=0)
+    model = SimpleNamespace(image_size=SIZE_PX)
+    scales = time_scales(SimpleNamespace(recipe=recipe, sources=sources, calibration=frames, model=model))
     assert scales["frame"] is frames
     short, long = scales["short"], scales["long"]
     assert len(short) == 5 and len(long) == 3  # as many as there are videos
