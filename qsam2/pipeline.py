@@ -35,7 +35,7 @@ log = logging.getLogger("qsam2")
 
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Carry out a recipe and return what its `metrics.json` holds. A run that was killed goes on where it was.
+    """Carry out a recipe and return the content of its `metrics.json`. An interrupted run is resumed.
 
     Raises:
         UserError: the recipe, its data or its checkpoint cannot be used; the run folder holds another run.
@@ -49,12 +49,12 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     allocate_bits(run)
     calibrate_weights(run)
     smooth_norms(run)
-    convert_layers(run)  # before anything is scored: a rule that matches nothing shows at once
+    convert_layers(run)  # before scoring, so that a rule without a match is reported at once
     score_teacher(run)
     calibrate_ranges(run)
     round_weights(run)
     reconstruct_blocks(run)
-    use_memory(run.model, recipe.memory)  # the teacher reads all of its memory
+    use_memory(run.model, recipe.memory)  # the teacher's memory stays unchanged
     score_calibrated(run)
     train(run)
     score_result(run)
@@ -64,12 +64,12 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def begin(recipe: Recipe, folder: RunFolder) -> Run:
-    """What a run works on: its data, its float model and, if it quantizes, that model's teacher.
+    """Open the data of a run and build its float model and, if it quantizes, the teacher.
 
     Raises:
         UserError: the data or the checkpoint cannot be used.
     """
-    if not is_first_rank():  # one rank tells the story of all
+    if not is_first_rank():  # one rank logs for all
         log.setLevel(logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
     videos, sources = open_val(recipe), open_train(recipe)

@@ -1,4 +1,4 @@
-"""One run as an object: what it is, where it writes, what it works on. The stages of `qsam2.pipeline` take it."""
+"""One run as an object: recipe, folder, data and models. The stages of `qsam2.pipeline` take it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from qsam2.run_folder import RunFolder, is_first_rank
 class Run:
     """A recipe being carried out.
 
-    A stage reads the run, changes it, and records its figures in `folder`. It returns early if the recipe leaves it
-    out.
+    A stage reads and changes the run, and records its figures in `folder`; without a section in the recipe it returns.
     """
 
     recipe: Recipe
@@ -32,18 +31,18 @@ class Run:
     device: torch.device
     loggers: Sequence[Logger]
     videos: list[Video]
-    """What is scored."""
+    """Videos to score."""
     stills: list[Video]
-    """Images scored by box prompts beside the videos; often none."""
+    """Images to score with box prompts, in addition to the videos."""
     sources: list[Source]
-    """What is calibrated and trained on."""
+    """Data for calibration and training."""
     model: SAM2
     teacher: SAM2 | None
     """The float model that a quantized one is compared with; None if the recipe quantizes nothing."""
     layers: list[ConvertedLayer] = field(default_factory=list)
     """Rows of the conversion table."""
     latent: dict[str, Tensor] = field(default_factory=dict)
-    """Weights as they were before they were rounded for good, by layer."""
+    """Weights by layer, before rounding."""
     predictions: dict[str, Predictions] = field(default_factory=dict)
     """Masks tracked by each scored model: "float", "ptq", "quantized"."""
 
@@ -54,7 +53,7 @@ class Run:
 
     @property
     def silent(self) -> bool:
-        """Whether this process shows no progress: in a distributed run only the first rank does."""
+        """True if this process shows no progress bars: in a distributed run only the first rank does."""
         return not is_first_rank()
 
     def prepare_inference(self) -> None:

@@ -18,7 +18,7 @@ from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize
 from qsam2.quantizers.grid import bounded_exp
 
 STRETCH, SHIFT = 1.2, 0.1
-"""Of the rectified sigmoid, so that h reaches 0 and 1 at finite V."""
+"""Constants of the rectified sigmoid, so that h reaches 0 and 1 at finite V."""
 SMALLEST = 1e-20
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 
