@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qsam2.layers.attention import QuantizedAttention
 from qsam2.layers.convert import QUANT_ATTENTIONS, QUANT_LAYERS, quantized_weights, quantizers
+from qsam2.layers.hooks import nested_tensors
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import ConvertedLayer, QuantizeRecipe
@@ -182,19 +183,8 @@ def _parameter_reason(path: str) -> str | None:
 
 
 def _repeats(forward: Callable[[], object]) -> Iterator[str]:
-    first, second = (list(_tensors(forward())) for _ in range(2))
+    first, second = (list(nested_tensors(forward())) for _ in range(2))
     if len(first) != len(second) or not first:
         yield f"forward gave {len(first)}, then {len(second)} tensors"
     elif not all(torch.equal(one, other) for one, other in zip(first, second, strict=True)):
         yield "two forwards differ (or hold NaN)"
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _tensors(inner)

@@ -93,3 +93,12 @@ def gather_halves(
                 passed += 1
             if passed < (size or count):
                 raise UserError(f"calibration needs {count} samples, the data gave {passed}: give more stills or clips")
+
+
+def nested_tensors(value: object) -> Iterator[Tensor]:
+    """All tensors of nested tuples, lists and mappings, such as the arguments or the output of a call."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from nested_tensors(inner)

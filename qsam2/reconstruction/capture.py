@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
-from qsam2.layers.hooks import hooked
+from qsam2.layers.hooks import hooked, nested_tensors
 
 Sample = TypeVar("Sample")
 
@@ -40,7 +40,7 @@ class CallBuffer:
         if self.count % self.stride == 0:
             copied = apply_to_collection(value, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
             self.values.append(copied)
-            self._bytes.append(sum(tensor.nbytes for tensor in tensors(copied)))
+            self._bytes.append(sum(tensor.nbytes for tensor in nested_tensors(copied)))
         self.count += 1
         while sum(self._bytes) > self.budget_bytes and len(self.values) > 1:
             self.values, self._bytes, self.stride = self.values[::2], self._bytes[::2], 2 * self.stride
@@ -120,7 +120,7 @@ def _calls(name: str, inputs: CallBuffer, targets: CallBuffer) -> list[Call]:
         raise RuntimeError(f"{name} was called {inputs.count} times, in the float model {targets.count} times")
     kept = inputs.values[:: targets.stride // inputs.stride]
     calls = [Call(args, kwargs, target) for (args, kwargs), target in zip(kept, targets.values, strict=True)]
-    if not all(tensor.isfinite().all() for tensor in tensors(calls) if tensor.is_floating_point()):
+    if not all(tensor.isfinite().all() for tensor in nested_tensors(calls) if tensor.is_floating_point()):
         raise UserError(f"the inputs or float outputs of {name} contain NaN or infinity: check the clips and the model")
     return calls
 
@@ -131,15 +131,4 @@ def output_tensors(output: Any) -> tuple[Tensor, ...]:
         return (output["vision_features"],)
     if isinstance(output, tuple) and isinstance(output[0], list):  # neck
         return tuple(output[0])
-    return tuple(tensors(output))
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors of nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for inner in value:
-            yield from tensors(inner)
+    return tuple(nested_tensors(output))
