@@ -236,16 +236,16 @@ class Convolutions(nn.Module):
         self.plain = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.transposed = nn.ConvTranspose2d(8, 4, 2, stride=2)
-        self.float = nn.Conv2d(4, 4, 1)
+        self.kept = nn.Conv2d(4, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.float(self.transposed(self.depthwise(self.plain(x))))
+        return self.kept(self.transposed(self.depthwise(self.plain(x))))
 
 
 def test_layers_with_quantized_weights_and_without_groups_are_rounded() -> None:
     torch.manual_seed(0)
     model, images = Convolutions(), nn.functional.avg_pool2d(torch.randn(4, 3, 24, 24), 3, 1)
-    rules = [{"match": "float", "keep_float": True}]
+    rules = [{"match": "kept", "keep_float": True}]
     convert(model, QuantizeRecipe.model_validate({"weights": {"method": "mse", "bits": 3}, "rules": rules}))
     find_ranges(model, model, [])
     assert list(rounded_layers(model)) == ["plain"]
