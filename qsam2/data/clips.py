@@ -1,4 +1,4 @@
-"""Training clips: a few frames and objects of a video, drawn anew for each index and equal for equal (seed, index)."""
+"""Training clips: a few frames and objects of a video, drawn at random from (seed, index), and their batches."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MAX_DRAWS = 100
 
 @dataclass(frozen=True)
 class Source:
-    """Videos that are drawn from with equal probability; `weight` is the source's share against other sources.
+    """Videos drawn with equal probability; `weight` is relative to other sources.
 
-    A dataset that augments does so with clips of the sources that have `augment`.
+    A dataset with augmentation augments clips of sources with `augment` only.
     """
 
     videos: Sequence[Video]
@@ -34,9 +34,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Clip:
-    """A training sample: T frames, O >= 1 objects, all of them visible in the first frame."""
+    """A training sample: T frames, O >= 1 objects, all visible in the first frame."""
 
-    images: torch.Tensor  # float32 (T, 3, S, S), normalised
+    images: torch.Tensor  # float32 (T, 3, S, S), normalized
     masks: torch.Tensor  # bool (T, O, S, S)
     name: str
     index: int  # of the sample in its dataset
@@ -51,7 +51,7 @@ class ClipDataset(Dataset[Clip]):
     A source is drawn by weight, then a video, then `num_frames` successive annotated frames at a stride of
     1..`max_stride`, played backwards half of the time with `reverse`, then up to `max_objects` of the objects that are
     visible in the first of them. A video that is too short is played forth and back; a still becomes a `WarpedStill`.
-    Raises UserError where no drawn clip shows an object; an error in reading is raised, never resampled.
+    Raises UserError if no drawn clip shows an object. Errors in reading are raised, never resampled.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ClipDataset(Dataset[Clip]):
         )
 
     def _draw(self, rng: np.random.Generator, index: int) -> Clip | None:
-        """One attempt: None where no object is visible in its first frame at the model's resolution."""
+        """One attempt; None if no object is visible in its first frame at the model's resolution."""
         source = self._sources[rng.choice(len(self._sources), p=self._shares)]
         videos = source.videos
         video = videos[int(rng.integers(len(videos)))]
@@ -120,7 +120,7 @@ class ClipDataset(Dataset[Clip]):
             return None
         count = min(len(visible), self.max_objects)
         ids = sorted(int(i) for i in rng.choice(visible, size=count, replace=False))
-        read: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # frame by frame: generated videos render both at once
+        read: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by frame: generated videos render both at once
         for i in sorted(set(frames)):
             annotation = first if i == frames[0] else _annotation(video, i)
             read[i] = video.frame(i), _stack(annotation, ids, video.size)
@@ -156,12 +156,12 @@ def _as_sources(videos: Sequence[Video] | Sequence[Source]) -> list[Source]:
 
 
 def annotated_frames(video: Video) -> Sequence[int]:
-    """Indices of the frames with masks: the video's own `annotated_frames` where it lists them, else all."""
+    """Indices of the frames with masks: the video's `annotated_frames` if it has them, else all."""
     return getattr(video, "annotated_frames", range(len(video)))
 
 
 def collate_clips(clips: Sequence[Clip]) -> BatchedVideoDatapoint:
-    """Clips of equal T and S -> Meta's batch of B videos, whose O objects are those of all clips one after another.
+    """Clips of equal T and S -> Meta's batch of B videos, whose O objects are those of all clips, concatenated.
 
     img_batch float32 (T, B, 3, S, S); masks bool (T, O, S, S); obj_to_frame_idx int (T, O, 2): (frame, video);
     metadata: unique_objects_identifier (T, O, 3): (sample, object id, frame), frame_orig_size (T, O, 2).
@@ -195,6 +195,6 @@ def _annotation(video: Video, index: int) -> dict[int, np.ndarray]:
 
 
 def _stack(masks: dict[int, np.ndarray], ids: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """Masks of the objects `ids`, bool (O, H, W); nothing where an object is out of view."""
+    """Masks of the objects `ids`, bool (O, H, W); all False if an object is out of view."""
     empty = np.zeros(size, dtype=bool)
     return np.stack([masks.get(i, empty) for i in ids])

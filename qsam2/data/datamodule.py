@@ -1,4 +1,4 @@
-"""The training stream: clips in one global order, cut among the ranks, that resumes at the next sample."""
+"""The training stream: clips in one global order, split among ranks, that resumes at the next sample."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qsam2.errors import UserError
 
 
 class StreamSampler(Sampler[list[int]]):
-    """The sample indices of this rank's batches: at step s rank r takes B of the global order, from s * B * W + r * B.
+    """Sample indices of this rank's batches: in step s, rank r of W takes B samples from s * B * W + r * B on.
 
-    The order is that of the indices, so W ranks with batches of B see together what one process with W * B sees. Only
-    whole steps are given. `start` is the step at which the next pass begins; the one after begins at 0 again.
+    W ranks with batches of B thus see the same samples as one process with batches of W * B. Incomplete steps are
+    dropped. `start` is the first step of the next pass; later passes start at 0.
     """
 
     def __init__(self, total_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -38,10 +38,10 @@ class StreamSampler(Sampler[list[int]]):
 
 
 class StreamLoader(DataLoader):
-    """A DataLoader whose position Lightning stores in its checkpoints and restores.
+    """A DataLoader whose position Lightning stores in checkpoints and restores.
 
-    `batches_done` gives the batches of this epoch that the trainer has finished: neither those that workers have read
-    ahead nor one whose step failed.
+    `batches_done` returns the batches of this epoch that the trainer has finished, without those that workers have
+    prefetched or whose step failed.
     """
 
     def __init__(self, dataset: ClipDataset, sampler: StreamSampler, batches_done: Callable[[], int], **kwargs: Any):
@@ -53,19 +53,19 @@ class StreamLoader(DataLoader):
         return {"batches_done": self._batches_done(), "global_batch": self._stream.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises UserError where the checkpoint was made with another global batch: its steps count other samples."""
+        """Raises UserError if the checkpoint has another global batch size: its steps count other samples."""
         if state["global_batch"] != self._stream.global_batch:
             raise UserError(
-                f"the checkpoint was made with {state['global_batch']} samples a step, this run has "
+                f"the checkpoint was made with {state['global_batch']} samples per step, this run has "
                 f"{self._stream.global_batch} (data.batch_size x devices); resume with the same number"
             )
-        self._stream.start = state["batches_done"] % len(self._stream)  # a finished epoch is followed by the next one
+        self._stream.start = state["batches_done"] % len(self._stream)  # after a finished epoch the next one starts
 
 
 class ClipDataModule(L.LightningDataModule):
-    """Trains on the clips of a dataset, `batch_size` a rank and step; an epoch is all of them, over all ranks.
+    """Clips of a dataset for training, `batch_size` per rank and step; an epoch is all clips over all ranks.
 
-    The stream depends on the dataset alone, not on workers or ranks, and goes on exactly where a checkpoint was made.
+    The stream depends on the dataset only, not on workers or ranks, and resumes exactly at a checkpoint.
     The Trainer needs `use_distributed_sampler=False`.
     """
 
@@ -76,7 +76,7 @@ class ClipDataModule(L.LightningDataModule):
         self.num_workers = num_workers
 
     def train_dataloader(self) -> StreamLoader:
-        """Raises UserError where the samples do not fill one step."""
+        """Raises UserError if the samples do not fill one step."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = StreamSampler(len(self.dataset), self.batch_size, rank, world_size)
         if len(sampler) == 0:
@@ -94,6 +94,6 @@ class ClipDataModule(L.LightningDataModule):
         )
 
     def _batches_done(self) -> int:
-        # not `completed`: Lightning raises it only after the hook in which checkpoints are saved
-        assert self.trainer is not None  # checkpoints are made by a Trainer
+        # not `completed`: Lightning updates it only after the hook in which checkpoints are saved
+        assert self.trainer is not None  # only a Trainer makes checkpoints
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]

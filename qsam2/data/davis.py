@@ -1,4 +1,4 @@
-"""Videos in the DAVIS layout, which YouTube-VOS, MOSE and LVOS share: a folder of frames and one of index masks."""
+"""Videos in the layout of DAVIS, YouTube-VOS, MOSE and LVOS: a folder of frames and one of index masks."""
 
 from __future__ import annotations
 
@@ -83,5 +83,5 @@ def _split_names(root: Path, split: str) -> list[str]:
         raise UserError(f"{sets}: has no {split}.txt; the splits are {', '.join([*known, 'all'])}")
     lines = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
-        raise UserError(f"{path}: lists no sequences; write one name a line")
+        raise UserError(f"{path}: lists no sequences; write one name per line")
     return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))

@@ -1,4 +1,4 @@
-"""SA-V: videos at 24 frames a second whose masklets are annotated on every fourth frame."""
+"""SA-V: videos at 24 frames per second with masklets on every fourth frame."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qsam2.data.pictures import decode_rle, list_pictures, read_index_mask, read
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 
-ANNOTATE_EVERY = 4  # 24 frames a second, masks at 6
+ANNOTATE_EVERY = 4  # frames: 24 per second, masks: 6 per second
 
 
 class MaskletFile:
-    """Masklets of one video in SA-V's JSON: a list a fourth frame of one RLE an object; masklet k is object k + 1."""
+    """Masklets of one video in SA-V's JSON: per fourth frame one RLE per object; masklet k is object k + 1."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class MaskletFile:
         if last >= len(frame_names):
             raise UserError(
                 f"{self.path}: has masks up to frame {last}, but its video has only {len(frame_names)} frames; "
-                "use the video that belongs to it, at 24 frames a second"
+                "use the video that belongs to it, at 24 frames per second"
             )
         return list(range(0, last + 1, ANNOTATE_EVERY))
 
@@ -67,7 +67,7 @@ class ObjectFolders:
 
 
 class SavVideo(Video):
-    """Frames from a folder or an mp4, masks from JSON or object folders; both are opened when first asked for.
+    """Frames from a folder or an mp4, masks from JSON or object folders; both are opened on first access.
 
     Attributes:
         annotated_frames: indices of the frames that have masks, in order.
@@ -122,7 +122,7 @@ def sav_videos(root: str | Path, split: str) -> list[SavVideo]:
         raise UserError(f"{root}: has no {split}.txt or sav_{split}.txt; the splits are train, auto, val and test")
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not names:
-        raise UserError(f"{path}: lists no videos; write one name a line")
+        raise UserError(f"{path}: lists no videos; write one name per line")
     frames, masks = folder / "JPEGImages_24fps", folder / "Annotations_6fps"
     for name in names:
         for place in (frames / name, masks / name):
@@ -146,10 +146,10 @@ def _with_json(root: Path, kind: str) -> list[SavVideo]:
     return videos
 
 
-@lru_cache(maxsize=8)  # a file is some MB of text, and a clip asks for several of its frames
+@lru_cache(maxsize=8)  # a file is some MB of text, and a clip reads several of its frames
 def _read_masklets(path: Path) -> list[list[dict[str, Any] | None]]:
     data = read_json(path)
     masklets = data.get("masklet") if isinstance(data, dict) else None
     if not isinstance(masklets, list) or not masklets or not all(isinstance(regions, list) for regions in masklets):
-        raise UserError(f"{path}: has no list 'masklet' of one list of masks a frame; it is not SA-V's annotation")
+        raise UserError(f"{path}: has no list 'masklet' of one list of masks per frame; it is not SA-V's annotation")
     return masklets

@@ -53,7 +53,7 @@ def coco_stills(root: str | Path, split: str) -> list[Still]:
     """COCO's pictures that have instances; crowds are left out.
 
     ``ROOT/annotations/instances_SPLIT[2017].json`` with ``ROOT[/images]/SPLIT[2017]``, or ``ROOT/instances.json`` with
-    ``ROOT/images`` whatever the split. Raises UserError naming the file that is missing or malformed.
+    ``ROOT/images`` for any split. Raises UserError naming the file that is missing or malformed.
     """
     root = Path(root)
     choices = [(root / "instances.json", [root / "images"])]
@@ -78,7 +78,7 @@ def coco_stills(root: str | Path, split: str) -> list[Still]:
     missing = [name for name, _ in names if name not in present]
     if missing:
         raise UserError(f"{folder / missing[0]}: is missing, but {path} annotates it ({len(missing)} missing in all)")
-    return _some([Still(folder / name, partial(_regions, path, found)) for name, found in names], path)
+    return _non_empty([Still(folder / name, partial(_regions, path, region)) for name, region in names], path)
 
 
 def sa1b_stills(root: str | Path) -> list[Still]:
@@ -87,14 +87,14 @@ def sa1b_stills(root: str | Path) -> list[Still]:
     for path in files:
         if not path.with_suffix(".jpg").is_file():
             raise UserError(f"{path.with_suffix('.jpg')}: is missing, but {path.name} annotates it; add the picture")
-    return _some([Still(path.with_suffix(".jpg"), partial(_sa1b_file, path)) for path in files], root)
+    return _non_empty([Still(path.with_suffix(".jpg"), partial(_sa1b_file, path)) for path in files], root)
 
 
 def yolo_stills(root: str | Path, split: str) -> list[Still]:
-    """YOLO's polygons: ``ROOT/images/SPLIT/X.jpg`` and ``ROOT/labels/SPLIT/X.txt``, one normalised polygon a line.
+    """YOLO's polygons: ``ROOT/images/SPLIT/X.jpg`` and ``ROOT/labels/SPLIT/X.txt``, one normalized polygon per line.
 
-    SPLIT may leave out the year of its folder (``train`` for ``train2017``). As YOLO does, this goes by the pictures:
-    one without labels has no instances and is left out, labels without a picture are left out with a warning.
+    SPLIT may leave out the year of its folder (``train`` for ``train2017``). As in YOLO, pictures
+    without labels are left out, and labels without a picture too, with a warning.
     """
     images, labels = Path(root) / "images", Path(root) / "labels"
     name = next((name for name in (split, f"{split}2017") if (images / name).is_dir()), None)
@@ -105,7 +105,7 @@ def yolo_stills(root: str | Path, split: str) -> list[Still]:
     stray = sorted(files.keys() - {path.stem for path in pictures})
     if stray:
         _log.warning("%s: %d label files have no picture and are left out (%s.txt, ...)", labels, len(stray), stray[0])
-    return _some([Still(path, partial(_polygon_file, files[path.stem])) for path in pictures], labels / name)
+    return _non_empty([Still(path, partial(_polygon_file, files[path.stem])) for path in pictures], labels / name)
 
 
 def instance_png_stills(root: str | Path) -> list[Still]:
@@ -116,10 +116,10 @@ def instance_png_stills(root: str | Path) -> list[Still]:
     for path in files:
         if path.stem not in pictures:
             raise UserError(f"{path}: is a mask without its picture in {images}; add the picture")
-    return _some([Still(pictures[path.stem], partial(_index_file, path)) for path in files], masks)
+    return _non_empty([Still(pictures[path.stem], partial(_index_file, path)) for path in files], masks)
 
 
-def _some(stills: list[Still], place: str | Path) -> list[Still]:
+def _non_empty(stills: list[Still], place: str | Path) -> list[Still]:
     if not stills:
         raise UserError(f"{place}: has no annotated pictures; see the dataset cards for the layout that is expected")
     return stills
@@ -165,7 +165,7 @@ def _index_file(path: Path, size: tuple[int, int]) -> Instances:
 def _fill(polygons: Any, size: tuple[int, int], path: Path) -> np.ndarray:
     """The union of polygons [[x1, y1, x2, ...], ...] in pixels as bool (H, W), rasterised by COCO's rule.
 
-    Polygons of fewer than three points, of which COCO has a few, have no area.
+    Polygons of fewer than three points, which COCO has a few of, have no area.
     """
     try:
         if any(len(polygon) % 2 for polygon in polygons):

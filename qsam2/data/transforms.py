@@ -1,4 +1,4 @@
-"""From decoded frames to the model's input, and the augmentation of training clips (the one user of albumentations)."""
+"""Decoded frames to model input, and the augmentation of training clips (with albumentations)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qsam2.data.video import Video
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would otherwise ask the network for a newer version
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would otherwise query the network for a newer version
 
 
 cv2.setNumThreads(0)  # loader workers are the parallelism
@@ -26,18 +26,18 @@ STD = (0.229, 0.224, 0.225)
 
 
 def resize_frame(frame: np.ndarray, image_size: int) -> np.ndarray:
-    """RGB uint8 (H, W, 3) -> (S, S, 3): PIL's bicubic, as SAM2 resizes a video's frames."""
+    """RGB uint8 (H, W, 3) -> (S, S, 3): PIL's bicubic, as SAM2 resizes video frames."""
     return np.array(Image.fromarray(frame).resize((image_size, image_size)))
 
 
 def normalize(frames: np.ndarray) -> torch.Tensor:
-    """RGB uint8 (..., H, W, 3) -> float32 (..., 3, H, W), ImageNet's mean 0 and deviation 1 a channel."""
+    """RGB uint8 (..., H, W, 3) -> float32 (..., 3, H, W), normalized by ImageNet's mean and deviation per channel."""
     images = torch.from_numpy(frames).movedim(-1, -3).to(torch.float32).div_(255.0)
     return images.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None]).contiguous()
 
 
 def to_model_input(frame: np.ndarray, image_size: int) -> torch.Tensor:
-    """RGB uint8 (H, W, 3) -> float32 (3, S, S), bit for bit what `sam2.utils.misc.load_video_frames` gives."""
+    """RGB uint8 (H, W, 3) -> float32 (3, S, S), equal to `sam2.utils.misc.load_video_frames` bit for bit."""
     return normalize(resize_frame(frame, image_size))
 
 
@@ -50,11 +50,11 @@ def resize_masks(masks: np.ndarray, image_size: int) -> torch.Tensor:
 
 
 class ClipAugmentation:
-    """Meta's fine-tuning augmentation (sam2.1_hiera_b+_MOSE_finetune.yaml), drawn from the generator it is given.
+    """Meta's fine-tuning augmentation (sam2.1_hiera_b+_MOSE_finetune.yaml), drawn from a given generator.
 
-    One draw for all frames of a clip: horizontal flip, affine (25 degrees, shear 20), colour jitter, grey 5 %; one a
-    frame: colour jitter. Where the affine would move a first-frame object out of view, flip and affine are left out
-    (Meta's leaves out the affine alone).
+    Once per clip: horizontal flip, affine (25 degrees, shear 20), colour jitter, grey 5 %; once per frame: colour
+    jitter. If the affine would move an object of the first frame out of view, flip and affine are omitted (Meta omits
+    the affine only).
     """
 
     def __init__(self, image_size: int) -> None:
@@ -108,7 +108,7 @@ def _seed(transforms: A.Compose, seed: int) -> None:
 
 
 class FrameSequence(Sequence[Tensor]):
-    """A video's frames as the model wants them, decoded when they are asked for: float (3, S, S) each."""
+    """Model inputs, float (3, S, S) each, of a video's frames, decoded on access."""
 
     def __init__(self, video: Video, image_size: int, length: int) -> None:
         self.video, self.image_size, self.length = video, image_size, length

@@ -1,1 +1,1 @@
-"""Models that leave the lab: packed weights, float weights, the quantization card."""
+"""File formats of models: packed, float weights, ONNX; the quantization card."""

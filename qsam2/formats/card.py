@@ -1,4 +1,4 @@
-"""The quantization card: what a quantized model was made from, how, and what it lost."""
+"""The stage that writes a run's model, and its quantization card: source, method, data, accuracy, size."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ LICENCES = {"nano": "Apache-2.0; see the model card of nano for its training dat
 OFFICIAL_LICENCE = "that of the source checkpoint (SAM 2 and 2.1: Apache-2.0)"
 
 
+def export_model(run: Run) -> None:
+    """Stage: write the model, packed with its card if it is quantized."""
+    recipe, folder = run.recipe, run.folder
+    folder.record("bytes", model_bytes(run.model))
+    if run.silent:
+        return
+    values = recipe.model_dump(mode="json")
+    if recipe.quantize is None:
+        save_weights(folder.model, run.model, values)
+    else:
+        save_packed(folder.model, run.model, values)
+        write_card(folder, recipe, run.layers)
+
+
 def write_card(folder: RunFolder, recipe: Recipe, layers: list[ConvertedLayer]) -> None:
     """Write `card.json` and `card.md` into a run folder."""
     card = build_card(folder.metrics, recipe, layers)
@@ -28,7 +42,7 @@ def write_card(folder: RunFolder, recipe: Recipe, layers: list[ConvertedLayer]) 
 
 
 def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLayer]) -> dict[str, Any]:
-    """The card as plain values."""
+    """The card as plain values, the content of `card.json`."""
     protocol = metrics.get("quantized", {}).get("protocol", recipe.evaluate.protocol)
     without_masks = any(is_unlabelled(spec) for spec in (*recipe.data.train, recipe.data.scored))
     return {
@@ -63,7 +77,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
 
 
 def render(card: dict[str, Any]) -> str:
-    """The card as Markdown."""
+    """The card as Markdown, the content of `card.md`."""
     rows = [
         f"| {name} | {_number(s.get('J&F'))} | {_number(s.get('J'))} | {_number(s.get('F'))} | {_interval(s)} "
         f"| {_number(s.get('fidelity'))} |"
@@ -118,7 +132,7 @@ def checkpoint_source(recipe: Recipe) -> dict[str, Any]:
 
 
 def _fitted(recipe: Recipe) -> list[str]:
-    """What calibration and reconstruction fitted, in their order."""
+    """Parts fitted by calibration and reconstruction, in order."""
     calibrate, reconstruct = recipe.calibrate, recipe.reconstruct
     return [
         *([f"weights ({calibrate.weights.method})"] if calibrate.weights else []),
@@ -145,17 +159,3 @@ def _interval(scores: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
-
-
-def export_model(run: Run) -> None:
-    """Stage: write the model, packed with its card if it is quantized."""
-    recipe, folder = run.recipe, run.folder
-    folder.record("bytes", model_bytes(run.model))
-    if run.silent:
-        return
-    values = recipe.model_dump(mode="json")
-    if recipe.quantize is None:
-        save_weights(folder.model, run.model, values)
-    else:
-        save_packed(folder.model, run.model, values)
-        write_card(folder, recipe, run.layers)

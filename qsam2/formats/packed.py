@@ -1,4 +1,4 @@
-"""The packed file: a finalized model in as few bytes as its bits say, and back, bit for bit.
+"""The packed file: a finalized model with its weights at their bit width, restored bit for bit.
 
 A safetensors file, described byte by byte in `docs/packed.md`. Its metadata holds `format`, `version`, `crc32` of all
 tensors, `header_crc32` of what follows, and as JSON `recipe`, `extra` and `weights` (for each quantized layer its bits,
@@ -6,11 +6,11 @@ qmin, channel dimension, shape and dtype). Its tensors are
   LAYER.weight.packed      uint8: codes - qmin in row-major order, `bits` bits each, least significant bit first
   QUANTIZER.scale          float32 (channels,) or (1,); a value is scale * (code - zero_point)
   QUANTIZER.zero_point     float32, as long as the scale, or (1,) where all channels share it
-and all else of the state dict as it is. Learned steps and running statistics are left out: a loaded model is for
-inference, or to be calibrated anew.
+and the rest of the state dict unchanged. Learned step sizes and running statistics are left out: a loaded model is for
+inference, or must be calibrated anew.
 
-A file may come from anywhere: nothing in it is run, it allocates no more than its own size, and whatever is not as it
-should be is a UserError.
+Files are untrusted: reading one runs no code, allocates no more than its size, and raises a UserError if anything is
+wrong. Float models are written as a plain state dict (`save_weights`).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from qsam2.output import listed, write_tensors
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import ConvertedLayer, QuantizeRecipe
 
-FORMAT = "qsam2-packed"
+FORMAT, FLOAT_FORMAT = "qsam2-packed", "qsam2-float"
 VERSION = 2
 HEADER = ("extra", "recipe", "weights")
-"""What of the metadata is JSON."""
+"""Metadata keys with JSON values."""
 UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError, AttributeError)
-"""What safetensors and PyTorch raise for headers that say what cannot be."""
+"""Errors of safetensors and PyTorch on impossible headers."""
 GROUP = 8
-"""Values that are packed together: 8 values of b bits are b bytes and fit an int64."""
+"""Values packed together: 8 values of b bits are b bytes, which fit into an int64."""
 MAX_SHOWN = 200
-"""Characters of a foreign text that a message shows."""
+"""Characters of untrusted text that a message shows."""
 
 
 @dataclass(frozen=True)
 class PackedHeader:
-    """What a packed file says of itself: the recipe (plain values), what else was noted, the quantized weights."""
+    """Header of a packed file: recipe and `extra` as plain values, descriptions of the quantized weights."""
 
     recipe: dict[str, Any]
     extra: dict[str, Any]
@@ -56,7 +56,7 @@ class PackedHeader:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes 0..2^bits-1 (n,) of any integer type as a stream of ceil(n * bits / 8) bytes, uint8. Bits from 1 to 8."""
+    """Pack codes 0..2^bits-1 (n,) of any integer type into ceil(n * bits / 8) bytes, uint8; bits from 1 to 8."""
     groups = torch.nn.functional.pad(codes.flatten().long(), (0, -codes.numel() % GROUP)).view(-1, GROUP)
     words = (groups << bits * torch.arange(GROUP, device=codes.device)).sum(dim=1, keepdim=True)
     stream = (words >> 8 * torch.arange(bits, device=codes.device)) & 255
@@ -64,7 +64,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack_bits`: the first `count` codes, int64 (count,)."""
+    """Inverse of `pack_bits`: the first `count` codes, int64 (count,)."""
     padded = torch.nn.functional.pad(stream.long(), (0, -stream.numel() % bits)).view(-1, bits)
     words = (padded << 8 * torch.arange(bits, device=stream.device)).sum(dim=1, keepdim=True)
     codes = (words >> bits * torch.arange(GROUP, device=stream.device)) & (2**bits - 1)
@@ -72,14 +72,14 @@ def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes of `count` packed values."""
+    """Size of `count` packed values in bytes."""
     return (count * bits + 7) // 8
 
 
 def model_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of a model's tensors in float32, in bfloat16, and as `save_packed` writes them (its header apart).
+    """Bytes of a model's tensors in float32, in bfloat16, and packed (without header).
 
-    Of a float model `packed` is what its tensors take as they are.
+    For a float model `packed` is the size of its tensors in their own dtypes.
     """
     floats = _float_tensors(model).values()
     values = sum(tensor.numel() for tensor in floats)
@@ -94,9 +94,10 @@ def model_bytes(model: nn.Module) -> dict[str, int]:
 def save_packed(
     path: str | Path, model: nn.Module, recipe: Mapping[str, Any], extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a finalized model; `recipe` and `extra` are plain values, `recipe["quantize"]` is what converted the model.
+    """Write a finalized model, whole or not at all.
 
-    The file appears under its name when it is complete.
+    Args:
+        recipe, extra: plain values; `recipe["quantize"]` is the section that converted the model.
 
     Raises:
         RuntimeError: the model is not finalized.
@@ -118,22 +119,34 @@ def save_packed(
     write_tensors(Path(path), tensors, {"format": FORMAT, "version": str(VERSION), **checksums, **header})
 
 
-def read_header(path: str | Path) -> PackedHeader:
-    """What a packed file says of itself, without reading its tensors.
+def save_weights(path: Path, model: SAM2, recipe: dict[str, Any]) -> None:
+    """Write a float model's state dict; `qsam2.loading.load_model` and `model.checkpoint=PATH` read it.
 
     Raises:
-        UserError: no such file, not a packed model, damaged, or written by a newer version.
+        UserError: the file could not be written; no part of it is left.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_tensors(path, state, {"format": FLOAT_FORMAT, "recipe": json.dumps(recipe)})
+
+
+def read_header(path: str | Path) -> PackedHeader:
+    """Header of a packed file; its tensors are not read.
+
+    Raises:
+        UserError: the file does not exist, is no packed model, is damaged, or has another version.
     """
     return _header(Path(path), _metadata(Path(path)))
 
 
 @torch.no_grad()
 def load_packed(path: str | Path, model: nn.Module) -> list[ConvertedLayer]:
-    """Convert a float model of the file's size and recipe in place and fill it; returns the conversion table.
+    """Convert a float model in place by the file's recipe and load its tensors; returns the conversion table.
 
-    The model then equals the finalized one bit for bit. Raises as `read_header`, and:
-        UserError: the file does not fit the model.
-        ValueError: the model has been converted before.
+    The model then equals the finalized one bit for bit.
+
+    Raises:
+        UserError: as `read_header`, or the file does not fit the model.
+        ValueError: the model is converted already.
     """
     path = Path(path)
     header, tensors = read_header(path), _tensors(path)
@@ -151,8 +164,8 @@ def load_packed(path: str | Path, model: nn.Module) -> list[ConvertedLayer]:
             torch.Size([packed_size(layer.weight.numel(), quantizer.bits)]),
             torch.uint8,
         )
-    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    if differing := sorted({name for name, _ in expected.items() ^ found.items()}):
+    stored = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    if differing := sorted({name for name, _ in expected.items() ^ stored.items()}):
         raise UserError(
             f"packed model {path} does not fit the model: {listed(differing)} missing or of another shape or dtype"
         )
@@ -181,7 +194,7 @@ def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _grids(model: nn.Module) -> dict[str, Tensor]:
-    """Scales and zero points of all quantizers; a symmetric grid has one zero point for all channels."""
+    """Scales and zero points of all quantizers; a symmetric grid has one zero point in all."""
     tensors = {}
     for name, quantizer in quantizers(model):
         tensors[f"{name}.scale"] = quantizer.scale
@@ -190,18 +203,18 @@ def _grids(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_grid(quantizer: Quantizer, scale: Tensor, zero_point: Tensor) -> bool:
-    own = quantizer.grid
-    if own.symmetric:
-        fits = zero_point == own.zero_point(scale, scale)[:1]
+    grid = quantizer.grid
+    if grid.symmetric:
+        fits = zero_point == grid.zero_point(scale, scale)[:1]
     else:
         half = 0.5 if quantizer.spec.grid == "least_error" and _lie_between_codes(zero_point) else 0.0
         whole = (zero_point - half).round() + half
-        fits = (zero_point == whole) & (zero_point >= own.qmin) & (zero_point <= own.qmax)
+        fits = (zero_point == whole) & (zero_point >= grid.qmin) & (zero_point <= grid.qmax)
     return bool((scale.isfinite() & (scale > 0)).all() and fits.all())
 
 
 def _lie_between_codes(zero_points: Tensor) -> bool:
-    """Whether they lie half-way between two."""
+    """True if all zero points lie half-way between two codes (mid-rise grid)."""
     return bool((zero_points - zero_points.floor() == 0.5).all())
 
 
@@ -211,7 +224,7 @@ def _freeze_at(quantizer: Quantizer, scale: Tensor, zero_point: Tensor) -> None:
         "frozen_zero_point": zero_point.expand_as(scale),
         "is_calibrated": torch.tensor(1),
         "state_code": torch.tensor(QuantizerState.FROZEN.value),
-        "is_mid_rise": torch.tensor(_lie_between_codes(zero_point)),  # read where calibration chooses the grid
+        "is_mid_rise": torch.tensor(_lie_between_codes(zero_point)),  # used only if calibration chooses the grid
     }
     quantizer.load_state_dict(state, strict=False)
 
@@ -237,7 +250,7 @@ def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _checksum(parts: Mapping[str, Any]) -> int:
-    """CRC-32 of all names and contents (bytes), by name."""
+    """CRC-32 over all names and contents (bytes), sorted by name."""
     checksum = 0
     for name in sorted(parts):
         checksum = zlib.crc32(parts[name], zlib.crc32(name.encode(), checksum))
@@ -253,7 +266,7 @@ def _encoded(texts: Mapping[str, str]) -> dict[str, bytes]:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """The metadata of a packed file of a version that is known."""
+    """Metadata of a packed file, after checking format and version."""
     if not path.is_file():
         raise UserError(f"packed model {path} does not exist; give the file that a run or `qsam2 export` wrote")
     try:
@@ -291,10 +304,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             checksum = file.metadata().get("crc32")
-        found = str(_checksum(_bytes(tensors)))
+        actual = str(_checksum(_bytes(tensors)))
     except UNREADABLE as error:
         raise _damaged(path) from error
-    if checksum != found:
+    if checksum != actual:
         raise _damaged(path)
     return tensors
 
@@ -305,16 +318,3 @@ def _damaged(path: Path) -> UserError:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:MAX_SHOWN]
-
-
-FLOAT_FORMAT = "qsam2-float"
-
-
-def save_weights(path: Path, model: SAM2, recipe: dict[str, Any]) -> None:
-    """Write a float model's state dict; `qsam2.loading.load_model` and `model.checkpoint=PATH` read it.
-
-    Raises:
-        UserError: the file could not be written; no part of it is left.
-    """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_tensors(path, state, {"format": FLOAT_FORMAT, "recipe": json.dumps(recipe)})

@@ -1,1 +1,1 @@
-"""Prompts and a picture or a video in, masks and an overlay out."""
+"""`qsam2 predict`: masks and overlays of prompted objects in a picture or a video."""

@@ -1,4 +1,4 @@
-"""Masks of prompted objects, frame by frame, from `sam2`'s predictors."""
+"""Masks of prompted objects from `sam2`'s predictors, for an image or frame by frame for a video."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from qsam2.models import SAM2
 from qsam2.predict.parse import Prompt, Prompts
 
 MASK_LOGIT = 10.0
-"""What a pixel of a mask prompt weighs, as in sam2's video predictor."""
+"""Logit of a pixel of a mask prompt, as in sam2's video predictor."""
 
 
 def segment_picture(predictor: SAM2ImagePredictor, picture: Video, prompts: Prompts) -> np.ndarray:
     """Object ids, uint8 (H, W), of a picture; a pixel belongs to the object with the highest logit above 0.
 
-    A single click has the best of three masks, by the predicted IoU. A mask prompt is refined.
+    A single click gives the best of three masks by predicted IoU. A mask prompt is refined.
     """
     predictor.set_image(picture.frame(0))
     logits = {}
     for object_id, frames in prompts.items():
         prompt = frames[0]
-        found, confidence, _ = predictor.predict(
+        masks, confidence, _ = predictor.predict(
             point_coords=np.array(prompt.points) if prompt.points else None,
             point_labels=np.array(prompt.labels) if prompt.points else None,
             box=np.array(prompt.box) if prompt.box else None,
@@ -37,7 +37,7 @@ def segment_picture(predictor: SAM2ImagePredictor, picture: Video, prompts: Prom
             multimask_output=prompt.labels == [1] and prompt.box is None and prompt.mask is None,
             return_logits=True,
         )
-        logits[object_id] = torch.from_numpy(found[confidence.argmax()])
+        logits[object_id] = torch.from_numpy(masks[confidence.argmax()])
     return _ids(logits)
 
 
@@ -45,8 +45,8 @@ def track_objects(model: SAM2, video: Video, prompts: Prompts) -> Iterator[tuple
     """(frame, object ids uint8 (H, W)) of a video, from the prompts to its end and back to its start.
 
     Each object is tracked both ways from its first prompt. Objects whose first prompts share a frame are tracked
-    together, and a pixel belongs to the one with the highest logit above 0; groups follow each other, so a frame comes
-    once for each.
+    together, and a pixel belongs to the one with the highest logit above 0. Groups are tracked one after another: a
+    frame is yielded once per group.
 
     Raises:
         UserError: an object has a mask and another prompt on one frame.
@@ -78,7 +78,7 @@ def _add(model: SAM2, state: dict, object_id: int, frame: int, prompt: Prompt) -
 
 
 def _ids(logits: Mapping[int, Tensor]) -> np.ndarray:
-    """{object id: (H, W)} to the id of the highest logit above 0, uint8 (H, W); 0: none."""
+    """{object id: logits (H, W)} to the id of the highest logit above 0, uint8 (H, W); 0 for none."""
     highest, index = torch.stack(list(logits.values())).max(dim=0)
     of_index = torch.tensor(list(logits), dtype=torch.uint8, device=index.device)
     return torch.where(highest > 0, of_index[index], 0).cpu().numpy()

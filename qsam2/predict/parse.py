@@ -1,4 +1,4 @@
-"""Prompts as words of a command line, in their order: `object` and `frame` hold for the prompts that follow them."""
+"""Prompts parsed from the command line's options, whose order matters: `--object` and `--frame` apply to later ones."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qsam2.data.video import Video
 from qsam2.errors import UserError
 
 Word: TypeAlias = tuple[str, str]
-"""What a word is (object, frame, point, box or mask) and its text."""
+"""An option (object, frame, point, box or mask) and its text."""
 LARGEST_ID = 254
-"""255 is void in mask files."""
+"""Largest object id: 255 is void in mask files."""
 
 
 @dataclass
 class Prompt:
-    """All that points at one object on one frame, in pixels: (x, y) and 1 inside or 0 outside, (x0, y0, x1, y1)."""
+    """Prompt of one object on one frame, in pixels: points (x, y) with label 1 inside or 0 outside, a box, a mask."""
 
     points: list[tuple[float, float]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Prompt:
 
     @property
     def shows_nothing(self) -> bool:
-        """Whether it says only where the object is not."""
+        """True if it has only points outside the object."""
         return self.box is None and self.mask is None and 1 not in self.labels
 
 
@@ -40,14 +40,14 @@ Prompts: TypeAlias = dict[int, dict[int, Prompt]]
 
 
 def read_prompts(words: Sequence[Word], video: Video) -> Prompts:
-    """What the words say about a video or a picture.
+    """Prompts of a video or a picture.
 
-    Without `object` all prompts are of object 1, and a mask picture of several ids prompts each of its objects; without
-    `frame` they are on the first frame.
+    Without `object`, prompts are for object 1, and a mask file with several ids prompts each of its objects; without
+    `frame`, they are on the first frame.
 
     Raises:
-        UserError: there is no prompt, or one is malformed, outside the picture, on no frame, of another size, twice
-            there, or says only where an object is not.
+        UserError: there is no prompt, or one is malformed, outside the picture, on no frame, of another size, given
+            twice, or has only points outside its object.
     """
     prompts: Prompts = {}
     object_id, frame = None, 0
@@ -76,8 +76,8 @@ def read_prompts(words: Sequence[Word], video: Video) -> Prompts:
     if not prompts:
         raise UserError("nothing says what to segment: give --point X,Y, --box X0,Y0,X1,Y1 or --mask PNG")
     for own_id, frames in prompts.items():
-        if nowhere := [number for number, prompt in frames.items() if prompt.shows_nothing]:
-            raise UserError(f"object {own_id} has only points off it on frame {nowhere[0]}: give one on it as well")
+        if negative := [number for number, prompt in frames.items() if prompt.shows_nothing]:
+            raise UserError(f"object {own_id} has only points off it on frame {negative[0]}: give one on it as well")
     return prompts
 
 

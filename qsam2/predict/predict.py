@@ -1,4 +1,4 @@
-"""`qsam2 predict` from its arguments to its files."""
+"""`qsam2 predict`: from a model, a source and prompts to mask files and an overlay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qsam2.predict.outputs import outputs, read_ids, write_ids, write_overlay, w
 from qsam2.predict.parse import Prompts, Word, read_prompts
 
 FRAMES_PER_SECOND = Fraction(24)
-"""Of the overlay of a folder of frames."""
+"""Frame rate of the overlay if the source is a folder of frames."""
 
 
 def predict(
@@ -38,13 +38,13 @@ def predict(
         words: see `qsam2.predict.parse`.
         overrides: `key=value` on top of the model's own recipe.
         fast: see `qsam2.loading.load`.
-        force: replace what is there.
+        force: replace existing files.
 
     Returns:
-        what was written
+        The written files and folders.
 
     Raises:
-        UserError: anything of this cannot be used; nothing is written then.
+        UserError: an argument cannot be used; nothing is written.
     """
     if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
         picture = Picture(source)
@@ -68,9 +68,9 @@ def _track(predictor: SAM2, video: Video, prompts: Prompts, folder: Path) -> Non
     masks.mkdir()
     for index, ids in track_objects(predictor, video, prompts):
         path = masks / f"{video.frame_names[index]}.png"
-        if path.exists():  # of objects that were prompted on an earlier frame, whose pixels stay theirs
-            before = read_ids(path)
-            ids[before > 0] = before[before > 0]
+        if path.exists():  # objects prompted on an earlier frame keep their pixels
+            earlier = read_ids(path)
+            ids[earlier > 0] = earlier[earlier > 0]
         write_ids(path, ids, object_ids)
     rate = video.frames_per_second if isinstance(video, VideoFile) else None
     write_overlay_video(folder / "overlay.mp4", video, masks, object_ids, rate or FRAMES_PER_SECOND)

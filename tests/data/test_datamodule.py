@@ -152,7 +152,7 @@ def test_a_resumed_loader_starts_the_next_epoch_anew():
 
 
 def test_another_global_batch_is_refused():
-    with pytest.raises(UserError, match="made with 4 samples a step, this run has 2 .*same number"):
+    with pytest.raises(UserError, match="made with 4 samples per step, this run has 2 .*same number"):
         data().train_dataloader().load_state_dict({"batches_done": 1, "global_batch": 4})
 
 

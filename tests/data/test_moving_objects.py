@@ -171,7 +171,7 @@ def test_the_splits_share_no_seed() -> None:
     assert len(set(names)) == 150
     assert [video.seed for video in moving_objects("val", 3)] == [10**9, 10**9 + 1, 10**9 + 2]
     starts = sorted(FIRST_SEED.values())
-    assert np.diff(starts).min() >= module.SEEDS_A_SPLIT
+    assert np.diff(starts).min() >= module.SEEDS_PER_SPLIT
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_the_camera_never_leaves_the_picture() -> None:
         video = WarpedStill(still, num_frames=50, seed=seed, size=(64, 96))
         scene = module._scene(video)
         for index in range(0, 50, 7):
-            centred = module.project(scene.seen(index), module.corners(64, 96))
+            centred = module.project(scene.frame_to_scene(index), module.corners(64, 96))
             assert (np.abs(centred) <= np.array([48, 32]) * (1 + 1e-9)).all()
             assert video.masks(index)[1].all()
 

@@ -1,1 +1,1 @@
-"""Generated videos, and clips made from stills."""
+"""Synthetic videos: generated moving objects, and clips made from annotated stills."""

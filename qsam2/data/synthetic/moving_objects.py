@@ -1,6 +1,6 @@
-"""Videos of moving objects made from a seed: photographs cut to irregular shapes that move over photographs.
+"""Generated videos of moving objects (ours): textured shapes that move over photographs, determined by a seed.
 
-Ours: no video data ships with the package, so the demo, the tests and the pretraining of the nano model use these.
+No video data ships with the package, so the demo, the tests and the pretraining of nano use these.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from qsam2.data.video import Video
 from qsam2.errors import UserError
 
 FIRST_SEED = {"train": 0, "val": 1_000_000_000, "test": 2_000_000_000}
-"""The splits' seeds: 1e9 each, so that no video of val or test is ever trained on."""
-SEEDS_A_SPLIT = 1_000_000_000
+"""First seed of each split; splits have 1e9 seeds each, so that no video of val or test is trained on."""
+SEEDS_PER_SPLIT = 1_000_000_000
 
 SMALLEST_AREA, LARGEST_AREA = 0.01, 0.35  # of the frame, visible, in frame 0
 _LIMITS = {"num_frames": (1, 100_000), "max_objects": (1, 8), "height": (64, 2048), "width": (64, 2048)}
 
 
 class MovingObjects(Video):
-    """The video that ``seed`` stands for, the same on every machine; its difficulty is drawn from the seed too.
+    """The video of a ``seed``, identical on every machine; the seed also determines its difficulty.
 
     One to ``max_objects`` objects of irregular outline with the texture of a photograph move, turn, bend, change size
     and light, hide one another, leave and return, before a photograph seen by a moving camera, among distractors that
-    are not annotated. In frame 0 each object shows on 1 to 35 percent of the frame. The masks are the visible parts
-    (disjoint); every object has one in every frame, all False while it is out of view. A longer video goes on where a
-    shorter one of the same seed ends.
+    are not annotated. In frame 0 each object covers 1 to 35 percent of the frame. The masks are the visible parts
+    (disjoint); every object has one in every frame, all False while it is out of view. A longer video continues the
+    shorter one of the same seed.
 
     Raises:
         UserError: an argument is out of range.
@@ -52,8 +52,8 @@ class MovingObjects(Video):
     def __init__(
         self, seed: int, *, num_frames: int = 40, size: tuple[int, int] = (256, 256), max_objects: int = 3
     ) -> None:
-        given = {"num_frames": num_frames, "max_objects": max_objects, "height": size[0], "width": size[1]}
-        for key, value in given.items():
+        arguments = {"num_frames": num_frames, "max_objects": max_objects, "height": size[0], "width": size[1]}
+        for key, value in arguments.items():
             low, high = _LIMITS[key]
             if not low <= value <= high:
                 raise UserError(f"MovingObjects: {key} is {value}; give a whole number from {low} to {high}")
@@ -70,7 +70,7 @@ class MovingObjects(Video):
         return self._rendered(index)[0].copy()
 
     def masks(self, index: int) -> dict[int, np.ndarray]:
-        """Visible part of every object in frame ``index``: {1..n: bool (H, W)}, all False where it is out of view."""
+        """Visible part of every object in frame ``index``: {1..n: bool (H, W)}, all False if it is out of view."""
         labels = self._rendered(index)[1]
         count = _scene(self.seed, self.size, self.max_objects).num_objects
         return {object_id: labels == object_id for object_id in range(1, count + 1)}
@@ -96,8 +96,8 @@ def moving_objects(
     """
     if split not in FIRST_SEED:
         raise UserError(f"moving_objects: split is {split!r}; allowed are {', '.join(FIRST_SEED)}")
-    if not 1 <= count <= SEEDS_A_SPLIT:
-        raise UserError(f"moving_objects: count is {count}; give a whole number from 1 to {SEEDS_A_SPLIT}")
+    if not 1 <= count <= SEEDS_PER_SPLIT:
+        raise UserError(f"moving_objects: count is {count}; give a whole number from 1 to {SEEDS_PER_SPLIT}")
     first = FIRST_SEED[split]
     return [
         MovingObjects(seed, num_frames=num_frames, size=size, max_objects=max_objects)
@@ -112,7 +112,7 @@ class _Scene:
     sprites: Sequence[Sprite]  # from far to near
     light: Wave
     grain: np.ndarray | None
-    shutter: float  # the part of a frame's time during which things smear
+    shutter: float  # share of the frame time with motion blur
     num_objects: int
 
     def view(self, time: float, size: tuple[int, int]) -> np.ndarray:
@@ -132,17 +132,17 @@ def _render(seed: int, size: tuple[int, int], max_objects: int, index: int) -> t
 def _compose(scene: _Scene, size: tuple[int, int], time: float) -> tuple[np.ndarray, np.ndarray]:
     view = scene.view(time, size)
     middle = similarity(scene.background.shape[1] / 2, scene.background.shape[0] / 2)
-    seen = positions(middle @ np.linalg.inv(view), size)
-    frame = interpolate(scene.background, *seen, cv2.BORDER_REFLECT_101)
+    background = positions(middle @ np.linalg.inv(view), size)
+    frame = interpolate(scene.background, *background, cv2.BORDER_REFLECT_101)
     labels = np.zeros(size, np.uint8)
     for sprite in scene.sprites:
-        blur = _way(scene, sprite, size, time) if scene.shutter else None
+        blur = _motion(scene, sprite, size, time) if scene.shutter else None
         draw_sprite(frame, labels, sprite, view, time, blur)
     return frame, labels
 
 
-def _way(scene: _Scene, sprite: Sprite, size: tuple[int, int], time: float) -> np.ndarray | None:
-    """How far the sprite's middle goes while the shutter is open, in (x, y) pixels; None for less than two."""
+def _motion(scene: _Scene, sprite: Sprite, size: tuple[int, int], time: float) -> np.ndarray | None:
+    """Motion of the sprite's middle while the shutter is open, in (x, y) pixels; None if below two."""
     middle = np.array([[sprite.picture.shape[0] / 2] * 2])
     ends = (time - scene.shutter / 2, time + scene.shutter / 2)
     start, end = (project(scene.view(end, size) @ sprite.placement(end), middle)[0] for end in ends)
@@ -151,7 +151,7 @@ def _way(scene: _Scene, sprite: Sprite, size: tuple[int, int], time: float) -> n
 
 @lru_cache(maxsize=8)
 def _scene(seed: int, size: tuple[int, int], max_objects: int) -> _Scene:
-    """Draws scenes from the seed until frame 0 shows every object at a reasonable size."""
+    """Draw scenes from the seed until every object has an allowed size in frame 0."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
     while True:
         scene = _draw_scene(rng, size, max_objects)
@@ -191,7 +191,7 @@ def _draw_scene(rng: np.random.Generator, size: tuple[int, int], max_objects: in
 
 
 def _draw_camera(rng: np.random.Generator, unit: int, hard: float) -> tuple[Wave, Wave, Wave, Wave]:
-    """Still, or a slow pan, turn and zoom; at times shaken by the hand that holds it."""
+    """Static, or a slow pan, turn and zoom; sometimes with hand shake."""
     pan = unit * 0.2 * hard * (rng.random() < 0.7)
     shake = unit * 0.004 * rng.uniform(0, 1) * (rng.random() < 0.4)
     x, y = (draw_wave(rng, 0, reach, (24, 60)) + draw_wave(rng, 0, shake, (4, 10)) for reach in (pan, 0.6 * pan))
@@ -200,7 +200,7 @@ def _draw_camera(rng: np.random.Generator, unit: int, hard: float) -> tuple[Wave
 
 
 def _draw_picture(rng: np.random.Generator, unit: int, photo: int | None, num_objects: int) -> np.ndarray:
-    """A shape with the texture of one photograph or two, RGBA uint8 (S, S, 4)."""
+    """A shape textured from one or two photographs, RGBA uint8 (S, S, 4)."""
     largest = 0.85 if num_objects == 1 else 0.65
     side = max(int(unit * 2 ** rng.uniform(np.log2(0.24), np.log2(largest))) // 8 * 8, 16)
     colours = texture_patch(rng, side, side, photo) if rng.random() < 0.85 else smooth_patch(rng, side, side)
@@ -218,7 +218,7 @@ def _draw_picture(rng: np.random.Generator, unit: int, photo: int | None, num_ob
 def _draw_object(
     rng: np.random.Generator, size: tuple[int, int], hard: float, object_id: int, picture: np.ndarray
 ) -> Sprite:
-    """The motion of a ``picture``: it sways about a place within the frame, so that what leaves may come back."""
+    """A ``picture`` that oscillates around a place within the frame, so that it may leave and return."""
     height, width = size
     leaves = rng.random() < 0.15 + 0.3 * hard
     reach = (0.25 + 0.75 * hard) * rng.uniform(0.3, 1.0) * (0.75 if leaves else 0.25)
@@ -240,7 +240,7 @@ def _draw_object(
 
 
 def _draw_distractor(rng: np.random.Generator, size: tuple[int, int], hard: float, like: Sprite) -> Sprite:
-    """A thing that is not annotated and shares the texture, the outline or both with an object."""
+    """An object without annotation that shares the texture, the outline or both with an annotated one."""
     side = like.picture.shape[0]
     picture = like.picture.copy()
     kind = rng.random()
@@ -252,7 +252,7 @@ def _draw_distractor(rng: np.random.Generator, size: tuple[int, int], hard: floa
 
 
 def _with_parts(rng: np.random.Generator, hard: float, body: Sprite) -> list[Sprite]:
-    """The body, at times with limbs that swing and with a shadow; from far to near."""
+    """The body, sometimes with swinging limbs and a shadow; from far to near."""
     side = body.picture.shape[0]
     parts = [body]
     for _ in range(int(rng.integers(1, 4)) if rng.random() < 0.3 else 0):
@@ -289,7 +289,7 @@ def _limb_outline(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _draw_screen(rng: np.random.Generator, size: tuple[int, int], photo: int) -> Sprite:
-    """A long thing that stands in front of all others, not annotated, and hides what passes behind it."""
+    """A long object without annotation, in front of all others, that occludes them."""
     side = int(1.2 * max(size)) // 8 * 8
     texture = photo if rng.random() < 0.5 else None
     width = max(int(side * rng.uniform(0.05, 0.14)), 4)

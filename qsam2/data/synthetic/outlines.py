@@ -10,7 +10,7 @@ _ANGLES = 1024
 
 
 def draw_outline(rng: np.random.Generator, side: int) -> np.ndarray:
-    """The opacity of a random shape that fills its canvas, uint8 (side, side): 0 outside, 255 inside, a soft edge."""
+    """Opacity of a random shape that fills its canvas, uint8 (side, side): 0 outside, 255 inside, soft edges."""
     fine = 2 * side  # two samples a pixel each way, for the soft edge
     reach = fine / 2 - 4
     parts = int(rng.choice(4, p=(0.45, 0.25, 0.2, 0.1)))
@@ -53,7 +53,7 @@ def _radii(rng: np.random.Generator) -> np.ndarray:
 
 
 def _limb(rng: np.random.Generator, angle: int, length: float, body: float) -> np.ndarray:
-    """Radii of an ellipse about a point of the body's edge, its long axis along or across the direction out."""
+    """Radii of an ellipse around a point of the body's edge, its long axis pointing roughly outwards."""
     long, short = 0.95 * length, max(rng.uniform(0.12, 0.35) * body, 3.0)
     theta = np.arange(_ANGLES) * (2 * np.pi / _ANGLES) - 2 * np.pi * angle / _ANGLES + rng.normal(0, 0.35)
     short = min(short, long)
@@ -61,7 +61,7 @@ def _limb(rng: np.random.Generator, angle: int, length: float, body: float) -> n
 
 
 def _blob(side: int, x: int, y: int, radii: np.ndarray) -> np.ndarray:
-    """Whether each sample lies within ``radii`` of (x, y), which counts from the middle; bool (side, side)."""
+    """Samples within ``radii`` of the point (x, y), relative to the middle; bool (side, side)."""
     direction, squared = _polar(side)
     rows, columns = slice(side - side // 2 - y, None), slice(side - side // 2 - x, None)
     limit = np.rint(radii * radii).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Pictures that move over a background: how a frame and its label map are composed."""
+"""Sprites: pictures with opacity and motion, drawn into a frame and its label map."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STILL = Wave(0.0)
 
 @dataclass(frozen=True)
 class Bend:
-    """A sway of the outline: ``reach`` in parts of the picture, two phases in radians, two numbers of periods."""
+    """A wave along the outline: ``reach`` as share of the picture, phases (radians) and periods in x and y."""
 
     reach: float
     phases: tuple[Wave, Wave]
@@ -31,7 +31,7 @@ class Bend:
 
 
 def draw_bend(rng: np.random.Generator, reach: float) -> Bend:
-    """A random sway that runs along the outline."""
+    """A random wave that moves along the outline."""
     first, second = (
         draw_wave(rng, start, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.1))
         for start in rng.uniform(0, 2 * np.pi, 2)
@@ -45,15 +45,15 @@ class Sprite:
 
     Attributes:
         picture: RGBA, uint8 (S, S, 4), without opacity along its edges.
-        object_id: the object it shows, 0 for what is not annotated.
-        x, y: where its pivot is; in the picture of its ``parent``, when it has one.
+        object_id: id of the object it shows, 0 if it is not annotated.
+        x, y: position of its pivot; in the picture of its ``parent``, if it has one.
         angle: turn in radians.
         size: log2 of its scale.
-        aspect: log2 of its stretch in x, as when a flat thing turns away.
+        aspect: log2 of its stretch in x, as if a flat object turned away.
         light: log2 of its brightness.
-        bend: the sway of its outline.
-        pivot: the point of the picture, in parts of S, about which it turns.
-        parent: the sprite that carries it, as a body carries a limb.
+        bend: wave of its outline.
+        pivot: centre of rotation in the picture, as shares of S.
+        parent: sprite it is attached to, as a limb to a body.
     """
 
     picture: np.ndarray
@@ -80,10 +80,10 @@ class Sprite:
 def draw_sprite(
     frame: np.ndarray, labels: np.ndarray, sprite: Sprite, view: np.ndarray, time: float, blur: np.ndarray | None = None
 ) -> None:
-    """Lays ``sprite`` over ``frame`` (uint8 (H, W, 3)) and its object id over ``labels`` (uint8 (H, W)), in place.
+    """Draw ``sprite`` over ``frame`` (uint8 (H, W, 3)) and its object id over ``labels`` (uint8 (H, W)), in place.
 
     A pixel belongs to the sprite where its opacity is at least one half. ``view`` (3, 3) goes from the scene to the
-    frame; ``blur`` is the way in (x, y) pixels that it moves while the shutter is open, which does not widen its label.
+    frame; ``blur`` is its motion in (x, y) pixels while the shutter is open, which does not widen its label.
     """
     side = sprite.picture.shape[0]
     matrix = view @ sprite.placement(time)
@@ -109,8 +109,8 @@ def draw_sprite(
 
 
 def blend(below: np.ndarray, above: np.ndarray, opacity: np.ndarray) -> None:
-    """Lays ``above`` over ``below`` (both uint8 (H, W, 3)) with ``opacity`` (uint8 (H, W)), in place."""
-    weight = cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB).astype(np.uint16)  # faster than to broadcast
+    """Blend ``above`` over ``below`` (both uint8 (H, W, 3)) with ``opacity`` (uint8 (H, W)), in place."""
+    weight = cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB).astype(np.uint16)  # faster than broadcasting
     weight += weight >> 7  # 0 to 256
     total = below * (256 - weight) + above * weight + 128  # at most 65408: fits uint16
     below[:] = np.right_shift(total, 8)
@@ -128,14 +128,14 @@ def draw_grain(rng: np.random.Generator, size: tuple[int, int], strength: int) -
 
 
 def add_grain(frame: np.ndarray, grain: np.ndarray, index: int) -> np.ndarray:
-    """``frame`` (uint8 (H, W, 3)) with another piece of ``grain`` at every ``index``."""
+    """``frame`` (uint8 (H, W, 3)) with a piece of ``grain`` that depends on ``index``."""
     top, left = index * 29 % 64, index * 47 % 63
     window = grain[top : top + frame.shape[0], left : left + frame.shape[1]]
     return cv2.subtract(cv2.add(frame, window[..., :3]), window[..., 3:])
 
 
-def _smear(picture: np.ndarray, x: np.ndarray, y: np.ndarray, way: np.ndarray) -> np.ndarray:
-    """The mean of ``picture`` at five positions along ``way`` (in its pixels)."""
-    steps = np.rint(way[:, None] * (np.arange(-2, 3) / 5 * 65536)).astype(np.int32)  # (2, 5)
+def _smear(picture: np.ndarray, x: np.ndarray, y: np.ndarray, motion: np.ndarray) -> np.ndarray:
+    """Mean of ``picture`` at five positions along ``motion`` (in its pixels)."""
+    steps = np.rint(motion[:, None] * (np.arange(-2, 3) / 5 * 65536)).astype(np.int32)  # (2, 5)
     taps = np.stack([interpolate(picture, x + dx, y + dy) for dx, dy in steps.T])
     return (taps.sum(0, dtype=np.uint16) // 5).astype(np.uint8)

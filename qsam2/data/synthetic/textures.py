@@ -1,4 +1,4 @@
-"""Texture patches cut from the photographs that scikit-image carries inside its package; nothing is downloaded."""
+"""Texture patches from the photographs inside the scikit-image package; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PHOTOGRAPHS = _COLOURED + _GREY
 
 @lru_cache(maxsize=1)
 def photographs() -> tuple[tuple[np.ndarray, ...], ...]:
-    """The photographs, each as a pyramid of RGB uint8 images that halve in size; read once a process.
+    """The photographs, each as a pyramid of RGB uint8 images that halve in size; read once per process.
 
     Raises:
         UserError: the installed scikit-image lacks one of them.
@@ -31,8 +31,8 @@ def photographs() -> tuple[tuple[np.ndarray, ...], ...]:
 def texture_patch(rng: np.random.Generator, height: int, width: int, photo: int | None = None) -> np.ndarray:
     """A random patch as RGB uint8 (height, width, 3): turned, mirrored, scaled and recoloured.
 
-    ``photo`` indexes ``PHOTOGRAPHS``; a random one when it is None. A photograph too small for the patch is magnified,
-    and mirrored at its edges.
+    ``photo`` indexes ``PHOTOGRAPHS``, None for a random one. A photograph smaller than the patch is magnified and
+    mirrored at its edges.
     """
     photo = int(rng.integers(len(PHOTOGRAPHS))) if photo is None else photo
     pyramid = photographs()[photo]
@@ -51,13 +51,13 @@ def texture_patch(rng: np.random.Generator, height: int, width: int, photo: int 
 
 
 def smooth_patch(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A patch without texture, RGB uint8 (height, width, 3): colours of a photograph that run together."""
+    """A patch without texture, RGB uint8 (height, width, 3): a smooth gradient between colours of a photograph."""
     coarse = texture_patch(rng, 5, 5)
     return interpolate(coarse, *positions(np.diag([4 / width, 4 / height, 1]), (height, width)))
 
 
 def _angle(rng: np.random.Generator) -> float:
-    """Mostly nearly upright, as things are in photographs, at times any direction."""
+    """A rotation in radians: mostly nearly upright, as in photographs, sometimes any direction."""
     return rng.normal(0, 0.2) if rng.random() < 0.6 else rng.uniform(-np.pi, np.pi)
 
 

@@ -1,6 +1,6 @@
-"""Clips made from annotated stills: the camera drifts, the picture bends, objects move over what was behind them.
+"""Clips from annotated stills: a moving camera, a bending picture, objects that move over an inpainted background.
 
-Ours, in the spirit of the static-image pretraining of STM (Oh et al., ICCV 2019, section 3.4).
+Ours, similar to the static-image pretraining of STM (Oh et al., ICCV 2019, section 3.4).
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from qsam2.data.video import Video
 from qsam2.errors import UserError
 
 SMALLEST_AREA = 0.003
-"""Of the frame: smaller objects stay a part of the picture, unless all are (half of COCO's are below it)."""
+"""Share of the frame: smaller objects are not annotated unless all are (half of COCO's are below it)."""
 _PERIOD = (24, 72)  # of the motion, in frames
 _ATTEMPTS = 8
 
 
 class WarpedStill(Video):
-    """A clip of ``num_frames`` that a still and a ``seed`` stand for, the same on every machine.
+    """A clip of ``num_frames`` from a still and a ``seed``, identical on every machine.
 
-    The camera pans, turns, zooms and tilts without ever leaving the picture, which bends slowly. Objects that the
-    still shows whole may be cut out and move on their own over the picture filled in behind them; those that its edge
-    cuts, or that cover more than a quarter of it, stay a part of it. In frame 0 every object has at least half as many
-    pixels as in the still. The masks are disjoint (where the still's overlap, the smaller object is in front) and every
-    object has one in every frame, all False while it is out of view. Objects that vanish at ``size`` are left out, and
-    those below ``SMALLEST_AREA`` where the still has a larger one.
+    The camera pans, turns, zooms and tilts within the picture, which bends slowly. Objects that are fully visible may
+    be cut out and move over the picture, inpainted behind them; objects that its edge cuts, or that cover more than a
+    quarter of it, move with the picture. In frame 0 every object has at least half as many pixels as in the still. The
+    masks are disjoint (the smaller of overlapping objects is in front); every object has one in every frame, all False
+    while it is out of view. Objects that vanish at ``size`` are left out, and those below ``SMALLEST_AREA`` if the
+    still has a larger one.
 
     Args:
-        still: an annotated video of one frame; it is resized to ``size`` (height, width), not keeping its proportions.
+        still: an annotated video of one frame, resized to ``size`` (height, width) regardless of its proportions.
 
     Raises:
         UserError: an argument is out of range; on reading, a still without objects or with more than 255.
@@ -84,7 +84,7 @@ class WarpedStill(Video):
 @dataclass(frozen=True)
 class _Scene:
     picture: np.ndarray  # RGB, without the objects that move
-    labels: np.ndarray  # of the objects that do not
+    labels: np.ndarray  # of the objects that do not move
     sprites: Sequence[Sprite]
     camera: tuple[Wave, ...]  # x, y, angle, log2 of the zoom, log2 of the stretch in x, tilt in x, tilt in y
     bend: Bend
@@ -92,7 +92,7 @@ class _Scene:
     grain: np.ndarray | None
     object_ids: list[int]  # of labels 1, 2, ...
 
-    def seen(self, time: float) -> np.ndarray:
+    def frame_to_scene(self, time: float) -> np.ndarray:
         """Matrix (3, 3) from the frame to the scene, whose origin is the middle of the picture."""
         height, width = self.labels.shape
         x, y, angle, zoom, aspect, *tilt = (wave(time) for wave in self.camera)
@@ -101,7 +101,7 @@ class _Scene:
         matrix = matrix @ similarity(-width / 2, -height / 2)
         room = np.array([width, height]) * (0.5 - self.bend.reach)
         reach = np.abs(project(matrix, corners(height, width))).max(0)
-        closer = min(1.0, *(room / reach))  # go nearer until the frame lies within the picture
+        closer = min(1.0, *(room / reach))  # zoom in until the frame lies within the picture
         return np.diag([closer, closer, 1.0]) @ matrix
 
 
@@ -115,13 +115,13 @@ def _render(video: WarpedStill, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _compose(scene: _Scene, time: float) -> tuple[np.ndarray, np.ndarray]:
     height, width = size = scene.labels.shape
-    seen = scene.seen(time)
-    x, y = positions(similarity(width / 2, height / 2) @ seen, size)
+    to_scene = scene.frame_to_scene(time)
+    x, y = positions(similarity(width / 2, height / 2) @ to_scene, size)
     if scene.bend.reach:
         phases = scene.bend.phases[0](time), scene.bend.phases[1](time)
         ripple(x, y, size, (scene.bend.reach * width, scene.bend.reach * height), phases, scene.bend.waves)
     frame, labels = interpolate(scene.picture, x, y), nearest(scene.labels, x, y)
-    view = np.linalg.inv(seen)
+    view = np.linalg.inv(to_scene)
     for sprite in scene.sprites:
         draw_sprite(frame, labels, sprite, view, time)
     return frame, labels
@@ -129,7 +129,7 @@ def _compose(scene: _Scene, time: float) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=8)
 def _scene(video: WarpedStill) -> _Scene:
-    """Draws the motion, each time with a calmer start, until frame 0 shows enough of every object."""
+    """Draw motions, each with a calmer start, until frame 0 shows enough of every object."""
     picture = _resize(video.still.frame(0), video.size)
     masks = _visible_objects(video)
     areas = _areas(_paint(masks, video.size), len(masks))
@@ -142,7 +142,7 @@ def _scene(video: WarpedStill) -> _Scene:
 
 
 def _draw_scene(rng: np.random.Generator, picture: np.ndarray, masks: dict[int, np.ndarray], start: float) -> _Scene:
-    """A random motion; with a ``start`` of 0 its frame 0 is the picture, with 1 it may begin turned and bent."""
+    """A random motion; frame 0 is the picture itself for a ``start`` of 0, and may be turned and bent up to 1."""
     lively = rng.uniform()
     height, width = picture.shape[:2]
     labels = _paint(masks, (height, width))
@@ -170,7 +170,7 @@ def _draw_scene(rng: np.random.Generator, picture: np.ndarray, masks: dict[int, 
 
 
 def _may_move(mask: np.ndarray) -> bool:
-    """Whether the picture shows the object whole and enough of what is around it."""
+    """True if the object is fully visible and covers at most a quarter of the picture."""
     whole = not (mask[[0, -1]].any() or mask[:, [0, -1]].any())
     return bool(whole and 4 * np.count_nonzero(mask) <= mask.size)
 
@@ -178,7 +178,7 @@ def _may_move(mask: np.ndarray) -> bool:
 def _draw_sprite(
     rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray, label: int, lively: float, start: float
 ) -> Sprite:
-    """The object cut out of the ``picture``, with a motion of its own."""
+    """The object cut out of the ``picture``, with its own motion."""
     height, width = mask.shape
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     side = (max(np.ptp(rows), np.ptp(columns)) + 6) // 2 * 2
@@ -201,7 +201,7 @@ def _draw_sprite(
 
 
 def _visible_objects(video: WarpedStill) -> dict[int, np.ndarray]:
-    """The masks of the still at the video's size, by ascending id, without those of which nothing is seen."""
+    """The masks of the still at the video's size, by ascending id, without invisible ones."""
     masks = video.still.masks(0)
     if masks is None:
         raise UserError(f"WarpedStill: {video.still.name} has no masks; give an annotated still")
@@ -240,14 +240,14 @@ def _spread(source: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray,
 
 
 def _resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """``picture`` (uint8) at ``size`` (height, width): halved while it is twice too large, then bilinear."""
+    """``picture`` (uint8) at ``size`` (height, width): halved while it is twice as large, then bilinear."""
     while picture.shape[0] >= 2 * size[0] and picture.shape[1] >= 2 * size[1]:
         picture = halve(picture)
     return interpolate(picture, *_spread(picture.shape[:2], size))
 
 
 def _fill(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """``picture`` with its ``hole`` (bool (H, W)) filled in smoothly from around it, from coarse to fine."""
+    """``picture`` with its ``hole`` (bool (H, W)) inpainted smoothly, from coarse to fine."""
     if not hole.any() or min(hole.shape) < 2:
         return picture
     even = ((0, hole.shape[0] % 2), (0, hole.shape[1] % 2))

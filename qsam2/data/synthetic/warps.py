@@ -1,7 +1,7 @@
-"""Smooth motion and fixed-point image warping: the same pixels on every machine.
+"""Smooth motion and fixed-point image warping, with identical pixels on every machine.
 
-Matrices and positions are rounded to a fixed grid before they touch an image and OpenCV interpolates uint8 images with
-integer weights, so a result depends neither on the processor's vector units nor on the number of threads.
+Matrices and positions are rounded to a fixed grid before they are applied to an image, and OpenCV interpolates uint8
+images with integer weights: results depend neither on the processor's vector units nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Wave:
     start: float
     drift: float = 0.0
     amplitudes: tuple[float, ...] = ()
-    frequencies: tuple[float, ...] = ()  # radians a frame
+    frequencies: tuple[float, ...] = ()  # radians per frame
     phases: tuple[float, ...] = ()
 
     def __call__(self, time: float) -> float:
@@ -43,7 +43,7 @@ class Wave:
 def draw_wave(
     rng: np.random.Generator, start: float, reach: float, period: tuple[float, float], drift: float = 0.0
 ) -> Wave:
-    """A random ``Wave`` of two sines that sways by about ``reach``; ``period`` is (shortest, longest) in frames."""
+    """A random ``Wave`` of two sines with amplitude ``reach``; ``period`` is (shortest, longest) in frames."""
     share = rng.uniform(0.7, 0.95)
     long, short = rng.uniform(*period), rng.uniform(*period) / 2
     return Wave(
@@ -62,7 +62,7 @@ def similarity(x: float, y: float, angle: float = 0.0, scale: float = 1.0, aspec
 
 
 def project(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The points (n, 2) as (x, y) taken through a ``matrix`` (3, 3)."""
+    """Apply a projective ``matrix`` (3, 3) to points (n, 2) as (x, y)."""
     homogeneous = np.column_stack([points, np.ones(len(points))]) @ matrix.T
     return homogeneous[:, :2] / homogeneous[:, 2:]
 
@@ -76,7 +76,7 @@ def corners(height: float, width: float, margin: float = 0.0) -> np.ndarray:
 def positions(
     matrix: np.ndarray, size: tuple[int, int], origin: tuple[int, int] = (0, 0)
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where ``matrix`` (3, 3) takes the pixels of a window: x and y as int32 (height, width) in 1/65536 pixel.
+    """Apply ``matrix`` (3, 3) to the pixels of a window: x and y as int32 (height, width) in 1/65536 pixel.
 
     ``size`` is the window's (height, width) and ``origin`` the (x, y) of its first pixel. The last element of
     ``matrix`` must not be 0.
@@ -102,10 +102,10 @@ def ripple(
     phase: tuple[float, float],
     waves: tuple[float, float],
 ) -> None:
-    """Bends positions in place: x sways by a sine of y, y by a sine of x.
+    """Displace positions in place: x by a sine of y, y by a sine of x.
 
-    ``size`` is the (height, width) of the picture they lie in, ``reach`` the sway in x and y in pixels, ``phase`` is in
-    radians and ``waves`` the number of periods along the picture.
+    ``size`` is the (height, width) of their picture, ``reach`` the amplitude in x and y in pixels, ``phase`` in
+    radians, ``waves`` the number of periods along the picture.
     """
     sway_x, sway_y = (
         np.rint(reach[axis] * (1 << _BITS) * np.sin(np.arange(side) * (2 * np.pi * waves[axis] / side) + phase[axis]))
@@ -126,7 +126,7 @@ def interpolate(image: np.ndarray, x: np.ndarray, y: np.ndarray, border: int = c
 
 
 def nearest(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """``image`` (height, width) at the pixels nearest to positions in 1/65536 pixel, its edge repeated outside."""
+    """``image`` (height, width) at the pixels nearest to positions in 1/65536 pixel, with repeated edges."""
     half = 1 << (_BITS - 1)
     columns = np.clip((x + half) >> _BITS, 0, image.shape[1] - 1)
     return image[np.clip((y + half) >> _BITS, 0, image.shape[0] - 1), columns]

@@ -1,4 +1,4 @@
-"""How sure a difference between two models' scores is, from the objects both were scored on."""
+"""Confidence interval of the difference between two models' scores on the same objects."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def paired_bootstrap(
     Both are ``per_object`` blocks of VOSScore.compute. Objects are drawn with replacement, each with both its scores
     (Efron and Tibshirani 1993, chapter 13); objects of one sequence count as independent, which makes the interval
     somewhat narrow. Returns {"difference", "low", "high", "objects"}, the first three in the scores' unit. Raises
-    UserError where the two do not hold the same objects, or none, or lack ``key``.
+    UserError if the two do not hold the same objects, or none, or lack ``key``.
     """
-    ours, theirs = _flatten(scores, key), _flatten(reference, key)
-    if only := sorted(ours.keys() ^ theirs.keys()):
-        where = "the reference" if only[0] in ours else "the scores"
+    first, second = _flatten(scores, key), _flatten(reference, key)
+    if only := sorted(first.keys() ^ second.keys()):
+        where = "the reference" if only[0] in first else "the scores"
         raise UserError(
             f"per_object: {len(only)} objects are in one block only, e.g. {'/'.join(only[0])} is not in {where}; "
             "evaluate both models on the same data"
         )
-    if not ours:
+    if not first:
         raise UserError("per_object: no objects; a comparison needs at least one")
     if samples < 1:
         raise UserError(f"samples: {samples} given; at least 1 is needed, 10000 is usual")
-    differences = np.array([ours[name] - theirs[name] for name in sorted(ours)])
+    differences = np.array([first[name] - second[name] for name in sorted(first)])
     rng = np.random.default_rng(seed)
     blocks = [min(BLOCK, samples - start) for start in range(0, samples, BLOCK)]
     means = [rng.choice(differences, (count, len(differences))).mean(axis=1) for count in blocks]

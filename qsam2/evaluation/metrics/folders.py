@@ -24,10 +24,10 @@ def score_folders(
     """Score all sequences below ``gt``, or only ``sequences`` (e.g. one split), by ``protocol``; see VOSScore.compute.
 
     ``davis``: ``SEQUENCE/FRAME.png``, a palette or grey image of object ids, 255 in ground truth is void; the objects
-    are ids 1 to the maximum of the first true frame. ``sav``: ``SEQUENCE/OBJECT/FRAME.png``, one object a file; ground
-    truth says which objects and frames count. The first and the last true frame need no prediction. Raises UserError,
-    naming the file, where a prediction is missing, has another shape or more objects than the ground truth, and on
-    empty folders and unreadable PNGs.
+    are ids 1 to the maximum of the first true frame. ``sav``: ``SEQUENCE/OBJECT/FRAME.png``, one object per file;
+    ground truth says which objects and frames count. The first and the last true frame need no prediction. Raises
+    UserError, naming the file, if a prediction is missing, has another shape or more objects than the ground truth, and
+    on empty folders and unreadable PNGs.
     """
     check_protocol(protocol)
     pred, gt = Path(pred), Path(gt)
@@ -92,7 +92,7 @@ def _frames(folder: Path, protocol: Protocol) -> list[Path]:
 
 
 def _read_frames(files: list[Path], pred: Path, read: Callable[[Path], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted and true frames (T, H, W); the first and last prediction, which nobody scores, are left 0."""
+    """Predicted and true frames (T, H, W); the first and last prediction, which are not scored, are 0."""
     true_frames = [read(file) for file in files]
     shape = true_frames[0].shape
     pred_frames = [np.zeros_like(frame) for frame in true_frames]
@@ -119,7 +119,7 @@ def _read_ids(path: Path) -> np.ndarray:
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG chunk
         raise UserError(f"{path}: not a readable PNG ({error}); write it again") from error
     if mode not in ("P", "L", "1"):
-        raise UserError(f"{path}: PNG of mode {mode}; masks are 8-bit palette or grey images with one id a pixel")
+        raise UserError(f"{path}: PNG of mode {mode}; masks are 8-bit palette or grey images with one id per pixel")
     return ids.astype(np.uint8)
 
 
@@ -128,7 +128,7 @@ def _read_mask(path: Path) -> np.ndarray:
     ids = _read_ids(path)
     mask = ids > 0
     if (ids[mask] != ids.max()).any():
-        raise UserError(f"{path}: more than one object; sav masks have one object a file: {LAYOUT['sav']}")
+        raise UserError(f"{path}: more than one object; sav masks have one object per file: {LAYOUT['sav']}")
     return mask
 
 

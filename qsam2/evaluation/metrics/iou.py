@@ -1,4 +1,4 @@
-"""Intersection over union of masks: image segmentation scores, and how faithful a model stays to its reference."""
+"""Intersection over union of masks: segmentation scores of images, and fidelity to a reference model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MaskIoU(TableMetric):
     def update(self, image: str, pred: Masks, true: Masks) -> None:
         """Add all instances of one image: ``pred`` and ``true`` are bool (N, H, W), N >= 0, in the same order.
 
-        Raises UserError on another type or shape, or if the image was given before.
+        Raises UserError on another type or shape, or if the image was added before.
         """
         for instance, iou in enumerate(mask_iou(*paired_masks(pred, true, image))):
             self.add_row(image, instance, (iou,))
@@ -51,7 +51,7 @@ class MaskIoU(TableMetric):
 
 
 class Fidelity(TableMetric):
-    """Agreement of a model's masks with those of a reference model, in percent (ours): 100 where they are the same.
+    """Agreement of a model's masks with those of a reference model, in percent (ours): 100 if they are equal.
 
     Mean IoU over frames, then over objects; it needs no ground truth.
     """
@@ -62,7 +62,7 @@ class Fidelity(TableMetric):
     def update(self, sequence: str, object_id: int | str, masks: Masks, reference_masks: Masks) -> None:
         """Add one object of one sequence: bool (T, H, W) of both models, T >= 1, every frame counts.
 
-        Raises UserError on another type or shape, on no frames, or if the object was given before.
+        Raises UserError on another type or shape, on no frames, or if the object was added before.
         """
         masks, reference_masks = paired_masks(masks, reference_masks, f"{sequence}, object {object_id}")
         if not len(masks):

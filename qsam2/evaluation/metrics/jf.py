@@ -48,7 +48,7 @@ def region_similarity(pred: Masks, true: Masks) -> np.ndarray:
     """
     pred, true = paired_masks(pred, true)
     scores = np.ones(len(true))
-    for t, (p, g) in enumerate(zip(pred, true, strict=True)):  # a frame at a time: counting without an axis is SIMD
+    for t, (p, g) in enumerate(zip(pred, true, strict=True)):  # per frame: count_nonzero without an axis is SIMD
         union = np.count_nonzero(p | g)
         if union:
             scores[t] = np.count_nonzero(p & g) / union
@@ -69,7 +69,7 @@ def boundary_accuracy(pred: Masks, true: Masks) -> np.ndarray:
 def statistics(scores: np.ndarray) -> Statistics:
     """Mean, recall and decay of one object's scores (T,), T >= 1, as DAVIS-2017 defines them.
 
-    The reference keeps the quarters' bounds in 8 bits, so that its decay is wrong beyond 256 frames; ours is not.
+    Deviates from the reference beyond 256 frames, where its 8-bit bounds of the quarters overflow.
     """
     bounds = np.round(np.linspace(1, len(scores), 5) + 1e-10).astype(int) - 1
     first, last = scores[bounds[0] : bounds[1] + 1], scores[bounds[3] : bounds[4] + 1]
@@ -90,7 +90,7 @@ def _frame_boundary_accuracy(pred: np.ndarray, true: np.ndarray, disk: np.ndarra
     crop = _bounding_box(pred | true)
     pred_edge, true_edge = _boundary(pred[crop]), _boundary(true[crop])
     n_pred, n_true = np.count_nonzero(pred_edge), np.count_nonzero(true_edge)
-    if n_pred == 0 or n_true == 0:  # (precision, recall) is (1, 0) or (0, 1), or (1, 1) where both are empty
+    if n_pred == 0 or n_true == 0:  # (precision, recall) is (1, 0) or (0, 1), or (1, 1) if both are empty
         return float(n_pred == n_true)
     precision = np.count_nonzero(pred_edge & cv2.dilate(true_edge, disk)) / n_pred
     recall = np.count_nonzero(true_edge & cv2.dilate(pred_edge, disk)) / n_true
@@ -98,9 +98,9 @@ def _frame_boundary_accuracy(pred: np.ndarray, true: np.ndarray, disk: np.ndarra
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
-    """Crop of ``mask`` (H, W) that holds its foreground and, where the image goes on, one more pixel on each side.
+    """Crop of ``mask`` (H, W) with its foreground and, inside the image, one more pixel on each side.
 
-    The boundary map of the crop is then that of the image: it looks one pixel to the right and below.
+    The crop has the same boundary map as the image, which looks one pixel to the right and below.
     """
     slices = []
     for axis in (1, 0):

@@ -1,4 +1,4 @@
-"""A metric state of named rows that is the same on every rank once synchronised."""
+"""Base of metrics whose state is a table of named rows, equal on every rank after synchronization."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ NAME_BYTES = 256
 class TableMetric(Metric):
     """Base of metrics that keep a few float64 values for each (group, object), e.g. (sequence, object id).
 
-    Groups may be spread over ranks in any way; a rank may hold none. A group that a distributed sampler repeats to fill
-    up its last batch counts once. A row is stored as bytes: one dtype for names and values, which every device and
-    communication backend has, and no precision is lost.
+    Ranks may hold any groups, or none. A group that a distributed sampler repeats in its last batch counts once. A row
+    is stored as bytes: one lossless dtype for names and values that every device and communication backend supports.
     """
 
     full_state_update = False
@@ -41,7 +40,7 @@ class TableMetric(Metric):
         self._names = set()
 
     def add_row(self, group: str, object_id: int | str, values: tuple[float, ...]) -> None:
-        """Keep the values of one object. Raises UserError if this rank has that object already or its name is long."""
+        """Add one object's values. Raises UserError if this rank has the object already or its name is too long."""
         name = f"{group}\0{object_id}".encode()
         if len(name) > NAME_BYTES:
             raise UserError(
@@ -61,18 +60,18 @@ class TableMetric(Metric):
         """{group: {object id: float64 (columns,)}}, sorted, so that results do not depend on the number of ranks."""
         if len(self.rows) == 0:
             return {}
-        found: dict[tuple[str, str], np.ndarray] = {}
+        rows: dict[tuple[str, str], np.ndarray] = {}
         for row in dim_zero_cat(self.rows).cpu().numpy():
             group, object_id = row[:NAME_BYTES].tobytes().rstrip(b"\0").decode().split("\0")
-            found.setdefault((group, object_id), np.frombuffer(row[NAME_BYTES:].tobytes(), dtype=np.float64))
+            rows.setdefault((group, object_id), np.frombuffer(row[NAME_BYTES:].tobytes(), dtype=np.float64))
         table: dict[str, dict[str, np.ndarray]] = {}
-        for group, object_id in sorted(found, key=lambda key: (key[0], len(key[1]), key[1])):  # "2" before "10"
-            table.setdefault(group, {})[object_id] = found[group, object_id]
+        for group, object_id in sorted(rows, key=lambda key: (key[0], len(key[1]), key[1])):  # "2" before "10"
+            table.setdefault(group, {})[object_id] = rows[group, object_id]
         return table
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the rows of all ranks."""
-        if len(self.rows) == 0:  # torchmetrics would send an empty float vector, which does not match the others' rows
+        if len(self.rows) == 0:  # torchmetrics would send an empty float vector
             self.rows = [torch.empty(0, NAME_BYTES + 8 * self.columns, dtype=torch.uint8, device=self.device)]
         super().sync(*args, **kwargs)
 

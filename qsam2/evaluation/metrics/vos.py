@@ -14,7 +14,7 @@ Protocol = Literal["davis", "sav"]
 
 
 def check_protocol(protocol: str) -> None:
-    """Raises UserError unless ``protocol`` is one of those scored here."""
+    """Raises UserError if ``protocol`` is unknown."""
     if protocol not in get_args(Protocol):
         raise UserError(f"protocol: {protocol!r} is unknown; choose one of {', '.join(get_args(Protocol))}")
 
@@ -36,7 +36,7 @@ class VOSScore(TableMetric):
         """Score one object of one sequence on all its annotated frames, the first and the last included.
 
         ``pred`` and ``true`` are bool (T, H, W), T >= 3; ``davis`` wants the objects of the first frame's mask, ids 1
-        to its maximum. Raises UserError on another type, shape or number of frames, or an object that was given before.
+        to its maximum. Raises UserError on another type, shape or number of frames, or an object that was added before.
         """
         pred, true = paired_masks(pred, true, f"{sequence}, object {object_id}")
         if len(true) < 3:

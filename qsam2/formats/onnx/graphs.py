@@ -1,6 +1,6 @@
-"""The five graphs: a SAM2 cut where a tracker keeps something or decides something. One object, one picture a call.
+"""SAM2 as five graphs, cut where a tracker stores or decides something; one object and one image per call.
 
-Shapes: S image_size, h = S / 16, C channels of the model, M of the memory, P points.
+Shapes: S image_size, h = S / 16, C channels of the model, M channels of the memory, P points.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from qsam2.layers.attention import (
 from qsam2.models import SAM2
 
 HIDDEN_KEY = -1e9
-"""Added to the score of an empty slot: exp of it is 0 in float32."""
+"""Added to the attention score of an empty slot: its exp is 0 in float32."""
 
 
 class ImageEncoder(nn.Module):
-    """image (1, 3, S, S), normalised -> features of the picture alone; the same with the token that says that there is
-    no memory, both (1, C, h, h); and what the mask decoder reads at strides 4 (1, C/8, 4h, 4h) and 8 (1, C/4, 2h, 2h).
+    """image (1, 3, S, S), normalized -> features without memory, and the same plus the token for "no memory", both
+    (1, C, h, h); inputs of the mask decoder at strides 4 (1, C/8, 4h, 4h) and 8 (1, C/4, 2h, 2h).
     """
 
     no_memory: Tensor
@@ -45,7 +45,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("no_memory", model.no_mem_embed.detach().view(1, -1, 1, 1))
         trunk, side = model.image_encoder.trunk, model.image_size // 4
         position = trunk._get_pos_embed((side, side)).detach()
-        trunk._get_pos_embed = lambda _: position  # one picture size: interpolated now, not on each frame
+        trunk._get_pos_embed = lambda _: position  # one image size: interpolated once, not per frame
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         stride_4, stride_8, features = self.encoder(image)["backbone_fpn"]
@@ -54,10 +54,10 @@ class ImageEncoder(nn.Module):
 
 class MemoryAttention(nn.Module):
     """features (1, C, h, h), memory (1, slots, M, h, h), its mask (1, slots); pointers (1, count, C), their distances
-    as a share of the longest (1, count), their mask (1, count) -> features that know the memory (1, C, h, h).
+    as a share of the longest (1, count), their mask (1, count) -> features conditioned on memory (1, C, h, h).
 
-    Slot 0 is the prompted frame, the others are the latest frames, the oldest first. Masks are True where a slot is
-    filled; others hold anything finite. Every slot has its temporal position, whatever it holds.
+    Slot 0 is the prompted frame, the others are the latest frames, oldest first. Masks are True for filled slots; the
+    content of empty ones is ignored but must be finite. Temporal positions belong to slots.
     """
 
     positions: Tensor
@@ -111,8 +111,8 @@ class MemoryAttention(nn.Module):
 
 
 class MemoryEncoder(nn.Module):
-    """features of the picture alone (1, C, h, h), mask logits (1, 1, 4h, 4h), object score (1, 1), `binarize` (1,): the
-    mask as 0 and 1, as `sam2` does for prompted frames -> memory of the frame (1, M, h, h).
+    """features without memory (1, C, h, h), mask logits (1, 1, 4h, 4h), object score (1, 1), `binarize` (1,): use the
+    mask as 0 and 1, as `sam2` does on prompted frames -> memory of the frame (1, M, h, h).
     """
 
     no_object: Tensor | None
@@ -134,8 +134,8 @@ class MemoryEncoder(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """points (1, P, 2) as (x, y) in pixels of the model's picture, labels (1, P): 1 object, 0 not, 2 and 3 corners of a
-    box, -1 none; a mask of 0 and 1 (1, 1, S, S) that counts where `has_mask` (1,) -> the prompt (1, P + 1, C) and the
+    """points (1, P, 2) as (x, y) in pixels of the model's input, labels (1, P): 1 object, 0 not, 2 and 3 corners of a
+    box, -1 none; a mask of 0 and 1 (1, 1, S, S), used if `has_mask` (1,) -> the prompt (1, P + 1, C) and the
     dense prompt (1, C, h, h).
     """
 
@@ -150,9 +150,9 @@ class PromptEncoder(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """features with memory, or with the token for none (1, C, h, h), those of strides 4 and 8, the prompt's two parts
-    -> logits of the single mask and of three choices (1, 4, 4h, 4h), all -1024 where no object is seen; their IoU
-    (1, 4); the object score (1, 1), above 0 where it is seen; the four object pointers (1, 4, C).
+    """features with memory or with the token for none (1, C, h, h), those of strides 4 and 8, the prompt's two parts
+    -> logits of the single mask and of three choices (1, 4, 4h, 4h), all -1024 if the object is not visible; their
+    IoU (1, 4); the object score (1, 1), above 0 if it is visible; the four object pointers (1, 4, C).
     """
 
     position: Tensor
@@ -170,28 +170,28 @@ class MaskDecoder(nn.Module):
         masks, ious, tokens, object_score = self.decoder.predict_masks(
             features, self.position, prompt, dense_prompt, repeat_image=False, high_res_features=[stride_4, stride_8]
         )
-        seen = object_score > 0
-        masks = torch.where(seen[..., None, None], masks, NO_OBJ_SCORE)
-        pointers = torch.where(seen[..., None], self.pointer_projection(tokens), self.no_object)
+        visible = object_score > 0
+        masks = torch.where(visible[..., None, None], masks, NO_OBJ_SCORE)
+        pointers = torch.where(visible[..., None], self.pointer_projection(tokens), self.no_object)
         return masks, ious, object_score, pointers
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph to export: its module, an example of its inputs by name, the names of its outputs."""
+    """A graph to export: module, example inputs by name, names of the outputs."""
 
     module: nn.Module
     inputs: Mapping[str, Tensor]
     outputs: tuple[str, ...]
     dynamic: Mapping[str, Mapping[int, str]]
-    """Names of the dimensions that vary, by input."""
+    """Names of dynamic dimensions, by input."""
 
 
 def build_graphs(model: SAM2) -> dict[str, Graph]:
-    """The five graphs of a float or finalized model by name; the model itself stays as it is.
+    """The five graphs of a float or finalized model, by name; the model is copied.
 
     Raises:
-        UserError: ONNX lacks a grid of the model.
+        UserError: ONNX cannot express a grid of the model.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     for name, module in list(model.named_modules()):
@@ -268,12 +268,12 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:
-    """(N, C) to (N * times, C), each row that often in a row."""
+    """(N, C) to (N * times, C), each row repeated."""
     return x[:, None].expand(-1, times, -1).flatten(0, 1)
 
 
 def _read(attention: QuantRoPEAttention, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, rotated: int) -> Tensor:
-    """Cross-attention of x (1, tokens, C); the first `rotated` keys have a place in the picture."""
+    """Cross-attention of x (1, tokens, C); the first `rotated` keys have an image position (RoPE)."""
     table = attention.rotary_table(x.shape[1])
     q = quantize_part(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
     k, v = project_keys_values(attention, keys, values)

@@ -1,9 +1,9 @@
-"""Our grids in ONNX: QuantizeLinear and DequantizeLinear with our scales, zero points and integers.
+"""Quantization grids in ONNX: QuantizeLinear and DequantizeLinear with the model's scales, zero points and integers.
 
-Quantizers of a finalized model are replaced by modules that call two operations of our own, which the exporter
-translates: nothing is measured or rounded again. Activations of 2-8 bits, weights of 2-8 bits. ONNX has integers of 4
-and 8 bits (opset 21); what lies between is expressed exactly:
-  activation of 2, 3, 5, 6, 7 bits   clipped to the outer levels of our grid, then the next wider integer
+Modules that call two custom operations replace the quantizers of a finalized model; the exporter translates the
+operations. Nothing is measured or rounded again. ONNX has integers of 4 and 8 bits (opset 21); other widths from 2 to 8
+bits are expressed exactly:
+  activation of 2, 3, 5, 6, 7 bits   clipped to the outer levels of the grid, then the next wider integer
   activation on a mid-rise grid      Div, Round, Clip and Mul: no integer type has a zero point between two codes
   weight of 2, 3, 5, 6, 7 bits       the next wider integer
   weight on a mid-rise grid          scale * (code + 1/2) = scale/2 * (2 code + 1): 4-bit integers to 3 bits, 8-bit
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.layers.convert import quantized_weights, quantizers
-from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer
 from qsam2.quantizers.passes import to_levels
 
 FOUR_BITS = "codes_4bit"
-"""Name of the codes that `narrow` stores as 4-bit integers: PyTorch has none."""
+"""Name of the codes that `narrow` stores as 4-bit integers, which PyTorch lacks."""
 
 
 @torch.library.custom_op("qsam2::quantize_dequantize", mutates_args=())
@@ -54,7 +53,7 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Ten
 
 
 class ActivationGrid(nn.Module):
-    """Stands in for the quantizer of an activation."""
+    """Replaces the quantizer of an activation."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
@@ -69,7 +68,7 @@ class ActivationGrid(nn.Module):
 
 
 class WeightCodes(nn.Module):
-    """Stands in for the quantizer of a weight: holds the weight's integers, whatever tensor it is given."""
+    """Replaces the quantizer of a weight: returns the stored integers, dequantized; its input is ignored."""
 
     scale: Tensor
     zero_point: Tensor | None
@@ -100,16 +99,16 @@ def use_onnx_grids(model: nn.Module) -> None:
     weights = {id(quantizer): layer for _, layer, quantizer in quantized_weights(model)}
     for name, quantizer in list(quantizers(model)):
         layer = weights.get(id(quantizer))
-        stand_in = ActivationGrid(quantizer) if layer is None else _weight_codes(quantizer, layer)
-        model.set_submodule(name, stand_in)
-
-
-def _weight_codes(quantizer: Quantizer, layer: QuantizedLayer) -> WeightCodes:
-    return WeightCodes(quantizer, layer.weight.detach(), layer.channel_dim)
+        replacement = (
+            ActivationGrid(quantizer)
+            if layer is None
+            else WeightCodes(quantizer, layer.weight.detach(), layer.channel_dim)
+        )
+        model.set_submodule(name, replacement)
 
 
 def translations() -> dict[Any, Any]:
-    """How the exporter writes our two operations; needs onnxscript."""
+    """Exporter translations of the two custom operations; needs onnxscript."""
     import ml_dtypes
     import numpy as np
     import onnx_ir as ir

@@ -1,4 +1,4 @@
-"""Resizing in NumPy, as PyTorch and Pillow do it: a matrix for the rows, another for the columns."""
+"""Resizing in NumPy that matches PyTorch and Pillow: one matrix for rows, one for columns."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ KERNELS: dict[Filter, tuple[Callable[[NDArray[np.float64]], NDArray[np.float64]]
     "linear": (_linear, 1.0),
     "cubic": (_cubic, 2.0),
 }
-"""Function and half its width, in pixels."""
+"""{filter: (kernel, half its width in pixels)}."""
 FRACTION = 2.0**22
-"""Pillow's weights are whole multiples of its inverse."""
+"""Pillow rounds weights to multiples of 1 / FRACTION."""
 
 
 @lru_cache(maxsize=32)
@@ -58,7 +58,7 @@ def resize(x: NDArray[np.float32], height: int, width: int, *, antialias: bool =
 def resize_frame(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """RGB uint8 (H, W, 3) to (size, size, 3): Pillow's bicubic, columns, then rows, rounded after each.
 
-    Bit for bit, but of upright pictures, which some versions of Pillow resize in the other order.
+    Bit for bit, except for portrait images, which some versions of Pillow resize in the other order.
     """
     height, width, _ = frame.shape
     pixels = frame.transpose(2, 0, 1).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Tracking with ONNX Runtime and NumPy alone: what `qsam2 export --format onnx` wrote, without PyTorch."""
+"""Tracking with ONNX Runtime and NumPy, without PyTorch: runs the files of `qsam2 export --format onnx`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from qsam2.formats.onnx.resize import resize, resize_frame
 FORMAT, VERSION = "qsam2-onnx", 1
 GRAPHS = ("image_encoder", "memory_attention", "memory_encoder", "prompt_encoder", "mask_decoder")
 PROMPTED_LOGIT = 10.0
-"""Logits of a mask that was given are -10 and 10, as in sam2."""
+"""Logits of a mask prompt are -10 and 10, as in sam2."""
 Floats = NDArray[np.float32]
 RunGraph = Callable[[str, dict[str, NDArray[Any]]], list[Floats]]
-"""Computes a graph: its name and inputs to its outputs."""
+"""(graph name, inputs by name) to outputs."""
 
 
 @dataclass
 class TrackedObject:
-    """What is remembered of one object: the frame on which it was prompted, and the latest ones."""
+    """Memory of one object: its prompted frame and the latest frames."""
 
     prompted_idx: int
     prompted: Floats  # (M, h, h)
@@ -39,15 +39,15 @@ class TrackedObject:
 class OnnxTracker:
     """Tracks objects through a video: `start` with its first frame, `add` each object, then `track` frame by frame.
 
-    A picture is encoded once, whatever the number of objects; each object has its memory, which is sam2's: the prompted
-    frame, the latest frames, and the object pointers of up to 15 frames besides. Masks of objects may overlap.
+    A frame is encoded once for all objects. Each object has a memory as in sam2: the prompted frame, the latest frames,
+    and object pointers of up to 15 more frames. Masks of objects may overlap.
 
     Args:
-        folder: what the export wrote.
-        providers: of ONNX Runtime, the first that is there is used.
-        optimize: let ONNX Runtime fuse operations, integer ones too; without it the numbers are those of the model
-            that was exported, but for the order of sums.
-        threads: of one operation; 0: as many as there are cores.
+        folder: output folder of the export.
+        providers: execution providers of ONNX Runtime; the first available one is used.
+        optimize: let ONNX Runtime fuse operations, also into integer ones; without it, results equal those of the
+            exported model up to the order of sums.
+        threads: threads per operation; 0 for one per core.
 
     Raises:
         UserError: ONNX Runtime is missing, or a file is missing, damaged or of another version.
@@ -84,10 +84,11 @@ class OnnxTracker:
 
     @classmethod
     def of_graphs(cls, model: dict[str, Any], run: RunGraph) -> OnnxTracker:
-        """A tracker over other means to compute the graphs: `run` takes a graph's name and inputs, gives its outputs.
+        """A tracker with another implementation of the graphs.
 
         Args:
-            model: what `model.json` says.
+            model: content of `model.json`.
+            run: takes a graph's name and inputs, returns its outputs.
         """
         tracker = cls.__new__(cls)
         tracker._set_up(model, run)
@@ -95,14 +96,14 @@ class OnnxTracker:
 
     @property
     def object_ids(self) -> list[Hashable]:
-        """Of the objects that are tracked, in the order of their masks."""
+        """Ids of the tracked objects, in the order of their masks."""
         return list(self.objects)
 
     def start(self, frame: NDArray[np.uint8], *, video_length: int | None = None) -> None:
-        """Begin a video with its first frame, RGB uint8 (H, W, 3); what was tracked before is forgotten.
+        """Start a video with its first frame, RGB uint8 (H, W, 3); previous objects are removed.
 
         Args:
-            video_length: frames of the video; matters below 16, where sam2 places pointers by it.
+            video_length: number of frames; below 16 it affects the positions of object pointers, as in sam2.
 
         Raises:
             UserError: the frame cannot be used.
@@ -121,7 +122,7 @@ class OnnxTracker:
         box: ArrayLike | None = None,
         mask: ArrayLike | None = None,
     ) -> Floats:
-        """Prompt a new object on the frame that was given last: its mask logits (H, W) there.
+        """Prompt a new object on the latest frame; returns its mask logits (H, W) there.
 
         Args:
             points, labels: (N, 2) as (x, y) in pixels, and (N,): 1 on the object, 0 beside it; labels default to 1.
@@ -157,7 +158,7 @@ class OnnxTracker:
         return resize(logits, *self._size)
 
     def track(self, frame: NDArray[np.uint8]) -> Floats:
-        """Mask logits (objects, H, W) of the next frame, RGB uint8 of the first one's shape; as `object_ids`.
+        """Mask logits (objects, H, W) of the next frame, RGB uint8 of the first frame's shape; order of `object_ids`.
 
         Raises:
             UserError: no object was added, or the frame cannot be used.
@@ -168,18 +169,18 @@ class OnnxTracker:
             raise UserError(f"a frame is {frame.shape[:2]}, the first one was {self._size}: resize all frames alike")
         self._frame_idx += 1
         self._picture = self._encode(frame)
-        return np.stack([self._track_object(known) for known in self.objects.values()])
+        return np.stack([self._track_object(item) for item in self.objects.values()])
 
-    def _track_object(self, known: TrackedObject) -> Floats:
-        """Mask logits (H, W) of the current frame, which joins the object's memory."""
+    def _track_object(self, item: TrackedObject) -> Floats:
+        """Mask logits (H, W) of the current frame, which is added to the object's memory."""
         picture = self._picture
-        (features,) = self._run("memory_attention", features=picture["features"], **self._bank(known))
+        (features,) = self._run("memory_attention", features=picture["features"], **self._bank(item))
         if self._no_prompt is None:
             self._no_prompt = self._prompt(np.zeros((1, 1, 2), np.float32), np.full((1, 1), -1, np.int32))
         choices = self.model["choices_while_tracking"] and self._has_choices(0)
         logits, pointer, score = self._decode(features, picture, *self._no_prompt, choices=choices)
-        known.recent.append(self._remember(picture, logits, score, prompted=False))
-        known.pointers.appendleft(pointer)
+        item.recent.append(self._remember(picture, logits, score, prompted=False))
+        item.pointers.appendleft(pointer)
         return resize(logits, *self._size)
 
     # The five graphs
@@ -217,10 +218,10 @@ class OnnxTracker:
         return masks[0, 0 if self._is_stable(masks[0, 0]) else best], pointers[0, 0], score
 
     def _use_mask(self, picture: dict[str, Floats], mask: NDArray[Any]) -> tuple[Floats, Floats, Floats]:
-        """A mask is its own answer; the decoder sees it for its object pointer alone."""
+        """The prompted mask itself as logits; the decoder runs only for the object pointer."""
         if mask.shape != self._size or not mask.any():
-            given = f"{np.count_nonzero(mask)} pixels in {mask.shape}"
-            raise UserError(f"mask has {given}: give the frame's size {self._size}, not empty")
+            size = f"{np.count_nonzero(mask)} pixels in {mask.shape}"
+            raise UserError(f"mask has {size}: give the frame's size {self._size}, not empty")
         size = self.model["image_size"]
         shown = (resize(mask.astype(np.float32), size, size, antialias=True) >= 0.5).astype(np.float32)
         prompt = self._prompt(np.zeros((1, 1, 2), np.float32), np.full((1, 1), -1, np.int32), shown[None, None])
@@ -242,22 +243,22 @@ class OnnxTracker:
     def _run(self, name: str, **inputs: NDArray[Any]) -> list[Floats]:
         return self.run_graph(name, inputs)
 
-    # What sam2 decides outside of its networks
+    # Decisions that sam2 takes outside of its networks
 
-    def _bank(self, known: TrackedObject) -> dict[str, NDArray[Any]]:
+    def _bank(self, item: TrackedObject) -> dict[str, NDArray[Any]]:
         """The memory attention's inputs: the prompted frame in slot 0, the latest frame in the last slot."""
         assert self._frame_idx is not None
         slots, count, channels = (self.model[key] for key in ("memory_slots", "pointers", "channels"))
-        memory = np.zeros((1, slots, *known.prompted.shape), np.float32)
+        memory = np.zeros((1, slots, *item.prompted.shape), np.float32)
         filled = np.zeros((1, slots), bool)
-        memory[0, 0], filled[0, 0] = known.prompted, True
-        for back, frame in enumerate(reversed(known.recent), start=1):
+        memory[0, 0], filled[0, 0] = item.prompted, True
+        for back, frame in enumerate(reversed(item.recent), start=1):
             memory[0, slots - back], filled[0, slots - back] = frame, True
         pointers = np.zeros((1, count, channels), np.float32)
         distances = np.zeros((1, count), np.float32)
-        all_pointers = [known.prompted_pointer, *known.pointers]
+        all_pointers = [item.prompted_pointer, *item.pointers]
         pointers[0, : len(all_pointers)] = all_pointers
-        distances[0, : len(all_pointers)] = [self._frame_idx - known.prompted_idx, *range(1, len(all_pointers))]
+        distances[0, : len(all_pointers)] = [self._frame_idx - item.prompted_idx, *range(1, len(all_pointers))]
         return {
             "memory": memory,
             "memory_mask": filled,
@@ -271,7 +272,7 @@ class OnnxTracker:
         return least <= points <= most
 
     def _is_stable(self, logits: Floats) -> bool:
-        """Whether the single mask hardly changes with its threshold."""
+        """True if the single mask hardly changes with its threshold."""
         delta = self.model["stability_delta"]
         union = np.count_nonzero(logits > -delta)
         return union == 0 or np.count_nonzero(logits > delta) / union >= self.model["stability_threshold"]
@@ -281,7 +282,7 @@ class OnnxTracker:
     def _points(
         self, points: ArrayLike | None, labels: ArrayLike | None, box: ArrayLike | None
     ) -> tuple[Floats, NDArray[np.int32]] | None:
-        """(1, P, 2) in pixels of the model's picture and (1, P), a box as its two corners before the points."""
+        """Points (1, P, 2) in pixels of the model's input and labels (1, P); a box is two corners before the points."""
         if points is None and box is None:
             if labels is not None:
                 raise UserError("labels were given without points: give points (N, 2) with labels (N,)")
@@ -289,7 +290,7 @@ class OnnxTracker:
         xy = np.asarray([] if points is None else points, np.float32).reshape(-1, 2)
         kinds = np.ones(len(xy), np.int32) if labels is None else np.asarray(labels, np.int32).reshape(-1)
         if len(kinds) != len(xy):
-            raise UserError(f"{len(xy)} points were given with {len(kinds)} labels: give one label a point")
+            raise UserError(f"{len(xy)} points were given with {len(kinds)} labels: give one label per point")
         if box is not None:
             corners = np.asarray(box, np.float32)
             if corners.shape != (4,):
@@ -308,7 +309,7 @@ class OnnxTracker:
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
-    """`model.json` of an export. Raises UserError where there is none that this version reads."""
+    """Content of an export's `model.json`; raises UserError if it is missing, damaged or of another version."""
     file = Path(folder) / "model.json"
     try:
         description = json.loads(file.read_text())
@@ -324,7 +325,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 
 
 def as_bfloat16(x: Floats) -> Floats:
-    """Rounded to bfloat16, half to even, in which sam2 keeps its memory."""
+    """Round to bfloat16 (half to even), the dtype of sam2's memory."""
     bits = x.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 

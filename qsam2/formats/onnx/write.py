@@ -1,4 +1,4 @@
-"""Writes a model as five ONNX graphs and `model.json`, which says how a tracker puts them together."""
+"""Export of a model as five ONNX graphs and `model.json`, which describes how a tracker combines them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from qsam2.models import SAM2
 from qsam2.output import version, write_bytes, write_text, writing
 
 OPSET = 21
-"""The first with 4-bit integers in QuantizeLinear and DequantizeLinear."""
+"""First opset with 4-bit integers in QuantizeLinear and DequantizeLinear."""
 PACKAGES = ("onnx", "onnxscript")
 NOISY = ("torch.onnx", "torch.export", "torch.__trace", "onnxscript", "onnx_ir")
-"""Loggers of what the exporter does inside."""
+"""Loggers of the exporter's internals."""
 
 
 def export_onnx(
@@ -38,12 +38,12 @@ def export_onnx(
     card: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Write a float or finalized model into a folder: NAME.onnx of five graphs and `model.json`, which comes last.
+    """Write a float or finalized model into a folder: five NAME.onnx, then `model.json`; returns the bytes per file.
 
-    Returns the bytes of each file. Numbers are float32; nothing is calibrated or rounded anew.
+    Computes in float32; nothing is calibrated or rounded anew.
 
     Args:
-        recipe, card: plain values, which `model.json` repeats.
+        recipe, card: plain values, copied into `model.json`.
 
     Raises:
         UserError: the extra `onnx` is missing, ONNX lacks a grid of the model, or a file cannot be written.
@@ -63,13 +63,13 @@ def export_onnx(
 
 
 def require_packages() -> None:
-    """Raises UserError where the extra `onnx` is missing."""
+    """Raises UserError if the extra `onnx` is not installed."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"ONNX export needs {', '.join(missing)}: pip install 'qsam2[onnx]'")
 
 
 def describe(model: SAM2) -> dict[str, Any]:
-    """What a tracker has to know of a model besides its graphs."""
+    """Properties of a model that a tracker needs besides its graphs."""
     decoder = model.sam_mask_decoder
     threshold = decoder.dynamic_multimask_stability_thresh if decoder.dynamic_multimask_via_stability else 0.0
     return {
@@ -94,18 +94,18 @@ def describe(model: SAM2) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _write_graph(path: Path, graph: Graph) -> dict[str, Any]:
-    """Bytes and SHA-256 of the file."""
+    """Write one graph; returns size and SHA-256 of the file."""
     data = graph_bytes(graph)
     write_bytes(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def graph_bytes(graph: Graph) -> bytes:
-    """A graph as an ONNX file of opset `OPSET`, checked by `onnx.checker`; it holds no paths of this machine."""
+    """A graph as the content of an ONNX file, checked by `onnx.checker`, without paths of source files."""
     import onnx
 
     with torch.no_grad():
-        graph.module(*graph.inputs.values())  # fills sam2's caches of position encodings with real numbers
+        graph.module(*graph.inputs.values())  # fills sam2's caches of position encodings before tracing
     dims = {name: torch.export.Dim(name) for sizes in graph.dynamic.values() for name in sizes.values()}
     shapes = {
         name: {dim: dims[size] for dim, size in graph.dynamic.get(name, {}).items()} or None for name in graph.inputs
@@ -124,7 +124,7 @@ def graph_bytes(graph: Graph) -> bytes:
         )
     assert program is not None
     narrow(program.model)
-    for node in program.model.graph:  # where in which source file each came from, most of the bytes
+    for node in program.model.graph:  # names of source files, most of the bytes
         node.metadata_props.clear()
     for value in (*program.model.graph.initializers.values(), *program.model.graph.inputs):
         value.metadata_props.clear()
@@ -135,7 +135,7 @@ def graph_bytes(graph: Graph) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of what it does itself."""
+    """Silence warnings of the exporter about its own code."""
     loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
