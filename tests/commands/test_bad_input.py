@@ -212,7 +212,7 @@ def test_mask_without_its_frame(refused: Refused, davis: Path) -> None:
 
 def test_empty_split(refused: Refused, davis: Path) -> None:
     (davis / "ImageSets/val.txt").write_text("\n")
-    assert refused(*evaluate(davis)) == f"{davis / 'ImageSets/val.txt'}: lists no sequences; write one name a line"
+    assert refused(*evaluate(davis)) == f"{davis / 'ImageSets/val.txt'}: lists no sequences; write one name per line"
 
 
 def test_too_few_frames(refused: Refused, davis: Path) -> None:
