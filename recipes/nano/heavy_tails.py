@@ -87,7 +87,6 @@ def find(model: SAM2) -> dict[str, Tensor]:
 def input_statistics(model: SAM2, layers: Mapping[str, nn.Linear]) -> dict[str, Moments]:
     """Moments of each layer's input over the calibration frames."""
     moments = {name: Moments(layer.in_features) for name, layer in layers.items()}
-
     videos = moving_objects("train", FRAMES // 2)
     clips = ClipDataset(
         videos, num_frames=2, max_objects=1, image_size=model.image_size, length=FRAMES // 2, max_stride=8
