@@ -20,7 +20,6 @@ from qsam2.commands.predict import add_predict
 from qsam2.commands.report import add_report
 from qsam2.commands.sensitivity import add_sensitivity
 from qsam2.commands.sweep import add_sweep
-from qsam2.commands.table import add_table
 from qsam2.commands.train import add_train
 from qsam2.errors import UserError
 from qsam2.output import version
@@ -82,7 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_predict(commands)
     add_export(commands)
     add_sweep(commands)
-    add_table(commands)
     add_sensitivity(commands)
     add_report(commands)
     add_benchmark(commands)

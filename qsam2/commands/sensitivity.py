@@ -14,40 +14,40 @@ EPILOG = """examples:
   qsam2 sensitivity tiny --data davis:/data/DAVIS:train --videos 4 --frames 8
   qsam2 train recipes/qat_mixed.yaml quantize.allocate.sensitivity=sensitivity.json
 
-One group of layers at a time (a block of the trunk, a layer of the memory attention, ...) has its weights quantized,
+The weights of one group of layers (a block of the trunk, a layer of the memory attention, ...) are quantized at a time,
 then its activations if the recipe quantizes these, and videos are tracked. The loss is 100 - fidelity, in percent of
-mask IoU with the float model. It is measured on training videos, so that bits chosen by it are not tuned on what is
-reported. The same command goes on where it was stopped. MODEL is a run folder (its quantizers, the float model that it
-started from; the result goes into it), a checkpoint or a size."""
+mask IoU with the float model. It is measured on training videos, so that bits are not chosen on the data of the scores.
+The same command goes on where it was stopped. MODEL is a run folder (its quantizers are used with the float model that
+it started from, and the result is written into it), a checkpoint or a size."""
 
 
 def add_sensitivity(commands: Commands) -> None:
     """The parser of `qsam2 sensitivity`."""
-    parser = commands.add_parser("sensitivity", **texts("rank groups of layers by what quantizing them costs", EPILOG))
+    parser = commands.add_parser("sensitivity", **texts("rank groups of layers by their loss", EPILOG))
     parser.usage = "%(prog)s [-h] MODEL [--bits B ...] [--data KIND:ROOT:SPLIT] [options] [key=value ...]"
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or size")
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4], metavar="B", help="of weights (default: 2 4)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4], metavar="B", help="weight bits (default: 2 4)")
     parser.add_argument("--data", metavar="KIND:ROOT:SPLIT", help="default: train split of the recipe's first source")
     parser.add_argument("--videos", type=int, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--frames", type=int, default=16, metavar="N", help="of each video (default: 16)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="default: sensitivity.json, of a run in its folder")
+    parser.add_argument("--frames", type=int, default=16, metavar="N", help="frames per video (default: 16)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="default: sensitivity.json, for a run in its folder")
     parser.set_defaults(run=_sensitivity)
 
 
-def _sensitivity(given: argparse.Namespace) -> None:
-    if wrong := [bits for bits in given.bits if not 2 <= bits <= 8]:
+def _sensitivity(options: argparse.Namespace) -> None:
+    if wrong := [bits for bits in options.bits if not 2 <= bits <= 8]:
         raise UserError(f"--bits {wrong[0]}: give numbers from 2 to 8")
     for flag in ("videos", "frames"):
-        if getattr(given, flag) < 1:
-            raise UserError(f"--{flag} {getattr(given, flag)}: give at least 1")
-    folder = Path(given.model) if Path(given.model).is_dir() else Path()
-    output = given.json or folder / "sensitivity.json"
+        if getattr(options, flag) < 1:
+            raise UserError(f"--{flag} {getattr(options, flag)}: give at least 1")
+    folder = Path(options.model) if Path(options.model).is_dir() else Path()
+    output = options.json or folder / "sensitivity.json"
     make_room(output)
     quiet_logs()
     from qsam2.sweep.sensitivity import measure_sensitivity, ranking
 
     flags = ("bits", "data", "videos", "frames")
-    chosen = {flag: getattr(given, flag) for flag in flags}
-    result = measure_sensitivity(given.model, given.overrides, **chosen, output=output)
+    chosen = {flag: getattr(options, flag) for flag in flags}
+    result = measure_sensitivity(options.model, options.overrides, **chosen, output=output)
     print(ranking(result))
     print(output)

@@ -1,7 +1,7 @@
-"""A sweep as a file in Weights & Biases' format defines it, and the recipes of its runs.
+"""The definition of a sweep: a file in Weights & Biases' format, and the recipes of its runs.
 
-The file's `command` says what a run is: `[..., RECIPE.yaml, key=value ..., "${args_no_hyphens}"]`; its `parameters` are
-dotted recipe keys. `wandb sweep FILE` and `wandb agent` understand the same file.
+The file's `command` names the recipe: `[..., RECIPE.yaml, key=value ..., "${args_no_hyphens}"]`; its `parameters` are
+dotted recipe keys (`parameters`). `wandb sweep FILE` and `wandb agent` read the same file.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, load_recipe
 from qsam2.recipe.load import parse_overrides, read_yaml
-from qsam2.recipe.section import Section
+from qsam2.recipe.section import Section, describe
 from qsam2.sweep.parameters import Parameter
 
 Values = dict[str, Any]
-"""What a run was given: dotted recipe keys and their values."""
+"""Values of dotted recipe keys."""
+
+S = TypeVar("S", bound=Section)
+
+STUDY = "sweep.db"
+"""SQLite file in a sweep's folder: the states of all runs."""
 
 ARGUMENTS = "${args_no_hyphens}"
 SCORES = ("J&F", "J", "F", "fidelity", "seconds_per_frame")
@@ -33,19 +38,38 @@ SIZES = ("float32", "bfloat16", "packed")
 LOSSES = ("mask", "dice", "iou", "class", "distill_imagenet", "distill_masks", "distill_embeddings")
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file has a table's format; raises UserError if it cannot be read."""
+    return "methods" in read_yaml(path, "sweep", "recipes/sweeps/ and recipes/tables/")
+
+
+def read_definition(path: Path, schema: type[S], kind: Literal["sweep", "table"]) -> S:
+    """The content of a sweep's or table's file; raises UserError if it is no such file."""
+    values = read_yaml(path, kind, f"recipes/{kind}s/")
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{kind} {path}: {describe(error, schema, kind)}") from error
+
+
+def as_text(values: Mapping[str, Any]) -> list[str]:
+    """Values as overrides of a recipe."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
+
+
 class Metric(Section):
-    """What the runs are compared by: a figure of `metrics.json`, as quantized/J&F, or a curve of training, as loss."""
+    """The metric that runs are compared by: a figure of `metrics.json`, as quantized/J&F, or a curve, as loss."""
 
     name: str
     goal: Literal["minimize", "maximize"] = "minimize"
     target: float | None = None
-    """The sweep ends once a run reaches it."""
+    """The sweep ends once a run reaches this value."""
 
 
 class Hyperband(Section):
-    """Runs that are not among the best 1/eta at a rung are stopped; an iteration is a logged value of the metric.
+    """Early stopping of runs that are not among the best 1/eta at a rung. Iterations are logged values of the metric.
 
-    The first rung is at min_iter, or at max_iter / eta^s; each next one at eta times as many iterations.
+    The first rung is at min_iter, or at max_iter / eta^s iterations; each further rung at eta times as many.
     """
 
     type: Literal["hyperband"]
@@ -54,7 +78,7 @@ class Hyperband(Section):
     s: PositiveInt | None = None
     eta: Annotated[int, Field(ge=2)] = 3
     strict: bool = True
-    """W&B's; here runs are always held to the strict rule."""
+    """Read by W&B only; local sweeps always apply the strict rule."""
 
     @property
     def first(self) -> int:
@@ -69,9 +93,9 @@ class SweepDefinition(Section):
     """The file's keys, as W&B documents them."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None = None
-    """null: the file's name."""
+    """Default: the file's name."""
     description: str = ""
-    """Where it says `N s a run`, estimates start from that."""
+    """May say `N s per run` (or `N s a run`), which estimates start from."""
     project: str | None = None
     entity: str | None = None
     program: str | None = None
@@ -81,81 +105,77 @@ class SweepDefinition(Section):
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
     early_terminate: Hyperband | None = None
     run_cap: PositiveInt | None = None
-    """How many runs there are in all; a grid ends by itself."""
+    """Number of runs in all; a grid ends by itself."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep whose runs are known to be possible. `overrides`, given on the command line, hold for all of them."""
+    """A sweep whose runs were checked to be valid recipes."""
 
     file: Path
     definition: SweepDefinition
     recipe: Path
     overrides: tuple[str, ...]
-    """The command's and the user's, in this order."""
+    """Overrides of all runs: those of the file's command, then the user's."""
 
     @property
     def name(self) -> str:
-        """Of the sweep and of its runs' group."""
+        """Name of the sweep and of its runs' W&B group."""
         return self.definition.name or self.file.stem
 
     @property
     def constants(self) -> Values:
         """Parameters of one value."""
-        return {key: each.value for key, each in self.definition.parameters.items() if each.kind == "constant"}
+        return {key: values.value for key, values in self.definition.parameters.items() if values.kind == "constant"}
 
     @property
     def drawn(self) -> dict[str, Parameter]:
         """Parameters that differ between runs."""
-        return {key: each for key, each in self.definition.parameters.items() if each.kind != "constant"}
+        return {key: values for key, values in self.definition.parameters.items() if values.kind != "constant"}
 
     @property
     def run_seconds(self) -> float | None:
-        """What the file says that a run takes."""
-        said = re.search(r"(\d+(?:\.\d+)?) s a run", self.definition.description)
-        return float(said[1]) if said else None
+        """Duration of a run by the file's description."""
+        seconds = re.search(r"(\d+(?:\.\d+)?) s (?:a|per) run", self.definition.description)
+        return float(seconds[1]) if seconds else None
 
     @property
     def logs_online(self) -> bool:
-        """Whether the runs may log to an account."""
+        """True if the runs may log to a W&B account."""
         return self.recipe_of(next(edges(self))).log.wandb in ("auto", "online")
 
     def arguments(self, values: Values, before: Iterable[str] = (), after: Iterable[str] = ()) -> list[str]:
-        """Overrides of one run: those of `before` give way to the file's, those of `after` go before all."""
+        """Overrides of one run; the file's and the run's replace those of `before`, and `after` replaces all."""
         return [*before, *self.overrides, *as_text({**self.constants, **values}), *after]
 
     def recipe_of(self, values: Values) -> Recipe:
-        """The recipe of one run; raises UserError that says of which."""
+        """The recipe of one run; raises UserError that names the run."""
         try:
             return load_recipe(self.recipe, self.arguments(values))
         except UserError as error:
-            given = ", ".join(as_text(values)) or "its constants"
-            raise UserError(f"sweep {self.file}, {given}: {error}") from error
+            run = ", ".join(as_text(values)) or "its constants"
+            raise UserError(f"sweep {self.file}, {run}: {error}") from error
 
     def command_of(self, values: Values) -> str:
-        """The command that carries out one run by itself."""
+        """The command that carries out one run outside the sweep."""
         return shlex.join(["qsam2", "train", str(self.recipe), *self.arguments(values)])
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
-    """The sweep of a file, each of whose runs is checked (of ranges: their ends).
+    """Read a sweep and check all of its runs (of ranges: both ends).
 
     Raises:
-        UserError: the file cannot be read or is no sweep, a run's recipe is impossible, no run has the metric.
+        UserError: the file is no sweep, the recipe of a run is not valid, or no run has the metric.
     """
-    path, given = Path(path), tuple(overrides)
-    values = read_yaml(path, "sweep", "recipes/sweeps/")
-    try:
-        definition = SweepDefinition.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"sweep {path}: {_describe(error)}") from error
+    path, overrides = Path(path), tuple(overrides)
+    definition = read_definition(path, SweepDefinition, "sweep")
     _check_stopping(path, definition)
     recipe, fixed = _read_command(path, definition)
-    for override in given:
+    for override in overrides:
         if (key := override.partition("=")[0]) in definition.parameters:
             raise UserError(f"{override}: {key} is a parameter of the sweep {path}; change it there")
-    parse_overrides(given)
-    sweep = Sweep(path, definition, recipe, (*fixed, *given))
+    parse_overrides(overrides)
+    sweep = Sweep(path, definition, recipe, (*fixed, *overrides))
     for values in combinations(sweep) if definition.method == "grid" else edges(sweep):
         _check_metric(sweep, sweep.recipe_of(values))
     return sweep
@@ -163,26 +183,31 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
 
 def combinations(sweep: Sweep) -> Iterator[Values]:
     """All runs of a grid, the last parameter changing first."""
-    choices = [each.choices or () for each in sweep.drawn.values()]
-    return (dict(zip(sweep.drawn, chosen, strict=True)) for chosen in product(*choices))
+    choices = [parameter.choices or () for parameter in sweep.drawn.values()]
+    return (dict(zip(sweep.drawn, values, strict=True)) for values in product(*choices))
 
 
 def edges(sweep: Sweep) -> Iterator[Values]:
-    """Every choice and both ends of every range, beside the first of the others."""
-    ends = {key: each.ends for key, each in sweep.drawn.items() if each.ends}
-    first = {key: some[0] for key, some in ends.items()}
+    """Runs with every choice and both ends of every range, one parameter changed at a time."""
+    ends = {key: parameter.ends for key, parameter in sweep.drawn.items() if parameter.ends}
+    first = {key: values[0] for key, values in ends.items()}
     yield first
-    for key, some in ends.items():
-        yield from ({**first, key: value} for value in some[1:])
+    for key, values in ends.items():
+        yield from ({**first, key: value} for value in values[1:])
 
 
-def as_text(values: Mapping[str, Any]) -> list[str]:
-    """Values as overrides of a recipe."""
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
+def count_runs(sweep: Sweep, runs: int | None) -> int:
+    """The number of runs in all, at most `runs`; raises UserError if nothing limits it."""
+    limits = [limit for limit in (runs, sweep.definition.run_cap) if limit is not None]
+    if sweep.definition.method == "grid":
+        limits.append(sum(1 for _ in combinations(sweep)))
+    elif not limits:
+        raise UserError(f"sweep {sweep.file}: method {sweep.definition.method} has no end: give --count N or run_cap")
+    return min(limits)
 
 
 def curves(recipe: Recipe) -> list[str]:
-    """Names of the metrics that a run reports while it trains."""
+    """Names of the metrics that a run logs during training."""
     return ["loss", *(f"loss/{name}" for name in LOSSES)] if recipe.train else []
 
 
@@ -199,10 +224,10 @@ def _check_metric(sweep: Sweep, recipe: Recipe) -> None:
             f"{', '.join(known + reported)}; did you mean {near!r}?"
         )
     if sweep.definition.early_terminate and name not in reported:
-        instead = f"give one of {', '.join(reported)}, or remove" if reported else "these train nothing: remove"
+        instead = f"give one of {', '.join(reported)}, or remove" if reported else "these do not train: remove"
         raise UserError(
-            f"sweep {sweep.file}: early_terminate needs a metric that runs report while they train, and {name!r} is "
-            f"known at their end; {instead} early_terminate"
+            f"sweep {sweep.file}: early_terminate needs a metric that is logged during training, and {name!r} is known "
+            f"at the end of a run; {instead} early_terminate"
         )
 
 
@@ -211,39 +236,23 @@ def _check_stopping(path: Path, definition: SweepDefinition) -> None:
     if rule and rule.min_iter is None and (rule.max_iter is None or rule.s is None):
         raise UserError(f"sweep {path}: early_terminate lacks its first rung: give min_iter, or max_iter and s")
     if definition.method == "grid":
-        for key, each in definition.parameters.items():
-            if each.choices is None:
+        for key, parameter in definition.parameters.items():
+            if parameter.choices is None:
                 raise UserError(
-                    f"sweep {path}: parameters.{key} has the distribution {each.kind}, of which a grid knows no end: "
-                    "give values, or method random or bayes"
+                    f"sweep {path}: parameters.{key} has the distribution {parameter.kind}, which a grid cannot walk "
+                    "through: give values, or method random or bayes"
                 )
 
 
 def _read_command(path: Path, definition: SweepDefinition) -> tuple[Path, list[str]]:
     """The base recipe and the overrides that a file's command holds."""
     words, example = definition.command, f'[..., RECIPE.yaml, key=value, "{ARGUMENTS}"]'
-    given = [index for index, word in enumerate(words) if word.endswith((".yaml", ".yml")) and "=" not in word]
-    if len(given) != 1:
-        raise UserError(f"sweep {path}: command names {'no' if not given else 'more than one'} recipe; write {example}")
+    recipes = [index for index, word in enumerate(words) if word.endswith((".yaml", ".yml")) and "=" not in word]
+    if len(recipes) != 1:
+        count = "more than one" if recipes else "no"
+        raise UserError(f"sweep {path}: command names {count} recipe; write {example}")
     if ARGUMENTS not in words:
-        raise UserError(f"sweep {path}: command lacks {ARGUMENTS}, by which a run gets its values; write {example}")
+        raise UserError(f"sweep {path}: command lacks {ARGUMENTS}, the values of a run; write {example}")
     if "${program}" in words and definition.program is None:
         raise UserError(f"sweep {path}: lacks the key 'program', which its command uses; give program: train.py")
-    return Path(words[given[0]]), [word for word in words[given[0] + 1 :] if word != ARGUMENTS]
-
-
-def _describe(error: ValidationError) -> str:
-    """The first validation error in one line."""
-    first = error.errors()[0]
-    *parents, last = (str(part) for part in first["loc"])
-    key = ".".join([*parents, last])
-    if first["type"] == "extra_forbidden":
-        holders: dict[str, type[Section]] = {"metric": Metric, "early_terminate": Hyperband, "parameters": Parameter}
-        holder = holders.get(parents[0], SweepDefinition) if parents else SweepDefinition
-        near = get_close_matches(last, holder.model_fields, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {key!r}: there are {', '.join(holder.model_fields)}{hint}"
-    if first["type"] == "missing":
-        return f"lacks the key {key!r}"
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return f"{key}: {message}" if first["type"] == "value_error" else f"{key}={first['input']!r}: {message}"
+    return Path(words[recipes[0]]), [word for word in words[recipes[0] + 1 :] if word != ARGUMENTS]

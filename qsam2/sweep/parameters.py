@@ -1,4 +1,4 @@
-"""A parameter of a sweep, as Weights & Biases writes it: a value, several, or a distribution."""
+"""One parameter of a sweep in Weights & Biases' format: a value, a list of values, or a distribution."""
 
 from __future__ import annotations
 
@@ -12,37 +12,28 @@ from typing_extensions import Self
 
 from qsam2.recipe.section import Section
 
-NEEDS: dict[str, tuple[str, ...]] = {
+LOCAL = {
     "constant": ("value",),
     "categorical": ("values",),
-    "int_uniform": ("min", "max"),
-    "uniform": ("min", "max"),
-    "q_uniform": ("min", "max"),
-    "log_uniform": ("min", "max"),
-    "log_uniform_values": ("min", "max"),
-    "categorical_w_probabilities": ("values", "probabilities"),
-    "inv_log_uniform": ("min", "max"),
-    "inv_log_uniform_values": ("min", "max"),
-    "q_log_uniform": ("min", "max"),
-    "q_log_uniform_values": ("min", "max"),
-    "normal": (),
-    "q_normal": (),
-    "log_normal": (),
-    "q_log_normal": (),
-    "beta": (),
-    "q_beta": (),
+    **dict.fromkeys(("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values"), ("min", "max")),
 }
-"""Keys of each distribution that have no default."""
+"""Distributions that can be drawn without W&B, with their keys that have no default."""
 
-LOCAL = tuple(NEEDS)[: tuple(NEEDS).index("categorical_w_probabilities")]
-"""Those that can be drawn without W&B."""
+RANGES = ("inv_log_uniform", "inv_log_uniform_values", "q_log_uniform", "q_log_uniform_values")
+NEEDS = {
+    **LOCAL,
+    "categorical_w_probabilities": ("values", "probabilities"),
+    **dict.fromkeys(RANGES, ("min", "max")),
+    **dict.fromkeys(("normal", "q_normal", "log_normal", "q_log_normal", "beta", "q_beta"), ()),
+}
+"""All distributions of W&B."""
 
 LOGARITHMIC: dict[str, Callable[[float], float]] = {"log_uniform": math.exp, "log_uniform_values": float}
-"""Uniform in the logarithm; of the first, min and max are logarithms."""
+"""Distributions that are uniform in the logarithm, with the function from a bound to a value."""
 
 
 class Parameter(Section):
-    """Without `distribution` it follows from the keys: value, values, or whether min and max are whole numbers."""
+    """Keys as W&B documents them. `distribution` defaults to the one that fits the other keys."""
 
     value: Any = None
     values: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
@@ -58,17 +49,17 @@ class Parameter(Section):
     parameters: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _says_one_thing(self) -> Self:
+    def _is_one_distribution(self) -> Self:
         if self.parameters is not None:
             raise ValueError("nested parameters are not read: write dotted recipe keys, as quantize.weights.bits")
         if self.distribution is not None and self.distribution not in NEEDS:
             near = get_close_matches(self.distribution, NEEDS, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"distribution={self.distribution!r} is unknown: there are {', '.join(NEEDS)}{hint}")
-        given = self.model_fields_set
-        if self.distribution is None and sum(keys <= given for keys in ({"value"}, {"values"}, {"min", "max"})) != 1:
+        keys_set = self.model_fields_set
+        if self.distribution is None and sum(keys <= keys_set for keys in ({"value"}, {"values"}, {"min", "max"})) != 1:
             raise ValueError("give one of value, values, or min and max")
-        lacking = [key for key in NEEDS[self.kind] if key not in given]
+        lacking = [key for key in NEEDS[self.kind] if key not in keys_set]
         if lacking:
             raise ValueError(f"distribution={self.kind} lacks {' and '.join(lacking)}")
         if "min" in NEEDS[self.kind]:
@@ -86,7 +77,7 @@ class Parameter(Section):
 
     @property
     def kind(self) -> str:
-        """The distribution, given or inferred."""
+        """Name of the distribution."""
         if self.distribution is not None:
             return self.distribution
         if "value" in self.model_fields_set:
@@ -97,7 +88,7 @@ class Parameter(Section):
 
     @property
     def choices(self) -> tuple[Any, ...] | None:
-        """What a grid walks through; None where there is no end to it."""
+        """All values; None for a continuous range."""
         if self.kind == "constant":
             return (self.value,)
         if self.kind == "int_uniform":
@@ -106,7 +97,7 @@ class Parameter(Section):
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """All choices, or both ends of a range; nothing of what only W&B draws."""
+        """All choices, or both ends of a range; empty for distributions that only W&B draws."""
         if self.values is not None:
             return self.values
         if self.kind not in LOCAL:

@@ -1,4 +1,4 @@
-"""Where quantization hurts: one group of layers at a time is quantized, the rest stays float."""
+"""Sensitivity of a model to quantization (ours): one group of layers is quantized at a time, the rest stays float."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qsam2.recipe.quantize import QuantizeRecipe
 
 DEFAULT_QUANTIZERS = {"weights": {"method": "minmax", "bits": 4, "range": "mse"}}
 FOLDER = Path(".")
-"""Where profiles of a Trainer would go; scoring makes none."""
+"""Folder for profiles of a Trainer; scoring writes none."""
 
 
 def measure_sensitivity(
@@ -41,19 +41,19 @@ def measure_sensitivity(
     frames: int = 16,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """The loss of each group of layers at each number of weight bits, and of its activations at the recipe's (ours).
+    """Measure the loss of each group of layers, for its weights at each of `bits` and for its activations.
 
-    The loss is 100 - fidelity: percent of mean mask IoU with the float model on videos of the train split. Calibration
-    of weights and training play no part; ranges are found as the recipe says. Every figure is written into `output`
-    when it is known, and the same call goes on from there.
+    The loss is 100 - fidelity, in percent of mean mask IoU with the float model on videos of the train split. Weights
+    are not calibrated or trained; ranges are calibrated as in the recipe. Every row is written to `output` as soon as
+    it is measured, and the same call goes on from there.
 
     Args:
-        target: MODEL; of a run folder or its file the recipe's quantizers and the float model it started from.
+        target: run folder, model file or size; a run's quantizers are used with the float model it started from.
         overrides: `key=value` on top of the recipe.
-        bits: of the weights, one group at a time.
-        data: `KIND:ROOT:SPLIT`; default the train split of the recipe's first source.
-        videos, frames: how many to track, and how much of each.
-        output: JSON file.
+        bits: bit widths of the weights; activations have those of the recipe.
+        data: `KIND:ROOT:SPLIT`; default: the train split of the recipe's first source.
+        videos, frames: number of videos to track, and of frames per video.
+        output: JSON file of the result.
 
     Raises:
         UserError: the model or the data cannot be used, rules decide on all layers, or `output` holds another
@@ -74,25 +74,24 @@ def measure_sensitivity(
     }
     result["groups"] = _begun(output, result)
     done = {(row["group"], row["part"], row["bits"]) for row in result["groups"]}
-    parts = [("weights", each) for each in bits] if recipe.quantize.weights else []
+    parts = [("weights", width) for width in bits] if recipe.quantize.weights else []
     if recipe.quantize.activations:
         parts.append(("activations", recipe.quantize.activations.bits))
     todo = [(group, *part) for part in parts for group in groups(model, recipe.quantize, part[0])]
     if not todo:
         raise UserError(f"{target}: its recipe's rules decide on all layers, none is left to measure; give a size")
-    todo = [each for each in todo if each not in done]
+    todo = [row for row in todo if row not in done]
     if not todo:
         return result
 
     block, masks = score_float(model, scored, evaluation, recipe.trainer, folder=FOLDER)
 
     def measure(quantized: SAM2) -> dict[str, Any]:
-        given = (quantized, scored, evaluation, recipe.trainer)
-        theirs, _ = score_videos(*given, folder=FOLDER, reference=masks, silent=True)
-        return {"loss": 100 - theirs["fidelity"], "J&F": compare(theirs, block)}
+        settings = (evaluation, recipe.trainer)
+        scores, _ = score_videos(quantized, scored, *settings, folder=FOLDER, reference=masks, silent=True)
+        return {"loss": 100 - scores["fidelity"], "J&F": compare(scores, block)}
 
-    shown = tqdm(_rows(model, recipe, todo, measure), "sensitivity", len(todo))
-    for row in shown:
+    for row in tqdm(_rows(model, recipe, todo, measure), "sensitivity", len(todo)):
         result["groups"].append(row)
         if output is not None:
             write_text(output, json.dumps(result, indent=1))
@@ -100,24 +99,24 @@ def measure_sensitivity(
 
 
 def groups(model: SAM2, quantize: QuantizeRecipe, part: str) -> list[str]:
-    """The groups of a float model with weights, or activations, whose bits no rule of the recipe decides."""
+    """Groups of a float model with weights, or activations, whose bits are not set by a rule of the recipe."""
     kinds = set(QUANT_LAYERS) if part == "weights" else {*QUANT_LAYERS, *QUANT_ATTENTIONS}
     layers = (name for name, layer in model.named_modules() if type(layer) in kinds)
     return list(dict.fromkeys(group_of(name) for name in layers if quantize.rule_for(name) is None))
 
 
 def ranking(result: Mapping[str, Any]) -> str:
-    """The groups as text, the most sensitive first: the loss at each number of bits, and the worst change in J&F."""
+    """The groups as text, the most sensitive first: the loss at each bit width, and the worst change in J&F."""
     measured = {(row["group"], row["part"], row["bits"]): row for row in result["groups"]}
     columns = list(dict.fromkeys((part, bits) for _, part, bits in measured))
     by_group: dict[str, list[dict[str, Any]]] = {}
     for row in result["groups"]:
         by_group.setdefault(row["group"], []).append(row)
     lines = [["group", *(f"{bits}-bit {part}" for part, bits in columns), "J&F"]]
-    for group, rows in sorted(by_group.items(), key=lambda each: -max(row["loss"] for row in each[1])):
-        found = [measured.get((group, *column)) for column in columns]
+    for group, rows in sorted(by_group.items(), key=lambda item: -max(row["loss"] for row in item[1])):
+        cells = [measured.get((group, *column)) for column in columns]
         worst = min(row["J&F"]["difference"] for row in rows)
-        lines.append([group, *(f"{row['loss']:.2f}" if row else "-" for row in found), f"{worst:+.1f}"])
+        lines.append([group, *(f"{row['loss']:.2f}" if row else "-" for row in cells), f"{worst:+.1f}"])
     return aligned(lines)
 
 
@@ -129,13 +128,13 @@ def _float_model(target: str, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
 
 
 def _begun(output: Path | None, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows that an earlier call has measured."""
+    """Rows that an earlier call has measured."""
     if output is None or not output.is_file():
         return []
     try:
-        before = json.loads(output.read_text())
-        same = all(before[key] == result[key] for key in ("weights", "quantize", "data"))
-        rows = before["groups"]
+        earlier = json.loads(output.read_text())
+        same = all(earlier[key] == result[key] for key in ("weights", "quantize", "data"))
+        rows = earlier["groups"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{output} is no result of a sensitivity measurement: give another --json") from error
     if not same:
@@ -146,8 +145,8 @@ def _begun(output: Path | None, result: Mapping[str, Any]) -> list[dict[str, Any
 def _rows(
     model: SAM2, recipe: Recipe, todo: Sequence[tuple[str, str, int]], measure: Callable[[SAM2], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Measure (group, part, bits) one after another; what shares its bits shares a converted model."""
-    for (part, bits), same in itertools.groupby(todo, key=lambda each: each[1:]):
+    """Measure (group, part, bits) one after another; rows of the same part and bits share a converted model."""
+    for (part, bits), same in itertools.groupby(todo, key=lambda row: row[1:]):
         twin = copy.deepcopy(model)
         free = _quantized(twin, recipe, part, bits)
         for group, _, _ in same:
@@ -159,7 +158,7 @@ def _rows(
 
 
 def _quantized(model: SAM2, recipe: Recipe, part: str, bits: int) -> dict[str, Quantizer]:
-    """Convert a model in place and find the ranges of one part; the quantizers of layers that no rule decides on."""
+    """Convert a model in place and calibrate the ranges of one part; returns the quantizers that no rule sets."""
     assert recipe.quantize is not None
     other = "activations" if part == "weights" else "weights"
     spec = getattr(recipe.quantize, part).model_copy(update={"bits": bits})
@@ -167,4 +166,4 @@ def _quantized(model: SAM2, recipe: Recipe, part: str, bits: int) -> dict[str, Q
     rows = convert(model, quantize)
     find_sam2_ranges(model, CalibrationData.of(recipe, open_train(recipe), model.image_size), progress=False)
     free = {row.name for row in rows if recipe.quantize.rule_for(row.name) is None}
-    return {name: each for name, each in quantizers(model) if name.rpartition(".")[0] in free}
+    return {name: quantizer for name, quantizer in quantizers(model) if name.rpartition(".")[0] in free}

@@ -17,9 +17,8 @@ from small_runs import FLOAT, TRAIN, W4A4
 from qsam2.cli import main
 from qsam2.evaluation.scoring import evaluate_model
 from qsam2.recipe.load import merge
-from qsam2.sweep import processes
-from qsam2.sweep import table_schedule as schedule
-from qsam2.sweep.table_markdown import extract, render
+from qsam2.sweep import runner
+from qsam2.sweep.markdown import extract, render
 from qsam2.train import module
 
 CUT_OFF = "nano_minmax_W2A4_s0"
@@ -80,8 +79,8 @@ def table(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
     (tmp_path / "README.md").write_text("# Before\n\n<!-- table:small -->\n<!-- /table:small -->\n\nAfter\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(schedule, "QSAM2", ())
-    monkeypatch.setattr(processes, "Popen", InProcess)
+    monkeypatch.setattr(runner, "QSAM2", ())
+    monkeypatch.setattr(runner, "Popen", InProcess)
     return tmp_path / "small.yaml"
 
 

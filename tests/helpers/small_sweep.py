@@ -12,7 +12,7 @@ from stand_in import StandIn
 
 import qsam2
 from qsam2.recipe.load import merge
-from qsam2.sweep import local
+from qsam2.sweep import runner
 from qsam2.sweep.definition import Sweep, load_sweep
 
 RECIPES = Path(qsam2.__file__).parents[1] / "recipes"
@@ -68,8 +68,8 @@ class Runs(StandIn):
     """What the script does in place of `qsam2 train`."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        super().__init__(local, TRAIN, folder, patch)
-        patch.setattr(local, "POLL_S", 0.02)
+        super().__init__(runner, TRAIN, folder, patch)
+        patch.setattr(runner, "POLL_S", 0.02)
         self.tell({})
 
     def tell(self, how: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from stand_in import StandIn
 
 import qsam2
 from qsam2.recipe.load import merge
-from qsam2.sweep import table_schedule as schedule
-from qsam2.sweep.table_definition import TableDefinition, TableRun, load_table, table_runs
+from qsam2.sweep import runner
+from qsam2.sweep import scores as scoring
+from qsam2.sweep.table import TableDefinition, TableRun, load_table, table_runs
 
 RECIPE = Path(qsam2.__file__).parents[1] / "recipes" / "ptq_w4a4.yaml"
 SMALL: dict[str, Any] = {
@@ -71,9 +72,9 @@ class Runs(StandIn):
     """What the script does in place of `qsam2 table --only`."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        super().__init__(schedule, CARRY_OUT, folder, patch)
-        patch.setattr(schedule, "load_float", lambda recipe: recipe.model.size)
-        patch.setattr(schedule, "weights_digest", lambda model: "w")
+        super().__init__(runner, CARRY_OUT, folder, patch)
+        patch.setattr(scoring, "load_float", lambda recipe: recipe.model.size)
+        patch.setattr(scoring, "weights_digest", lambda model: "w")
 
     def tell(self, scores: dict[str, dict[str, Any]], **how: str) -> None:
         """What the runs will write, and how they will go where not well: badly, killed, long."""

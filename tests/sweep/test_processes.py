@@ -31,13 +31,12 @@ except KeyboardInterrupt:
     (folder / "stopped").touch()
 """
 PARENTS = """
-import sys
+import subprocess, sys
 from pathlib import Path
 from qsam2.cli import stopped_by_sigterm
-from qsam2.sweep.processes import Processes
 folder = Path(sys.argv[1])
 with stopped_by_sigterm():
-    Processes(1).start([sys.executable, str(folder / "child.py"), str(folder)], folder).wait()
+    subprocess.Popen([sys.executable, str(folder / "child.py"), str(folder)], start_new_session=True).wait()
 """
 
 

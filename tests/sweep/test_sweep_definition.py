@@ -119,8 +119,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown method": ({"method": "grit"}, "method='grit': should be 'grid', 'random' or 'bayes'"),
     "unknown key": (
         {"earlyterminate": 1},
-        "unknown key 'earlyterminate': there are name, description, project, entity, program, command, method, metric, "
-        "parameters, early_terminate, run_cap; did you mean 'early_terminate'?",
+        "unknown sweep key 'earlyterminate': a sweep has name, description, project, entity, program, command, method, "
+        "metric, parameters, early_terminate, run_cap; did you mean 'early_terminate'?",
     ),
     "unknown recipe key": (
         {"parameters": {"quantize.weights.bitz": {"values": [4]}}},
@@ -153,15 +153,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt": ({"parameters": {WEIGHTS: {"vales": [1]}}}, "did you mean 'values'?"),
     "endless grid": (
         {"parameters": {"calibrate.smooth": {"min": 0.0, "max": 1.0}}},
-        "parameters.calibrate.smooth has the distribution uniform, of which a grid knows no end: give values, or",
+        "parameters.calibrate.smooth has the distribution uniform, which a grid cannot",
     ),
     "no recipe": ({"command": ["x", "${args_no_hyphens}"]}, "command names no recipe; write [..., RECIPE.yaml,"),
     "two recipes": ({"command": ["a.yaml", "b.yaml", "${args_no_hyphens}"]}, "command names more than one recipe;"),
-    "no arguments": ({"command": COMMAND[:-1]}, "command lacks ${args_no_hyphens}, by which a run gets its values;"),
+    "no arguments": ({"command": COMMAND[:-1]}, "command lacks ${args_no_hyphens}, the values of a run;"),
     "hyperband without a curve": (
         {"early_terminate": {"type": "hyperband", "min_iter": 3}},
-        "early_terminate needs a metric that runs report while they train, and 'quantized/J&F' is known at their end; "
-        "these train nothing: remove early_terminate",
+        "early_terminate needs a metric that is logged during training, and 'quantized/J&F' is known at the end of a "
+        "run; these do not train: remove early_terminate",
     ),
     "hyperband without a rung": (
         {**LOSS, "early_terminate": {"type": "hyperband", "max_iter": 9}},

@@ -11,7 +11,7 @@ import yaml
 import qsam2
 from qsam2.errors import UserError
 from qsam2.recipe.load import merge
-from qsam2.sweep.table_definition import float_runs, load_table, table_runs
+from qsam2.sweep.table import float_runs, load_table, table_runs
 
 ROOT = Path(qsam2.__file__).parents[1]
 TABLES = sorted((ROOT / "recipes" / "tables").glob("*.yaml"))
@@ -88,9 +88,12 @@ def test_every_float_model_has_a_run_that_only_scores(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"titel": "x"}, "unknown key 'titel': there are name, title, .*; did you mean 'title'"),
-        ({"sets": {"clips": {"frame": 3}}}, "unknown key 'sets.clips.frame': .*; did you mean 'frames'"),
-        ({"run_seconds": 0}, "run_seconds=0: Input should be greater than 0"),
+        ({"titel": "x"}, "unknown table key 'titel': a table has name, title, .*; did you mean 'title'"),
+        (
+            {"sets": {"clips": {"frame": 3}}},
+            "unknown table key 'sets.clips.frame': sets.clips .* mean 'frames'",
+        ),
+        ({"run_seconds": 0}, "run_seconds=0: should be greater than 0"),
         ({"sets": None}, "sets=None"),
         ({"runs": [{"methods": ["lcs"]}]}, "names the method 'lcs', which methods lacks; it has 'lsc', .* mean 'lsc'"),
         ({"common": {"trainer.max_stepps": 3}}, "nano, lsc, W4A4: unknown recipe key 'trainer.max_stepps'"),

@@ -1,4 +1,4 @@
-"""A sweep with a Weights & Biases account: created there once, then this machine is one of its agents."""
+"""A sweep on wandb.ai: created there once; this machine is one of its agents."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from qsam2.recipe.load import read_yaml
 from qsam2.sweep.definition import ARGUMENTS, Sweep, edges
 
 AGENT = "wandb.json"
-"""In a sweep's folder: {"id", "project", "entity", "config"} of the sweep as it was created."""
+"""File in a sweep's folder: {"id", "project", "entity", "config"} of the sweep on wandb.ai."""
 
 log = logging.getLogger("qsam2")
 
 
 def run_agent(sweep: Sweep, folder: Path, *, runs: int | None, jobs: int) -> None:
-    """Create the sweep, or join the one that the folder knows, and carry out `runs` of its runs here.
+    """Create the sweep, or join the one named in the folder, and carry out `runs` of its runs here.
 
     Raises:
-        UserError: W&B refuses the sweep; the folder knows another one.
+        UserError: W&B refuses the sweep; the folder names another one.
     """
     if jobs > 1:
         raise UserError(f"--jobs {jobs}: an agent carries out one run at a time; start another agent instead")
-    config = online_config(sweep)
+    config = _online_config(sweep)
     file = folder / AGENT
     kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     if kept and kept["config"] != config:
@@ -47,10 +47,10 @@ def run_agent(sweep: Sweep, folder: Path, *, runs: int | None, jobs: int) -> Non
         raise UserError(f"sweep {sweep.file}: W&B refuses it: {' '.join(str(error).split())}") from error
 
 
-def online_config(sweep: Sweep) -> dict[str, Any]:
-    """The file as it is, with the user's overrides in its command."""
+def _online_config(sweep: Sweep) -> dict[str, Any]:
+    """Content of the file, with the user's overrides in its command."""
     config = read_yaml(sweep.file, "sweep", "recipes/sweeps/")
     words = list(sweep.definition.command)
     place = words.index(ARGUMENTS)
-    given = [word for word in sweep.overrides if word not in words]
-    return {**config, "name": sweep.name, "command": [*words[:place], *given, *words[place:]]}
+    overrides = [word for word in sweep.overrides if word not in words]
+    return {**config, "name": sweep.name, "command": [*words[:place], *overrides, *words[place:]]}

@@ -77,7 +77,7 @@ def test_what_an_account_refuses(account: Account, tmp_path: Path, capsys: pytes
 
 def test_offline_on_request(account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     carried_out = []
-    monkeypatch.setattr("qsam2.sweep.local.run_sweep", lambda *given, **_: carried_out.append(given) or [])
+    monkeypatch.setattr("qsam2.sweep.runner.carry_out", lambda *given: carried_out.append(given))
     assert main(["sweep", str(write(tmp_path)), "log.wandb=offline"]) == 0
     assert carried_out and not account.created
 

@@ -1,25 +1,22 @@
-"""A table as a YAML file defines it: what is compared, at which settings, on what; and the runs that follow."""
+"""The definition of a table: one recipe, changed along four axes, scored on several sets; and its runs."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import merge, parse_overrides, read_yaml
 from qsam2.recipe.section import Section
-
-Overrides = dict[str, Any]
-"""Values of dotted recipe keys."""
+from qsam2.sweep.definition import Values, as_text, read_definition
 
 FLOAT = "float"
 """Method of the runs that score the float models."""
@@ -27,27 +24,27 @@ FLOAT = "float"
 AXES = ("model", "method", "setting", "start")
 
 Place = tuple[str, str, str, str]
-"""A cell's names on the axes."""
+"""Names of a cell on the four axes."""
 
 
 class ScoredSet(Section):
-    """What models are scored on: J&F where it holds videos, mask IoU of box prompts where it holds stills."""
+    """Data that models are scored on: videos by J&F, stills by mask IoU of box prompts."""
 
     data: str
     videos: PositiveInt | None = None
-    """The first so many only."""
+    """Number of videos, from the first; null: all."""
     frames: PositiveInt | None = None
-    """The first so many of each video only."""
+    """Number of frames per video, from the first; null: all."""
 
     @property
     def overrides(self) -> list[str]:
-        """The recipe keys that score on it."""
+        """Recipe overrides that score on this set."""
         values = {"data.val": self.data, "evaluate.videos": self.videos, "evaluate.frames": self.frames}
-        return _as_text(values)
+        return as_text(values)
 
 
 class Cross(Section):
-    """Runs of every combination of these names and seeds; null: all names of the axis."""
+    """Runs of all combinations of these names and seeds; null: all names of the axis."""
 
     models: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
@@ -57,55 +54,52 @@ class Cross(Section):
 
 
 class TableDefinition(Section):
-    """One recipe, changed along four axes. Overrides further down go before those above."""
+    """Content of a table's file. Values replace those of the keys above them."""
 
     name: Annotated[str, Field(pattern=r"^[\w\-]+$")]
     title: str
     recipe: Path
-    """Of all runs; relative to the table's file."""
+    """Base recipe of all runs; path relative to the table's file."""
     run_seconds: PositiveFloat
-    """What a run takes, measured, for the estimate; once runs are finished, they tell."""
+    """Measured duration of a run, for estimates until runs have finished."""
     sets: Annotated[dict[str, ScoredSet], Field(min_length=1)]
-    """The first must be videos: runs score themselves on it."""
-    common: Overrides = {}
-    models: Annotated[dict[str, Overrides], Field(min_length=1)]
-    methods: Annotated[dict[str, Overrides], Field(min_length=1)]
-    settings: Annotated[dict[str, Overrides], Field(min_length=1)]
-    starts: Annotated[dict[str, Overrides], Field(min_length=1)] = {"": {}}
+    """The first one has to hold videos: it is the `data.val` of the runs."""
+    common: Values = {}
+    models: Annotated[dict[str, Values], Field(min_length=1)]
+    methods: Annotated[dict[str, Values], Field(min_length=1)]
+    settings: Annotated[dict[str, Values], Field(min_length=1)]
+    starts: Annotated[dict[str, Values], Field(min_length=1)] = {"": {}}
     runs: Annotated[tuple[Cross, ...], Field(min_length=1)]
 
-    def axis(self, axis: str) -> dict[str, Overrides]:
-        """The overrides of an axis, by name."""
+    def axis(self, axis: str) -> dict[str, Values]:
+        """Values of each name of an axis."""
         return getattr(self, f"{axis}s")
 
 
 @dataclass(frozen=True)
 class TableRun:
-    """One run of a table; its name is that of its folder."""
+    """One run of a table."""
 
     name: str
+    """Name of its folder."""
     model: str
     method: str
     setting: str
     start: str
     values: dict[str, Any]
-    """What of the recipe was given and changes a score; no defaults, which differ between versions of qsam2."""
+    """Recipe keys that the table sets and that change a score; no defaults, as these differ between versions."""
     recipe: Recipe
 
     @property
     def place(self) -> Place:
-        """Where its scores stand, with those of other seeds."""
+        """The cell that it belongs to, with the runs of other seeds."""
         return self.model, self.method, self.setting, self.start
 
 
 def load_table(path: str | Path) -> TableDefinition:
-    """A table's definition; raises UserError where the file cannot be read or is no table."""
+    """Read a table's file; raises UserError if it is no table."""
     path = Path(path)
-    values = read_yaml(path, "table", "recipes/tables/")
-    try:
-        table = TableDefinition.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"table {path}: {_describe(error)}") from error
+    table = read_definition(path, TableDefinition, "table")
     for cross in table.runs:
         for axis in AXES:
             for name in getattr(cross, f"{axis}s") or ():
@@ -119,11 +113,10 @@ def load_table(path: str | Path) -> TableDefinition:
 
 
 def table_runs(table: TableDefinition, output: Path, overrides: Iterable[str] = ()) -> list[TableRun]:
-    """The runs of a table in its order, each once; `overrides` go before all others.
+    """The runs of a table in its order, without repetitions; `overrides` replace the table's values.
 
     Raises:
-        UserError: an override of the table does not fit the recipe, two runs would share a folder, or the float models
-            of one name differ.
+        UserError: a value does not fit the recipe, two runs have the same folder, or a name has several float models.
     """
     overrides = list(overrides)
     runs: dict[str, TableRun] = {}
@@ -139,7 +132,7 @@ def table_runs(table: TableDefinition, output: Path, overrides: Iterable[str] = 
 
 
 def float_runs(runs: Iterable[TableRun]) -> list[TableRun]:
-    """A run for every float model that these start from: nothing but its scores."""
+    """One run per float model, which only scores it."""
     floats: dict[str, TableRun] = {}
     for run in runs:
         recipe, name = run.recipe, f"float_{_slug(run.model)}"
@@ -165,14 +158,14 @@ def _combinations(table: TableDefinition) -> Iterator[tuple[Place, int]]:
 
 def _table_run(table: TableDefinition, names: Place, seed: int, output: Path, overrides: list[str]) -> TableRun:
     name = "_".join(_slug(part) for part in (*names, f"s{seed}") if part)
-    chosen = [table.common, *(table.axis(axis)[given] for axis, given in zip(AXES, names, strict=True))]
+    layers = [table.common, *(table.axis(axis)[key] for axis, key in zip(AXES, names, strict=True))]
     own = {"name": f"{table.name}_{name}", "output": str(output / name), "evaluate.float_cache": str(output / "float")}
     first = next(iter(table.sets.values()))
     try:
-        texts = [text for values in chosen for text in _as_text(values)]
-        given = parse_overrides([*texts, *first.overrides, *overrides, f"seed={seed}"])
-        values = merge(read_yaml(table.recipe, "recipe", "recipes/"), given)
-        recipe = build_recipe(values, _as_text(own))
+        texts = [text for layer in layers for text in as_text(layer)]
+        changes = parse_overrides([*texts, *first.overrides, *overrides, f"seed={seed}"])
+        values = merge(read_yaml(table.recipe, "recipe", "recipes/"), changes)
+        recipe = build_recipe(values, as_text(own))
     except UserError as error:
         raise UserError(f"table {table.name}, {', '.join(part for part in names if part)}: {error}") from error
     if recipe.quantize is None:
@@ -184,22 +177,3 @@ def _table_run(table: TableDefinition, names: Place, seed: int, output: Path, ov
 
 def _slug(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-")
-
-
-def _as_text(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
-
-
-def _describe(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        *parents, last = first["loc"]
-        sections: dict[str, type[Section]] = {"sets": ScoredSet, "runs": Cross}
-        holder = sections.get(str(parents[0]) if parents else "", TableDefinition)
-        near = get_close_matches(str(last), holder.model_fields, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {key!r}: there are {', '.join(holder.model_fields)}{hint}"
-    if first["type"] == "missing":
-        return f"lacks the key {key!r}"
-    return f"{key}={first['input']!r}: {first['msg']}"

@@ -1,22 +1,23 @@
-"""A table's results as Markdown, and their place in a document: from <!-- table:NAME --> to <!-- /table:NAME -->."""
+"""Results of a table as Markdown, and its place in a document: from <!-- table:NAME --> to <!-- /table:NAME -->."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qsam2.errors import UserError
 from qsam2.output import write_text
-from qsam2.sweep.table_results import Results
+from qsam2.sweep.results import Results
 
 UNITS = {"davis": "J&F", "sav": "J&F by SA-V's protocol", "stills": "mask IoU from a box"}
 
 
 def render(results: Results) -> str:
-    """The table: one for each set and float model; those of the first set open, the others folded.
+    """One table per set and float model; those of the first set are open, the others folded.
 
-    Of a table that is not finished, rows and columns in which nothing has ended are left out.
+    Rows and columns in which no run has ended are left out.
     """
     parts = [_caption(results)]
     begun = {cell["model"] for cell in results["cells"] if _begun(cell)}
@@ -27,6 +28,23 @@ def render(results: Results) -> str:
         folded = f"<details><summary>{heading}</summary>\n\n{text}\n\n</details>"
         parts.append(folded if index else f"On {heading}:\n\n{text}")
     return "\n\n".join(parts)
+
+
+def write_table(name: str, results: Results, folder: Path, document: Path | None = None) -> str:
+    """Write a table into the folder of its runs and, with `document`, into it and docs/tables/ beside it.
+
+    Returns:
+        The table as Markdown.
+    """
+    text, figures = render(results), json.dumps(results, indent=1)
+    write_text(folder / "table.json", figures)
+    write_text(folder / "table.md", text)
+    if document:
+        beside = document.absolute().parent
+        docs = beside if beside.name == "docs" else beside / "docs"
+        write_text(docs / "tables" / f"{name}.json", figures + "\n")
+        insert(document, name, text)
+    return text
 
 
 def insert(document: Path, name: str, text: str) -> None:
@@ -40,7 +58,7 @@ def insert(document: Path, name: str, text: str) -> None:
 
 
 def extract(document: Path, name: str) -> str:
-    """What stands between a table's markers; raises UserError as `insert` does."""
+    """The text between a table's markers; raises UserError as `insert` does."""
     return _split(document, name)[1].strip()
 
 
@@ -48,12 +66,10 @@ def _split(document: Path, name: str) -> tuple[str, str, str]:
     start, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
     if not document.is_file():
         raise UserError(f"{document} does not exist; give a Markdown file that holds {start} and {end}")
-    head, found, rest = document.read_text().partition(start)
+    head, opened, rest = document.read_text().partition(start)
     inside, closed, tail = rest.partition(end)
-    if not found or not closed:
-        raise UserError(
-            f"{document} lacks a place for the table: write the lines {start} and {end} where it should stand"
-        )
+    if not opened or not closed:
+        raise UserError(f"{document} lacks a place for the table: write the lines {start} and {end} where it belongs")
     return head + start, inside, end + tail
 
 
@@ -62,16 +78,16 @@ def _caption(results: Results) -> str:
     data = ", ".join(f"`{source}`" for source in budget.pop("data", ()))
     spent = ", ".join(f"{value} {key}" for key, value in budget.items())
     seeds = sorted({seed for cell in results["cells"] for seed in cell["seeds"]})
-    several = "; ± is the standard deviation of the scores where there are several" if len(seeds) > 1 else ""
+    several = "; ± is the standard deviation over seeds" if len(seeds) > 1 else ""
     missing = "".join(
         f", {count} {what}"
         for what, count in (("failed", runs["failed"]), ("to come", runs["all"] - runs["finished"] - runs["failed"]))
         if count
     )
-    time = f" of {runs['median_seconds']:.0f} s in the median" if runs["finished"] else ""
+    time = f", median duration {runs['median_seconds']:.0f} s" if runs["finished"] else ""
     return (
         f"**{results['title']}**\n\n    {results['command']}\n\n"
-        f"{runs['finished']} runs{time}{missing}. The same for all: {spent}; data {data}. "
+        f"{runs['finished']} runs{time}{missing}. The same in all runs: {spent}; data {data}. "
         f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds)) or '-'}{several}. "
         f"qsam2 {', '.join(results['versions'])}. A cell is the score, in parentheses the 95 % interval of its "
         "difference to float (paired bootstrap over objects), then the fidelity; the best score of a column is bold."
@@ -93,7 +109,8 @@ def _table(results: Results, name: str, model: str) -> str:
         _row([f"{model}, float {results['float'][model][name]:.1f}", *(["start"] if starts else []), *settings]),
         "|" + "---|" * (1 + starts + len(settings)),
     ]
-    for method, start in sorted(rows, key=lambda row: [each for each, _ in rows].index(row[0])):
+    methods = [method for method, _ in rows]
+    for method, start in sorted(rows, key=lambda row: methods.index(row[0])):
         cells = [_cell(by_place.get((method, start, setting)), name, best[setting]) for setting in settings]
         lines.append(_row([method, *([start] if starts else []), *cells]))
     return "\n".join(lines)
@@ -108,10 +125,10 @@ def _cell(cell: dict[str, Any] | None, name: str, best: float | None) -> str:
         return ""
     if not cell["sets"]:
         return "failed" if cell["failed"] else "-"
-    found = cell["sets"][name]
-    score = f"**{found['score']:.1f}**" if found["score"] == best else f"{found['score']:.1f}"
-    spread = "" if found["std"] is None else f" ± {found['std']:.1f}"
-    return f"{score}{spread} ({found['low']:+.1f} to {found['high']:+.1f}) {found['fidelity']:.0f}"
+    scored = cell["sets"][name]
+    score = f"**{scored['score']:.1f}**" if scored["score"] == best else f"{scored['score']:.1f}"
+    spread = "" if scored["std"] is None else f" ± {scored['std']:.1f}"
+    return f"{score}{spread} ({scored['low']:+.1f} to {scored['high']:+.1f}) {scored['fidelity']:.0f}"
 
 
 def _row(cells: Sequence[str]) -> str:

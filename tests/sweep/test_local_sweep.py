@@ -16,21 +16,24 @@ from small_sweep import ACTIVATIONS, COMMAND, RANGES, WEIGHTS, Runs, small_sweep
 from sqlalchemy import Engine, event
 
 from qsam2.cli import main
+from qsam2.commands.sweep import _list_sweep as list_sweep
 from qsam2.errors import UserError
-from qsam2.sweep.definition import Sweep
-from qsam2.sweep.local import list_runs, results_table, run_sweep
-from qsam2.sweep.processes import Processes
-from qsam2.sweep.study import STUDY, SweepRun
+from qsam2.sweep import runner
+from qsam2.sweep.definition import STUDY, Sweep
+from qsam2.sweep.results import ranked, sweep_text, write_sweep
+from qsam2.sweep.runner import RunState
+from qsam2.sweep.study import Study
 
 QAT = [COMMAND[3].replace("ptq_", "qat_"), COMMAND[-1]]
 KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from qsam2.sweep import local
+from qsam2.sweep import runner
 from qsam2.sweep.definition import load_sweep
-local.QSAM2 = (sys.executable, sys.argv[2])
-local.run_sweep(load_sweep(sys.argv[3]), Path(sys.argv[4]), runs=None, jobs=1)
+from qsam2.sweep.study import Study
+runner.QSAM2 = (sys.executable, sys.argv[2])
+runner.carry_out(Study(load_sweep(sys.argv[3]), Path(sys.argv[4]), None), 1)
 """
 
 
@@ -44,13 +47,17 @@ def _log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "qsam2")
 
 
-def carry_out(sweep: Sweep, tmp_path: Path, count: int | None = None, jobs: int = 1) -> list[SweepRun]:
-    return run_sweep(sweep, tmp_path / "out", runs=count, jobs=jobs)
+def carry_out(sweep: Sweep, tmp_path: Path, count: int | None = None, jobs: int = 1) -> list[RunState]:
+    study = Study(sweep, tmp_path / "out", count)
+    runner.carry_out(study, jobs)
+    board = ranked(sweep, study.states())
+    write_sweep(sweep, board, tmp_path / "out")
+    return board
 
 
 def test_a_grid_from_its_first_run_to_the_table(runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sweep = small_sweep(tmp_path)
-    assert list_runs(sweep, tmp_path / "out", None, 2).splitlines() == [
+    assert list_sweep(sweep, tmp_path / "out", None, 2).splitlines() == [
         *(f"to come   00{n}  {WEIGHTS}={w}, {ACTIVATIONS}={a}" for n, (w, a) in enumerate(pairs())),
         "6 runs, 6 to come: about 3 min with --jobs 2",
     ]
@@ -60,16 +67,16 @@ def test_a_grid_from_its_first_run_to_the_table(runs: Runs, tmp_path: Path, capl
     assert [(int(each[WEIGHTS]), int(each[ACTIVATIONS])) for each in given] == pairs()
     assert {(each["log.wandb"], each["log.group"], each["seed"]) for each in given} == {("offline", '"small"', "1")}
     assert json.loads(given[0]["output"]) == str(tmp_path / "out" / "000")
-    assert [run.number for run in board] == ["005", "004", "003", "002", "001", "000"]
-    assert board[0].values == {WEIGHTS: 4, ACTIVATIONS: 8} and board[0].metric == pytest.approx(4.8)
-    table = results_table(sweep, board).splitlines()
+    assert [run.name for run in board] == ["005", "004", "003", "002", "001", "000"]
+    assert dict(board[0].values) == {WEIGHTS: 4, ACTIVATIONS: 8} and board[0].metric == pytest.approx(4.8)
+    table = sweep_text(sweep, board).splitlines()
     assert table[0].split() == ["run", "quantized/J&F", "seconds", WEIGHTS, ACTIVATIONS]
     assert table[1].split()[:2] == ["005", "4.8"] and table[1].split()[3:] == ["4", "8"]
     kept = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert [run["number"] for run in kept["runs"]] == [run.number for run in board]
+    assert [run["number"] for run in kept["runs"]] == [run.name for run in board]
     assert kept["best"] == sweep.command_of(board[0].values)
     assert caplog.messages[0] == "sweep small: 6 runs, 6 to come; about 6 min left"
-    assert caplog.messages[-1].startswith("run 005: quantized/J&F 4.8, ")
+    assert caplog.messages[-1].startswith("run 6 of 6, 005: quantized/J&F 4.8, ")
 
 
 def pairs() -> list[tuple[int, int]]:
@@ -83,7 +90,7 @@ def test_a_failed_run_is_marked_stops_no_other_and_is_tried_again(
     runs.tell({"small-001": "badly", "small-002": "damaged", "small-003": "killed", "small-004": "without"})
     board = carry_out(sweep, tmp_path, jobs=2)
     assert len(runs.begun()) == 6
-    errors = {run.number: run.error for run in board if run.state == "failed"}
+    errors = {run.name: run.error for run in board if run.state == "failed"}
     assert "002/metrics.json is damaged (" in errors.pop("002")
     assert errors == {
         "001": "the loss is nan at step 3; lower train.lr",
@@ -91,9 +98,9 @@ def test_a_failed_run_is_marked_stops_no_other_and_is_tried_again(
         "004": "it has no quantized/J&F",
     }
     assert [run.state for run in board] == ["finished"] * 2 + ["failed"] * 4
-    assert "lower train.lr" in results_table(sweep, board)
-    assert any("run 001 failed: the loss is nan" in message for message in caplog.messages)
-    assert "failed    001" in list_runs(sweep, tmp_path / "out", None, 1)
+    assert "lower train.lr" in sweep_text(sweep, board)
+    assert any(", 001 failed: the loss is nan" in message for message in caplog.messages)
+    assert "failed    001" in list_sweep(sweep, tmp_path / "out", None, 1)
     runs.tell({})
     board = carry_out(sweep, tmp_path)
     assert sorted(runs.names()) == ["small-001", "small-002", "small-003", "small-004"]
@@ -108,11 +115,11 @@ def test_draws_within_their_ranges_and_goes_on_where_it_stopped(runs: Runs, tmp_
     sweep = small_sweep(tmp_path, method=method, parameters=parameters, run_cap=5)
     with pytest.raises(UserError, match=f"method {method} has no end: give --count N or run_cap"):
         carry_out(small_sweep(tmp_path, method=method, parameters=parameters), tmp_path)
-    assert f"{method}: {WEIGHTS} is int_uniform from 2 to 8" in list_runs(sweep, tmp_path / "out", None, 1)
+    assert f"{method}: {WEIGHTS} is int_uniform from 2 to 8" in list_sweep(sweep, tmp_path / "out", None, 1)
     runs.tell({"small-001": "badly"})
     carry_out(sweep, tmp_path, count=3)
     assert runs.names() == ["small-000", "small-001", "small-002"]
-    board = {run.number: run for run in carry_out(sweep, tmp_path)}
+    board = {run.name: run for run in carry_out(sweep, tmp_path)}
     given = runs.given()
     assert given[0]["name"] == "small-001" and len(given) == 3 and len(board) == 5
     assert int(given[0][WEIGHTS]) == board["001"].values[WEIGHTS]  # tried again with what it was given
@@ -135,7 +142,7 @@ def test_hyperband_stops_what_is_worse_at_a_rung(runs: Runs, tmp_path: Path) -> 
     values = {"values": [2, 3, 4]}
     sweep = small_sweep(tmp_path, command=QAT, metric=metric, early_terminate=rule, parameters={WEIGHTS: values})
     runs.tell({"small-000": good, "small-001": bad, "small-002": [1.0] * 8})
-    board = {run.number: run for run in carry_out(sweep, tmp_path)}
+    board = {run.name: run for run in carry_out(sweep, tmp_path)}
     assert [board[number].state for number in ("000", "001", "002")] == ["finished", "stopped", "finished"]
     assert (board["000"].metric, board["002"].metric) == (2.0, 1.0)
     carry_out(sweep, tmp_path)
@@ -157,7 +164,7 @@ def test_kill_9_in_the_middle(runs: Runs, tmp_path: Path) -> None:
     process.wait()
     assert runs.names() == ["small-000", "small-001", "small-002"]
     sweep = small_sweep(tmp_path)
-    assert "cut off   002" in list_runs(sweep, out, None, 1)
+    assert "cut off   002" in list_sweep(sweep, out, None, 1)
     runs.tell({})
     board = carry_out(sweep, tmp_path)
     assert runs.names() == ["small-002", "small-003", "small-004", "small-005"]
@@ -172,7 +179,7 @@ def test_an_interrupt_stops_the_run_and_the_sweep(runs: Runs, tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         carry_out(sweep, tmp_path)
     assert runs.names() == ["small-000", "small-001"]
-    assert "cut off   001" in list_runs(sweep, tmp_path / "out", None, 1)  # neither finished nor failed
+    assert "cut off   001" in list_sweep(sweep, tmp_path / "out", None, 1)  # neither finished nor failed
 
 
 def test_two_sweeps_do_not_share_a_folder(runs: Runs, tmp_path: Path) -> None:
@@ -206,7 +213,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         if what == "log":
-            patch.setattr(Processes, "start", full)
+            patch.setattr(runner, "Popen", full)
         else:
             patch.setattr("qsam2.sweep.study.optuna.create_study", full)
         assert main(["sweep", file, "--output", str(out)]) == 2

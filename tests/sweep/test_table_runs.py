@@ -13,9 +13,10 @@ from small_table import Runs, scores, small_table
 
 from qsam2.cli import stopped_by_sigterm
 from qsam2.errors import UserError
-from qsam2.sweep.table_definition import TableDefinition, TableRun, float_runs
-from qsam2.sweep.table_schedule import estimate_s, list_runs, run_table
-from qsam2.sweep.table_scores import is_finished, read_scores, save_scores
+from qsam2.sweep import runner
+from qsam2.sweep.runner import list_runs
+from qsam2.sweep.scores import TablePlan, is_finished, read_scores, save_scores
+from qsam2.sweep.table import TableDefinition, TableRun, float_runs
 
 
 @pytest.fixture
@@ -33,7 +34,16 @@ def everything(table: TableDefinition, some: list[TableRun]) -> dict[str, dict[s
 
 
 def carry_out(table: TableDefinition, some: list[TableRun], tmp_path: Path, jobs: int = 1) -> None:
-    run_table(table, some, command=["table", "small.yaml", "--output", str(tmp_path / "out")], jobs=jobs)
+    runner.carry_out(plan(table, some), jobs)
+
+
+def plan(table: TableDefinition, some: list[TableRun]) -> TablePlan:
+    folder = some[0].recipe.run_folder.parent
+    return TablePlan(table, some, folder, ["table", "small.yaml", "--output", str(folder)])
+
+
+def listed(table: TableDefinition, some: list[TableRun], jobs: int) -> str:
+    return list_runs(plan(table, some).states(), len(some) + 1, jobs, table.run_seconds)
 
 
 def test_float_models_first_then_the_table_in_order_and_progress_is_said(
@@ -44,10 +54,10 @@ def test_float_models_first_then_the_table_in_order_and_progress_is_said(
     carry_out(table, some, tmp_path)
     assert runs.begun() == ["float_nano", *(run.name for run in some)]
     said = caplog.messages
-    assert said[0] == "8 runs, 0 of them finished; about 8 min left"
-    assert said[1] == "run 1 of 8: float_nano ..."
-    assert said[4].startswith("run 2 of 8: nano_minmax_W4A4_s0: 0 s; about 1 min left")  # 10 s each, measured
-    assert said[-1].startswith("run 8 of 8: ") and "left" not in said[-1]
+    assert said[0] == "table small: 8 runs, 8 to come; about 8 min left"
+    assert said[1] == "run 1 of 8, float_nano ..."
+    assert said[4].startswith("run 2 of 8, nano_minmax_W4A4_s0: scored, ")  # 10 s each, measured
+    assert said[-1].startswith("run 8 of 8, ") and "left" not in said[-1]
     assert all(is_finished(table, run) for run in some)
 
 
@@ -67,27 +77,26 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are_tried_again(
     assert len(warnings) == 2  # in either order: two runs at a time
     assert any(f"{bad} failed: the loss is nan at step 3; lower train.lr; see " in warning for warning in warnings)
     assert any(f"{killed} failed: killed by signal 9; see " in warning for warning in warnings)
-    assert "failed    " + bad in list_runs(table, some, 1)
+    assert "failed    " + bad in listed(table, some, 1)
     caplog.clear()
     runs.tell(everything(table, some))
     carry_out(table, some, tmp_path)
     assert runs.begun() == [bad, killed]
-    assert caplog.messages[0].startswith("8 runs, 6 of them finished")
-    assert caplog.messages[1] == f"run 7 of 8: {bad} ..."
+    assert caplog.messages[0].startswith("table small: 8 runs, 2 to come")
+    assert caplog.messages[1] == f"run 7 of 8, {bad} ..."
     carry_out(table, some, tmp_path)
     assert runs.begun() == []
 
 
 def test_a_dry_run_lists_and_estimates(runs: Runs, tmp_path: Path) -> None:
     table, some = small_table(tmp_path)
-    assert list_runs(table, some, 1).splitlines()[-1] == "8 runs, 8 to come: about 8 min with --jobs 1"
+    assert listed(table, some, 1).splitlines()[-1] == "8 runs, 8 to come: about 8 min with --jobs 1"
     folder = some[0].recipe.run_folder
     folder.mkdir(parents=True)
     (folder / "scores.json").write_text(json.dumps(scores(table, some[0], 1.0, seconds=7200)))
-    lines = list_runs(table, some, 2).splitlines()
+    lines = listed(table, some, 2).splitlines()
     assert lines[:3] == ["to come   float_nano", f"finished  {some[0].name}", f"to come   {some[1].name}"]
     assert lines[-1] == "8 runs, 7 to come: about 7.0 h with --jobs 2"
-    assert estimate_s(table, some, 7, 2) == 25200
 
 
 @pytest.mark.parametrize(
@@ -112,7 +121,7 @@ def test_other_float_weights_are_refused(runs: Runs, tmp_path: Path, monkeypatch
     table, some = small_table(tmp_path)
     runs.tell(everything(table, some))
     carry_out(table, some, tmp_path)
-    monkeypatch.setattr("qsam2.sweep.table_schedule.weights_digest", lambda model: "trained anew")
+    monkeypatch.setattr("qsam2.sweep.scores.weights_digest", lambda model: "trained anew")
     with pytest.raises(UserError, match="float_nano holds a run that differs from the table's .its float weights"):
         carry_out(table, some, tmp_path)
 
