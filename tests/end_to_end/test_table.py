@@ -40,8 +40,8 @@ class InProcess:
     def __init__(self, command: list[str], **_: Any) -> None:
         self.command = command
 
-    def wait(self) -> int:
-        return main(self.command)
+    def wait(self) -> None:
+        self.returncode = main(self.command)
 
     def poll(self) -> int:
         return 0
