@@ -1,4 +1,4 @@
-"""What a run leaves behind: files, figures, the packed model, the offline run of Weights & Biases."""
+"""Results of a run: files, figures, the packed model, the offline run of Weights & Biases."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "packed.md").read_text()
 
 @pytest.fixture(scope="module")
 def reader() -> dict[str, Any]:
-    """What the document's code defines; it may import nothing of ours."""
+    """Names that the document's code defines; it may import nothing of qsam2."""
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
     imports = {alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names}
     assert imports == {"json", "struct", "zlib", "numpy"}

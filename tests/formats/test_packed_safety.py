@@ -52,7 +52,7 @@ def crc(parts: dict[str, bytes]) -> str:
 
 
 def forged(header: dict[str, Any], body: bytes) -> bytes:
-    """With checksums that fit, as only someone who means it would write them."""
+    """A file with checksums that fit, as an attacker would write it."""
     header = copy.deepcopy(header)
     metadata = header.get("__metadata__", {})
     texts = {key: str(metadata[key]).encode() for key in ("extra", "recipe", "weights") if key in metadata}
@@ -129,7 +129,7 @@ def changed_header(header: dict[str, Any], rng: np.random.Generator, other: dict
 
 
 def changed_value(value: Any, rng: np.random.Generator) -> Any:
-    """Something within nested values is another thing."""
+    """The nested values with one value replaced at random."""
     if isinstance(value, dict) and value and rng.integers(5):
         key = str(rng.choice(sorted(value)))
         return {**value, key: changed_value(value[key], rng)}
@@ -185,7 +185,7 @@ def test_a_thousand_mutated_files_are_refused_or_equal(saved: tuple[bytes, bytes
 
 
 def test_forged_files_with_right_checksums_do_no_harm(saved: tuple[bytes, bytes, nn.Module], tmp_path: Path) -> None:
-    """What loads is a sound model, if not the same one."""
+    """A forged file that loads is a sound model, if not the same one."""
     data, other, _ = saved
     x, loaded = torch.randn(1, 3, 6, 6), 0
     for seed in range(FORGED):
@@ -211,7 +211,7 @@ def test_forged_files_with_right_checksums_do_no_harm(saved: tuple[bytes, bytes,
 
 @pytest.fixture(scope="module")
 def packed(models: dict[str, Path]) -> bytes:
-    """Of a nano with random weights."""
+    """Packed file of a nano with random weights."""
     return (models["packed"] / "model.safetensors").read_bytes()
 
 

@@ -23,7 +23,7 @@ CHEAP_RANGES = ["minmax", "percentile"] * 3  # a search takes ten times as long 
 class Case:
     quantizer: Quantizer
     first: Tensor
-    """What the range was found on."""
+    """Calibration data."""
     x: Tensor
     found: tuple[Array, Array]
     """Scale and zero point (C,) that calibration gave."""

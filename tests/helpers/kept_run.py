@@ -70,7 +70,7 @@ METRICS = metrics_of(float=70.0, ptq=50.0, quantized=65.0)
 
 
 def layers() -> dict[str, Any]:
-    """What `measure_layers` gives."""
+    """Result of `measure_layers`."""
     rows = [
         {"name": "stem", "kind": "Conv2d", "weight_bits": 8, "activation_bits": 8, "reason": "reads <all>",
          "weight_snr_db": 40.0, "weight_clipped": 0.0, "scale": 0.1, "input_snr_db": 35.0, "input_clipped": 0.01},
@@ -96,7 +96,7 @@ def layers() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """What `memory_use` gives."""
+    """Result of `memory_use`."""
     rows = [{"frame": 1, "read": {}, "key_frames": 1, "of": 1}]
     rows += [
         {"frame": frame, "read": {frame - 1: "own keys", frame - 2: "shared keys", frame - 3: "shared keys"},

@@ -20,7 +20,7 @@ from qsam2.recipe import Recipe, build_recipe
 
 SIZE_PX = 64
 HEIGHT, WIDTH = 45, 79
-"""Of the pictures; odd, which video codecs do not like."""
+"""Size of the pictures in pixels: odd, which H.264 cannot encode."""
 QUANTIZE = {"weights": {"method": "minmax", "bits": 4}}
 
 

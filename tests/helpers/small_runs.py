@@ -53,7 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "ptq": {"quantize": W4A4},
     "float": {"train": TRAIN_FLOAT, "trainer": {"max_steps": 1}},
 }
-"""What distinguishes the recipes of the session's finished runs (fixture `runs`)."""
+"""Differences between the recipes of the session's finished runs (fixture `runs`)."""
 
 
 def small(checkpoint: Path, output: Path, **more: Any) -> dict[str, Any]:

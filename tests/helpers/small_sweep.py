@@ -65,7 +65,7 @@ def small_sweep(folder: Path, **changes: Any) -> Sweep:
 
 
 class Runs(StandIn):
-    """What the script does in place of `qsam2 train`."""
+    """Stand-in for `qsam2 train`."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         super().__init__(runner, TRAIN, folder, patch)
@@ -77,7 +77,7 @@ class Runs(StandIn):
         self.told.write_text(json.dumps({"how": how}))
 
     def given(self) -> list[dict[str, str]]:
-        """What runs were given since the last call, by key."""
+        """Arguments of the runs begun since the last call, by key."""
         return [json.loads(line) for line in self.begun()]
 
     def names(self) -> list[str]:

@@ -51,7 +51,7 @@ def small_table(folder: Path, **changes: Any) -> tuple[TableDefinition, list[Tab
 
 
 def scores(table: TableDefinition, run: TableRun, score: float, *, weights: str = "w", **more: Any) -> dict[str, Any]:
-    """What a run's folder holds when its objects score `score`, +1, +2; the still's boxes the half of that."""
+    """Scores of a run's folder whose objects score `score`, +1, +2; the still's boxes the half of that."""
     clips = {"protocol": "davis", "J&F": score + 1, "fidelity": 90.0, "per_object": blocks("J&F", score)}
     stills = {"protocol": "stills", "box_mIoU": score / 2 + 1, "per_object": blocks("box_IoU", score / 2)}
     found = {"clips": clips, "stills": {**stills, "fidelity": 80.0}}
@@ -69,7 +69,7 @@ def blocks(key: str, score: float) -> dict[str, dict[str, dict[str, float]]]:
 
 
 class Runs(StandIn):
-    """What the script does in place of `qsam2 table --only`."""
+    """Stand-in for `qsam2 table --only`."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         super().__init__(runner, CARRY_OUT, folder, patch)
@@ -77,5 +77,5 @@ class Runs(StandIn):
         patch.setattr(scoring, "weights_digest", lambda model: "w")
 
     def tell(self, scores: dict[str, dict[str, Any]], **how: str) -> None:
-        """What the runs will write, and how they will go where not well: badly, killed, long."""
+        """Set the runs' results, and how runs end that do not end well: badly, killed, long."""
         self.told.write_text(json.dumps({"scores": scores, "how": how}))

@@ -33,7 +33,7 @@ def goes(name, given):
 
 
 class StandIn:
-    """What `module` starts in place of `qsam2`; the script follows `GOES`."""
+    """Command that `module` starts in place of `qsam2`; the script follows `GOES`."""
 
     def __init__(self, module: ModuleType, script: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.told = folder / "told.json"
@@ -43,7 +43,7 @@ class StandIn:
         patch.setenv("TOLD", str(self.told))
 
     def begun(self) -> list[str]:
-        """What runs were given since the last call."""
+        """Lines noted by the runs begun since the last call."""
         file = Path(f"{self.told}.begun")
         lines = file.read_text().splitlines() if file.is_file() else []
         file.unlink(missing_ok=True)

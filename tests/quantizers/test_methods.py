@@ -252,7 +252,7 @@ def test_lsc_gradient_of_alpha_is_that_of_its_step() -> None:
 
 
 def test_lsc_zero_point_stays_where_calibration_found_it() -> None:
-    """What comes out of a GELU ends at -0.17 whatever its mean: a lower bound that moves with it loses that end."""
+    """The output of a GELU ends at -0.17 whatever its mean: a lower bound that moves with the mean loses that end."""
     generator = torch.Generator().manual_seed(0)
     first, later = (torch.nn.functional.gelu(torch.randn(20_000, generator=generator) + shift) for shift in (-0.5, 0.5))
     quantizer = activation_quantizer(LSCSpec(bits=4, momentum=0.0), first).train()

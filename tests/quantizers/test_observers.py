@@ -1,4 +1,4 @@
-"""What observers remember, and the ranges chosen from it."""
+"""Statistics of observers, and the ranges chosen from them."""
 
 from __future__ import annotations
 

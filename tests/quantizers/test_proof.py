@@ -75,7 +75,7 @@ def weight_statistics(case: Case) -> tuple[Array, Array]:
 
 
 def first_lsc_grid(case: Case) -> tuple[Array, Array]:
-    """That of the first bounds, but alpha is at least 1e-3."""
+    """Grid of the first bounds, with alpha at least 1e-3."""
     lower, upper, _, _ = first_bounds(case)
     scale, zero_point = case.levels.cover(lower, upper)
     return np.maximum(scale, lsc_scale(case, np.full_like(scale, 1e-3))), zero_point

@@ -1,4 +1,4 @@
-"""What a user can set of a quantizer."""
+"""Settings of a quantizer in a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training does to quantizers: optimizer steps, several calls a step, checkpointing, compilation."""
+"""Quantizers in training: optimizer steps, several calls per step, checkpointing, compilation."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ window.onload = () => {
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """What the browser found of each page at each width, and what it wrote to its log."""
+    """Measurements of each page at each width in the browser, and the browser's log."""
     if not BROWSER:
         pytest.skip("no chromium or google-chrome is installed: pages are not opened in a browser")
     folder = tmp_path_factory.mktemp("browser")

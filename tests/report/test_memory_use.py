@@ -1,4 +1,4 @@
-"""What frames read of a shared memory, watched while a video is tracked."""
+"""Memory frames that each frame reads under sharing, watched while a video is tracked."""
 
 from __future__ import annotations
 
