@@ -75,7 +75,7 @@ def quantize(rows: Array, scale: Array, zero_point: Array, levels: Levels) -> Ar
 
 
 def as_observed(rows: Array) -> Array:
-    """Values as an observer keeps them: the middle of a bin, 4096 per side up to a power of two, within the extremes."""
+    """Values as observed: the middle of a bin, 4096 per side up to a power of two, within the extremes."""
     largest = np.abs(rows).max(axis=1, keepdims=True)
     width = np.where(largest > 0, 2.0 ** np.frexp(largest)[1], 2.0**-100) / 4096
     return np.clip((np.floor(rows / width) + 0.5) * width, rows.min(axis=1)[:, None], rows.max(axis=1)[:, None])
