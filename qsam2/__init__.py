@@ -6,12 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qsam2.api import evaluate, export, quantize
     from qsam2.loading import image_predictor, load, video_predictor
 
-_OFFERED = {"load": "qsam2.loading", "image_predictor": "qsam2.loading", "video_predictor": "qsam2.loading"}
+_OFFERED = {
+    **dict.fromkeys(("load", "image_predictor", "video_predictor"), "qsam2.loading"),
+    **dict.fromkeys(("quantize", "evaluate", "export"), "qsam2.api"),
+}
 """Where each name lives. It is imported when it is first used, so that `import qsam2` does not wait for torch."""
 
-__all__ = ["image_predictor", "load", "video_predictor"]
+__all__ = ["evaluate", "export", "image_predictor", "load", "quantize", "video_predictor"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from qsam2.commands.benchmark import add_benchmark
 from qsam2.commands.evaluate import add_evaluate
 from qsam2.commands.export import add_export
 from qsam2.commands.predict import add_predict
+from qsam2.commands.quantize import add_quantize
 from qsam2.commands.report import add_report
 from qsam2.commands.sensitivity import add_sensitivity
 from qsam2.commands.sweep import add_sweep
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qsam2", description="Quantization of Segment Anything Model 2.")
     parser.add_argument("--version", action="version", version=f"qsam2 {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_quantize(commands)
     add_train(commands)
     add_evaluate(commands)
     add_predict(commands)

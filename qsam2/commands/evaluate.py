@@ -15,11 +15,14 @@ EPILOG = """examples:
   qsam2 evaluate nano --data moving_objects:20:test --reference nano
   qsam2 evaluate tiny --data coco:/data/coco model.checkpoint=sam2.1_hiera_tiny.pt
   qsam2 evaluate runs/qat-w4a4 --reference runs/qat-w4a4 memory.cache=true memory.sharing=adaptive memory.frames=3
+  qsam2 evaluate runs/w8a8 --data film.mp4 --reference nano
+  qsam2 evaluate nano --data davis:/data/DAVIS:val --save-masks masks/
   qsam2 evaluate --pred masks/ --gt /data/DAVIS/Annotations/480p --protocol davis
 
 MODEL is a run folder, a model.safetensors of qsam2, a checkpoint, or a size (nano, nano_heavy, tiny, small, base_plus,
 large).
-Videos give J&F of semi-supervised tracking, stills the mask IoU of point and box prompts; all scores in percent."""
+Videos give J&F of semi-supervised tracking, stills the mask IoU of point and box prompts; all scores in percent.
+Pictures and videos without masks (--data with a folder or file of them) give fidelity to the float --reference."""
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -28,55 +31,52 @@ def add_evaluate(commands: Commands) -> None:
     parser.usage = """%(prog)s [-h] MODEL [--data KIND:ROOT:SPLIT] [--reference MODEL] [options] [key=value ...]
        %(prog)s [-h] --pred DIR --gt DIR [--protocol {davis,sav}] [--json OUT]"""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder, file or size")
-    parser.add_argument("--data", metavar="KIND:ROOT:SPLIT", help="score on all of this; default: as the recipe says")
+    parser.add_argument("--data", metavar="DATA", help="KIND:ROOT:SPLIT, folder or file; default: as the recipe says")
     parser.add_argument("--protocol", choices=("davis", "sav"), help="default: the recipe's, davis without one")
     parser.add_argument("--frames", type=int, metavar="N", help="the first N frames of each video")
     parser.add_argument("--videos", type=int, metavar="N", help="the first N videos")
     parser.add_argument("--reference", metavar="MODEL", help="compare with this model: fidelity, difference in J&F")
     parser.add_argument("--pred", type=Path, metavar="DIR", help="score these masks instead of a model")
     parser.add_argument("--gt", type=Path, metavar="DIR", help="true masks for --pred")
+    parser.add_argument("--save-masks", type=Path, metavar="DIR", help="write tracked masks as benchmarks take them")
     parser.add_argument("--fast", action="store_true", help="score the model as `qsam2 predict --fast` runs it")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
     parser.set_defaults(run=_evaluate)
 
 
-def _evaluate(given: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> None:
     from qsam2.report.summary import score_line
 
-    if given.json:
-        make_room(given.json)
-    block = _score_masks(given) if given.pred or given.gt else _score_model(given)
+    if options.json:
+        make_room(options.json)
+    block = _score_masks(options) if options.pred or options.gt else _score_model(options)
     print(score_line(block))
-    if given.json:
+    if options.json:
         from qsam2.output import write_text
 
-        write_text(given.json, json.dumps(block, indent=1))
+        write_text(options.json, json.dumps(block, indent=1))
 
 
-def _score_masks(given: argparse.Namespace) -> dict[str, Any]:
-    if given.model or not (given.pred and given.gt):
+def _score_masks(options: argparse.Namespace) -> dict[str, Any]:
+    if options.model or not (options.pred and options.gt):
         raise UserError("--pred DIR and --gt DIR go together, without a MODEL")
-    flags = [f"--{flag}" for flag in ("data", "frames", "videos", "reference") if getattr(given, flag) is not None]
-    flags += ["--fast"] * given.fast
-    if idle := [*flags, *given.overrides]:
+    names = ("data", "frames", "videos", "reference", "save_masks")
+    flags = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    flags += ["--fast"] * options.fast
+    if idle := [*flags, *options.overrides]:
         raise UserError(f"{idle[0]} does nothing with --pred and --gt, which are scored as they are: leave it out")
     quiet_logs()
     from qsam2.evaluation.metrics.folders import score_folders
 
-    block = score_folders(given.pred, given.gt, given.protocol or "davis")
-    return block | {"seconds_per_frame": None, "model": str(given.pred), "fidelity": None}
+    block = score_folders(options.pred, options.gt, options.protocol or "davis")
+    return block | {"seconds_per_frame": None, "model": str(options.pred), "fidelity": None}
 
 
-def _score_model(given: argparse.Namespace) -> dict[str, Any]:
-    if not given.model:
+def _score_model(options: argparse.Namespace) -> dict[str, Any]:
+    if not options.model:
         raise UserError("nothing to score: give a MODEL (run folder, file or size), or --pred DIR --gt DIR")
-    values = {"data.val": given.data, "evaluate.protocol": given.protocol}
-    values |= {"evaluate.frames": given.frames, "evaluate.videos": given.videos}
-    flags = [f"{key}={value}" for key, value in values.items() if value is not None]
-    # That a run scored a part of its own data says nothing of other data
-    whole = ["evaluate.frames=null", "evaluate.videos=null"] if given.data is not None else []
     quiet_logs()
-    from qsam2.evaluation.scoring import evaluate_model
+    from qsam2.api import evaluate
 
-    overrides = [*whole, *given.overrides, *flags]
-    return evaluate_model(given.model, overrides, reference=given.reference, fast=given.fast)
+    flags = ("data", "reference", "protocol", "frames", "videos", "fast", "save_masks", "overrides")
+    return evaluate(options.model, **{flag: getattr(options, flag) for flag in flags})

@@ -9,10 +9,18 @@ from pathlib import Path
 
 from qsam2.data.clips import Source
 from qsam2.data.davis import davis_videos
+from qsam2.data.pictures import list_pictures
 from qsam2.data.sav import sav_videos
 from qsam2.data.stills import coco_stills, instance_png_stills, sa1b_stills, yolo_stills
 from qsam2.data.synthetic.moving_objects import moving_objects
-from qsam2.data.unlabelled import UNLABELLED, has_masks, picture_source, video_source
+from qsam2.data.unlabelled import (
+    PICTURE_SUFFIXES,
+    UNLABELLED,
+    VIDEO_SUFFIXES,
+    has_masks,
+    picture_source,
+    video_source,
+)
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.recipe.recipe import Recipe
@@ -48,6 +56,26 @@ def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val"
     if kind == "moving_objects":
         return list(moving_objects(split, _count(spec, place, split)))  # type: ignore[arg-type]
     return list(_READERS[kind](_place(spec, kind, place or root), split))
+
+
+def source_of(data: str | Path) -> str:
+    """`KIND:...` of a folder or file, by what it holds: DAVIS, pictures or videos; a source is returned as it is.
+
+    Raises:
+        UserError: there is no such path, or it holds none of these.
+    """
+    text = str(data)
+    path = Path(data).expanduser()
+    if text.split(":")[0] in KINDS or not path.exists():
+        if ":" in text or text in KINDS:
+            return text
+        raise UserError(f"data {text!r}: does not exist; give a folder or file, or KIND:ROOT:SPLIT ({_one_of(KINDS)})")
+    if path.is_dir() and (path / "JPEGImages").is_dir() and (path / "Annotations").is_dir():
+        return f"davis:{text}"
+    if path.is_file():
+        return f"{'images' if path.suffix.lower() in PICTURE_SUFFIXES else 'video'}:{text}"
+    holds_films = any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.iterdir())
+    return f"{'images' if not holds_films and list_pictures(path, PICTURE_SUFFIXES) else 'video'}:{text}"
 
 
 def is_generated(spec: str) -> bool:

@@ -12,11 +12,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from qsam2.data.sources import open_val
 from qsam2.data.unlabelled import has_masks
 from qsam2.data.video import Predictions, Video
+from qsam2.errors import UserError
 from qsam2.evaluation.float_scores import Scored, kept
 from qsam2.evaluation.images import ITEM_KEYS, score_stills
+from qsam2.evaluation.mask_files import check_masks_folder, write_masks
 from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
 from qsam2.evaluation.module import VideoScoring
+from qsam2.evaluation.own_masks import label_videos
 from qsam2.fast.model import FAST_MEMORY, FastSAM2, make_fast
+from qsam2.layers.convert import quantizers
 from qsam2.loading import load_model
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
@@ -133,7 +137,12 @@ FOLDER = Path(".")
 
 
 def evaluate_model(
-    target: str, overrides: Sequence[str] = (), *, reference: str | None = None, fast: bool = False
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    reference: str | None = None,
+    fast: bool = False,
+    save_masks: Path | None = None,
 ) -> dict[str, Any]:
     """The score block of a MODEL: J&F on videos, point and box mIoU on stills, in percent.
 
@@ -143,6 +152,7 @@ def evaluate_model(
         reference: another MODEL, run at the same image size; adds `fidelity` and `versus_reference` (differences in
             J&F or IoU with their 95 % intervals).
         fast: made for speed, see `make_fast`; the reference stays as it is.
+        save_masks: new folder for the tracked masks, see `write_masks`.
 
     Raises:
         UserError: the model or the data cannot be used.
@@ -154,10 +164,12 @@ def evaluate_model(
         other, _ = load_model(reference, [*([f"model.image_size={size}"] if size else []), *overrides])
     if fast:
         model = make_fast(model.to(device_of(recipe.trainer)))
-    return {"fidelity": None, **score_against(model, other, recipe), "model": target}
+    return {"fidelity": None, **score_against(model, other, recipe, save_masks=save_masks), "model": target}
 
 
-def score_against(model: SAM2, reference: SAM2 | None, recipe: Recipe) -> dict[str, Any]:
+def score_against(
+    model: SAM2, reference: SAM2 | None, recipe: Recipe, *, save_masks: Path | None = None
+) -> dict[str, Any]:
     """The score block of a model on the recipe's data, with `fidelity` and `versus_reference` if a reference is given.
 
     The model keeps and reads its memory as the recipe says, the reference as `sam2` does.
@@ -166,10 +178,24 @@ def score_against(model: SAM2, reference: SAM2 | None, recipe: Recipe) -> dict[s
         UserError: the data cannot be used.
     """
     videos = open_val(recipe)
+    if save_masks is not None:
+        check_masks_folder(save_masks, videos)
+    if not has_masks(videos):
+        if reference is None or next(quantizers(reference), None) is not None:
+            raise UserError(
+                f"data {recipe.data.scored} has no masks, its score is the fidelity to a float model: give that model "
+                "with --reference"
+            )
+        videos = label_videos(videos, reference.to(device_of(recipe.trainer)), recipe.data.max_objects)
     use_memory(model, recipe.memory)
     if reference is None:
         score = score_any if isinstance(model, FastSAM2) else score_float  # kept scores are not of fast models
-        return score(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)[0]
+        block, masks = score(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
+        if save_masks is not None:
+            write_masks(save_masks, videos, masks, recipe.evaluate)
+        return block
     their_block, their_masks = score_float(reference, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
-    block, _ = score_any(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER, reference=their_masks)
+    block, masks = score_any(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER, reference=their_masks)
+    if save_masks is not None:
+        write_masks(save_masks, videos, masks, recipe.evaluate)
     return {**block, "versus_reference": compare(block, their_block)}

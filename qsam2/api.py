@@ -1,0 +1,251 @@
+"""The library's commands as functions: `qsam2.quantize`, `qsam2.evaluate`, `qsam2.export`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qsam2 import pipeline
+from qsam2.data.sources import open_videos, source_of
+from qsam2.data.unlabelled import is_unlabelled
+from qsam2.errors import UserError
+from qsam2.evaluation import scoring
+from qsam2.formats.packed import read_header
+from qsam2.loading import load_model
+from qsam2.output import write_whole
+from qsam2.recipe import Recipe, build_recipe
+from qsam2.recipe.load import merge, read_yaml
+from qsam2.run_folder import alone_in
+
+log = logging.getLogger("qsam2")
+
+FORMATS = ("onnx", "packed")
+PTQ: Mapping[str, Any] = {
+    "data": {"max_stride": 2, "max_objects": 2},
+    "evaluate": {"videos": 20, "frames": 32},
+    "log": {"wandb": "off"},
+}
+"""What `quantize` sets where no recipe is named, beside bits, data and the amount of calibration."""
+STILLS, CLIPS, CLIP_FRAMES = 32, 8, 6
+"""Calibration of `quantize`; less if the data holds less."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A finished run of `quantize`: its folder, the recipe it carried out, and what `metrics.json` holds."""
+
+    folder: Path
+    recipe: Recipe
+    metrics: dict[str, Any]
+
+    @property
+    def file(self) -> Path:
+        """The packed model."""
+        return self.folder / "model.safetensors"
+
+
+def quantize(
+    checkpoint: str | Path,
+    recipe: str | Path | None = None,
+    data: str | Path | None = None,
+    *,
+    bits: int | str = 8,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Quantized:
+    """Quantize a float model, as `qsam2 quantize`: calibration alone, or what a recipe says.
+
+    Args:
+        checkpoint: a float MODEL: a file (`.pt`, `.safetensors`; its size is found by its shapes) or a size.
+        recipe: a recipe file; None: ranges of least error at `bits`, no training.
+        data: a source (`KIND:ROOT:SPLIT`), or a folder or file of pictures, videos or DAVIS; None: the recipe's, or
+            generated videos. Pictures and videos need no masks, see `qsam2.data.unlabelled`.
+        bits: of weights and activations: 8, "w4a8", or "w4" for weights alone; from 2 to 8.
+        out: run folder; None: runs/NAME.
+        overrides: `key=value` on top.
+
+    Raises:
+        UserError: the checkpoint, the recipe or the data cannot be used.
+
+    Example:
+        >>> result = qsam2.quantize("nano", data="pictures", bits="w8a8", out="runs/w8a8")
+        >>> result.metrics["quantized"]["fidelity"] <= 100
+        True
+        >>> model = qsam2.load(result.folder)
+    """
+    plan = quantize_recipe(checkpoint, recipe, data, bits=bits, out=out, overrides=overrides)
+    with alone_in(plan.run_folder):
+        metrics = pipeline.run_recipe(plan)
+    return Quantized(plan.run_folder, plan, metrics)
+
+
+def quantize_recipe(
+    checkpoint: str | Path,
+    recipe: str | Path | None = None,
+    data: str | Path | None = None,
+    *,
+    bits: int | str = 8,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Recipe:
+    """The recipe that `quantize` carries out; arguments and errors as there."""
+    _, own = load_model(checkpoint)
+    if own.quantize is not None:
+        raise UserError(f"{checkpoint} is quantized already: give the float model it was made from")
+    sources = _sources(source_of(data)) if data is not None else {}
+    if recipe is not None:
+        values = read_yaml(recipe, "recipe", "recipes/")
+    else:
+        weights, activations = parse_bits(bits)
+        methods = {
+            part: {"method": "minmax", "bits": number, "range": "mse"} if number else None
+            for part, number in (("weights", weights), ("activations", activations))
+        }
+        name = f"{own.model.size}-w{weights}" + (f"a{activations}" if activations else "")
+        values = {**PTQ, "name": name, "quantize": methods, "calibrate": _amount(sources)}
+    values = merge(values, {"model": own.model.model_dump(mode="json"), "data": sources})
+    if out is not None:
+        values["output"] = str(out)
+    plan = build_recipe(values, overrides)
+    if plan.quantize is None:
+        raise UserError("quantize=null quantizes nothing: give a recipe with quantize, or --bits")
+    return plan
+
+
+def parse_bits(bits: int | str) -> tuple[int, int | None]:
+    """Bits of weights and activations from 8, "8", "4,8", "w4a8" or "w4" (activations in float: None)."""
+    text = str(bits).lower()
+    match = re.fullmatch(r"w(\d+)(?:a(\d+))?|(\d+)(?:,(\d+))?", text)
+    if match is not None:
+        weights = int(match[1] or match[3])
+        activations = int(match[2] or match[4]) if match[2] or match[4] else None if match[1] else weights
+        if all(2 <= number <= 8 for number in (weights, activations) if number is not None):
+            return weights, activations
+    raise UserError(f"--bits {bits}: give 2 to 8 for both, as 8, or for weights and activations, as w4a8, or w4")
+
+
+def _sources(spec: str) -> dict[str, Any]:
+    """`data.train` and `data.val` of a source; without masks and split, every fifth picture or piece is held out."""
+    if spec.count(":") > 1:
+        return {"train": [spec], "val": spec}
+    if is_unlabelled(spec):
+        return {"train": [f"{spec}:train"], "val": f"{spec}:val"}
+    return {"train": [spec]}
+
+
+def _amount(sources: Mapping[str, Any]) -> dict[str, int]:
+    videos = open_videos(sources["train"][0], split="train") if sources else []
+    frames = [len(video) for video in videos]
+    stills = min(STILLS, sum(frames)) if sources else STILLS
+    clips = min(CLIPS, sum(max(length - CLIP_FRAMES + 1, 1) for length in frames)) if sources else CLIPS
+    return {"stills": stills, "clips": clips, "num_frames": CLIP_FRAMES}
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path | None = None,
+    *,
+    reference: str | Path | None = None,
+    protocol: str | None = None,
+    frames: int | None = None,
+    videos: int | None = None,
+    fast: bool = False,
+    save_masks: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The score block of a MODEL, as `qsam2 evaluate`: J&F on videos, point and box mIoU on stills, in percent.
+
+    Args:
+        model: run folder, file or size.
+        data: a source (`KIND:ROOT:SPLIT`), or a folder or file of pictures, videos or DAVIS; all of it is scored. None:
+            as the model's recipe says.
+        reference: the float MODEL to compare with: adds fidelity. Data without masks needs it.
+        protocol: davis or sav; None: the recipe's.
+        frames, videos: score the first so many only.
+        fast: score the model as `qsam2.load(model, fast=True)` gives it.
+        save_masks: new folder for the tracked masks, in the layout that the benchmark servers of the protocol take.
+        overrides: `key=value` on top of the model's own recipe.
+
+    Raises:
+        UserError: the model or the data cannot be used.
+
+    Example:
+        >>> scores = qsam2.evaluate("nano", "moving_objects:1:val", frames=4)
+        >>> 0 <= scores["J&F"] <= 100
+        True
+    """
+    values: dict[str, Any] = {"data.val": None, "evaluate.protocol": protocol}
+    values |= {"evaluate.frames": frames, "evaluate.videos": videos}
+    whole: list[str] = []
+    if data is not None:
+        spec = source_of(data)
+        values["data.val"] = f"{spec}:all" if is_unlabelled(spec) and spec.count(":") == 1 else spec
+        whole = ["evaluate.frames=null", "evaluate.videos=null"]  # a run's own limits are for its own data
+    flags = [f"{key}={value}" for key, value in values.items() if value is not None]
+    more = {} if save_masks is None else {"save_masks": Path(save_masks)}
+    other = None if reference is None else str(reference)
+    return scoring.evaluate_model(str(model), [*whole, *overrides, *flags], reference=other, fast=fast, **more)
+
+
+def export(model: str | Path, format: str, out: str | Path, *, overrides: Sequence[str] = ()) -> dict[Path, int]:
+    """Write a MODEL for other runtimes, as `qsam2 export`: {file: bytes}.
+
+    Args:
+        model: run folder, file or size.
+        format: "onnx" (five graphs and model.json) or "packed" (a copy of a quantized model's file, with its card).
+        out: folder of the files, made if missing.
+        overrides: `key=value` on top of the model's own recipe; onnx only.
+
+    Raises:
+        UserError: the model cannot be used, packages are missing, or the folder cannot be written.
+
+    Example:
+        >>> files = qsam2.export("runs/w8a8", "packed", "exported/w8a8")
+        >>> sorted(file.name for file in files)
+        ['card.json', 'card.md', 'model.safetensors']
+    """
+    if format not in FORMATS:
+        raise UserError(f"format {format!r} is unknown: give {' or '.join(FORMATS)}")
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a folder")
+    write = _export_onnx if format == "onnx" else _export_packed
+    return {out / name: size for name, size in write(model, out, overrides).items()}
+
+
+def _export_onnx(model: str | Path, out: Path, overrides: Sequence[str]) -> dict[str, int]:
+    from qsam2.formats.onnx.write import export_onnx, require_packages  # the extra `onnx` may be missing
+
+    require_packages()  # before the model is loaded
+    network, recipe = load_model(model, overrides)
+    if recipe.memory.reads_anew:
+        log.warning("the graphs read all of the memory, as sam2 does: memory.* of the recipe is not exported")
+    file = Path(model) / "card.json"
+    card = json.loads(file.read_text()) if file.is_file() else None
+    return export_onnx(network, recipe.model_dump(mode="json"), out, card=card)
+
+
+def _export_packed(model: str | Path, out: Path, overrides: Sequence[str]) -> dict[str, int]:
+    if overrides:
+        raise UserError(f"{overrides[0]!r} changes nothing in a packed file, which is copied: leave it out")
+    source = Path(model)
+    folder = source if source.is_dir() else source.parent
+    file = source / "model.safetensors" if source.is_dir() else source
+    if source.is_dir() and not file.is_file():
+        raise UserError(f"{source} holds no model.safetensors: the run is not finished; run its recipe again")
+    read_header(file)
+    load_model(file)  # a damaged file is not copied
+    cards = [folder / name for name in ("card.md", "card.json") if (folder / name).is_file()]
+    return {path.name: _copy(path, out / path.name) for path in (file, *cards)}
+
+
+def _copy(source: Path, target: Path) -> int:
+    """Copy a file whole or not at all; returns its size in bytes."""
+    write_whole(target, lambda path: shutil.copyfile(source, path))
+    return target.stat().st_size

@@ -1,0 +1,202 @@
+"""`qsam2.quantize`, `evaluate` and `export`, and their commands: data without masks, masks on disk, mistakes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from doctest import DocTestFinder, DocTestRunner
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import qsam2
+from qsam2.api import parse_bits, quantize_recipe
+from qsam2.cli import main
+from qsam2.data.sources import source_of
+from qsam2.data.synthetic.moving_objects import moving_objects
+from qsam2.data.unlabelled import OWN_MASKS
+from qsam2.errors import UserError
+
+FAST = ["model.image_size=64", "calibrate.stills=2", "calibrate.clips=1", "calibrate.num_frames=2"]
+FAST += ["quantize.weights.range=minmax", "quantize.activations.range=minmax", "trainer.accelerator=cpu"]
+
+
+def write_frames(folder: Path, count: int) -> Path:
+    """Pictures of a generated video."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        Image.fromarray(moving_objects("val", 1, size=(64, 96))[0].frame(index)).save(folder / f"{index:05d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_frames(tmp_path_factory.mktemp("data") / "pictures", 6)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds one folder of 16 frames."""
+    return write_frames(tmp_path_factory.mktemp("film") / "x", 16).parent
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def quantized(models: dict[str, Path], pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `qsam2 quantize` on pictures."""
+    out = tmp_path_factory.mktemp("quantized") / "run"
+    assert run("quantize", models["float"], "--bits", "w4a8", "--data", pictures, "--out", out, *FAST) == 0
+    return out
+
+
+def check_fidelity_alone(folder: Path) -> None:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name in ("float", "quantized"):
+        assert (metrics[name]["protocol"], metrics[name]["prompts"]) == ("fidelity", OWN_MASKS)
+        assert "J&F" not in metrics[name] and 0 <= metrics[name]["fidelity"] <= 100
+    versus = metrics["quantized"]["versus_float"]
+    assert versus["low"] <= versus["difference"] <= versus["high"]
+    assert json.loads((folder / "card.json").read_text())["prompts"] == OWN_MASKS
+    assert OWN_MASKS in (folder / "card.md").read_text() and OWN_MASKS in (folder / "report.html").read_text()
+
+
+def test_pictures_quantize_a_model(quantized: Path) -> None:
+    check_fidelity_alone(quantized)
+    recipe = qsam2.recipe.load_recipe(quantized / "recipe.yaml")
+    assert (recipe.quantize.weights.bits, recipe.quantize.activations.bits) == (4, 8)
+    assert [spec.split(":")[-1] for spec in (*recipe.data.train, recipe.data.val)] == ["train", "val"]
+
+
+def test_a_film_quantizes_a_model(
+    models: dict[str, Path], film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["quantize", models["float"], "--data", film, "--out", out, *FAST, "evaluate.frames=4"]
+    assert run(*command) == 0
+    said = capsys.readouterr().out
+    for part in (f"recipe: {out / 'recipe.yaml'}", OWN_MASKS, f"{out / 'model.safetensors'}  ", "bits: 8"):
+        assert part in said
+    check_fidelity_alone(out)
+    assert json.loads((out / "report/clips.json").read_text())["clips"]
+    assert run("report", out, out.parent / "run", "--out", tmp_path / "c.html") == 2  # one run twice
+
+
+def test_scores_without_masks_need_a_float_reference(
+    quantized: Path, models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="has no masks, its score is the fidelity to a float model: .* --reference"):
+        qsam2.evaluate(quantized, pictures)
+    with pytest.raises(UserError, match="its score is the fidelity to a float model"):
+        qsam2.evaluate(quantized, pictures, reference=quantized)
+    block = qsam2.evaluate(quantized, pictures, reference=models["float"])
+    assert block["images"] == 6 and block["fidelity"] < 100  # all of them, not the held-out ones alone
+    assert block["versus_reference"]["difference"] == pytest.approx(block["fidelity"] - 100)
+
+
+@pytest.mark.parametrize("protocol", ["davis", "sav"])
+def test_masks_on_disk_score_as_the_model(
+    models: dict[str, Path], tmp_path: Path, protocol: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, saved = tmp_path / "davis", tmp_path / "masks"
+    video = moving_objects("val", 1, size=(64, 96))[0]
+    frames = write_frames(root / "JPEGImages" / "v", 5)
+    truth = root / "Annotations"
+    for index in range(5):
+        masks = video.masks(index)
+        ids = Image.new("P", (96, 64))
+        for item, mask in masks.items():
+            ids.paste(item, mask=Image.fromarray(mask))
+            single = tmp_path / "sav" / "v" / f"{item - 1:03d}" / f"{index:05d}.png"
+            single.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(single)
+        (truth / "v").mkdir(parents=True, exist_ok=True)
+        ids.save(truth / "v" / f"{index:05d}.png")
+    (root / "ImageSets").mkdir()
+    (root / "ImageSets/val.txt").write_text("v\n")
+    block = qsam2.evaluate(models["float"], root, protocol=protocol, save_masks=saved, overrides=FAST[:1])
+    assert len(list(saved.rglob("*.png"))) == len(list(frames.iterdir())) * (len(masks) if protocol == "sav" else 1)
+    json_file = tmp_path / "scores.json"
+    gt = truth if protocol == "davis" else tmp_path / "sav"
+    assert run("evaluate", "--pred", saved, "--gt", gt, "--protocol", protocol, "--json", json_file) == 0
+    scores = json.loads(json_file.read_text())
+    for key in ("J&F", "J", "F"):
+        assert scores[key] == pytest.approx(block[key], abs=1e-9)
+    with pytest.raises(UserError, match="exists already; give a new folder"):
+        qsam2.evaluate(models["float"], root, save_masks=saved)
+
+
+def test_pictures_have_no_tracked_masks(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--save-masks writes tracked masks, but the data holds pictures"):
+        qsam2.evaluate(models["float"], pictures, reference=models["float"], save_masks=tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("bits", "both"), [(8, (8, 8)), ("4", (4, 4)), ("W4A8", (4, 8)), ("4,8", (4, 8)), ("w4", (4, None))]
+)
+def test_bits(bits: int | str, both: tuple[int, int | None]) -> None:
+    assert parse_bits(bits) == both
+
+
+@pytest.mark.parametrize("bits", ["1", "9", "w4a9", "a4", "", "w4a", "4.5"])
+def test_impossible_bits(bits: str) -> None:
+    with pytest.raises(UserError, match="give 2 to 8 for both, as 8"):
+        parse_bits(bits)
+
+
+def test_data_is_recognised(tmp_path: Path, pictures: Path, film: Path) -> None:
+    assert source_of("moving_objects:3") == "moving_objects:3" and source_of("davis:/a:val") == "davis:/a:val"
+    assert source_of(pictures) == f"images:{pictures}" and source_of(film) == f"video:{film}"
+    file = pictures / "00000.png"
+    assert source_of(file) == f"images:{file}"
+    (tmp_path / "a.mp4").write_text("")
+    assert source_of(tmp_path) == f"video:{tmp_path}" and source_of(tmp_path / "a.mp4").startswith("video:")
+    for name in ("JPEGImages", "Annotations"):
+        (tmp_path / name).mkdir()
+    assert source_of(tmp_path) == f"davis:{tmp_path}"
+    with pytest.raises(UserError, match="data 'absent': does not exist; give a folder or file, or KIND:ROOT:SPLIT"):
+        source_of("absent")
+
+
+def test_what_cannot_be_quantized(quantized: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is quantized already: give the float model"):
+        quantize_recipe(quantized)
+    with pytest.raises(UserError, match="quantize=null quantizes nothing"):
+        quantize_recipe(models["float"], overrides=["quantize=null"])
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: mine\nquantize: {weights: {method: minmax, bits: 3}}\n")
+    plan = quantize_recipe(models["float"], recipe, "moving_objects:2", out=tmp_path / "out")
+    assert (plan.name, plan.quantize.weights.bits, plan.data.train) == ("mine", 3, ("moving_objects:2",))
+    assert plan.run_folder == tmp_path / "out" and plan.model.checkpoint == str(models["float"])
+
+
+def test_formats(quantized: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="format 'tflite' is unknown: give onnx or packed"):
+        qsam2.export(quantized, "tflite", tmp_path)
+
+
+def examples() -> dict[str, Any]:
+    return {name: getattr(qsam2, name) for name in dir(qsam2) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", sorted(examples()))
+def test_the_examples_of_docstrings_run(
+    name: str, quantized: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path, target in (("pictures", pictures), ("frames", pictures), ("runs/w8a8", quantized)):
+        if name != "quantize" or path == "pictures":
+            (tmp_path / path).symlink_to(target)
+    found = [test for test in DocTestFinder().find(examples()[name], name, globs={"qsam2": qsam2}) if test.examples]
+    assert found, f"{name} has no example"
+    for test in found:
+        assert DocTestRunner().run(test).failed == 0
+
+
+def test_the_names_that_the_library_offers() -> None:
+    assert shlex.split("evaluate export image_predictor load quantize video_predictor") == sorted(examples())
