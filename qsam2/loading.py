@@ -123,6 +123,11 @@ def load(
 
     Raises:
         UserError: there is no such model, it cannot be read, an override is wrong, or the device is not there.
+
+    Example:
+        >>> model = qsam2.load("nano")
+        >>> model.image_size
+        320
     """
     device = _checked_device(device)
     loaded, recipe = load_model(model, [*FAST_MEMORY, *overrides] if fast else overrides)
@@ -136,7 +141,16 @@ def load(
 def image_predictor(
     model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu", fast: bool = False
 ) -> SAM2ImagePredictor:
-    """`sam2`'s `SAM2ImagePredictor` over any MODEL, at the model's own resolution. Arguments and errors as `load`."""
+    """`sam2`'s `SAM2ImagePredictor` over any MODEL, at the model's own resolution. Arguments and errors as `load`.
+
+    Example:
+        >>> import numpy as np
+        >>> predictor = qsam2.image_predictor("nano")
+        >>> predictor.set_image(np.zeros((240, 320, 3), dtype=np.uint8))
+        >>> masks, scores, logits = predictor.predict(np.array([[160, 120]]), np.array([1]))
+        >>> masks.shape  # three masks of the click, with the IoU that is predicted of each in `scores`
+        (3, 240, 320)
+    """
     return predictor_of(load(model, overrides, device=device, fast=fast))
 
 
@@ -148,6 +162,13 @@ def video_predictor(
     `init_state` takes a folder of JPEG or PNG frames or a video file (`read_video`), or frames. Masks are those of
     `sam2`'s predictor, but the state is bounded: a frame that was forgotten cannot be corrected, which is a UserError
     (`overrides=["memory.bounded=false"]` keeps everything, as `sam2` does). Arguments and errors as `load`.
+
+    Example:
+        >>> predictor = qsam2.video_predictor("nano")
+        >>> state = predictor.init_state("frames")  # a folder of frames, or a video file
+        >>> _ = predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=[[48, 32]], labels=[1])
+        >>> for frame, objects, logits in predictor.propagate_in_video(state):
+        ...     masks = logits[:, 0] > 0  # (objects, height, width)
     """
     predictor = load(model, ["memory.bounded=true", *overrides], device=device, fast=fast)
     predictor.video_reader = read_video

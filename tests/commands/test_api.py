@@ -18,6 +18,7 @@ from qsam2.data.sources import source_of
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.unlabelled import OWN_MASKS
 from qsam2.errors import UserError
+from qsam2.recipe import load_recipe
 
 FAST = ["model.image_size=64", "calibrate.stills=2", "calibrate.clips=1", "calibrate.num_frames=2"]
 FAST += ["quantize.weights.range=minmax", "quantize.activations.range=minmax", "trainer.accelerator=cpu"]
@@ -67,7 +68,7 @@ def check_fidelity_alone(folder: Path) -> None:
 
 def test_pictures_quantize_a_model(quantized: Path) -> None:
     check_fidelity_alone(quantized)
-    recipe = qsam2.recipe.load_recipe(quantized / "recipe.yaml")
+    recipe = load_recipe(quantized / "recipe.yaml")
     assert (recipe.quantize.weights.bits, recipe.quantize.activations.bits) == (4, 8)
     assert [spec.split(":")[-1] for spec in (*recipe.data.train, recipe.data.val)] == ["train", "val"]
 
@@ -83,7 +84,6 @@ def test_a_film_quantizes_a_model(
         assert part in said
     check_fidelity_alone(out)
     assert json.loads((out / "report/clips.json").read_text())["clips"]
-    assert run("report", out, out.parent / "run", "--out", tmp_path / "c.html") == 2  # one run twice
 
 
 def test_scores_without_masks_need_a_float_reference(
@@ -188,6 +188,8 @@ def test_the_examples_of_docstrings_run(
     name: str, quantized: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for amount, value in {"STILLS": 1, "CLIPS": 1, "CLIP_FRAMES": 2}.items():
+        monkeypatch.setattr(f"qsam2.api.{amount}", value)
     (tmp_path / "runs").mkdir()
     for path, target in (("pictures", pictures), ("frames", pictures), ("runs/w8a8", quantized)):
         if name != "quantize" or path == "pictures":
