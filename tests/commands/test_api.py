@@ -122,7 +122,7 @@ def test_masks_on_disk_score_as_the_model(
     (root / "ImageSets").mkdir()
     (root / "ImageSets/val.txt").write_text("v\n")
     block = qsam2.evaluate(models["float"], root, protocol=protocol, save_masks=saved, overrides=FAST[:1])
-    assert len(list(saved.rglob("*.png"))) == len(list(frames.iterdir())) * (len(masks) if protocol == "sav" else 1)
+    assert len(list(saved.rglob("*.png"))) == len(list(frames.iterdir())) * (len(seen) if protocol == "sav" else 1)
     json_file = tmp_path / "scores.json"
     gt = truth if protocol == "davis" else tmp_path / "sav"
     assert run("evaluate", "--pred", saved, "--gt", gt, "--protocol", protocol, "--json", json_file) == 0
