@@ -111,7 +111,7 @@ def test_masks_on_disk_score_as_the_model(
     seen = {item for index in range(5) for item, mask in video.masks(index).items() if mask.any()}
     for index in range(5):
         masks = {item: mask for item, mask in video.masks(index).items() if item in seen}
-        ids = Image.new("P", (96, 64))
+        ids = Image.new("L", (96, 64))
         for item, mask in masks.items():
             ids.paste(item, mask=Image.fromarray(mask))
             single = tmp_path / "sav" / "v" / f"{item - 1:03d}" / f"{index:05d}.png"
