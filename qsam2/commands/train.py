@@ -12,6 +12,7 @@ EPILOG = """examples:
   qsam2 train recipes/demo.yaml
   qsam2 train recipes/qat_w4a4.yaml data.train=davis data.root=/data/DAVIS trainer.max_steps=2000
   qsam2 train recipes/qat_w4a4.yaml debug=fast
+  qsam2 train recipes/ptq_w4a4.yaml --dry-run
 
 Every key of a recipe can be set as key=value with dots; qsam2/recipe/ documents them. The same command resumes a run
 that was stopped. debug=fast runs two steps of everything, debug=overfit one clip, debug=profile shows the time."""
@@ -20,16 +21,22 @@ that was stopped. debug=fast runs two steps of everything, debug=overfit one cli
 def add_train(commands: Commands) -> None:
     """The parser of `qsam2 train`."""
     parser = commands.add_parser("train", **texts("carry out a recipe: quantize, train, score", EPILOG))
-    parser.usage = "%(prog)s [-h] RECIPE [key=value ...]"
+    parser.usage = "%(prog)s [-h] RECIPE [--dry-run] [key=value ...]"
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, as in recipes/")
+    parser.add_argument("--dry-run", action="store_true", help="show keys, layers and bits, and an estimate of time")
     parser.set_defaults(run=_train)
 
 
-def _train(given: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> None:
     from qsam2.recipe import load_recipe
 
-    recipe = load_recipe(given.recipe, [*_agents_overrides(), *given.overrides])
+    recipe = load_recipe(options.recipe, [*_agents_overrides(), *options.overrides])
     quiet_logs()
+    if options.dry_run:
+        from qsam2.report.plan import plan
+
+        print(plan(recipe))
+        return
     from qsam2.pipeline import run_recipe  # imports torch: a mistake in the recipe should not wait for it
     from qsam2.report.summary import results_table
     from qsam2.run_folder import alone_in, is_first_rank

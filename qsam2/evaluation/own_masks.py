@@ -36,20 +36,39 @@ STABILITY_LOGIT = 1.0
 
 
 class OwnMasks:
-    """A float model as a `Labeller`: masks of up to `max_objects` disjoint objects, the surest first."""
+    """A float model as a `Labeller`: masks of up to `max_objects` disjoint objects, the surest first.
+
+    Each clip is labelled once: its masks are kept, a bit per pixel, for the passes of calibration.
+    """
 
     def __init__(self, model: SAM2, max_objects: int) -> None:
         self.model, self.max_objects = model, max_objects
+        self._packed: dict[tuple[str, ...], list[dict[int, np.ndarray]]] = {}
 
     def first(self, video: Video) -> Masks:
-        return own_masks(self.model, video.frame(0), self.max_objects)
+        return self._labelled(video, 1)[0]
 
     def tracked(self, video: Video) -> list[Masks]:
-        masks = self.first(video)
-        if len(video) == 1 or not masks:
-            return [masks] * len(video)
-        tracked = track(self.model, video, {0: masks}, length=len(video), non_overlapping=True)
-        rest = [{item: frames[index] for item, frames in tracked.items()} for index in range(1, len(video))]
+        return self._labelled(video, len(video))
+
+    def _labelled(self, video: Video, length: int) -> list[Masks]:
+        """Masks of the first `length` frames."""
+        key = (video.name, *video.frame_names[:length])
+        if key not in self._packed:
+            frames = self._track(video, length)
+            self._packed[key] = [{item: np.packbits(mask) for item, mask in masks.items()} for masks in frames]
+        pixels = video.size[0] * video.size[1]
+        return [
+            {item: np.unpackbits(bits, count=pixels).reshape(video.size).astype(bool) for item, bits in masks.items()}
+            for masks in self._packed[key]
+        ]
+
+    def _track(self, video: Video, length: int) -> list[Masks]:
+        masks = own_masks(self.model, video.frame(0), self.max_objects)
+        if length == 1 or not masks:
+            return [masks] * length
+        tracked = track(self.model, video, {0: masks}, length=length, non_overlapping=True)
+        rest = [{item: frames[index] for item, frames in tracked.items()} for index in range(1, length)]
         return [masks, *rest]
 
 
@@ -117,9 +136,10 @@ def label_videos(videos: Sequence[Video], model: SAM2, max_objects: int) -> list
     if has_masks(videos):
         return list(videos)
     kept: list[Video] = []
+    labeller = OwnMasks(model, max_objects)
     for video in videos:
         if isinstance(video, Unlabelled):
-            video.labeller = OwnMasks(model, max_objects)
+            video.labeller = labeller
         if video.masks(0):
             kept.append(video)
     if not kept:
@@ -134,9 +154,11 @@ def label_videos(videos: Sequence[Video], model: SAM2, max_objects: int) -> list
 
 def label_sources(sources: Sequence[Source], model: SAM2, max_objects: int) -> None:
     """Have a float model make the masks of sources without masks, when they are drawn from."""
-    for video in (video for source in sources for video in source.videos):
-        if isinstance(video, Unlabelled):
-            video.labeller = OwnMasks(model, max_objects)
+    for source in sources:
+        labeller = OwnMasks(model, max_objects)
+        for video in source.videos:
+            if isinstance(video, Unlabelled):
+                video.labeller = labeller
 
 
 def label_footage(run: Run) -> None:
