@@ -38,7 +38,7 @@ from qsam2.recipe import load_recipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
 from qsam2.run_folder import RunFolder
 from qsam2.train.losses import embedding_distillation
-from qsam2.train.module import VideoSegmentation
+from qsam2.train.video_training import VideoSegmentation
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"

@@ -17,8 +17,8 @@ from qsam2.evaluation.float_scores import Scored, kept
 from qsam2.evaluation.images import ITEM_KEYS, score_stills
 from qsam2.evaluation.mask_files import check_masks_folder, write_masks
 from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
-from qsam2.evaluation.module import VideoScoring
 from qsam2.evaluation.own_masks import label_videos
+from qsam2.evaluation.video_scoring import VideoScoring
 from qsam2.fast.model import FAST_MEMORY, FastSAM2, make_fast
 from qsam2.layers.convert import quantizers
 from qsam2.loading import load_model

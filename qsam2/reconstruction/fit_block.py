@@ -30,9 +30,9 @@ from qsam2.reconstruction.rounding import (
     soft_roundings,
     soften_weights,
 )
-from qsam2.train.module import attention_backend
 from qsam2.train.optimizer import QUANTIZER_EPS, cosine_share
 from qsam2.train.trainer import build_trainer
+from qsam2.train.video_training import attention_backend
 
 
 @dataclass(frozen=True)

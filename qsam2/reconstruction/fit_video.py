@@ -25,9 +25,9 @@ from qsam2.recipe.reconstruct import HierarchyRecipe
 from qsam2.reconstruction.blocks import Scale
 from qsam2.reconstruction.rounding import harden, learn_steps, learned_steps
 from qsam2.train.losses import embedding_distillation, mask_distillation
-from qsam2.train.module import attention_backend
 from qsam2.train.optimizer import QUANTIZER_EPS, cosine_share
 from qsam2.train.trainer import build_trainer
+from qsam2.train.video_training import attention_backend
 
 JUDGED = 4
 """Steps whose mean loss judges a fit: the first clips of each scale."""

@@ -25,7 +25,7 @@ from wandb_file import records
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
-from qsam2.train import module
+from qsam2.train import video_training as module
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ SIGKILLED = """
 import os, signal, sys
 from lightning.pytorch.callbacks import Callback
 from qsam2.cli import main
-from qsam2.train import module
+from qsam2.train import video_training as module
 
 class Kill(Callback):
     def on_train_batch_end(self, trainer, *_):

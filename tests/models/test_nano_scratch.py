@@ -7,7 +7,7 @@ from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.models import build_sam2
 from qsam2.models.nano.scratch import initialise
 from qsam2.recipe import build_recipe
-from qsam2.train.module import VideoTraining
+from qsam2.train.video_training import VideoTraining
 
 
 @pytest.fixture(scope="module")

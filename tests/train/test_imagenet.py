@@ -15,8 +15,8 @@ from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
 from qsam2.recipe.recipe import TrainRecipe
 from qsam2.train.imagenet import BLOCKS, ImageNetDistillation
-from qsam2.train.module import VideoTraining
 from qsam2.train.trainer import build_trainer
+from qsam2.train.video_training import VideoTraining
 
 
 def test_heads_that_say_nothing_leave_all_variance_unexplained(model: SAM2, batch: BatchedVideoDatapoint) -> None:

@@ -15,8 +15,8 @@ from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import LSCSpec, LSQSpec
 from qsam2.recipe.recipe import TrainerRecipe, TrainRecipe
-from qsam2.train.module import VideoTraining
 from qsam2.train.optimizer import adamw, cosine_share, parameter_groups
+from qsam2.train.video_training import VideoTraining
 
 STEPS = 8
 

@@ -14,14 +14,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
-import qsam2.train.module
+import qsam2.train.video_training
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
-from qsam2.train.module import VideoTraining
 from qsam2.train.prompts import record_clicks, set_prompts
 from qsam2.train.trainer import build_trainer
+from qsam2.train.video_training import VideoTraining
 
 CLICKS = {"conditioning_frames": 1, "correction_frames": 1, "correction_clicks": 1}
 
@@ -107,7 +107,7 @@ def test_a_processor_without_bf16_products_is_warned_of(
     able: bool,
     warned: int,
 ) -> None:
-    monkeypatch.setattr(qsam2.train.module, "multiplies_bf16", lambda: able)
+    monkeypatch.setattr(qsam2.train.video_training, "multiplies_bf16", lambda: able)
     module = VideoTraining(model, TrainRecipe(), max_steps=1)
     fit(module, [batch], tmp_path, precision=precision)
     assert sum("trainer.precision=32-true is several times faster" in message for message in caplog.messages) == warned
