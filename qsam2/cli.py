@@ -18,6 +18,7 @@ from qsam2.commands.evaluate import add_evaluate
 from qsam2.commands.export import add_export
 from qsam2.commands.predict import add_predict
 from qsam2.commands.quantize import add_quantize
+from qsam2.commands.recipes import add_recipes
 from qsam2.commands.report import add_report
 from qsam2.commands.sensitivity import add_sensitivity
 from qsam2.commands.sweep import add_sweep
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qsam2 {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_quantize(commands)
+    add_recipes(commands)
     add_train(commands)
     add_evaluate(commands)
     add_predict(commands)
@@ -145,7 +147,3 @@ def _stop_without(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_S)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -43,7 +43,7 @@ def add_sweep(commands: Commands) -> None:
         parser = commands.add_parser(word, **texts("carry out many runs of a recipe and compare them", EPILOG))
         parser.usage = """%(prog)s [-h] FILE [--output DIR] [--jobs N] [--dry-run] [key=value ...]
        sweeps: [--count N]    tables: [--keep RESULTS] [--write DOCUMENT] [--render] [--only RUN]"""
-        parser.add_argument("file", type=Path, metavar="FILE", help="YAML, as in recipes/sweeps/ and recipes/tables/")
+        parser.add_argument("file", type=Path, metavar="FILE", help="YAML, or a name that qsam2 recipes lists")
         parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs (default: runs/sweeps/NAME)")
         parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
         parser.add_argument("--dry-run", action="store_true", help="list the runs and estimate their time")

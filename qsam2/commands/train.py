@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from qsam2.commands.common import Commands, quiet_logs, texts
 
 EPILOG = """examples:
-  qsam2 train recipes/demo.yaml
-  qsam2 train recipes/qat_w4a4.yaml data.train=davis data.root=/data/DAVIS trainer.max_steps=2000
+  qsam2 train demo
+  qsam2 train qat_w4a4 data.train=davis data.root=/data/DAVIS trainer.max_steps=2000
   qsam2 train recipes/qat_w4a4.yaml debug=fast
-  qsam2 train recipes/ptq_w4a4.yaml --dry-run
+  qsam2 train ptq_w4a4 --dry-run
 
-Every key of a recipe can be set as key=value with dots; qsam2/recipe/ documents them. The same command resumes a run
-that was stopped. debug=fast runs two steps of everything, debug=overfit one clip, debug=profile shows the time."""
+Every key of a recipe can be set as key=value with dots; key={} resets a section to its defaults, key=null leaves it
+out. The same command resumes a run that was stopped.
+debug=fast runs two steps of everything, debug=overfit one clip, debug=profile shows the time."""
 
 
 def add_train(commands: Commands) -> None:
     """The parser of `qsam2 train`."""
     parser = commands.add_parser("train", **texts("carry out a recipe: quantize, train, score", EPILOG))
     parser.usage = "%(prog)s [-h] RECIPE [--dry-run] [key=value ...]"
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, as in recipes/")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that qsam2 recipes lists")
     parser.add_argument("--dry-run", action="store_true", help="show keys, layers and bits, and an estimate of time")
     parser.set_defaults(run=_train)
 

@@ -1,18 +1,22 @@
-"""YAML and `key=value` into a `Recipe`, with errors that name the key, what was given and what is allowed."""
+"""Recipe files and `key=value` overrides into a `Recipe`: bases, values by size, debug presets."""
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from qsam2.errors import UserError
-from qsam2.recipe.recipe import Recipe
-from qsam2.recipe.section import describe
+from qsam2.recipe.recipe import ModelRecipe, Recipe, Size
+from qsam2.recipe.section import describe, did_you_mean
+from qsam2.recipe.shipped import Kind, find
+
+SIZES: tuple[str, ...] = get_args(Size)
 
 DEBUG_PRESETS: dict[str, dict[str, Any]] = {
     # A few steps of everything: does it run at all?
@@ -66,69 +70,142 @@ for _kind, (_pattern, _first) in _SCALARS.items():
         _dialect.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of a YAML file, changed by `key=value` overrides with dotted keys, on top of its debug preset.
+def load_recipe(file: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of a YAML file, or the shipped one of this name, changed by `key=value` overrides.
+
+    From the bottom up: the recipe that `base` names, the file, its `sizes` for the model's size, the debug preset, the
+    overrides.
 
     Raises:
         UserError: no such file, no YAML, an unknown key or an impossible value.
     """
-    return build_recipe(read_yaml(path, "recipe", "recipes/"), overrides)
-
-
-def read_yaml(path: str | Path, what: str, where: str) -> dict[str, Any]:
-    """The `key: value` pairs of a file; errors call it `what` and name the folder `where` qsam2's own are.
-
-    Raises:
-        UserError: no such file, or it holds something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{what} {path} does not exist; {where} holds the ones that come with qsam2")
-    try:
-        values = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{what} {path} holds no `key: value` pairs")
-    return values
+    overrides = list(overrides)
+    return build_recipe(read_recipe(file, overrides), overrides)
 
 
 def build_recipe(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
     """A recipe from plain values, changed by `key=value` overrides (see `load_recipe`)."""
-    given = parse_overrides(overrides)
-    preset = given.get("debug", values.get("debug"))
-    laid = DEBUG_PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-    merged = merge(values, _without_absent(laid, merge(values, given)))
+    overrides = list(overrides)
+    values = _resolve([dict(values)], overrides, "recipe")
+    final = override(values, overrides)
+    preset = DEBUG_PRESETS.get(final["debug"], {}) if isinstance(final.get("debug"), str) else {}
     try:
-        recipe = Recipe.model_validate(merge(merged, given))
+        recipe = Recipe.model_validate(override(merge(values, _without_absent(preset, final)), overrides))
     except ValidationError as error:
         raise UserError(describe(error, Recipe, "recipe")) from error
     return recipe.model_copy(update={"debug": None})  # resolved: a second load must not lay the preset over overrides
 
 
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["a.b=1"]` as `{"a": {"b": 1}}`; values are YAML."""
-    given: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"{override!r} is no override; write key=value with a dotted key, as trainer.max_steps=100")
+def read_recipe(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Values of a recipe file, its `base` and `sizes` resolved; the overrides are not applied, but may set the size.
+
+    Raises:
+        UserError: see `read_yaml`; `base` or `sizes` cannot be used.
+    """
+    layers: list[dict[str, Any]] = []
+    path, chain = find(file, "recipe"), [str(file)]
+    seen = [path.resolve()]
+    while True:
+        layers.insert(0, read_yaml(path, "recipe"))
+        base = layers[0].pop("base", None)
+        if base is None:
+            return _resolve(layers, overrides, f"recipe {file}")
+        beside, chain = path.parent / str(base), [*chain, str(base)]
         try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{override!r}: {text!r} is not a valid YAML value") from error
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        given = merge(given, value)
-    return given
+            path = beside if beside.is_file() else find(str(base), "recipe")
+        except UserError as error:
+            raise UserError(f"recipe {path}: base: {error}") from error
+        if path.resolve() in seen:
+            raise UserError(f"recipe {file}: base leads back to itself ({' -> '.join(chain)}): remove one base")
+        seen.append(path.resolve())
+
+
+def read_yaml(file: str | Path, kind: Kind) -> dict[str, Any]:
+    """The `key: value` pairs of a file, or of the shipped one of this name.
+
+    Raises:
+        UserError: no such file, or it holds something else.
+    """
+    path = find(file, kind)
+    try:
+        values = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{kind} {file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{kind} {file} holds no `key: value` pairs")
+    return values
+
+
+def _resolve(layers: Sequence[dict[str, Any]], overrides: Iterable[str], what: str) -> dict[str, Any]:
+    """Layers of values, the lowest first, as one; each layer's `sizes` lie directly over it."""
+    sources = (override({}, overrides), *reversed(layers))
+    size = next((size for source in sources if (size := _size(source)) is not None), ModelRecipe().size)
+    values: dict[str, Any] = {}
+    for layer in layers:
+        sizes = layer.get("sizes") or {}
+        values = merge(values, {key: value for key, value in layer.items() if key != "sizes"})
+        for part in _parts(sizes, str(size), what):
+            values = merge(values, part)
+    return values
+
+
+def _parts(sizes: Any, size: str, what: str) -> Iterator[Mapping[str, Any]]:
+    """The values of `sizes` whose pattern matches a size."""
+    if not isinstance(sizes, Mapping):
+        raise UserError(f"{what}: sizes={sizes!r}: give a mapping from sizes to values, as sizes: {{nano*: {{...}}}}")
+    for pattern, part in sizes.items():
+        if not fnmatch.filter(SIZES, str(pattern)):
+            hint = did_you_mean(str(pattern), SIZES)
+            raise UserError(f"{what}: sizes.{pattern} matches no size: there are {', '.join(SIZES)}{hint}")
+        if not isinstance(part, Mapping) or _size(part) is not None:
+            raise UserError(f"{what}: sizes.{pattern}={part!r}: give a mapping of recipe keys other than model.size")
+        if fnmatch.fnmatchcase(size, str(pattern)):
+            yield part
+
+
+def _size(values: Mapping[str, Any]) -> Any:
+    model = values.get("model")
+    return model.get("size") if isinstance(model, Mapping) else None
+
+
+def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Values changed by `key=value` overrides, one after another: `a.b=1`, `a={}` (defaults), `a=null` (none).
+
+    Raises:
+        UserError: an override is not written so, or its value is not YAML.
+    """
+    changed = dict(values)
+    for text in overrides:
+        changed = merge(changed, _parse(text))
+    return changed
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """`"a.b=1"` as `{"a": {"b": 1}}`; the value is YAML."""
+    key, equals, written = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"{text!r} is no override; write key=value with a dotted key, as trainer.max_steps=100")
+    try:
+        value = yaml.load(written, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{text!r}: {written!r} is not a valid YAML value") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`["a.b=1"]` as `{"a": {"b": 1}}`, the last override of a key winning; raises UserError as `override`."""
+    return override({}, overrides)
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`below` with the values of `above` laid over it, mappings merged key by key."""
+    """`below` with the values of `above` laid over it: mappings merged key by key, an empty one replaces."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        joins = isinstance(old, Mapping) and isinstance(value, Mapping) and len(value) > 0
+        merged[key] = merge(old, value) if joins else value  # type: ignore[arg-type]
     return merged
 
 

@@ -17,8 +17,15 @@ QUANTIZERS = ("quantize.weights", "quantize.activations")
 
 INTRODUCTION = """# Recipe keys
 
-Every key of a recipe can stand in its YAML file and be overridden on the command line, as `train.lr=1e-4`. The tables
-are generated from the schema (`qsam2/recipe/`)."""
+Every key of a recipe can stand in its YAML file and be overridden on the command line: `train.lr=1e-4`. `key={}` resets
+a section to its defaults, `key=null` leaves it out. The tables are generated from the schema (`qsam2/recipe/`).
+
+Two keys stand in files alone and are resolved when the file is read:
+
+| key | meaning |
+|---|---|
+| `base` | Recipe that the file lies over: a path relative to the file, or a name that `qsam2 recipes` lists. |
+| `sizes` | Values by model size, laid over those of the file, as `sizes: {nano*: {train: {lr: 1e-4}}}`. |"""
 
 
 def reference() -> str:

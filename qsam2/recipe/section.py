@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Section(BaseModel):
@@ -17,6 +17,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        """`key=null` resets a section that cannot be left out to its defaults."""
+        if not isinstance(values, dict):
+            return values
+        fixed = {key for key, field in cls.model_fields.items() if _is_section(field.annotation)}
+        return {key: value for key, value in values.items() if value is not None or key not in fixed}
 
 
 def describe(error: ValidationError, schema: type[BaseModel], kind: str) -> str:
@@ -90,9 +99,13 @@ def _follow(location: Iterable[Any], schema: type[BaseModel]) -> tuple[list[Any]
     return keys, holders, types
 
 
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def _members(annotation: Any) -> list[Any]:
     """Models and mappings of an annotation; unions, tuples and annotated types are opened."""
-    if typing.get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+    if typing.get_origin(annotation) is dict or _is_section(annotation):
         return [annotation]
     return [member for argument in typing.get_args(annotation) for member in _members(argument)]
 

@@ -49,7 +49,7 @@ def run_agent(sweep: Sweep, folder: Path, *, runs: int | None, jobs: int) -> Non
 
 def _online_config(sweep: Sweep) -> dict[str, Any]:
     """Content of the file, with the user's overrides in its command."""
-    config = read_yaml(sweep.file, "sweep", "recipes/sweeps/")
+    config = read_yaml(sweep.file, "sweep")
     words = list(sweep.definition.command)
     place = words.index(ARGUMENTS)
     overrides = [word for word in sweep.overrides if word not in words]

@@ -40,12 +40,12 @@ LOSSES = ("mask", "dice", "iou", "class", "distill_imagenet", "distill_masks", "
 
 def is_table(path: Path) -> bool:
     """Whether a file has a table's format; raises UserError if it cannot be read."""
-    return "methods" in read_yaml(path, "sweep", "recipes/sweeps/ and recipes/tables/")
+    return "methods" in read_yaml(path, "sweep")
 
 
 def read_definition(path: Path, schema: type[S], kind: Literal["sweep", "table"]) -> S:
     """The content of a sweep's or table's file; raises UserError if it is no such file."""
-    values = read_yaml(path, kind, f"recipes/{kind}s/")
+    values = read_yaml(path, kind)
     try:
         return schema.model_validate(values)
     except ValidationError as error:

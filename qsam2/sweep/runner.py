@@ -24,7 +24,7 @@ from qsam2.errors import UserError
 LOG = "log.txt"
 """Output of a run, in its folder."""
 
-QSAM2 = (sys.executable, "-m", "qsam2.cli")
+QSAM2 = (sys.executable, "-m", "qsam2")
 POLL_S = 1.0
 """Time between two looks at the curves of a run that may be stopped early."""
 

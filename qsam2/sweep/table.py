@@ -14,8 +14,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, build_recipe
-from qsam2.recipe.load import merge, parse_overrides, read_yaml
+from qsam2.recipe.load import override, read_recipe
 from qsam2.recipe.section import Section
+from qsam2.recipe.shipped import find
 from qsam2.sweep.definition import Values, as_text, read_definition
 
 FLOAT = "float"
@@ -98,7 +99,7 @@ class TableRun:
 
 def load_table(path: str | Path) -> TableDefinition:
     """Read a table's file; raises UserError if it is no table."""
-    path = Path(path)
+    path = find(path, "table")
     table = read_definition(path, TableDefinition, "table")
     for cross in table.runs:
         for axis in AXES:
@@ -109,7 +110,8 @@ def load_table(path: str | Path) -> TableDefinition:
                         f"table {path}: runs names the {axis} {name!r}, which {axis}s lacks; it has "
                         f"{', '.join(map(repr, table.axis(axis)))}; did you mean {near!r}?"
                     )
-    return table.model_copy(update={"recipe": path.parent / table.recipe})
+    beside = path.parent / table.recipe
+    return table.model_copy(update={"recipe": beside if beside.is_file() else table.recipe})
 
 
 def table_runs(table: TableDefinition, output: Path, overrides: Iterable[str] = ()) -> list[TableRun]:
@@ -163,8 +165,8 @@ def _table_run(table: TableDefinition, names: Place, seed: int, output: Path, ov
     first = next(iter(table.sets.values()))
     try:
         texts = [text for layer in layers for text in as_text(layer)]
-        changes = parse_overrides([*texts, *first.overrides, *overrides, f"seed={seed}"])
-        values = merge(read_yaml(table.recipe, "recipe", "recipes/"), changes)
+        changes = [*texts, *first.overrides, *overrides, f"seed={seed}"]
+        values = override(read_recipe(table.recipe, changes), changes)
         recipe = build_recipe(values, as_text(own))
     except UserError as error:
         raise UserError(f"table {table.name}, {', '.join(part for part in names if part)}: {error}") from error

@@ -108,7 +108,7 @@ def largest_file(size_bytes: int) -> Iterator[None]:
         (["train", "r.yaml", "--steps", "3"], "unknown argument '--steps': a key of the recipe is written key=value"),
         (["train", "r.yaml", "--trainer.max_steps=3"], "unknown argument '--trainer.max_steps=3'"),
         (["train", "r.yaml", "nano"], "unknown argument 'nano': a key of the recipe is written key=value"),
-        (["train", "absent.yaml"], "recipe absent.yaml does not exist; recipes/ holds the ones"),
+        (["train", "absent.yaml"], "recipe absent.yaml does not exist: give a file, or a name"),
         (["train", "absent.yaml", "=3"], "recipe absent.yaml does not exist"),
         (["evaluate"], "nothing to score: give a MODEL (run folder, file or size), or --pred DIR --gt DIR"),
         (["evaluate", "model.size=nano"], "nothing to score: give a MODEL"),

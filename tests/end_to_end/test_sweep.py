@@ -67,7 +67,7 @@ def said(sweep: Path, killed: dict[Path, int]) -> str:
 
 def begin(sweep: Path, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "qsam2.cli", "sweep", str(sweep / "four.yaml"), "--output", str(sweep / "out"), *flags],
+        [sys.executable, "-m", "qsam2", "sweep", str(sweep / "four.yaml"), "--output", str(sweep / "out"), *flags],
         cwd=sweep,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_SILENT": "true", "NETRC": "none"},
         stdout=subprocess.PIPE,

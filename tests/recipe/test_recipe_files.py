@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from qsam2.sweep.table_definition import load_table
 from safetensors import safe_open
 
-import qsam2
 from qsam2.pipeline import run_recipe
-from qsam2.recipe import load_recipe
+from qsam2.recipe import build_recipe, load_recipe, save_recipe
+from qsam2.recipe.load import SIZES
+from qsam2.recipe.recipe import PromptRecipe
+from qsam2.recipe.shipped import Kind, shipped
+from qsam2.sweep.definition import load_sweep
 
-RECIPES = sorted((Path(qsam2.__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = shipped("recipe")
 SMALL = (
     "debug=fast",
     "model.size=nano",
@@ -27,35 +33,50 @@ SMALL = (
 )
 
 
-def test_the_recipes_of_the_readme_are_there() -> None:
-    expected = {"demo", "pretrain_nano", "qat_w4a4", "qat_w2a4", "ptq_w8a8", "ptq_w4a4"}
-    assert {path.stem for path in RECIPES} >= expected
+META = {"lr": 5e-6, "image_encoder_lr": 3e-6, "layer_decay": 0.9}
+NANO = {"lr": 1e-4, "image_encoder_lr": 1e-4, "layer_decay": 1.0}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_fits_the_schema(path: Path) -> None:
-    recipe = load_recipe(path)
-    assert recipe.name.replace("-", "_") == path.stem
-    assert path.read_text().startswith("# "), "a recipe begins with a comment that says what it shows"
-    given = yaml.safe_load(path.read_text())
-    resolved = recipe.model_dump(mode="json")
-    assert given.keys() <= resolved.keys()
-    bits = {part: spec["bits"] for part, spec in (given.get("quantize") or {}).items() if "bits" in spec}
-    if named := re.search(r"_w(\d)a(\d)", path.stem):
-        assert bits == {"weights": int(named[1]), "activations": int(named[2])}
-    if path.stem.startswith(("ptq", "qat")):
-        assert (recipe.train is not None) == path.stem.startswith("qat")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_fits_the_schema(name: str, size: str) -> None:
+    recipe = load_recipe(name, [f"model.size={size}"])
+    assert recipe.name.replace("-", "_") == Path(name).name
+    assert RECIPES[name].read_text().startswith("# "), "a recipe begins with a comment that says what it shows"
+    if named := re.search(r"_w(\d)a(\d)", name):
+        assert (recipe.quantize.weights.bits, recipe.quantize.activations.bits) == (int(named[1]), int(named[2]))
+    if name.startswith(("ptq", "qat")):
+        assert (recipe.train is not None) == name.startswith("qat")
+    assert build_recipe(yaml.safe_load(save_recipe(recipe))) == recipe  # resolved: neither base nor sizes
+
+
+@pytest.mark.parametrize(("kind", "load"), [("sweep", load_sweep), ("table", load_table)])
+def test_sweeps_and_tables_fit_theirs(kind: Kind, load: Callable[[str], Any]) -> None:
+    for name, file in shipped(kind).items():
+        assert load(name) and file.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("name", "scale"), [("qat_w4a4", 1), ("qat_mixed", 1), ("qat_w2a4", 3)])
+def test_official_sizes_train_as_meta_does_and_nano_as_it_was_pretrained(name: str, scale: int, size: str) -> None:
+    recipe, nano = load_recipe(name, [f"model.size={size}"]), size.startswith("nano")
+    rates = NANO if nano else META
+    expected = {key: value if key == "layer_decay" else pytest.approx(scale * value) for key, value in rates.items()}
+    assert {key: getattr(recipe.train, key) for key in rates} == expected
+    assert (recipe.train.prompts == PromptRecipe()) != nano
+    assert (recipe.data.num_frames, recipe.data.max_objects) == ((4, 2) if nano else (8, 3))
+    assert recipe.trainer.gradient_clip == (1.0 if nano else 0.1)
+    assert recipe.train.distill.mask_logits == 20.0 and recipe.calibrate.weights.method == "frobenius"
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=() if path.stem == "demo" else pytest.mark.prove, id=path.stem) for path in RECIPES],
+    "name", [pytest.param(n, marks=() if n == "demo" else pytest.mark.prove) for n in RECIPES if "/" not in n]
 )
 @pytest.mark.slow
-def test_runs_for_two_steps(path: Path, tmp_path: Path) -> None:
-    reconstructs = load_recipe(path).reconstruct is not None
+def test_runs_for_two_steps(name: str, tmp_path: Path) -> None:
+    reconstructs = load_recipe(name).reconstruct is not None
     few = ["reconstruct.blocks=[image_encoder.neck, obj_ptr_proj]"] if reconstructs else []
-    recipe = load_recipe(path, [*SMALL, *few, f"output={tmp_path}"])
+    recipe = load_recipe(name, [*SMALL, *few, f"output={tmp_path}"])
     assert recipe.trainer.max_steps == 2
     metrics = run_recipe(recipe)
     models = {"float", "ptq", "quantized"} if recipe.quantize else {"float"}

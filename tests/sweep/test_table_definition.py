@@ -112,7 +112,7 @@ def test_what_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) 
 
 
 def test_a_file_that_is_no_table(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="table .*none.yaml does not exist; recipes/tables/ holds"):
+    with pytest.raises(UserError, match="table .*none.yaml does not exist: give a file, or a name"):
         load_table(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UserError, match="holds no `key: value` pairs"):
