@@ -33,6 +33,7 @@ FLOORS = (
     ("api",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {part: level for level, parts in enumerate(FLOORS) for part in parts}
 

@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, Any]:
     ("arguments", "texts"),
     [
         (["--help"], ["train", "evaluate", "COMMAND"]),
-        (["train", "--help"], ["examples:", "qsam2 train recipes/demo.yaml", "debug=fast", "RECIPE", "resumes"]),
+        (["train", "--help"], ["examples:", "qsam2 train demo", "debug=fast", "RECIPE", "resumes"]),
         (
             ["evaluate", "-h"],
             ["examples:", "qsam2 evaluate nano", "--pred DIR", "--reference MODEL", "KIND:ROOT:SPLIT"],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from qsam2.sweep.table_definition import load_table
+from qsam2.sweep.table import load_table
 from safetensors import safe_open
 
 from qsam2.pipeline import run_recipe
