@@ -20,7 +20,7 @@ from qsam2.formats.packed import read_header
 from qsam2.loading import load_model
 from qsam2.output import write_whole
 from qsam2.recipe import Recipe, build_recipe
-from qsam2.recipe.load import merge, read_yaml
+from qsam2.recipe.load import merge, read_recipe
 from qsam2.run_folder import alone_in
 
 log = logging.getLogger("qsam2")
@@ -101,7 +101,7 @@ def quantize_recipe(
         raise UserError(f"{checkpoint} is quantized already: give the float model it was made from")
     sources = _sources(source_of(data)) if data is not None else {}
     if recipe is not None:
-        values = read_yaml(recipe, "recipe", "recipes/")
+        values = read_recipe(recipe, [f"model.size={own.model.size}", *overrides])
     else:
         weights, activations = parse_bits(bits)
         methods = {

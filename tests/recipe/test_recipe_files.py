@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from qsam2.sweep.table import load_table
 from safetensors import safe_open
 
 from qsam2.pipeline import run_recipe
@@ -18,6 +17,7 @@ from qsam2.recipe.load import SIZES
 from qsam2.recipe.recipe import PromptRecipe
 from qsam2.recipe.shipped import Kind, shipped
 from qsam2.sweep.definition import load_sweep
+from qsam2.sweep.table import load_table
 
 RECIPES = shipped("recipe")
 SMALL = (
