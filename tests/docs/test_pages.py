@@ -66,6 +66,13 @@ def test_the_readmes_python_tracks_and_saves(elsewhere: Path) -> None:
     assert any(mask.any() for mask in masks)
 
 
+@pytest.mark.prove
+def test_the_readmes_python_quantizes(elsewhere: Path) -> None:
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "quantize(" in block)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (elsewhere / "runs/w4a8/model.safetensors").is_file()
+
+
 def test_the_readmes_prediction_writes_masks_and_a_film(elsewhere: Path) -> None:
     (line,) = re.findall(r"^qsam2 (predict .*)$", README, flags=re.MULTILINE)
     assert main(line.replace("runs/mine", "nano").split()) == 0
