@@ -152,7 +152,10 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, options: dict[st
 
 
 def fake_times(monkeypatch: pytest.MonkeyPatch, eager: float, compiled: float) -> None:
-    monkeypatch.setattr(kernels, "_forward_backward_ms", lambda chosen, x: eager if chosen is EAGER else compiled)
+    def measured(chosen: Kernels, x: Tensor) -> tuple[tuple[Tensor, ...], float]:
+        return (x,), eager if chosen is EAGER else compiled
+
+    monkeypatch.setattr(kernels, "_forward_backward", measured)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +174,25 @@ def test_the_faster_is_chosen_and_said(
 
 @pytest.mark.parametrize(("mode", "steps"), [("off", 10**6), ("auto", kernels.MIN_STEPS - 1)])
 def test_short_runs_and_off_measure_nothing(monkeypatch: pytest.MonkeyPatch, mode: str, steps: int) -> None:
-    monkeypatch.setattr(kernels, "_forward_backward_ms", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(kernels, "_forward_backward", lambda *_: pytest.fail("measured"))
     assert not choose_kernels(mode, steps, CPU)
     assert fake_quant._chosen is EAGER
+
+
+def test_kernels_that_compute_something_else_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "ACTIVATION", (64, 64))
+    _forward_backward = kernels._forward_backward
+
+    def halved(chosen: Kernels, x: Tensor) -> tuple[tuple[Tensor, ...], float]:
+        results, ms = _forward_backward(EAGER, x)
+        return (results if chosen is EAGER else (*results[:2], results[2] / 2)), ms
+
+    monkeypatch.setattr(kernels, "_forward_backward", halved)
+    assert not choose_kernels("on", 1000, CPU)
+    assert fake_quant._chosen is EAGER
+    assert "compute something else" in caplog.messages[-1]
 
 
 def test_without_a_compiler_it_is_eager_and_said(
@@ -183,7 +202,7 @@ def test_without_a_compiler_it_is_eager_and_said(
         use_kernels(chosen)
         raise RuntimeError("no working C++ compiler found\nmore")
 
-    monkeypatch.setattr(kernels, "_forward_backward_ms", fail)
+    monkeypatch.setattr(kernels, "_forward_backward", fail)
     assert not choose_kernels("on", 1000, CPU)
     assert fake_quant._chosen is EAGER
     assert caplog.messages == ["fake quantization: eager, torch.compile failed: no working C++ compiler found"]
