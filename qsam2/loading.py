@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch import Tensor
 
 from qsam2.data.footage import open_video
@@ -24,6 +23,9 @@ from qsam2.models.checkpoints import guess_size, read_state_dict
 from qsam2.models.nano.scratch import initialise
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import merge
+
+if TYPE_CHECKING:
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 
 def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2, Recipe]:
@@ -193,6 +195,8 @@ def _checked_device(device: str | torch.device) -> torch.device:
 
 def predictor_of(model: SAM2) -> SAM2ImagePredictor:
     """`sam2`'s image predictor over our model, at the model's own resolution (`sam2` assumes 1024 px)."""
+    from sam2.sam2_image_predictor import SAM2ImagePredictor  # imports torchvision, which takes a second
+
     predictor = SAM2ImagePredictor(model)
     side = model.image_size // 4
     predictor._bb_feat_sizes = [(side >> level, side >> level) for level in range(3)]

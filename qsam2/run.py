@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from qsam2.data.calibration_data import CalibrationData
-from qsam2.data.clips import Source
 from qsam2.data.video import Predictions, Video
 from qsam2.models import SAM2
 from qsam2.recipe import Recipe
 from qsam2.recipe.quantize import ConvertedLayer
 from qsam2.run_folder import RunFolder, is_first_rank
+
+if TYPE_CHECKING:  # inference needs no Lightning and no training data
+    from lightning.pytorch.loggers import Logger
+
+    from qsam2.data.calibration_data import CalibrationData
+    from qsam2.data.clips import Source
 
 
 @dataclass
@@ -49,6 +53,8 @@ class Run:
     @cached_property
     def calibration(self) -> CalibrationData:
         """Stills and clips to calibrate on, drawn once."""
+        from qsam2.data.calibration_data import CalibrationData
+
         return CalibrationData.of(self.recipe, self.sources, self.model.image_size)
 
     @property

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_only
 
 from qsam2.errors import UserError
 from qsam2.output import write_text
@@ -89,13 +88,15 @@ class RunFolder:
     def _save(self) -> None:
         self._write(self._metrics_file, json.dumps(self.metrics, indent=1))
 
-    @rank_zero_only
     def _write(self, file: Path, text: str) -> None:
-        write_text(file, text)
+        if is_first_rank():
+            write_text(file, text)
 
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0 of a distributed run, or the only one."""
+    from lightning.pytorch.utilities import rank_zero_only  # takes a second: only for runs
+
     return getattr(rank_zero_only, "rank", 0) == 0
 
 

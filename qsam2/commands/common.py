@@ -35,9 +35,10 @@ def make_room(file: Path) -> None:
         raise UserError(f"--json {file}: is a folder; give the path of a file")
 
 
-def quiet_logs() -> None:
-    """Our log as plain lines, that of the libraries only where something is wrong."""
-    import lightning.pytorch  # noqa: F401  (sets its loggers up, so they are quieted after it)
+def quiet_logs(*, trains: bool = True) -> None:
+    """Show our log as plain lines, warnings alone of libraries; `trains`: Lightning will be used, and is imported."""
+    if trains:
+        import lightning.pytorch  # noqa: F401  (sets its loggers up, so they are quieted after it)
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
@@ -46,3 +47,11 @@ def quiet_logs() -> None:
     warnings.filterwarnings(
         "ignore", module=r"(lightning|torch|training|sam2|tensordict|albumentations|brevitas|torchao)(\..*)?"
     )
+
+
+def check_model(target: str) -> None:
+    """Refuse a MODEL that cannot be before anything heavy is imported; raises UserError."""
+    from qsam2.recipe.load import SIZES
+
+    if target not in SIZES and not Path(target).exists():
+        raise UserError(f"{target} is no run folder, no model file and no size ({', '.join(SIZES)})")

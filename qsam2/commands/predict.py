@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qsam2.commands.common import Commands, quiet_logs, texts
+from qsam2.commands.common import Commands, check_model, quiet_logs, texts
+from qsam2.errors import UserError
 
 EPILOG = """examples:
   qsam2 predict nano photo.jpg --point 320,180 --out out/photo
@@ -58,7 +59,10 @@ def add_predict(commands: Commands) -> None:
 
 
 def _predict(given: argparse.Namespace) -> None:
-    quiet_logs()
+    check_model(given.model)
+    if not given.input.exists():
+        raise UserError(f"{given.input} does not exist: give a picture, a folder of frames or a video file")
+    quiet_logs(trains=False)
     from qsam2.predict.predict import predict
 
     written = predict(

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import albumentations as A  # noqa: E402
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from PIL import Image  # noqa: E402
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from qsam2.data.video import Video
 
+if TYPE_CHECKING:
+    import albumentations as A
+
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would otherwise query the network for a newer version
-
-
 cv2.setNumThreads(0)  # loader workers are the parallelism
 
 MEAN = (0.485, 0.456, 0.406)
@@ -58,6 +59,8 @@ class ClipAugmentation:
     """
 
     def __init__(self, image_size: int) -> None:
+        import albumentations as A  # takes a second: only for training
+
         self.image_size = image_size
         fill = tuple(round(255 * mean) for mean in MEAN)
         self._geometry = A.Compose(
@@ -93,6 +96,8 @@ class ClipAugmentation:
 
 
 def _jitter(brightness: float, other: float) -> A.ColorJitter:
+    import albumentations as A
+
     return A.ColorJitter(
         brightness=(1 - brightness, 1 + brightness),
         contrast=(1 - other, 1 + other),

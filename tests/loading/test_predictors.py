@@ -267,6 +267,40 @@ def test_models_that_are_not_there_are_refused() -> None:
         qsam2.video_predictor("nanno")
 
 
+def test_inference_does_not_import_the_training_stack(models: dict[str, Path]) -> None:
+    heavy = [
+        "lightning",
+        "wandb",
+        "albumentations",
+        "torchmetrics",
+        "matplotlib",
+        "optuna",
+        "pandas",
+        "onnx",
+        "skimage",
+    ]
+    code = f"""
+import sys, qsam2
+qsam2.load("nano", ["model.checkpoint=null", "model.image_size=64"])
+qsam2.video_predictor({str(models["packed"])!r})
+print([name for name in {heavy} if name in sys.modules], "torchvision" in sys.modules)"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[] False"
+
+
+@pytest.mark.parametrize("words", [["nanno", "x.jpg"], ["nano", "x.jpg"]])
+def test_a_mistyped_name_is_refused_before_torch_is_imported(words: list[str]) -> None:
+    code = f"""
+import sys
+from qsam2.cli import main
+print(main(["predict", *{words}, "--point", "1,1", "--out", "out"]), "torch" in sys.modules)"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["2", "False"]
+    assert ran.stderr.startswith(
+        f"error: {'nanno is no run folder' if words[0] == 'nanno' else 'x.jpg does not exist'}"
+    )
+
+
 def test_the_package_is_light() -> None:
     """Until a model is asked for."""
     code = "import sys, qsam2; print('torch' in sys.modules, callable(qsam2.video_predictor), 'torch' in sys.modules)"
