@@ -23,11 +23,15 @@ from sam2.modeling.sam.transformer import TwoWayTransformer
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch import Tensor, nn
-from training.model.sam2 import SAM2Train
 
 from qsam2.errors import UserError
 from qsam2.models.frames import CheckedFrames, EndOfStream, FrameStream
+from qsam2.models.replaced import placeholder_module
 from qsam2.recipe.memory import MemoryRecipe
+
+with placeholder_module("training.utils.data_utils", BatchedVideoDatapoint=object):
+    # Its module needs the type for an annotation alone, whose import (tensordict) takes a second of every inference.
+    from training.model.sam2 import SAM2Train
 
 STRIDE_PX = 32
 """Image sizes are multiples of this: Hiera's coarsest stride, eight tokens of its finest."""

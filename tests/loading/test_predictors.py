@@ -272,6 +272,7 @@ def test_inference_does_not_import_the_training_stack(models: dict[str, Path]) -
         "lightning",
         "wandb",
         "albumentations",
+        "tensordict",
         "torchmetrics",
         "matplotlib",
         "optuna",
