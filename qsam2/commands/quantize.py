@@ -22,10 +22,10 @@ is trained."""
 def add_quantize(commands: Commands) -> None:
     """The parser of `qsam2 quantize`."""
     parser = commands.add_parser("quantize", **texts("quantize a model on your data, without writing a recipe", EPILOG))
-    parser.usage = "%(prog)s [-h] CHECKPOINT [--bits BITS | --recipe RECIPE] [--data DATA] [--out DIR] [key=value ...]"
+    parser.usage = "%(prog)s [-h] CHECKPOINT [--bits BITS] [--recipe RECIPE] [--data DATA] [options] [key=value ...]"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="float model: file or size")
-    parser.add_argument("--bits", default="8", metavar="BITS", help="8, w4a8, or w4 (weights alone); default: 8")
-    parser.add_argument("--recipe", type=Path, metavar="RECIPE", help="carry out this recipe instead of --bits")
+    parser.add_argument("--bits", metavar="BITS", help="8, w4a8, or w4 (weights alone); default: 8, or the recipe's")
+    parser.add_argument("--recipe", type=Path, metavar="RECIPE", help="a file, or a name that qsam2 recipes lists")
     parser.add_argument("--data", metavar="DATA", help="folder, file or KIND:ROOT:SPLIT")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/SIZE-BITS)")
     parser.set_defaults(run=_quantize)

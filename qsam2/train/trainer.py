@@ -6,7 +6,9 @@ progress; `training_options` adds what training needs: checkpoints, weight avera
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,7 +55,15 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar that also starts at the right step in a resumed run."""
+    """Lightning's progress bar on stderr, where all others are, that also starts at the right step in a resumed run."""
+
+    def init_train_tqdm(self) -> Any:
+        with contextlib.redirect_stdout(sys.stderr):  # Lightning asks for stdout, where results are printed
+            return super().init_train_tqdm()
+
+    def init_validation_tqdm(self) -> Any:
+        with contextlib.redirect_stdout(sys.stderr):
+            return super().init_validation_tqdm()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)

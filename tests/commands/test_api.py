@@ -75,6 +75,23 @@ def test_pictures_quantize_a_model(quantized: Path) -> None:
     assert [spec.split(":")[-1] for spec in (*recipe.data.train, recipe.data.val)] == ["train", "val"]
 
 
+@pytest.mark.parametrize(
+    ("bits", "recipe", "weights", "activations", "rounding"),
+    [
+        (None, None, 8, 8, None),
+        (4, None, 4, 4, None),
+        ("w2a8", None, 2, 8, "gptq"),
+        (None, "ptq_w4a8", 4, 8, None),
+        ("w3a6", "ptq_w4a8", 3, 6, None),
+    ],
+)
+def test_bits_and_recipes(bits: Any, recipe: Any, weights: int, activations: int, rounding: str | None) -> None:
+    plan = quantize_recipe("nano", recipe, bits=bits)
+    assert plan.quantize is not None and plan.quantize.weights is not None and plan.quantize.activations is not None
+    assert (plan.quantize.weights.bits, plan.quantize.activations.bits) == (weights, activations)
+    assert (plan.calibrate.rounding and plan.calibrate.rounding.method) == rounding
+
+
 def test_a_film_quantizes_a_model(
     models: dict[str, Path], film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
