@@ -25,7 +25,7 @@ from wandb_file import records
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
-from qsam2.train import video_training as module
+from qsam2.train import video_training
 
 pytestmark = pytest.mark.slow
 
@@ -63,18 +63,18 @@ SIGKILLED = """
 import os, signal, sys
 from lightning.pytorch.callbacks import Callback
 from qsam2.cli import main
-from qsam2.train import video_training as module
+from qsam2.train import video_training
 
 class Kill(Callback):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-options = module.training_options
+options = video_training.training_options
 def with_kill(*args):
     chosen = options(*args)
     return {**chosen, "callbacks": [*chosen["callbacks"], Kill()]}
-module.training_options = with_kill
+video_training.training_options = with_kill
 main(["train", sys.argv[1]])
 """
 
@@ -130,13 +130,13 @@ def test_kill_with(
 
 def kill_at(batch_index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next training die after a batch."""
-    options = module.training_options
+    options = video_training.training_options
 
     def with_kill(*args: Any) -> dict[str, Any]:
         chosen = options(*args)
         return {**chosen, "callbacks": [*chosen["callbacks"], KillAfterBatch(batch_index)]}
 
-    monkeypatch.setattr(module, "training_options", with_kill)
+    monkeypatch.setattr(video_training, "training_options", with_kill)
 
 
 def test_averages_survive_a_kill_at_the_end_of_training(

@@ -19,7 +19,7 @@ from qsam2.evaluation.scoring import evaluate_model
 from qsam2.recipe.load import merge
 from qsam2.sweep import runner
 from qsam2.sweep.markdown import extract, render
-from qsam2.train import video_training as module
+from qsam2.train import video_training
 
 CUT_OFF = "nano_minmax_W2A4_s0"
 
@@ -85,14 +85,14 @@ def table(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def kill_in(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = module.training_options
+    options = video_training.training_options
 
     def with_kill(recipe: Any, quantizers: Any) -> dict[str, Any]:
         chosen = options(recipe, quantizers)
         more = [KillInSecondStep()] if recipe.run_folder.name == run else []
         return {**chosen, "callbacks": [*chosen["callbacks"], *more]}
 
-    monkeypatch.setattr(module, "training_options", with_kill)
+    monkeypatch.setattr(video_training, "training_options", with_kill)
 
 
 def test_a_table_that_is_cut_off_goes_on_and_is_written(
@@ -102,7 +102,7 @@ def test_a_table_that_is_cut_off_goes_on_and_is_written(
     kernels: list[tuple[Any, ...]] = []
     with monkeypatch.context() as patch:
         kill_in(CUT_OFF, patch)
-        patch.setattr(module, "choose_kernels", lambda *given: kernels.append(given))
+        patch.setattr(video_training, "choose_kernels", lambda *given: kernels.append(given))
         with pytest.raises(Killed):
             main(command)
     assert [given[:2] for given in kernels] == [("auto", 2)] * 2
