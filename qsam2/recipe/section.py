@@ -59,7 +59,8 @@ def describe(error: ValidationError, schema: type[BaseModel], kind: str) -> str:
         return f"{key}={value!r}: give a list, as [a, b]"
     hint = ""
     if first["type"] == "literal_error":
-        hint = did_you_mean(str(value), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+        allowed = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        hint = did_you_mean(str(value), allowed) if len(allowed) > 1 else ""
     return f"{key}={value!r}: {_message(first)}{hint}"
 
 

@@ -114,11 +114,11 @@ def test_train_py_is_qsam2_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "evaluate M a.b=1 c=2 --data D --frames 3",
-        "evaluate a.b=1 M c=2 --data D --frames 3",
-        "evaluate --data D a.b=1 --frames 3 c=2 M",
-        "evaluate --data D --frames 3 a.b=1 c=2 M",
-        "evaluate M --data=D a.b=1 --frames=3 c=2",
+        "evaluate M a.b=1 c=2 --data davis:D --frames 3",
+        "evaluate a.b=1 M c=2 --data davis:D --frames 3",
+        "evaluate --data davis:D a.b=1 --frames 3 c=2 M",
+        "evaluate --data davis:D --frames 3 a.b=1 c=2 M",
+        "evaluate M --data=davis:D a.b=1 --frames=3 c=2",
     ],
 )
 def test_overrides_stand_anywhere(
@@ -132,7 +132,7 @@ def test_overrides_stand_anywhere(
 
     monkeypatch.setattr("qsam2.evaluation.scoring.evaluate_model", evaluate_model)
     assert main(line.split()) == 0
-    overrides = ["evaluate.frames=null", "evaluate.videos=null", "a.b=1", "c=2", "data.val=D", "evaluate.frames=3"]
+    overrides = ["evaluate.frames=null", "evaluate.videos=null", "a.b=1", "c=2", "data.val=davis:D", "evaluate.frames=3"]
     assert given == ["M", overrides, {"reference": None, "fast": False}]
     assert capsys.readouterr().out == "M: J&F 1.0\n"
 
@@ -219,7 +219,7 @@ def test_other_data_are_scored_as_a_whole_whatever_part_of_its_own_the_run_score
     lengths: list[int | None] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "qsam2.evaluation.scoring.score_float", lambda *a, **_: lengths.append(a[2].frames) or [{"J&F": 1.0}]
+            "qsam2.evaluation.scoring.score_float", lambda *a, **_: lengths.append(a[2].frames) or ({"J&F": 1.0}, {})
         )
         assert main(["evaluate", run_folder, *flags]) == 0
         assert main(["evaluate", run_folder]) == 0
