@@ -132,7 +132,8 @@ def test_overrides_stand_anywhere(
 
     monkeypatch.setattr("qsam2.evaluation.scoring.evaluate_model", evaluate_model)
     assert main(line.split()) == 0
-    overrides = ["evaluate.frames=null", "evaluate.videos=null", "a.b=1", "c=2", "data.val=davis:D", "evaluate.frames=3"]
+    whole = ["evaluate.frames=null", "evaluate.videos=null"]
+    overrides = [*whole, "a.b=1", "c=2", "data.val=davis:D", "evaluate.frames=3"]
     assert given == ["M", overrides, {"reference": None, "fast": False}]
     assert capsys.readouterr().out == "M: J&F 1.0\n"
 
