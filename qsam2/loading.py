@@ -178,7 +178,7 @@ def video_predictor(
 
 
 def read_video(path: str | Path, image_size: int) -> tuple[Sequence[Tensor], tuple[int, int]]:
-    """What `SAM2.init_state` makes of a path: see `open_video`."""
+    """Frames and size of a video for `SAM2.init_state`; see `open_video`."""
     video = open_video(path)
     return FrameSequence(video, image_size, len(video)), video.size
 

@@ -43,7 +43,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end: the report is what it writes last."""
+        """True if the run came to its end: the report is written last."""
         return self.report.is_file()
 
     @property
@@ -94,7 +94,7 @@ class RunFolder:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0 of a distributed run, or the only one."""
+    """True in rank 0 of a distributed run and in a single process."""
     from lightning.pytorch.utilities import rank_zero_only  # takes a second: only for runs
 
     return getattr(rank_zero_only, "rank", 0) == 0

@@ -49,6 +49,6 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _agents_overrides() -> list[str]:
-    """As a run of an agent of Weights & Biases: a folder of its own."""
+    """Run folder of its own for a run that an agent of Weights & Biases starts."""
     sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
     return [f"output=runs/sweeps/{sweep}/{run}"] if sweep and run else []

@@ -62,7 +62,7 @@ class CalibrationData:
 
     @classmethod
     def of(cls, recipe: Recipe, sources: Sequence[Source], image_size: int) -> CalibrationData:
-        """What a recipe asks for."""
+        """Samples that a recipe asks for."""
         return cls(
             sources,
             recipe.calibrate,

@@ -71,7 +71,7 @@ class FrameFolder(Video):
 
 @dataclass(frozen=True)
 class _Index:
-    """Of a video file: time stamps of the frames, (shown, decoded) times of the key frames, (height, width), rate."""
+    """Index of a video file: times of the frames, (shown, decoded) times of the key frames, (height, width), rate."""
 
     stamps: list[int]
     keys: list[tuple[int, int]]

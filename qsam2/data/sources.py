@@ -79,7 +79,7 @@ def source_of(data: str | Path) -> str:
 
 
 def is_generated(spec: str) -> bool:
-    """Whether `spec` names generated videos."""
+    """True if `spec` names generated videos."""
     return spec.split(":")[0] == "moving_objects"
 
 

@@ -89,12 +89,12 @@ class Unlabelled(Video):
 
 
 def is_unlabelled(spec: str) -> bool:
-    """Whether `KIND[:ROOT[:SPLIT]]` names data without masks."""
+    """True if `KIND[:ROOT[:SPLIT]]` names data without masks."""
     return spec.split(":")[0] in UNLABELLED
 
 
 def has_masks(videos: Iterable[Video]) -> bool:
-    """Whether videos come with masks of their own."""
+    """True if videos come with masks of their own."""
     return not any(isinstance(video, Unlabelled) for video in videos)
 
 

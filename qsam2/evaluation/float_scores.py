@@ -31,7 +31,7 @@ def weights_digest(model: SAM2) -> str:
 
 
 def kept(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe, compute: Callable[[], Scored]) -> Scored:
-    """What `compute` gives, from `evaluation.float_cache` if it is there; with no such folder it is computed.
+    """Scores and masks from `evaluation.float_cache`, or from `compute` if the cache has none or there is no cache.
 
     The file's name is the hash of the weights, of how memory is read, of the settings, and of name, length, first frame
     and its masks of every video. It does not know of changes to the evaluator: a new version wants a new folder.

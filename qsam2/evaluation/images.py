@@ -91,7 +91,7 @@ def score_stills(
 
 
 def segment(predictor: SAM2ImagePredictor, frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
-    """What the predictor makes of a point and of a box for each true mask: bool (prompts, masks, H, W)."""
+    """Predicted masks from a point and from a box for each true mask: bool (prompts, masks, H, W)."""
     predictor.set_image(frame)
     found = np.zeros((len(PROMPTS), len(masks), *frame.shape[:2]), dtype=bool)
     for k, mask in enumerate(masks):

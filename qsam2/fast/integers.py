@@ -25,7 +25,7 @@ UNCHANGED = nn.Identity()
 
 
 def multiplies_bytes(device: torch.device) -> bool:
-    """Whether integers are faster than floats: a CPU with VNNI, and a PyTorch with the operators.
+    """True if integers are faster than floats: a CPU with VNNI, and a PyTorch with the operators.
 
     Without VNNI sums of two products saturate at 16 bits, and are slower than floats besides.
     """

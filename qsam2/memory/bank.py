@@ -24,7 +24,7 @@ HISTORY = 256
 
 @dataclass
 class Remembered:
-    """What an object (or a training batch of objects) keeps from frame to frame besides sam2's outputs."""
+    """State that an object (or a training batch of objects) keeps from frame to frame besides sam2's outputs."""
 
     frames: dict[int, FrameMemory] = field(default_factory=dict)
     similarities: list[deque[float]] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Bank:
-    """What one frame can read, oldest frame first.
+    """Remembered frames and object pointers that one frame can read, oldest frame first.
 
     `conditioning` are the prompted frames, `recent` the others; `pointers` and their positions: (B, tokens, C).
     """

@@ -41,7 +41,7 @@ class Stored:
         return cls(pack_codes(quantizer.to_int(x) - quantizer.qmin, quantizer.bits), x.dtype, packed=True)
 
     def load(self, quantizer: Quantizer | None) -> Tensor:
-        """What the quantizer returns for the tensor that was stored."""
+        """Dequantized tensor, equal to what the quantizer returns for the stored one."""
         if not self.packed:
             return self.data
         assert quantizer is not None
@@ -107,7 +107,7 @@ class TemporalKeys:
     def __call__(
         self, layer: int, attention: RoPEAttention, positions: Tensor, table: RotaryTable, with_graph: dict[int, Tensor]
     ) -> Tensor:
-        """Of the model's parameter (slots, 1, 1, C): (slots, heads, H * W, C / heads).
+        """Temporal keys from the model's parameter (slots, 1, 1, C): (slots, heads, H * W, C / heads).
 
         Where gradients are asked for, `with_graph` is what keeps them, by layer.
         """
@@ -168,7 +168,7 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
 
 
 def _part_quantizers(attention: RoPEAttention) -> tuple[Quantizer | None, Quantizer | None]:
-    """Of the input of k_proj, and of k."""
+    """Quantizers of the input of k_proj and of k."""
     return getattr(attention.k_proj, "input_quantizer", None), quantizer_of(attention, "k")
 
 

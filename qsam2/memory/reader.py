@@ -193,7 +193,7 @@ class MemoryReading:
 
 
 def _as_values(attention: RoPEAttention, memory: Tensor) -> Tensor:
-    """Of memory (B, tokens, C_memory): quantized values, or the memory itself where it is projected afterwards."""
+    """Quantized values of memory (B, tokens, C_memory), or the memory itself if it is projected afterwards."""
     if projects_values_last(attention):
         return memory.unsqueeze(1)
     return quantize_part(split_heads(attention.v_proj(memory), attention.num_heads), attention, "v")

@@ -63,7 +63,7 @@ class KeySet:
 
 
 def key_sets(bank: Bank, recipe: MemoryRecipe) -> list[KeySet]:
-    """What a frame reads by the recipe, prompted frames first."""
+    """Key sets that a frame reads by the recipe, prompted frames first."""
     prompted = [KeySet.whole(frame) for frame in bank.conditioning]
     if recipe.sharing == "none" or not bank.recent:
         return prompted + [KeySet.whole(frame) for frame in bank.recent]

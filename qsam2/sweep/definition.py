@@ -39,7 +39,7 @@ LOSSES = ("mask", "dice", "iou", "class", "distill_imagenet", "distill_masks", "
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file has a table's format; raises UserError if it cannot be read."""
+    """True if a file has a table's format; raises UserError if it cannot be read."""
     return "methods" in read_yaml(path, "sweep")
 
 
