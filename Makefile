@@ -38,7 +38,7 @@ $(READY): pyproject.toml constraints.txt requirements-sam2.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision setuptools wheel
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --require-hashes -r requirements-sam2.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt --config-settings editable_mode=compat -e ".[test]"
 	touch $@
 
 $(LINT_READY): $(READY)

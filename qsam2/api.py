@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from qsam2.errors import UserError
 from qsam2.evaluation import scoring
 from qsam2.formats.packed import read_header
 from qsam2.loading import load_model
-from qsam2.output import write_whole
+from qsam2.output import quiet_libraries, write_whole
 from qsam2.recipe import Recipe, build_recipe
-from qsam2.recipe.load import merge, read_recipe
+from qsam2.recipe.load import SIZES, merge, read_recipe
+from qsam2.recipe.quantize import parse_bits
 from qsam2.run_folder import alone_in
 
 log = logging.getLogger("qsam2")
@@ -82,6 +82,7 @@ def quantize(
         True
         >>> model = qsam2.load(result.folder)
     """
+    quiet_libraries()
     plan = quantize_recipe(checkpoint, recipe, data, bits=bits, out=out, overrides=overrides)
     with alone_in(plan.run_folder):
         metrics = pipeline.run_recipe(plan)
@@ -104,6 +105,7 @@ def quantize_recipe(
     sources = _sources(source_of(data)) if data is not None else {}
     if recipe is not None:
         values = read_recipe(recipe, [f"model.size={own.model.size}", *overrides])
+        values = merge({"log": PTQ["log"]}, values)
         if bits is not None:
             pairs = zip(("weights", "activations"), parse_bits(bits), strict=True)
             changed = {part: {"bits": number} if number else None for part, number in pairs}
@@ -126,18 +128,6 @@ def quantize_recipe(
     if plan.quantize is None:
         raise UserError("quantize=null quantizes nothing: give a recipe with quantize, or --bits")
     return plan
-
-
-def parse_bits(bits: int | str) -> tuple[int, int | None]:
-    """Bits of weights and activations from 8, "8", "4,8", "w4a8" or "w4" (activations in float: None)."""
-    text = str(bits).lower()
-    match = re.fullmatch(r"w(\d+)(?:a(\d+))?|(\d+)(?:,(\d+))?", text)
-    if match is not None:
-        weights = int(match[1] or match[3])
-        activations = int(match[2] or match[4]) if match[2] or match[4] else None if match[1] else weights
-        if all(2 <= number <= 8 for number in (weights, activations) if number is not None):
-            return weights, activations
-    raise UserError(f"--bits {bits}: give 2 to 8 for both, as 8, or for weights and activations, as w4a8, or w4")
 
 
 def _sources(spec: str) -> dict[str, Any]:
@@ -245,6 +235,8 @@ def _export_packed(model: str | Path, out: Path, overrides: Sequence[str]) -> di
     if overrides:
         raise UserError(f"{overrides[0]!r} changes nothing in a packed file, which is copied: leave it out")
     source = Path(model)
+    if str(model) in SIZES:
+        raise UserError(f"{model} is a float model, the packed format is for quantized ones: see qsam2 quantize")
     folder = source if source.is_dir() else source.parent
     file = source / "model.safetensors" if source.is_dir() else source
     if source.is_dir() and not file.is_file():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,18 @@ from qsam2.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def quiet_libraries(*, trains: bool = True) -> None:
+    """Let the libraries underneath say only what is wrong; `trains`: Lightning will be used, and is imported."""
+    if trains:
+        import lightning.pytorch  # noqa: F401  (sets its loggers up, so they are quieted after it)
+
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", module=r"(lightning|torch|training|sam2|tensordict|albumentations|brevitas|torchao)(\..*)?"
+    )
 
 
 def version() -> str:

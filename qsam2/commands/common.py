@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import warnings
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from qsam2.errors import UserError
+from qsam2.output import quiet_libraries
 
 log = logging.getLogger("qsam2")
 
@@ -37,16 +37,9 @@ def make_room(file: Path) -> None:
 
 def quiet_logs(*, trains: bool = True) -> None:
     """Show our log as plain lines, warnings alone of libraries; `trains`: Lightning will be used, and is imported."""
-    if trains:
-        import lightning.pytorch  # noqa: F401  (sets its loggers up, so they are quieted after it)
-
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", module=r"(lightning|torch|training|sam2|tensordict|albumentations|brevitas|torchao)(\..*)?"
-    )
+    quiet_libraries(trains=trains)
 
 
 def check_model(target: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qsam2.commands.common import Commands, quiet_logs, texts
+from qsam2.commands.common import Commands, check_model, quiet_logs, texts
 
 EPILOG = """examples:
   qsam2 quantize nano --bits 8 --data pictures/
@@ -32,6 +32,15 @@ def add_quantize(commands: Commands) -> None:
 
 
 def _quantize(options: argparse.Namespace) -> None:
+    from qsam2.recipe.quantize import parse_bits
+
+    check_model(options.checkpoint)  # torch is imported after what can be checked without it
+    if options.bits is not None:
+        parse_bits(options.bits)
+    if options.data is not None and ":" not in options.data and not Path(options.data).expanduser().exists():
+        from qsam2.data.sources import source_of
+
+        source_of(options.data)
     quiet_logs()
     from qsam2.api import quantize
     from qsam2.recipe import save_recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from qsam2.errors import UserError
 from qsam2.recipe.quantizer_specs import AnyQuantizerSpec, QuantizerSpec
 from qsam2.recipe.section import Section
 
@@ -158,3 +160,15 @@ class QuantizeRecipe(Section):
 
 def _with_bits(spec: QuantizerSpec | None, bits: int | None) -> QuantizerSpec | None:
     return spec if spec is None or bits is None else spec.model_copy(update={"bits": bits})
+
+
+def parse_bits(bits: int | str) -> tuple[int, int | None]:
+    """Bits of weights and activations from 8, "8", "4,8", "w4a8" or "w4" (activations in float: None)."""
+    text = str(bits).lower()
+    match = re.fullmatch(r"w(\d+)(?:a(\d+))?|(\d+)(?:,(\d+))?", text)
+    if match is not None:
+        weights = int(match[1] or match[3])
+        activations = int(match[2] or match[4]) if match[2] or match[4] else None if match[1] else weights
+        if all(2 <= number <= 8 for number in (weights, activations) if number is not None):
+            return weights, activations
+    raise UserError(f"--bits {bits}: give 2 to 8 for both, as 8, or for weights and activations, as w4a8, or w4")

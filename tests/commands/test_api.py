@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 
 import qsam2
-from qsam2.api import parse_bits, quantize_recipe
+from qsam2.api import quantize_recipe
 from qsam2.cli import main
 from qsam2.data.sources import source_of
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.unlabelled import OWN_MASKS
 from qsam2.errors import UserError
 from qsam2.recipe import load_recipe
+from qsam2.recipe.quantize import parse_bits
 
 FAST = ["model.image_size=64", "calibrate.stills=2", "calibrate.clips=1", "calibrate.num_frames=2"]
 FAST += ["quantize.weights.range=minmax", "quantize.activations.range=minmax", "trainer.accelerator=cpu"]
