@@ -1,6 +1,6 @@
 """Find nano_heavy's tails on calibration data, write them, and say what they do to each linear layer of the trunk.
 
-    python benchmarks/nano_heavy.py [--write]
+    python recipes/nano/heavy_tails.py [--write]
 
 Without --write it only prints the table of the tails that ship. Data: 24 frames of MovingObjects' train split, so that
 anyone can run it. Deterministic: seed 0.
@@ -36,7 +36,7 @@ LARGEST_ERROR = 2e-5
 """Share of a layer's output energy that its tail may change."""
 RIDGE = 1e-9
 FRAMES = 24
-FILE = Path(str(importlib.resources.files("qsam2.models") / "nano_heavy.safetensors"))
+FILE = Path(str(importlib.resources.files("qsam2.models.nano") / "nano_heavy.safetensors"))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The figures of nano's model card: tracking beside trivial baselines, the use of its memory, still images, speed.
 
-    python benchmarks/nano.py [--model nano] [--json OUT] [PART ...]
+    python recipes/nano/measure.py [--model nano] [--json OUT] [PART ...]
 
 PARTs: davis (J&F a sequence; keeping the first mask and moving it by optical flow beside it), moving_objects (50 videos
 of 40 frames of the test split), memory (both with fewer remembered frames), stills (box and click mIoU on coco_stills,
@@ -52,7 +52,7 @@ CURVES = {
 """Pictures and the runs that each shows."""
 SMOOTHING = 30
 """Logged steps that the line is the median of, in short runs a third: one clip can cost ten times another."""
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def main() -> None:

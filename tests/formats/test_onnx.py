@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +14,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx_engines import by_pytorch, by_pytorch_in_float64, by_reference, compare_integers, noted
 from small_models import seeing
 from torch import Tensor
 
-import qsam2
 from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.cli import main
 from qsam2.data.transforms import to_model_input
@@ -124,36 +123,30 @@ def tracker(exported: Path) -> OnnxTracker:
     return OnnxTracker(exported, optimize=False, threads=1)
 
 
-@pytest.fixture(scope="module")
-def parity() -> dict[str, Any]:
-    """The functions of the benchmark whose figures are in docs/onnx.md."""
-    return runpy.run_path(str(Path(qsam2.__file__).parents[1] / "benchmarks" / "onnx_parity.py"))
-
-
 @pytest.fixture
-def compared(parity, model, exported) -> tuple[dict[str, Graph], dict[str, onnx.ModelProto], list[Any]]:
+def compared(model, exported) -> tuple[dict[str, Graph], dict[str, onnx.ModelProto], list[Any]]:
     """The graphs in PyTorch, in ONNX, and what each got in a tracked video."""
     graphs, calls = build_graphs(model), []
-    driver = OnnxTracker.of_graphs(write.describe(model), parity["noted"](parity["by_pytorch"](graphs), calls))
+    driver = OnnxTracker.of_graphs(write.describe(model), noted(by_pytorch(graphs), calls))
     track_onnx(driver, PROMPTS["mask"])
     models = {name: onnx.load(exported / f"{name}.onnx") for name in graphs}
     return graphs, models, list({name: (name, *call) for name, *call in calls}.values())  # the last one of each
 
 
-def test_each_graph_computes_the_integers_of_pytorch(parity, compared):
-    table = parity["compare_integers"](*compared)
+def test_each_graph_computes_the_integers_of_pytorch(compared):
+    table = compare_integers(*compared)
     assert table.keys() == set(GRAPHS) and all(row["integers"] > 0 for row in table.values())
     for name, row in table.items():
         # Sums in another order fall on the other side of a rounding border now and then,
-        assert row["most steps, each quantizer given"] <= 1, name
-        assert row["share unequal, each quantizer given"] < 1e-4, name
+        assert row["most steps"] <= 1, name
+        assert row["share unequal"] < 1e-4, name
         assert row["largest error of an output"] < 0.1, name  # and later layers follow
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the reference evaluator's sigmoid overflows to 0
-def test_in_float64_each_graph_is_the_model(parity, compared):
+def test_in_float64_each_graph_is_the_model(compared):
     graphs, models, calls = compared
-    pytorch, reference = parity["by_pytorch_in_float64"](graphs), parity["by_reference"](models)
+    pytorch, reference = by_pytorch_in_float64(graphs), by_reference(models)
     for name, inputs, _ in calls:
         for ours, theirs in zip(pytorch(name, inputs), reference(name, inputs), strict=True):
             np.testing.assert_allclose(theirs, ours, rtol=1e-6, atol=1e-6 * np.abs(ours).max(), err_msg=name)
