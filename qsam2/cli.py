@@ -31,12 +31,17 @@ PARENT = "QSAM2_PARENT"
 POLL_S = 1.0
 """How often a process looks whether its parent still runs."""
 
+WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
+"""For OpenMP, which reads it when torch is loaded. A thread that spins while it waits for another one takes the core
+that the other one needs when further processes are busy; see docs/experiments.md."""
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
     message, status = "", 0
+    os.environ.setdefault(*WAITING)
     try:
         given = parse(sys.argv[1:] if arguments is None else arguments)
         with stopped_by_sigterm():
@@ -52,9 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = 130
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks
             message = "stopped; the same command goes on from the last checkpoint"
-    if message:  # only here have the frames that were left let go of their progress bars, which end their line then
+    if message:
+        _end_progress_bars()
         print(message, file=sys.stderr)
     return status
+
+
+def _end_progress_bars() -> None:
+    """End the line of bars that an error left open, so that a message begins a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.leave = True
+            bar.close()
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -105,6 +106,16 @@ def test_the_command_line_starts_without_heavy_libraries() -> None:
     code = "import sys, qsam2.cli; print([n for n in ('torch', 'lightning', 'numpy', 'pydantic') if n in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ran.stdout.strip(), ran.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize(("own", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_passively_unless_the_user_says_otherwise(own: str | None, used: str) -> None:
+    code = "import os, sys; from qsam2.cli import main; main(['recipes']); "
+    code += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": own} if own else {}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert ran.stdout.splitlines()[-1] == f"{used} False"
 
 
 def test_no_print_but_in_the_command_line() -> None:

@@ -51,7 +51,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(finished_run, tmp_path, 
         assert "holds no model.safetensors: the run is not finished" in message(
             str(unfinished), "--format", kind, "--out", out
         )
-    assert "packed model nano does not exist" in message("nano", "--format", "packed", "--out", out)
+    assert "nano is a float model" in message("nano", "--format", "packed", "--out", out)
     given = message(str(finished_run), "--format", "packed", "--out", out, "memory.cache=true")
     assert "'memory.cache=true' changes nothing in a packed file" in given
     file = tmp_path / "file"
