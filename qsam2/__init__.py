@@ -13,7 +13,7 @@ _OFFERED = {
     **dict.fromkeys(("load", "image_predictor", "video_predictor"), "qsam2.loading"),
     **dict.fromkeys(("quantize", "evaluate", "export"), "qsam2.api"),
 }
-"""Where each name lives. It is imported when it is first used, so that `import qsam2` does not wait for torch."""
+"""Module of each name. It is imported when it is first used, so that `import qsam2` does not wait for torch."""
 
 __all__ = ["evaluate", "export", "image_predictor", "load", "quantize", "video_predictor"]
 

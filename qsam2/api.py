@@ -31,7 +31,7 @@ PTQ: Mapping[str, Any] = {
     "evaluate": {"videos": 20, "frames": 32},
     "log": {"wandb": "off"},
 }
-"""What `quantize` sets where no recipe is named, beside bits, data and the amount of calibration."""
+"""Values that `quantize` sets if no recipe is named, beside bits, data and the amount of calibration."""
 FEW_BITS = 3
 """Weights of up to so many bits are rounded by GPTQ: nano at W2A8 scores J&F 68 with it and 12 without."""
 STILLS, CLIPS, CLIP_FRAMES = 32, 8, 6
@@ -65,7 +65,7 @@ def quantize(
 
     Args:
         checkpoint: a float MODEL: a file (`.pt`, `.safetensors`; its size is found by its shapes) or a size.
-        recipe: a recipe file; None: ranges of least error at `bits`, no training.
+        recipe: a recipe file, or the name of a shipped one; None: ranges of least error at `bits`, no training.
         data: a source (`KIND:ROOT:SPLIT`), or a folder or file of pictures, videos or DAVIS; None: the recipe's, or
             generated videos. Pictures and videos need no masks, see `qsam2.data.unlabelled`.
         bits: of weights and activations: 8, "w4a8", or "w4" for weights alone; from 2 to 8. None: the recipe's, or 8.
@@ -180,6 +180,7 @@ def evaluate(
         >>> 0 <= scores["J&F"] <= 100
         True
     """
+    quiet_libraries()
     values: dict[str, Any] = {"data.val": None, "evaluate.protocol": protocol}
     values |= {"evaluate.frames": frames, "evaluate.videos": videos}
     whole: list[str] = []

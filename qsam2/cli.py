@@ -29,7 +29,7 @@ from qsam2.output import version
 PARENT = "QSAM2_PARENT"
 """Environment variable: the id of the `qsam2` that started this one, which is not to outlive it."""
 POLL_S = 1.0
-"""How often a process looks whether its parent still runs."""
+"""Seconds between two looks whether the parent still runs."""
 
 WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
 """For OpenMP, which reads it when torch is loaded. A thread that spins while it waits for another one takes the core

@@ -1,4 +1,4 @@
-"""What leaves the program: files written whole or not at all, tables of plain text, the version that wrote them."""
+"""Output of the program: files written whole or not at all, tables of plain text, the version that wrote them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tracks a video in `qsam2 benchmark tracking`: sam2 in three ways, ONNX Runtime, OpenVINO, and ours.
+"""Engines of `qsam2 benchmark tracking`: sam2 in three ways, ONNX Runtime, OpenVINO, and ours.
 
 All start from frames uint8 (S, S, 3), have the same weights, follow one object and keep a full memory bank.
 """
@@ -65,7 +65,7 @@ def now() -> float:
 
 @dataclass
 class Setting:
-    """What all engines share.
+    """Settings that all engines share.
 
     Args:
         model: with random weights, float.
@@ -81,7 +81,7 @@ class Setting:
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """Of the object on the first frame."""
+        """Mask of the object on the first frame."""
         side = self.model.image_size
         mask = np.zeros((side, side), bool)
         mask[side // 4 : side // 2, : side // 2] = True
@@ -285,7 +285,7 @@ def _fast(setting: Setting, memory: MemoryRecipe) -> Tracking:
 
 @dataclass(frozen=True)
 class Engine:
-    """How it starts, what it needs, what the table has to say of it."""
+    """An engine: its start, the packages it needs, and its note in the table."""
 
     start: Callable[[Setting], Tracking]
     packages: tuple[str, ...] = ()
@@ -293,7 +293,7 @@ class Engine:
     note: str = ""
 
     def missing(self) -> str | None:
-        """What is not there; None if nothing."""
+        """Name of the package or instruction set that is missing; None if nothing is."""
         absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if self.start is _sam2_compile and not (shutil.which("g++") or shutil.which("clang++")):
             absent.append("a C++ compiler")

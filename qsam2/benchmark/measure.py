@@ -41,7 +41,7 @@ def medians(contestants: Mapping[str, Callable[[], Seconds]], repeats: int, *, p
 
 
 def peak_allocated_bytes(run: Callable[[], object]) -> int:
-    """How far the memory of tensors rises above its level at the start while `run` runs on the CPU.
+    """Peak bytes of tensors, above the level at the start, while `run` runs on the CPU.
 
     It counts what PyTorch's CPU allocator hands out and takes back, to the byte: tensors, gradients, what backward
     saves, and temporaries within operations. It does not see what oneDNN and other libraries allocate themselves, nor

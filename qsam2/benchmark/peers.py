@@ -23,7 +23,7 @@ INSTALL = 'pip install -e ".[peers]"'
 
 @dataclass(frozen=True)
 class Ranges:
-    """What calibration found for a linear layer: its weight symmetric a channel, its input affine a tensor.
+    """Calibrated ranges of a linear layer: its weight symmetric per channel, its input affine per tensor.
 
     `weight_scale` (out_features,), `input_scale`, `input_zero_point` (1,). Codes of the weight are
     -2^(bits-1)..2^(bits-1)-1, those of the input 0..2^bits-1.
@@ -55,7 +55,7 @@ class Peer(ABC):
 
     @abstractmethod
     def quantizers(self, twin: Any) -> tuple[FakeQuantize, FakeQuantize]:
-        """What fake-quantizes a twin's weight and its input."""
+        """Fake quantizers of a layer's weight and input."""
 
 
 class StraightThroughLSQ(nn.Module):
@@ -193,7 +193,7 @@ class TorchAO(Peer):
     modules = ("torchao.quantization.qat",)
     note = (
         "FakeQuantizedLinear (it has no convolution): learned weight scales, quantized at each call; cannot learn the "
-        "range of an input of any shape or quantize it a tensor: it takes the minimum and maximum of each token"
+        "range of an input of any shape or quantize it per tensor: it takes the minimum and maximum of each token"
     )
 
     def linear(self, layer: nn.Linear, ranges: Ranges) -> nn.Module:

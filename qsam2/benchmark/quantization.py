@@ -1,4 +1,4 @@
-"""What fake quantization costs, beside other libraries: the operation alone, and a whole training step."""
+"""Cost of fake quantization beside other libraries: the operation alone, and a whole training step."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def markdown_table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['cpu']}, {result['threads']} threads, torch {result['versions']['torch']}, {settings['bits']} bits, "
         f"our kernels {settings['kernels']}",
-        f"operation: weight {shapes['weight']} a channel + activation {shapes['activation']} a tensor, "
+        f"operation: weight {shapes['weight']} per channel + activation {shapes['activation']} per tensor, "
         f"medians of {repeats['operation']}",
         f"training step: {settings['size']}, clip {shapes['clip']}, {settings['clicks']} clicks, "
         f"medians of {repeats['train_step']}; float: {float_step['time_s']:.2f} s, "
@@ -107,7 +107,7 @@ def stage_3_linear(model: SAM2) -> nn.Linear:
 
 
 def measure_operation(layer: nn.Linear, x: Tensor, peers: Sequence[Peer], *, bits: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of fake-quantizing a layer's weight, symmetric a channel, and its input x, affine a tensor.
+    """Milliseconds of fake-quantizing a layer's weight, symmetric per channel, and its input x, affine per tensor.
 
     Returns {name: forward_ms, backward_ms, and of what they are the sum: the same two of `weight` and `activation`}.
     """

@@ -1,4 +1,4 @@
-"""What tracking costs with a full memory bank: stock `sam2`, the cache, sharing at several budgets, bounded state."""
+"""Cost of tracking with a full memory bank: stock `sam2`, the cache, sharing at several budgets, bounded state."""
 
 from __future__ import annotations
 

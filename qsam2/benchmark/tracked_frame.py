@@ -1,4 +1,4 @@
-"""What a tracked frame costs end to end, with a full memory bank: stock sam2, other runtimes, ours."""
+"""Cost of a tracked frame end to end, with a full memory bank: stock sam2, other runtimes, ours."""
 
 from __future__ import annotations
 

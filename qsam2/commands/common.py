@@ -1,4 +1,4 @@
-"""What commands share: the look of their help, quiet libraries, room for what they write."""
+"""Parts that commands share: the look of their help, quiet libraries, room for what they write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What calibration looks at: stills and clips without augmentation."""
+"""Calibration samples: stills and clips without augmentation."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ UNLABELLED = ("images", "video")
 GRID = 8
 """Clicks per side of a picture that are tried."""
 OWN_MASKS = f"the float model's own masks from a grid of {GRID}x{GRID} clicks"
-"""What stands in place of true masks."""
+"""Source of the prompts, as scores and cards state it."""
 SPLITS = ("train", "val", "all")
 PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")

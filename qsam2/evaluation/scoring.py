@@ -133,7 +133,7 @@ def headline(block: Mapping[str, Any]) -> str:
 
 
 FOLDER = Path(".")
-"""Where profiles of a Trainer would go; scoring makes none."""
+"""Folder for profiles of a Trainer; scoring makes none."""
 
 
 def evaluate_model(

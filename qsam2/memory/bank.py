@@ -1,4 +1,4 @@
-"""What a frame reads: the remembered frames and object pointers that sam2 would give to its memory attention."""
+"""The memory bank that a frame reads: remembered frames and object pointers, as sam2 gives them to memory attention."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class BoundedState:
 
 
 def memory_reach(model: SAM2) -> int:
-    """How many frames back the memory features are read."""
+    """Number of frames back to which memory features are read."""
     return (model.num_maskmem - 1) * model.memory_temporal_stride_for_eval
 
 

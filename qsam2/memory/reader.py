@@ -88,9 +88,9 @@ class MemoryReading:
         self.temporal_keys = TemporalKeys()
         self._tables: dict[tuple[object, ...], RotaryTable] = {}
         self.keys = 0
-        """How many keys the last frame read, in each layer."""
+        """Number of keys that the last frame read, per layer."""
         self.value_channels = 0
-        """Of what its attention summed up."""
+        """Channels of the values that its attention summed."""
 
     def __call__(
         self,

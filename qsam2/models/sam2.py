@@ -252,14 +252,14 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
     def add_new_points_or_box(
         self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, *args: Any, **kwargs: Any
     ) -> tuple[int, list[int], Tensor]:
-        """As in `sam2`; raises UserError if the frame or the state cannot be used."""
+        """Prompt as in `sam2`; raises UserError if the frame or the state cannot be used."""
         self._check_prompt(inference_state, frame_idx, corrected=obj_id)
         return super().add_new_points_or_box(inference_state, frame_idx, obj_id, *args, **kwargs)
 
     def add_new_mask(
         self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, mask: Tensor | np.ndarray
     ) -> tuple[int, list[int], Tensor]:
-        """As in `sam2`; raises UserError if the frame or the state cannot be used."""
+        """Prompt as in `sam2`; raises UserError if the frame or the state cannot be used."""
         self._check_prompt(inference_state, frame_idx)
         return super().add_new_mask(inference_state, frame_idx, obj_id, mask)
 
@@ -270,7 +270,7 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         max_frame_num_to_track: int | None = None,
         reverse: bool = False,
     ) -> Iterator[tuple[int, list[int], Tensor]]:
-        """As in `sam2`; a stream is tracked to its end. Raises UserError if start or state cannot be used."""
+        """Track as in `sam2`; a stream is tracked to its end. Raises UserError if start or state cannot be used."""
         self._check_owner(inference_state)
         if self.memory_bound is not None and start_frame_idx is not None:
             self.memory_bound.check_start(self, inference_state, start_frame_idx, reverse=reverse)

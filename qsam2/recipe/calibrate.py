@@ -49,7 +49,7 @@ class FrobeniusRecipe(Section):
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """What is chosen from; 0 leaves the weights alone."""
+        """Strengths to choose from; 0 leaves the weights alone."""
         return _with_zero(self.rhos)
 
 
@@ -65,7 +65,7 @@ class ACNRRecipe(Section):
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """What is chosen from; 0 leaves the weights alone."""
+        """Strengths to choose from; 0 leaves the weights alone."""
         return _with_zero(self.steps)
 
 

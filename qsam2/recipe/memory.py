@@ -45,5 +45,5 @@ class MemoryRecipe(Section):
 
     @property
     def reads_anew(self) -> bool:
-        """Whether memory is read in another way than sam2's."""
+        """True if memory is read in another way than sam2's."""
         return self.cache or self.sharing != "none"

@@ -136,7 +136,7 @@ class DistillRecipe(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a loss compares with the float model."""
+        """True if a loss compares with the float model."""
         return self.mask_logits > 0 or self.image_embeddings > 0
 
 
@@ -316,5 +316,5 @@ class Recipe(Section):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run's files go."""
+        """Folder of the run's files."""
         return self.output or Path("runs") / self.name
