@@ -12,6 +12,7 @@ from PIL import Image
 
 from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
+from qsam2.output import writing
 from qsam2.recipe.recipe import EvaluateRecipe
 
 PALETTE = [
@@ -33,35 +34,43 @@ def check_masks_folder(folder: Path, videos: Sequence[Video]) -> None:
 def write_masks(folder: Path, videos: Sequence[Video], predictions: Predictions, evaluation: EvaluateRecipe) -> None:
     """Write all masks, or none: `VIDEO/FRAME.png` of object ids (davis), or `VIDEO/OBJECT/FRAME.png` (sav).
 
-    In the latter, object 1 is folder 000, as SA-V names them. Raises UserError if the folder cannot be written.
+    In sav, object 1 is folder 000, as SA-V names them; in davis, the object with the lowest id has a pixel of several.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
     """
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        for video in videos:
-            length = min(len(video), evaluation.frames or len(video))
-            tracked = {item: packed for (name, item), packed in predictions.items() if name == video.name}
-            masks = {
-                item: np.unpackbits(packed, count=length * video.size[0] * video.size[1]).reshape(length, *video.size)
-                for item, packed in tracked.items()
-            }
-            for index, name in enumerate(video.frame_names[:length]):
-                if evaluation.protocol == "sav":
-                    for item, frames in masks.items():
-                        _write(unfinished / video.name / f"{item - 1:03d}" / f"{name}.png", frames[index])
-                    continue
-                ids = np.zeros(video.size, np.uint8)
-                for item, frames in masks.items():
-                    ids[frames[index] > 0] = item
-                _write(unfinished / video.name / f"{name}.png", ids)
-        os.replace(unfinished, folder)
-    except OSError as error:
-        raise UserError(f"--save-masks {folder}: could not be written ({error.strerror or error})") from error
+        with writing(folder):
+            for video in videos:
+                length = min(len(video), evaluation.frames or len(video))
+                masks = _unpacked(video, predictions, length)
+                for index, name in enumerate(video.frame_names[:length]):
+                    if evaluation.protocol == "sav":
+                        for item, frames in masks.items():
+                            _write(unfinished / video.name / f"{item - 1:03d}" / f"{name}.png", frames[index])
+                        continue
+                    ids = np.zeros(video.size, np.uint8)
+                    for item in sorted(masks, reverse=True):
+                        ids[masks[item][index] > 0] = item
+                    _write(unfinished / video.name / f"{name}.png", ids)
+            os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _unpacked(video: Video, predictions: Predictions, length: int) -> dict[int, np.ndarray]:
+    """Object id to its masks, uint8 (length, H, W) of 0 and 1."""
+    height, width = video.size
+    return {
+        item: np.unpackbits(packed, count=length * height * width).reshape(length, height, width)
+        for (name, item), packed in predictions.items()
+        if name == video.name
+    }
+
+
 def _write(file: Path, ids: np.ndarray) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(ids.astype(np.uint8), "P")
+    picture = Image.fromarray(ids).convert("P")
     picture.putpalette(PALETTE)
     picture.save(file)

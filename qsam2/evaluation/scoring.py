@@ -188,14 +188,14 @@ def score_against(
             )
         videos = label_videos(videos, reference.to(device_of(recipe.trainer)), recipe.data.max_objects)
     use_memory(model, recipe.memory)
+    compared: dict[str, Any] = {}
     if reference is None:
         score = score_any if isinstance(model, FastSAM2) else score_float  # kept scores are not of fast models
         block, masks = score(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
-        if save_masks is not None:
-            write_masks(save_masks, videos, masks, recipe.evaluate)
-        return block
-    their_block, their_masks = score_float(reference, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
-    block, masks = score_any(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER, reference=their_masks)
+    else:
+        their_block, their_masks = score_float(reference, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
+        block, masks = score_any(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER, reference=their_masks)
+        compared = {"versus_reference": compare(block, their_block)}
     if save_masks is not None:
         write_masks(save_masks, videos, masks, recipe.evaluate)
-    return {**block, "versus_reference": compare(block, their_block)}
+    return {**block, **compared}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,11 +11,13 @@ from qsam2.calibration.forward import run_sample
 from qsam2.data.calibration_data import CalibrationData, Sample
 from qsam2.data.clips import Source
 from qsam2.data.sources import open_stills, open_train, open_val
+from qsam2.data.video import Video
 from qsam2.evaluation.own_masks import label_sources, label_videos
 from qsam2.layers.convert import conversion_table, convert
 from qsam2.loading import load_float
 from qsam2.models import SAM2
 from qsam2.recipe import Recipe, save_recipe
+from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.train.trainer import device_of
 
 STEP_FORWARDS = 3
@@ -33,9 +35,8 @@ def plan(recipe: Recipe) -> str:
     videos, sources, stills = open_val(recipe), open_train(recipe), open_stills(recipe)
     model = load_float(recipe).to(device_of(recipe.trainer))
     label_sources(sources, model, recipe.data.max_objects)
-    label_videos(videos, model, recipe.data.max_objects)
-    sample = next(CalibrationData.of(recipe, sources or [Source(videos)], model.image_size).clip_samples(0, 1))
-    image_s, frame_s = _measure(model, sample)
+    videos = label_videos(videos, model, recipe.data.max_objects)
+    image_s, frame_s = _measure(model, _first_clip(recipe, sources, videos, model.image_size))
     parts = [save_recipe(recipe).rstrip()]
     if recipe.quantize is not None:
         parts.append(conversion_table(convert(model, recipe.quantize)))
@@ -49,6 +50,14 @@ def plan(recipe: Recipe) -> str:
     parts.append(f"{total}\nestimated from {basis}; reconstruction is not counted")
     parts.append(f"nothing was written; without --dry-run the run folder is {recipe.run_folder}")
     return "\n\n".join(parts)
+
+
+def _first_clip(recipe: Recipe, sources: Sequence[Source], videos: Sequence[Video], image_size: int) -> Sample:
+    """The first clip of the calibration; one of the scored videos if the recipe does not calibrate."""
+    if recipe.quantize is None:
+        recipe = recipe.model_copy(update={"calibrate": CalibrateRecipe(stills=0, clips=1)})
+        sources = [Source(videos)]
+    return next(CalibrationData.of(recipe, sources, image_size).clip_samples(0, 1))
 
 
 @torch.no_grad()

@@ -25,6 +25,18 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_float_run_needs_no_calibration_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, checkpoint = tmp_path / "recipe.yaml", tmp_path / "nano.pt"
+    recipe.write_text(
+        f"quantize: null\ntrain: null\ncalibrate: {{stills: 500, clips: 500}}\noutput: {tmp_path / 'run'}\n"
+    )
+    torch.save({"model": seeing().state_dict()}, checkpoint)
+    small = ["model.image_size=64", f"model.checkpoint={checkpoint}", "trainer.accelerator=cpu"]
+    assert main(["train", str(recipe), "--dry-run", *small, "data.val=moving_objects:1:val"]) == 0
+    printed = capsys.readouterr().out
+    assert " min: scoring " in printed and "calibration " not in printed.split("\n\n")[-2]
+
+
 def test_a_recipe_that_cannot_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("quantize: {weights: {method: minmax, bits: 4}, rules: [{match: nothing.*, bits: 8}]}\n")
