@@ -21,6 +21,7 @@ def equal(model, state):
     return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "version"), [("tiny", "2"), ("tiny", "2.1"), ("small", "2.1"), ("base_plus", "2.1"), ("large", "2.1")]
 )

@@ -14,6 +14,7 @@ LETTERS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 PARAMETERS_MILLION = {"tiny": 38.9, "small": 46.0, "base_plus": 80.8, "large": 224.4}  # SAM 2.1's README
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("size", LETTERS)
 def test_official_sizes_have_the_keys_and_shapes_of_sam2(size, version):
