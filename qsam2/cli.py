@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     message, status = "", 0
     os.environ.setdefault(*WAITING)
     try:
-        given = parse(sys.argv[1:] if arguments is None else arguments)
+        options = parse(sys.argv[1:] if arguments is None else arguments)
         with stopped_by_sigterm():
-            _run(given)
+            _run(options)
     except UserError as error:
         message, status = f"error: {error}", 2
     except OSError as error:
@@ -71,9 +71,9 @@ def _end_progress_bars() -> None:
             bar.close()
 
 
-def _run(given: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     try:
-        given.run(given)
+        options.run(options)
     except SystemExit as ended:
         if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes one of the other
             raise KeyboardInterrupt from ended
@@ -115,14 +115,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for before, word in zip(["", *arguments], arguments, strict=False):
         is_value = before.startswith("--") and "=" not in before and before not in switches
         (overrides if _is_override(word) and not is_value else others).append(word)
-    given, unknown = parser.parse_known_args(others)
+    options, unknown = parser.parse_known_args(others)
     if unknown:
         raise UserError(
             f"unknown argument {unknown[0]!r}: a key of the recipe is written key=value, without dashes; "
-            f"flags are in qsam2 {given.command} --help"
+            f"flags are in qsam2 {options.command} --help"
         )
-    given.overrides = overrides
-    return given
+    options.overrides = overrides
+    return options
 
 
 def _switches(command: argparse.ArgumentParser) -> set[str]:

@@ -71,52 +71,52 @@ def add_benchmark(commands: Commands) -> None:
     tracking.set_defaults(run=_benchmark_tracking)
 
 
-def _benchmark_quantizers(given: argparse.Namespace) -> None:
-    _prepare_benchmark(given)
+def _benchmark_quantizers(options: argparse.Namespace) -> None:
+    _prepare_benchmark(options)
     from qsam2.benchmark.peers import PEERS
     from qsam2.benchmark.quantization import benchmark_quantizers, markdown_table
 
     result = benchmark_quantizers(
-        size=given.size,
-        image_size=given.image_size,
-        frames=given.frames,
-        repeats=given.repeats,
-        compile=given.compile,
-        peers=list(PEERS) if given.peers is None else given.peers,
+        size=options.size,
+        image_size=options.image_size,
+        frames=options.frames,
+        repeats=options.repeats,
+        compile=options.compile,
+        peers=list(PEERS) if options.peers is None else options.peers,
     )
-    _show_benchmark(given, markdown_table(result), result)
+    _show_benchmark(options, markdown_table(result), result)
 
 
-def _benchmark_memory(given: argparse.Namespace) -> None:
-    _prepare_benchmark(given)
+def _benchmark_memory(options: argparse.Namespace) -> None:
+    _prepare_benchmark(options)
     from qsam2.benchmark.remembered_frames import benchmark_memory, markdown_table
 
     flags = ("size", "image_size", "objects", "frames", "repeats", "precision", "device")
-    result = benchmark_memory(**{flag: getattr(given, flag) for flag in flags})
-    _show_benchmark(given, markdown_table(result), result)
+    result = benchmark_memory(**{flag: getattr(options, flag) for flag in flags})
+    _show_benchmark(options, markdown_table(result), result)
 
 
-def _benchmark_tracking(given: argparse.Namespace) -> None:
-    _prepare_benchmark(given)
+def _benchmark_tracking(options: argparse.Namespace) -> None:
+    _prepare_benchmark(options)
     from qsam2.benchmark.tracked_frame import benchmark_tracking, markdown_table
 
     result = benchmark_tracking(
-        size=given.size, image_size=given.image_size, repeats=given.repeats, engines=given.engines
+        size=options.size, image_size=options.image_size, repeats=options.repeats, engines=options.engines
     )
-    _show_benchmark(given, markdown_table(result), result)
+    _show_benchmark(options, markdown_table(result), result)
 
 
-def _prepare_benchmark(given: argparse.Namespace) -> None:
-    if given.overrides:
-        raise UserError(f"{given.overrides[0]!r} is a key of a recipe, and this benchmark reads none: leave it out")
-    if given.json:
-        make_room(given.json)
+def _prepare_benchmark(options: argparse.Namespace) -> None:
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]!r} is a key of a recipe, and this benchmark reads none: leave it out")
+    if options.json:
+        make_room(options.json)
     quiet_logs()
 
 
-def _show_benchmark(given: argparse.Namespace, table: str, result: Mapping[str, Any]) -> None:
+def _show_benchmark(options: argparse.Namespace, table: str, result: Mapping[str, Any]) -> None:
     print(table)
-    if given.json:
+    if options.json:
         from qsam2.output import write_text
 
-        write_text(given.json, json.dumps(result, indent=1))
+        write_text(options.json, json.dumps(result, indent=1))

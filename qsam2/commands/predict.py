@@ -58,22 +58,22 @@ def add_predict(commands: Commands) -> None:
     parser.set_defaults(run=_predict, words=[])
 
 
-def _predict(given: argparse.Namespace) -> None:
-    check_model(given.model)
-    if not given.input.exists():
-        raise UserError(f"{given.input} does not exist: give a picture, a folder of frames or a video file")
+def _predict(options: argparse.Namespace) -> None:
+    check_model(options.model)
+    if not options.input.exists():
+        raise UserError(f"{options.input} does not exist: give a picture, a folder of frames or a video file")
     quiet_logs(trains=False)
     from qsam2.predict.predict import predict
 
     written = predict(
-        given.model,
-        given.input,
-        given.words,
-        out=given.out,
-        overrides=given.overrides,
-        device=given.device,
-        fast=given.fast,
-        force=given.force,
+        options.model,
+        options.input,
+        options.words,
+        out=options.out,
+        overrides=options.overrides,
+        device=options.device,
+        fast=options.fast,
+        force=options.force,
     )
     for path in written:
         print(path)

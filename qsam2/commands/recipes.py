@@ -26,15 +26,15 @@ def add_recipes(commands: Commands) -> None:
     parser.set_defaults(run=_recipes)
 
 
-def _recipes(given: argparse.Namespace) -> None:
+def _recipes(options: argparse.Namespace) -> None:
     from qsam2.output import aligned
     from qsam2.recipe.section import did_you_mean
     from qsam2.recipe.shipped import PATTERNS, shipped
 
-    if given.overrides:
-        raise UserError(f"{given.overrides[0]} does nothing here: files are shown as they are")
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]} does nothing here: files are shown as they are")
     files = {kind: shipped(kind) for kind in PATTERNS}
-    if given.name is None:
+    if options.name is None:
         sections = []
         for kind, named in files.items():
             rows = [[f"  {name}", _title(path.read_text())] for name, path in named.items()]
@@ -42,11 +42,11 @@ def _recipes(given: argparse.Namespace) -> None:
         print("\n\n".join(sections))
         return
     every = {name: path for named in files.values() for name, path in named.items()}
-    if given.name not in every:
+    if options.name not in every:
         raise UserError(
-            f"{given.name} does not ship with qsam2; qsam2 recipes lists what does{did_you_mean(given.name, every)}"
+            f"{options.name} does not ship with qsam2; qsam2 recipes lists what does{did_you_mean(options.name, every)}"
         )
-    print(every[given.name].read_text(), end="")
+    print(every[options.name].read_text(), end="")
 
 
 def _title(text: str) -> str:

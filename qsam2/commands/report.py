@@ -35,17 +35,17 @@ def add_report(commands: Commands) -> None:
     parser.set_defaults(run=_report)
 
 
-def _report(given: argparse.Namespace) -> None:
-    if given.overrides:
-        raise UserError(f"{given.overrides[0]} does nothing here: a report shows a run as it was")
+def _report(options: argparse.Namespace) -> None:
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]} does nothing here: a report shows a run as it was")
     quiet_logs()
     from qsam2.output import write_text
     from qsam2.report.compare import render_comparison
     from qsam2.report.page import REPORT, render
     from qsam2.report.read import read_run
 
-    runs = [read_run(path) for path in given.runs]
-    file = given.out or _default(runs)
+    runs = [read_run(path) for path in options.runs]
+    file = options.out or _default(runs)
     if file.is_dir():
         raise UserError(f"--out {file}: is a folder; give the path of a file")
     if any(run.missing_stages and file.resolve() == (run.path / REPORT).resolve() for run in runs):
