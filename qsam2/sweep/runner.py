@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import statistics
 import sys
 import threading
@@ -156,7 +155,7 @@ class _Runner:
                     self.stopped = True
                     for process in self.processes:
                         if process.poll() is None:
-                            process.terminate()  # runs may ignore SIGINT, or take it for the end of a stage
+                            _stop(process)
                     raise
 
     def _work(self, queue: Iterator[Job]) -> None:
@@ -210,7 +209,7 @@ class _Runner:
             with self.lock:
                 behind = self.plan.is_behind(job)
             if behind and not ended:
-                process.send_signal(signal.SIGINT)
+                _stop(process)
                 process.wait()
                 return True
         return False
@@ -230,6 +229,11 @@ class _Runner:
     def _time_left(self) -> str:
         seconds = seconds_of_a_run(self.plan.states(), self.plan.run_seconds)
         return f"; about {duration(self.left * seconds / self.jobs)} left" if self.left and seconds else ""
+
+
+def _stop(process: Popen[bytes]) -> None:
+    """Stop a run by SIGTERM: runs of a sweep in the background of a script ignore SIGINT."""
+    process.terminate()
 
 
 def _failure(status: int, folder: Path) -> str:

@@ -26,6 +26,7 @@ def scores(log: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("stage", "devices", "by"),
     [

@@ -26,7 +26,10 @@ def goes(name, given):
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "long":
-        time.sleep(600)  # until it is stopped
+        parent = os.getppid()
+        while os.getppid() == parent:  # until it is stopped, or who started it has ended
+            time.sleep(0.1)
+        sys.exit(130)
     return how
 """
 """How a script begins: `goes` notes what a run was given, fails as it was told to, or returns how the run goes."""

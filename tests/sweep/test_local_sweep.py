@@ -6,8 +6,10 @@ import errno
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,15 @@ def test_a_sweep_ends_at_its_target(runs: Runs, tmp_path: Path) -> None:
     assert [run.state for run in board] == ["finished"] * 2 + ["to come"] * 4
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def _started_in(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Processes that a shell starts in the background ignore SIGINT, and so do theirs."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_started_in")
 def test_hyperband_stops_what_is_worse_at_a_rung(runs: Runs, tmp_path: Path) -> None:
     good, bad = [9 - n for n in range(8)], [20.0] * 2000
     rule = {"type": "hyperband", "min_iter": 2, "eta": 2}
@@ -145,6 +156,7 @@ def test_hyperband_stops_what_is_worse_at_a_rung(runs: Runs, tmp_path: Path) -> 
     board = {run.name: run for run in carry_out(sweep, tmp_path)}
     assert [board[number].state for number in ("000", "001", "002")] == ["finished", "stopped", "finished"]
     assert (board["000"].metric, board["002"].metric) == (2.0, 1.0)
+    assert not (tmp_path / "out" / "001" / "metrics.json").exists()  # it did not come to its end
     carry_out(sweep, tmp_path)
     assert len(runs.begun()) == 3  # what was stopped early is not begun again
 
