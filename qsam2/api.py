@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from qsam2.errors import UserError
 from qsam2.evaluation import scoring
 from qsam2.formats.packed import read_header
 from qsam2.loading import load_model
-from qsam2.output import quiet_libraries, write_whole
+from qsam2.output import quiet_libraries, read_json, write_whole
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import SIZES, merge, read_recipe
 from qsam2.recipe.quantize import parse_bits
-from qsam2.run_folder import alone_in
+from qsam2.run import alone_in
 
 log = logging.getLogger("qsam2")
 
@@ -83,51 +83,45 @@ def quantize(
         >>> model = qsam2.load(result.folder)
     """
     quiet_libraries()
-    plan = quantize_recipe(checkpoint, recipe, data, bits=bits, out=out, overrides=overrides)
-    with alone_in(plan.run_folder):
-        metrics = pipeline.run_recipe(plan)
-    return Quantized(plan.run_folder, plan, metrics)
-
-
-def quantize_recipe(
-    checkpoint: str | Path,
-    recipe: str | Path | None = None,
-    data: str | Path | None = None,
-    *,
-    bits: int | str | None = None,
-    out: str | Path | None = None,
-    overrides: Sequence[str] = (),
-) -> Recipe:
-    """The recipe that `quantize` carries out; arguments and errors as there."""
     _, own = load_model(checkpoint)
     if own.quantize is not None:
         raise UserError(f"{checkpoint} is quantized already: give the float model it was made from")
     sources = _sources(source_of(data)) if data is not None else {}
-    if recipe is not None:
-        values = read_recipe(recipe, [f"model.size={own.model.size}", *overrides])
-        values = merge({"log": PTQ["log"]}, values)
+    if recipe is None:
+        values = _calibration_alone(own.model.size, 8 if bits is None else bits, sources)
+    else:
+        values = merge({"log": PTQ["log"]}, read_recipe(recipe, [f"model.size={own.model.size}", *overrides]))
         if bits is not None:
             pairs = zip(("weights", "activations"), parse_bits(bits), strict=True)
             changed = {part: {"bits": number} if number else None for part, number in pairs}
             values = merge(values, {"quantize": changed})
-    else:
-        weights, activations = parse_bits(8 if bits is None else bits)
-        methods = {
-            part: {"method": "minmax", "bits": number, "range": "mse"} if number else None
-            for part, number in (("weights", weights), ("activations", activations))
-        }
-        name = f"{own.model.size}-w{weights}" + (f"a{activations}" if activations else "")
-        amount: dict[str, Any] = _amount(sources)
-        if weights <= FEW_BITS and amount["clips"] > 1:  # it is fitted on one half of the clips and chosen on the other
-            amount["rounding"] = "gptq"
-        values = {**PTQ, "name": name, "quantize": methods, "calibrate": amount}
     values = merge(values, {"model": own.model.model_dump(mode="json"), "data": sources})
     if out is not None:
         values["output"] = str(out)
     plan = build_recipe(values, overrides)
     if plan.quantize is None:
         raise UserError("quantize=null quantizes nothing: give a recipe with quantize, or --bits")
-    return plan
+    with alone_in(plan.run_folder):
+        metrics = pipeline.run_recipe(plan)
+    return Quantized(plan.run_folder, plan, metrics)
+
+
+def _calibration_alone(size: str, bits: int | str, sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the recipe that `quantize` carries out if none is named."""
+    weights, activations = parse_bits(bits)
+    methods = {
+        part: {"method": "minmax", "bits": number, "range": "mse"} if number else None
+        for part, number in (("weights", weights), ("activations", activations))
+    }
+    amount: dict[str, Any] = {"stills": STILLS, "clips": CLIPS, "num_frames": CLIP_FRAMES}
+    if sources:
+        frames = [len(video) for video in open_videos(sources["train"][0], split="train")]
+        clips = sum(max(length - CLIP_FRAMES + 1, 1) for length in frames)
+        amount |= {"stills": min(STILLS, sum(frames)), "clips": min(CLIPS, clips)}
+    if weights <= FEW_BITS and amount["clips"] > 1:  # it is fitted on one half of the clips and chosen on the other
+        amount["rounding"] = "gptq"
+    name = f"{size}-w{weights}" + (f"a{activations}" if activations else "")
+    return {**PTQ, "name": name, "quantize": methods, "calibrate": amount}
 
 
 def _sources(spec: str) -> dict[str, Any]:
@@ -137,14 +131,6 @@ def _sources(spec: str) -> dict[str, Any]:
     if is_unlabelled(spec):
         return {"train": [f"{spec}:train"], "val": f"{spec}:val"}
     return {"train": [spec]}
-
-
-def _amount(sources: Mapping[str, Any]) -> dict[str, int]:
-    videos = open_videos(sources["train"][0], split="train") if sources else []
-    frames = [len(video) for video in videos]
-    stills = min(STILLS, sum(frames)) if sources else STILLS
-    clips = min(CLIPS, sum(max(length - CLIP_FRAMES + 1, 1) for length in frames)) if sources else CLIPS
-    return {"stills": stills, "clips": clips, "num_frames": CLIP_FRAMES}
 
 
 def evaluate(
@@ -181,8 +167,7 @@ def evaluate(
         True
     """
     quiet_libraries()
-    values: dict[str, Any] = {"data.val": None, "evaluate.protocol": protocol}
-    values |= {"evaluate.frames": frames, "evaluate.videos": videos}
+    values = {"data.val": None, "evaluate.protocol": protocol, "evaluate.frames": frames, "evaluate.videos": videos}
     whole: list[str] = []
     if data is not None:
         spec = source_of(data)
@@ -227,9 +212,7 @@ def _export_onnx(model: str | Path, out: Path, overrides: Sequence[str]) -> dict
     network, recipe = load_model(model, overrides)
     if recipe.memory.reads_anew:
         log.warning("the graphs read all of the memory, as sam2 does: memory.* of the recipe is not exported")
-    file = Path(model) / "card.json"
-    card = json.loads(file.read_text()) if file.is_file() else None
-    return export_onnx(network, recipe.model_dump(mode="json"), out, card=card)
+    return export_onnx(network, recipe.model_dump(mode="json"), out, card=read_json(Path(model) / "card.json"))
 
 
 def _export_packed(model: str | Path, out: Path, overrides: Sequence[str]) -> dict[str, int]:
@@ -240,15 +223,10 @@ def _export_packed(model: str | Path, out: Path, overrides: Sequence[str]) -> di
         raise UserError(f"{model} is a float model, the packed format is for quantized ones: see qsam2 quantize")
     folder = source if source.is_dir() else source.parent
     file = source / "model.safetensors" if source.is_dir() else source
-    if source.is_dir() and not file.is_file():
-        raise UserError(f"{source} holds no model.safetensors: the run is not finished; run its recipe again")
-    read_header(file)
-    load_model(file)  # a damaged file is not copied
+    if file.is_file():
+        read_header(file)
+    load_model(model)  # a damaged file is not copied
     cards = [folder / name for name in ("card.md", "card.json") if (folder / name).is_file()]
-    return {path.name: _copy(path, out / path.name) for path in (file, *cards)}
-
-
-def _copy(source: Path, target: Path) -> int:
-    """Copy a file whole or not at all; returns its size in bytes."""
-    write_whole(target, lambda path: shutil.copyfile(source, path))
-    return target.stat().st_size
+    for path in (file, *cards):
+        write_whole(out / path.name, partial(shutil.copyfile, path))
+    return {path.name: path.stat().st_size for path in (file, *cards)}

@@ -13,16 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from qsam2.commands.benchmark import add_benchmark
-from qsam2.commands.evaluate import add_evaluate
-from qsam2.commands.export import add_export
-from qsam2.commands.predict import add_predict
-from qsam2.commands.quantize import add_quantize
-from qsam2.commands.recipes import add_recipes
-from qsam2.commands.report import add_report
-from qsam2.commands.sensitivity import add_sensitivity
-from qsam2.commands.sweep import add_sweep
-from qsam2.commands.train import add_train
+from qsam2.commands import benchmark, evaluate, export, predict, quantize, recipes, report, sensitivity, sweep, train
 from qsam2.errors import UserError
 from qsam2.output import version
 
@@ -92,16 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qsam2", description="Quantization of Segment Anything Model 2.")
     parser.add_argument("--version", action="version", version=f"qsam2 {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_quantize(commands)
-    add_recipes(commands)
-    add_train(commands)
-    add_evaluate(commands)
-    add_predict(commands)
-    add_export(commands)
-    add_sweep(commands)
-    add_sensitivity(commands)
-    add_report(commands)
-    add_benchmark(commands)
+    for command in (quantize, recipes, train, evaluate, predict, export, sweep, sensitivity, report, benchmark):
+        command.add(commands)
     return parser
 
 
@@ -109,7 +92,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Arguments as the command's parser reads them, its overrides (`key=value`) apart; raises UserError."""
     parser = build_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    switches = {flag for command in commands.choices.values() for flag in _switches(command)}
+    actions = [action for command in commands.choices.values() for action in command._actions]
+    switches = {flag for action in actions if action.nargs == 0 for flag in action.option_strings}
     overrides: list[str] = []
     others: list[str] = []
     for before, word in zip(["", *arguments], arguments, strict=False):
@@ -123,11 +107,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         )
     options.overrides = overrides
     return options
-
-
-def _switches(command: argparse.ArgumentParser) -> set[str]:
-    """The flags that take no value."""
-    return {flag for action in command._actions if action.nargs == 0 for flag in action.option_strings}
 
 
 def _is_override(word: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,24 +64,15 @@ def _load_float(values: dict[str, Any], overrides: Sequence[str]) -> tuple[SAM2,
     recipe = build_recipe(values, overrides)
     if recipe.quantize is not None:
         raise UserError("quantize=... does nothing here: this model is float; run a recipe to quantize it")
-    model = load_sam2(
-        recipe.model.size,
-        version=recipe.model.version,
-        checkpoint=recipe.model.checkpoint,
-        image_size=recipe.model.image_size,
-    )
-    return model, recipe
+    return load_sam2(**recipe.model.model_dump()), recipe
 
 
 def _load_packed(path: Path, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
     values = packed.read_header(path).recipe
-    recipe = build_recipe(values, overrides)
-    own = build_recipe(values)
+    recipe, own = build_recipe(values, overrides), build_recipe(values)
     if fixed := [key for key in ("model", "quantize") if getattr(recipe, key) != getattr(own, key)]:
         raise UserError(f"{path} is a quantized model: {', '.join(fixed)} cannot be changed by an override")
-    model = load_sam2(
-        recipe.model.size, version=recipe.model.version, checkpoint=None, image_size=recipe.model.image_size
-    )
+    model = load_sam2(**{**recipe.model.model_dump(), "checkpoint": None})
     rows = packed.load_packed(path, model)
     try:
         audit(model, rows, recipe.quantize)
@@ -94,13 +86,10 @@ def _float_recipe(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """The recipe that `save_weights` noted, empty where another program wrote the file."""
     if metadata.get("format") != packed.FLOAT_FORMAT:
         return {}
-    try:
-        values = json.loads(metadata["recipe"])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: its header holds no recipe; copy or export it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: its header holds no recipe; copy or export it again")
-    return values
+    with contextlib.suppress(KeyError, ValueError, RecursionError):
+        if isinstance(values := json.loads(metadata["recipe"]), dict):
+            return values
+    raise UserError(f"{path} is damaged: its header holds no recipe; copy or export it again")
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -161,7 +150,7 @@ def video_predictor(
 ) -> SAM2:
     """A model with the interface of `sam2`'s `SAM2VideoPredictor` that holds no more of a video than it still needs.
 
-    `init_state` takes a folder of JPEG or PNG frames or a video file (`read_video`), or frames. Masks are those of
+    `init_state` takes a folder of JPEG or PNG frames or a video file (`open_video`), or frames. Masks are those of
     `sam2`'s predictor, but the state is bounded: a frame that was forgotten cannot be corrected, which is a UserError
     (`overrides=["memory.bounded=false"]` keeps everything, as `sam2` does). Arguments and errors as `load`.
 
@@ -172,15 +161,14 @@ def video_predictor(
         >>> for frame, objects, logits in predictor.propagate_in_video(state):
         ...     masks = logits[:, 0] > 0  # (objects, height, width)
     """
+
+    def read_video(path: str | Path, image_size: int) -> tuple[Sequence[Tensor], tuple[int, int]]:
+        video = open_video(path)
+        return FrameSequence(video, image_size, len(video)), video.size
+
     predictor = load(model, ["memory.bounded=true", *overrides], device=device, fast=fast)
     predictor.video_reader = read_video
     return predictor
-
-
-def read_video(path: str | Path, image_size: int) -> tuple[Sequence[Tensor], tuple[int, int]]:
-    """Frames and size of a video for `SAM2.init_state`; see `open_video`."""
-    video = open_video(path)
-    return FrameSequence(video, image_size, len(video)), video.size
 
 
 def _checked_device(device: str | torch.device) -> torch.device:
@@ -209,13 +197,8 @@ def load_float(recipe: Recipe) -> SAM2:
     Raises:
         UserError: see `load_sam2`.
     """
-    model = load_sam2(
-        recipe.model.size,
-        version=recipe.model.version,
-        checkpoint=recipe.model.checkpoint,
-        image_size=recipe.model.image_size,
-        drop_path_rate=recipe.train.drop_path if recipe.train else 0.0,
-    )
+    drop_path = recipe.train.drop_path if recipe.train else 0.0
+    model = load_sam2(**recipe.model.model_dump(), drop_path_rate=drop_path)
     if recipe.model.checkpoint is None:
         initialise(model, recipe.seed)
     return model

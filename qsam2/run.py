@@ -1,26 +1,103 @@
-"""One run as an object: recipe, folder, data and models. The stages of `qsam2.pipeline` take it."""
+"""One run as an object (recipe, data, models) and its folder: what was done so far, its figures and times."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from qsam2.data.video import Predictions, Video
+from qsam2.errors import UserError
 from qsam2.models import SAM2
-from qsam2.recipe import Recipe
+from qsam2.output import write_text
+from qsam2.recipe import Recipe, load_recipe, save_recipe
 from qsam2.recipe.quantize import ConvertedLayer
-from qsam2.run_folder import RunFolder, is_first_rank
 
 if TYPE_CHECKING:  # inference needs no Lightning and no training data
     from lightning.pytorch.loggers import Logger
 
     from qsam2.data.calibration_data import CalibrationData
     from qsam2.data.clips import Source
+
+log = logging.getLogger("qsam2")
+
+
+class RunFolder:
+    """`recipe.yaml`, `metrics.json`, `checkpoints/`, `model.safetensors`, `card.md`, `card.json`, `report.html`.
+
+    Every figure is written when it is known, so that a killed run keeps it. Only rank 0 writes.
+
+    Raises:
+        UserError: the folder holds the run of another recipe.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.path = recipe.run_folder
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model.safetensors"
+        self._metrics_file = self.path / "metrics.json"
+        self._begin(recipe)
+        self.metrics: dict[str, Any] = {"seconds": {}}
+        if self._metrics_file.is_file():
+            try:
+                self.metrics = json.loads(self._metrics_file.read_text())
+            except ValueError as error:
+                raise UserError(f"{self._metrics_file} is damaged ({error}): remove it to run anew") from error
+
+    @property
+    def finished(self) -> bool:
+        """True if the run came to its end: the report is written last."""
+        return (self.path / "report.html").is_file()
+
+    @contextlib.contextmanager
+    def stage(self, name: str, what: str = "") -> Iterator[None]:
+        """Say that a stage begins and how long it took; its seconds go into the metrics."""
+        log.info("%s%s ...", name, f" ({what})" if what else "")
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        log.info("%s: %.1f s", name, seconds)
+        self.metrics["seconds"][name] = round(self.metrics["seconds"].get(name, 0.0) + seconds, 3)
+        self._save()
+
+    def record(self, key: str, value: Any) -> None:
+        """Write a figure into `metrics.json`."""
+        self.metrics[key] = value
+        self._save()
+
+    def _begin(self, recipe: Recipe) -> None:
+        text = save_recipe(recipe)
+        file = self.path / "recipe.yaml"
+        begun = self._metrics_file.is_file() or self.checkpoints.is_dir()  # what failed earlier may be put right
+        if file.is_file() and begun:
+            try:
+                before = load_recipe(file)  # keys that qsam2 had not yet get their defaults
+            except UserError as error:
+                raise UserError(f"{self.path} holds a run of another version ({error}); give output=PATH") from error
+            old, new = (flat(each.model_dump(mode="json")) for each in (before, recipe))
+            if changed := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+                raise UserError(
+                    f"{self.path} holds a run of another recipe (it differs in {', '.join(changed[:4])}); "
+                    "give another folder with output=PATH, or the same values to resume it"
+                )
+        self._write(file, text)
+
+    def _save(self) -> None:
+        self._write(self._metrics_file, json.dumps(self.metrics, indent=1))
+
+    def _write(self, file: Path, text: str) -> None:
+        if is_first_rank():
+            write_text(file, text)
 
 
 @dataclass
@@ -67,3 +144,43 @@ class Run:
         for network in (self.model, self.teacher):
             if network is not None:
                 network.to(self.device).eval()
+
+
+def is_first_rank() -> bool:
+    """True in rank 0 of a distributed run and in a single process."""
+    from lightning.pytorch.utilities import rank_zero_only  # takes a second: only for runs
+
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is at work in a run folder, as one that outlived a killed sweep; keep others out.
+
+    Ranks other than the first follow it.
+    """
+    if not is_first_rank():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another process is at work in %s: waiting for it", folder)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; make room or give output=PATH") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    parts = [flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items()]
+    return {key: value for part in parts for key, value in part.items()}

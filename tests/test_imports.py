@@ -21,7 +21,6 @@ FLOORS = (
     ("errors",),
     ("output", "recipe"),
     ("data", "models", "quantizers", "metrics"),
-    ("run_folder",),
     ("run",),
     ("layers",),
     ("memory",),

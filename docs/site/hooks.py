@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import nano_table  # noqa: E402
+import recipe_keys  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -26,7 +27,11 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*
 
 def generated_pages() -> dict[str, str]:
     """Markdown of the pages that are not files of docs/, by their path in the site."""
-    pages = {"cli.md": commands(), "recipe_keys.md": recipe_keys(), "nano.md": card(ROOT / "qsam2/models/nano/nano.md")}
+    pages = {
+        "cli.md": commands(),
+        "recipe_keys.md": recipe_keys.reference(),
+        "nano.md": card(ROOT / "qsam2/models/nano/nano.md"),
+    }
     pages |= {f"datasets/{page_name(path)}": card(path) for path in (ROOT / "data").glob("*.md")}
     return pages | {f"results/{path.stem}.md": results(path) for path in (DOCS / "tables").glob("*.json")}
 
@@ -53,13 +58,6 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
         yield parser
         actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
         waiting = [child for action in actions for child in action.choices.values()] + waiting
-
-
-def recipe_keys() -> str:
-    """Every key of a recipe with its type, default and meaning."""
-    from qsam2.recipe.reference import reference
-
-    return reference()
 
 
 def results(path: Path) -> str:

@@ -1,38 +1,56 @@
-"""Parts that commands share: the look of their help, quiet libraries, room for what they write."""
+"""Parts that commands share: the look of their help, quiet libraries, the file of --json."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from qsam2.errors import UserError
-from qsam2.output import quiet_libraries
+from qsam2.output import quiet_libraries, write_text
 
 log = logging.getLogger("qsam2")
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
-def texts(summary: str, epilog: str) -> dict[str, Any]:
-    """Arguments of `add_parser`: the line in the list of commands, the description, the examples below the flags."""
-    return {
-        "help": summary,
-        "description": summary[0].upper() + summary[1:] + ".",
-        "epilog": epilog,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
+def add_parser(
+    commands: Commands, name: str, run: Callable[[Any], None], summary: str, epilog: str, usage: str | None = None
+) -> argparse.ArgumentParser:
+    """The parser of a command, which `run` carries out; `epilog` shows examples, `usage` replaces argparse's own."""
+    parser = commands.add_parser(name, help=summary, epilog=epilog, usage=usage)
+    parser.description = summary[0].upper() + summary[1:] + "."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(run=run)
+    return parser
 
 
-def make_room(file: Path) -> None:
-    """Make the folder of an output before the work, so that a wrong path is not found after it."""
+def make_room(file: Path | None) -> None:
+    """Make the folder of --json before the work, so that a wrong path is not found after it."""
+    if file is None:
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--json {file}: its folder cannot be made ({error.strerror}); give another path") from error
     if file.is_dir():
         raise UserError(f"--json {file}: is a folder; give the path of a file")
+
+
+def check_positive(options: argparse.Namespace, *flags: str) -> None:
+    """Refuse numbers below 1; a flag that is left out may be None."""
+    for flag in flags:
+        if (number := getattr(options, flag)) is not None and number < 1:
+            raise UserError(f"--{flag} {number}: give at least 1")
+
+
+def write_json(file: Path | None, values: Any) -> None:
+    """Write what a command found, if --json names a file."""
+    if file:
+        write_text(file, json.dumps(values, indent=1))
 
 
 def quiet_logs(*, trains: bool = True) -> None:

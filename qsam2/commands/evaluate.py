@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from qsam2.commands.common import Commands, make_room, quiet_logs, texts
+from qsam2.commands.common import Commands, add_parser, make_room, quiet_logs, write_json
 from qsam2.errors import UserError
 
 EPILOG = """examples:
@@ -25,11 +24,11 @@ Videos give J&F of semi-supervised tracking, stills the mask IoU of point and bo
 Pictures and videos without masks (--data with a folder or file of them) give fidelity to the float --reference."""
 
 
-def add_evaluate(commands: Commands) -> None:
+def add(commands: Commands) -> None:
     """The parser of `qsam2 evaluate`."""
-    parser = commands.add_parser("evaluate", **texts("score a model or masks on disk", EPILOG))
-    parser.usage = """%(prog)s [-h] MODEL [--data KIND:ROOT:SPLIT] [--reference MODEL] [options] [key=value ...]
+    usage = """%(prog)s [-h] MODEL [--data KIND:ROOT:SPLIT] [--reference MODEL] [options] [key=value ...]
        %(prog)s [-h] --pred DIR --gt DIR [--protocol {davis,sav}] [--json OUT]"""
+    parser = add_parser(commands, "evaluate", _evaluate, "score a model or masks on disk", EPILOG, usage)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder, file or size")
     parser.add_argument("--data", metavar="DATA", help="KIND:ROOT:SPLIT, folder or file; default: as the recipe says")
     parser.add_argument("--protocol", choices=("davis", "sav"), help="default: the recipe's, davis without one")
@@ -41,20 +40,15 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument("--save-masks", type=Path, metavar="DIR", help="write tracked masks as benchmarks take them")
     parser.add_argument("--fast", action="store_true", help="score the model as `qsam2 predict --fast` runs it")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
-    parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from qsam2.report.summary import score_line
 
-    if options.json:
-        make_room(options.json)
+    make_room(options.json)
     block = _score_masks(options) if options.pred or options.gt else _score_model(options)
     print(score_line(block))
-    if options.json:
-        from qsam2.output import write_text
-
-        write_text(options.json, json.dumps(block, indent=1))
+    write_json(options.json, block)
 
 
 def _score_masks(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qsam2.commands.common import Commands, quiet_logs, texts
+from qsam2.commands.common import Commands, add_parser, quiet_logs
 
 EPILOG = """examples:
   qsam2 export runs/qat-w4a4 --format onnx --out exported/qat-w4a4
@@ -16,14 +16,13 @@ MODEL is a run folder, a model.safetensors of qsam2, a checkpoint, or a size. on
 (docs/onnx.md), of float models too; packed writes the file that qsam2 loads, with its card."""
 
 
-def add_export(commands: Commands) -> None:
+def add(commands: Commands) -> None:
     """The parser of `qsam2 export`."""
-    parser = commands.add_parser("export", **texts("write a model for other runtimes", EPILOG))
-    parser.usage = "%(prog)s [-h] MODEL --format {onnx,packed} --out DIR [key=value ...]"
+    usage = "%(prog)s [-h] MODEL --format {onnx,packed} --out DIR [key=value ...]"
+    parser = add_parser(commands, "export", _export, "write a model for other runtimes", EPILOG, usage)
     parser.add_argument("model", metavar="MODEL", help="run folder, file or size")
     parser.add_argument("--format", choices=("onnx", "packed"), required=True, help="what to write")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of the files, made if missing")
-    parser.set_defaults(run=_export)
 
 
 def _export(options: argparse.Namespace) -> None:

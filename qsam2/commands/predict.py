@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qsam2.commands.common import Commands, check_model, quiet_logs, texts
+from qsam2.commands.common import Commands, add_parser, check_model, quiet_logs
 from qsam2.errors import UserError
 
 EPILOG = """examples:
@@ -40,22 +40,21 @@ class _InOrder(argparse.Action):
         namespace.words = [*namespace.words, (self.dest, value)]
 
 
-def add_predict(commands: Commands) -> None:
+def add(commands: Commands) -> None:
     """The parser of `qsam2 predict`."""
-    parser = commands.add_parser("predict", **texts("segment a picture or track objects through a video", EPILOG))
-    parser.usage = "%(prog)s [-h] MODEL INPUT PROMPT [PROMPT ...] --out OUT [options] [key=value ...]"
+    summary = "segment a picture or track objects through a video"
+    usage = "%(prog)s [-h] MODEL INPUT PROMPT [PROMPT ...] --out OUT [options] [key=value ...]"
+    parser = add_parser(commands, "predict", _predict, summary, EPILOG, usage)
     parser.add_argument("model", metavar="MODEL", help="run folder, file or size")
     parser.add_argument("input", type=Path, metavar="INPUT", help="picture, folder of frames or video file")
-
+    parser.set_defaults(words=[])
     for name, (metavar, text) in PROMPTS.items():
         parser.add_argument(f"--{name}", action=_InOrder, metavar=metavar, help=text)
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of what is written")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument(
-        "--fast", action="store_true", help="for speed: integers and bfloat16 where the processor has them, cached keys"
-    )
-    parser.set_defaults(run=_predict, words=[])
+    faster = "for speed: integers and bfloat16 where the processor has them, cached keys"
+    parser.add_argument("--fast", action="store_true", help=faster)
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -65,15 +64,7 @@ def _predict(options: argparse.Namespace) -> None:
     quiet_logs(trains=False)
     from qsam2.predict.predict import predict
 
-    written = predict(
-        options.model,
-        options.input,
-        options.words,
-        out=options.out,
-        overrides=options.overrides,
-        device=options.device,
-        fast=options.fast,
-        force=options.force,
-    )
-    for path in written:
+    flags = ("out", "overrides", "device", "fast", "force")
+    chosen = {flag: getattr(options, flag) for flag in flags}
+    for path in predict(options.model, options.input, options.words, **chosen):
         print(path)

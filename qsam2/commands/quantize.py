@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qsam2.commands.common import Commands, check_model, quiet_logs, texts
+from qsam2.commands.common import Commands, add_parser, check_model, quiet_logs
 
 EPILOG = """examples:
   qsam2 quantize nano --bits 8 --data pictures/
@@ -19,16 +19,16 @@ out to be scored. Without --data videos are generated. Without --recipe ranges o
 is trained."""
 
 
-def add_quantize(commands: Commands) -> None:
+def add(commands: Commands) -> None:
     """The parser of `qsam2 quantize`."""
-    parser = commands.add_parser("quantize", **texts("quantize a model on your data, without writing a recipe", EPILOG))
-    parser.usage = "%(prog)s [-h] CHECKPOINT [--bits BITS] [--recipe RECIPE] [--data DATA] [options] [key=value ...]"
+    summary = "quantize a model on your data, without writing a recipe"
+    usage = "%(prog)s [-h] CHECKPOINT [--bits BITS] [--recipe RECIPE] [--data DATA] [options] [key=value ...]"
+    parser = add_parser(commands, "quantize", _quantize, summary, EPILOG, usage)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="float model: file or size")
     parser.add_argument("--bits", metavar="BITS", help="8, w4a8, or w4 (weights alone); default: 8, or the recipe's")
     parser.add_argument("--recipe", type=Path, metavar="RECIPE", help="a file, or a name that qsam2 recipes lists")
     parser.add_argument("--data", metavar="DATA", help="folder, file or KIND:ROOT:SPLIT")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/SIZE-BITS)")
-    parser.set_defaults(run=_quantize)
 
 
 def _quantize(options: argparse.Namespace) -> None:
@@ -45,16 +45,10 @@ def _quantize(options: argparse.Namespace) -> None:
     from qsam2.api import quantize
     from qsam2.recipe import save_recipe
     from qsam2.report.summary import results_table
-    from qsam2.run_folder import is_first_rank
+    from qsam2.run import is_first_rank
 
-    result = quantize(
-        options.checkpoint,
-        options.recipe,
-        options.data,
-        bits=options.bits,
-        out=options.out,
-        overrides=options.overrides,
-    )
+    chosen = {flag: getattr(options, flag) for flag in ("recipe", "data", "bits", "out", "overrides")}
+    result = quantize(options.checkpoint, **chosen)
     if is_first_rank():
         print(save_recipe(result.recipe))
         print(f"recipe: {result.folder / 'recipe.yaml'}")

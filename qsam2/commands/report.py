@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qsam2.commands.common import Commands, quiet_logs, texts
+from qsam2.commands.common import Commands, add_parser, quiet_logs
 from qsam2.errors import UserError
-
-if TYPE_CHECKING:
-    from qsam2.report.read import SavedRun
 
 EPILOG = """examples:
   qsam2 report runs/qat-w4a4
@@ -21,18 +17,13 @@ unfinished run what there is, and which stages are to come. Of several runs thei
 time with the Pareto front, and what their recipes differ in. The page is one file that needs no network."""
 
 
-def add_report(commands: Commands) -> None:
+def add(commands: Commands) -> None:
     """The parser of `qsam2 report`."""
-    parser = commands.add_parser("report", **texts("show a run, or compare several, as one HTML page", EPILOG))
-    parser.usage = "%(prog)s [-h] RUN [RUN ...] [--out FILE]"
+    summary, usage = "show a run, or compare several, as one HTML page", "%(prog)s [-h] RUN [RUN ...] [--out FILE]"
+    parser = add_parser(commands, "report", _report, summary, EPILOG, usage)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="default: RUN/report.html (RUN/unfinished.html of one that is not finished), comparison.html of several",
-    )
-    parser.set_defaults(run=_report)
+    default = "RUN/report.html (RUN/unfinished.html of one that is not finished), comparison.html of several"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"default: {default}")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -45,16 +36,11 @@ def _report(options: argparse.Namespace) -> None:
     from qsam2.report.read import read_run
 
     runs = [read_run(path) for path in options.runs]
-    file = options.out or _default(runs)
+    single = runs[0].path / ("unfinished.html" if runs[0].missing_stages else REPORT)
+    file = options.out or (single if len(runs) == 1 else Path("comparison.html"))
     if file.is_dir():
         raise UserError(f"--out {file}: is a folder; give the path of a file")
     if any(run.missing_stages and file.resolve() == (run.path / REPORT).resolve() for run in runs):
         raise UserError(f"--out {file}: that run is not finished, and this file says that it is; give another path")
     write_text(file, render_comparison(runs) if len(runs) > 1 else render(runs[0]))
     print(file)
-
-
-def _default(runs: list[SavedRun]) -> Path:
-    if len(runs) > 1:
-        return Path("comparison.html")
-    return runs[0].path / ("unfinished.html" if runs[0].missing_stages else "report.html")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qsam2.commands.common import Commands, make_room, quiet_logs, texts
+from qsam2.commands.common import Commands, add_parser, check_positive, make_room, quiet_logs
 from qsam2.errors import UserError
 
 EPILOG = """examples:
@@ -21,33 +21,29 @@ The same command goes on where it was stopped. MODEL is a run folder (its quanti
 it started from, and the result is written into it), a checkpoint or a size."""
 
 
-def add_sensitivity(commands: Commands) -> None:
+def add(commands: Commands) -> None:
     """The parser of `qsam2 sensitivity`."""
-    parser = commands.add_parser("sensitivity", **texts("rank groups of layers by their loss", EPILOG))
-    parser.usage = "%(prog)s [-h] MODEL [--bits B ...] [--data KIND:ROOT:SPLIT] [options] [key=value ...]"
+    usage = "%(prog)s [-h] MODEL [--bits B ...] [--data KIND:ROOT:SPLIT] [options] [key=value ...]"
+    parser = add_parser(commands, "sensitivity", _sensitivity, "rank groups of layers by their loss", EPILOG, usage)
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or size")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4], metavar="B", help="weight bits (default: 2 4)")
     parser.add_argument("--data", metavar="KIND:ROOT:SPLIT", help="default: train split of the recipe's first source")
     parser.add_argument("--videos", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--frames", type=int, default=16, metavar="N", help="frames per video (default: 16)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="default: sensitivity.json, for a run in its folder")
-    parser.set_defaults(run=_sensitivity)
 
 
 def _sensitivity(options: argparse.Namespace) -> None:
     if wrong := [bits for bits in options.bits if not 2 <= bits <= 8]:
         raise UserError(f"--bits {wrong[0]}: give numbers from 2 to 8")
-    for flag in ("videos", "frames"):
-        if getattr(options, flag) < 1:
-            raise UserError(f"--{flag} {getattr(options, flag)}: give at least 1")
+    check_positive(options, "videos", "frames")
     folder = Path(options.model) if Path(options.model).is_dir() else Path()
     output = options.json or folder / "sensitivity.json"
     make_room(output)
     quiet_logs()
     from qsam2.sweep.sensitivity import measure_sensitivity, ranking
 
-    flags = ("bits", "data", "videos", "frames")
-    chosen = {flag: getattr(options, flag) for flag in flags}
+    chosen = {flag: getattr(options, flag) for flag in ("bits", "data", "videos", "frames")}
     result = measure_sensitivity(options.model, options.overrides, **chosen, output=output)
     print(ranking(result))
     print(output)

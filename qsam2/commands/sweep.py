@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qsam2.commands.common import Commands, log, quiet_logs, texts
+from qsam2.commands.common import Commands, add_parser, check_positive, log, quiet_logs
 from qsam2.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ TABLES_ONLY = ("keep", "write", "render", "only")
 SWEEPS_ONLY = ("count",)
 
 
-def add_sweep(commands: Commands) -> None:
+def add(commands: Commands) -> None:
     """The parsers of `qsam2 sweep` and `qsam2 table`."""
-    for word in ("sweep", "table"):
-        parser = commands.add_parser(word, **texts("carry out many runs of a recipe and compare them", EPILOG))
-        parser.usage = """%(prog)s [-h] FILE [--output DIR] [--jobs N] [--dry-run] [key=value ...]
+    usage = """%(prog)s [-h] FILE [--output DIR] [--jobs N] [--dry-run] [key=value ...]
        sweeps: [--count N]    tables: [--keep RESULTS] [--write DOCUMENT] [--render] [--only RUN]"""
+    for word in ("sweep", "table"):
+        summary = "carry out many runs of a recipe and compare them"
+        parser = add_parser(commands, word, _run, summary, EPILOG, usage)
         parser.add_argument("file", type=Path, metavar="FILE", help="YAML, or a name that qsam2 recipes lists")
         parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs (default: runs/sweeps/NAME)")
         parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
@@ -52,15 +53,12 @@ def add_sweep(commands: Commands) -> None:
         parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="table: put it into this Markdown file")
         parser.add_argument("--render", action="store_true", help="table: write what is finished, run nothing")
         parser.add_argument("--only", metavar="RUN", help="table: carry out this one run, in this process")
-        parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
     from qsam2.sweep.definition import is_table
 
-    for flag in ("jobs", "count"):
-        if (number := getattr(options, flag)) is not None and number < 1:
-            raise UserError(f"--{flag} {number}: give at least 1")
+    check_positive(options, "jobs", "count")
     table = is_table(options.file)
     for flag in SWEEPS_ONLY if table else TABLES_ONLY:
         if getattr(options, flag):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from qsam2.commands.common import Commands, quiet_logs, texts
+from qsam2.commands.common import Commands, add_parser, quiet_logs
 
 EPILOG = """examples:
   qsam2 train demo
@@ -18,19 +18,20 @@ out. The same command resumes a run that was stopped.
 debug=fast runs two steps of everything, debug=overfit one clip, debug=profile shows the time."""
 
 
-def add_train(commands: Commands) -> None:
+def add(commands: Commands) -> None:
     """The parser of `qsam2 train`."""
-    parser = commands.add_parser("train", **texts("carry out a recipe: quantize, train, score", EPILOG))
-    parser.usage = "%(prog)s [-h] RECIPE [--dry-run] [key=value ...]"
+    summary, usage = "carry out a recipe: quantize, train, score", "%(prog)s [-h] RECIPE [--dry-run] [key=value ...]"
+    parser = add_parser(commands, "train", _train, summary, EPILOG, usage)
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that qsam2 recipes lists")
     parser.add_argument("--dry-run", action="store_true", help="show keys, layers and bits, and an estimate of time")
-    parser.set_defaults(run=_train)
 
 
 def _train(options: argparse.Namespace) -> None:
     from qsam2.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, [*_agents_overrides(), *options.overrides])
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    own = [f"output=runs/sweeps/{sweep}/{run}"] if sweep and run else []  # an agent of Weights & Biases started it
+    recipe = load_recipe(options.recipe, [*own, *options.overrides])
     quiet_logs()
     if options.dry_run:
         from qsam2.report.plan import plan
@@ -39,16 +40,10 @@ def _train(options: argparse.Namespace) -> None:
         return
     from qsam2.pipeline import run_recipe  # imports torch: a mistake in the recipe should not wait for it
     from qsam2.report.summary import results_table
-    from qsam2.run_folder import alone_in, is_first_rank
+    from qsam2.run import alone_in, is_first_rank
 
     with alone_in(recipe.run_folder):
         metrics = run_recipe(recipe)
     if is_first_rank():
         print(results_table(metrics))
         print(recipe.run_folder / "report.html")
-
-
-def _agents_overrides() -> list[str]:
-    """Run folder of its own for a run that an agent of Weights & Biases starts."""
-    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
-    return [f"output=runs/sweeps/{sweep}/{run}"] if sweep and run else []

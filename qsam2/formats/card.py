@@ -13,8 +13,7 @@ from qsam2.models.checkpoints import find_checkpoint
 from qsam2.output import version, write_text
 from qsam2.recipe import Recipe
 from qsam2.recipe.quantize import ConvertedLayer
-from qsam2.run import Run
-from qsam2.run_folder import RunFolder
+from qsam2.run import Run, RunFolder
 
 LICENCES = {"nano": "Apache-2.0; see the model card of nano for its training data"}
 OFFICIAL_LICENCE = "that of the source checkpoint (SAM 2 and 2.1: Apache-2.0)"

@@ -1,4 +1,4 @@
-"""Calibration: its data, changes to weights and scales before they are quantized, and how weights are rounded."""
+"""What a run fits without training: calibration of weights and scales, rounding, block-wise reconstruction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from qsam2.recipe.section import Section
+from qsam2.recipe.section import Names, Section
 
 
 def _method(value: object) -> object:
@@ -24,15 +24,11 @@ def _method(value: object) -> object:
 def _alphas(value: object) -> object:
     if isinstance(value, (bool, str)):
         raise ValueError("give a number from 0 to 1 (0.5 in the paper), or a list of them to choose from")
-    return [value] if isinstance(value, (int, float)) else value
+    return _numbers(value)
 
 
-def _listed(value: object) -> object:
+def _numbers(value: object) -> object:
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-def _with_zero(values: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(sorted({0, *values}))
 
 
 class FrobeniusRecipe(Section):
@@ -40,17 +36,17 @@ class FrobeniusRecipe(Section):
 
     method: Literal["frobenius"] = "frobenius"
     """Name of the method."""
-    rhos: Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_listed), Field(min_length=1)] = (
+    rhos: Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_numbers), Field(min_length=1)] = (
         *(1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     )
     """Ridges rho to choose from per layer, relative to the mean energy of its inputs; 0 (no change) is always one."""
-    layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("image_encoder.*",)
+    layers: Names = ("image_encoder.*",)
     """Patterns of the names of linear layers, as in quantize.rules."""
 
     @property
     def strengths(self) -> tuple[float, ...]:
         """Strengths to choose from; 0 leaves the weights alone."""
-        return _with_zero(self.rhos)
+        return tuple(sorted({0, *self.rhos}))
 
 
 class ACNRRecipe(Section):
@@ -60,13 +56,13 @@ class ACNRRecipe(Section):
     """Name of the method."""
     steps: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 3, 10, 30, 100, 300)
     """Numbers of proximal steps to choose from per layer; 0 (no change) is always one."""
-    layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("image_encoder.*",)
+    layers: Names = ("image_encoder.*",)
     """Patterns of the names of linear layers, as in quantize.rules."""
 
     @property
     def strengths(self) -> tuple[float, ...]:
         """Strengths to choose from; 0 leaves the weights alone."""
-        return _with_zero(self.steps)
+        return tuple(sorted({0, *self.steps}))
 
 
 Alphas = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)]
@@ -111,3 +107,57 @@ class CalibrateRecipe(Section):
         if self.rounding is not None or len(self.smooth or ()) > 1:
             raise ValueError("clips=1 is too few: what is fitted on one half of the clips is chosen on the other")
         return self
+
+
+class HierarchyRecipe(Section):
+    """Three time scales of video (Q-MiniSAM2), with the weights of their losses; 0 leaves out a scale and its blocks.
+
+    Activation ranges are aggregated from frames to clips to all clips. After the blocks, the activation steps of the
+    whole model are fitted to the sum of the losses.
+    """
+
+    frame: NonNegativeFloat = 1.0
+    """Loss of image embeddings on single frames; scale of the image encoder's blocks."""
+    short: NonNegativeFloat = 1.0
+    """Loss of memory features and memory attention on successive frames; scale of the blocks of both."""
+    long: NonNegativeFloat = 1.0
+    """Loss of mask logits, object pointers and scores on frames spread over whole videos; scale of all other blocks."""
+    iterations: NonNegativeInt = 30
+    """Optimizer steps on the sum of the losses, each with one clip per scale. 0: none."""
+    step_lr: PositiveFloat = 3e-3
+    """Learning rate of the logarithms of activation steps."""
+
+    @model_validator(mode="after")
+    def _has_a_scale(self) -> HierarchyRecipe:
+        if self.frame == self.short == self.long == 0:
+            raise ValueError("frame, short and long are all 0: give at least one of them a weight, or video=null")
+        return self
+
+
+class ReconstructRecipe(Section):
+    """Post-training reconstruction of the float model's outputs."""
+
+    method: Literal["adaround", "brecq", "qdrop"] = "qdrop"
+    """adaround: rounding, layer by layer; brecq: rounding and activation steps, block by block; qdrop: as brecq, with
+    the quantization of activations dropped at random."""
+    iterations: PositiveInt = 200
+    """Optimizer steps per block."""
+    batch_size: PositiveInt = 4
+    """Calls of the block per step; one call is one frame, in tracking blocks with all objects of a clip."""
+    lr: PositiveFloat = 0.02
+    """Learning rate of the rounding variables."""
+    step_lr: NonNegativeFloat = 1e-3
+    """Learning rate of the logarithms of activation steps (brecq, qdrop). 0: they stay as calibrated."""
+    regularization: NonNegativeFloat = 0.01
+    """Weight of the term that drives soft rounding to 0 or 1."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the iterations before that term sets in."""
+    drop: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Probability with which qdrop leaves an activation in float while fitting."""
+    blocks: Names = ("*",)
+    """Patterns of the names of the blocks to reconstruct, as in quantize.rules."""
+    video: HierarchyRecipe | None = None
+    """Three time scales of video. null: all blocks are fitted on the calibration data as it is."""
+    cache_gb: PositiveFloat = 4.0
+    """Memory in GB for a block's inputs and targets; beyond it, every n-th call is kept. The same again for image
+    features of clips; beyond it, they are computed for every block."""

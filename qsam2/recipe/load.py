@@ -1,12 +1,12 @@
-"""Recipe files and `key=value` overrides into a `Recipe`: bases, values by size, debug presets."""
+"""Recipe files, found by path or shipped name, and `key=value` overrides into a `Recipe`: bases, sizes, presets."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -14,7 +14,12 @@ from pydantic import ValidationError
 from qsam2.errors import UserError
 from qsam2.recipe.recipe import ModelRecipe, Recipe, Size
 from qsam2.recipe.section import describe, did_you_mean
-from qsam2.recipe.shipped import Kind, find
+
+Kind = Literal["recipe", "sweep", "table"]
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+"""Folder of the shipped files; in a checkout a link to its `recipes/`."""
+FOLDERS: dict[Kind, Path] = {"recipe": SHIPPED, "sweep": SHIPPED / "sweeps", "table": SHIPPED / "tables"}
 
 SIZES: tuple[str, ...] = get_args(Size)
 
@@ -42,18 +47,12 @@ DEBUG_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-OPTIONAL = ("reconstruct", "video")
-"""Parts of a recipe that are null by default, to which presets have values."""
-
 # YAML 1.2's plain scalars: 1e-4 is a number, `off` and 1:30 are text (PyYAML reads 1.1).
 _SCALARS = {
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", ["t", "T", "f", "F"]),
-    "int": (r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
 
 
@@ -65,9 +64,35 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.1 or 1.2 would not read as text."""
 
 
-for _kind, (_pattern, _first) in _SCALARS.items():
+for _kind, _pattern in _SCALARS.items():
     for _dialect in (_Loader, _Dumper):
-        _dialect.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
+        _dialect.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), None)
+
+
+def shipped(kind: Kind) -> dict[str, Path]:
+    """{name: file} of all shipped files of a kind, sorted; nano's own recipes are named nano/NAME."""
+    folder = FOLDERS[kind]
+    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("nano/*.yaml"))]
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def find(file: str | Path, kind: Kind) -> Path:
+    """An existing file, else the shipped one of this name (`qat_w4a4`) or path (`recipes/qat_w4a4.yaml`).
+
+    Raises:
+        UserError: there is neither; the message names the nearest.
+    """
+    path = Path(file)
+    if path.is_file():
+        return path
+    kinds: tuple[Kind, ...] = ("recipe",) if kind == "recipe" else ("sweep", "table")  # one command takes both
+    names = {name: file for kind in kinds for name, file in shipped(kind).items()}
+    paths = {f"recipes/{file.relative_to(SHIPPED).with_suffix('').as_posix()}": file for file in names.values()}
+    name = path.as_posix().removesuffix(".yaml")
+    if found := names.get(name) or paths.get(name):
+        return found
+    hint = did_you_mean(path.stem, names, cutoff=0.6)
+    raise UserError(f"{kind} {file} does not exist: give a file, or a name that `qsam2 recipes` lists{hint}")
 
 
 def load_recipe(file: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -86,11 +111,9 @@ def load_recipe(file: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 def build_recipe(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
     """A recipe from plain values, changed by `key=value` overrides (see `load_recipe`)."""
     overrides = list(overrides)
-    values = _resolve([dict(values)], overrides, "recipe")
-    final = override(values, overrides)
-    preset = DEBUG_PRESETS.get(final["debug"], {}) if isinstance(final.get("debug"), str) else {}
+    values = _resolve([values], overrides, "recipe")
     try:
-        recipe = Recipe.model_validate(override(merge(values, _without_absent(preset, final)), overrides))
+        recipe = Recipe.model_validate(override(merge(values, _preset(override(values, overrides))), overrides))
     except ValidationError as error:
         raise UserError(describe(error, Recipe, "recipe")) from error
     return recipe.model_copy(update={"debug": None})  # resolved: a second load must not lay the preset over overrides
@@ -136,31 +159,28 @@ def read_yaml(file: str | Path, kind: Kind) -> dict[str, Any]:
     return values
 
 
-def _resolve(layers: Sequence[dict[str, Any]], overrides: Iterable[str], what: str) -> dict[str, Any]:
+def _resolve(layers: Sequence[Mapping[str, Any]], overrides: Iterable[str], what: str) -> dict[str, Any]:
     """Layers of values, the lowest first, as one; each layer's `sizes` lie directly over it."""
     sources = (override({}, overrides), *reversed(layers))
     size = next((size for source in sources if (size := _size(source)) is not None), ModelRecipe().size)
     values: dict[str, Any] = {}
     for layer in layers:
-        sizes = layer.get("sizes") or {}
         values = merge(values, {key: value for key, value in layer.items() if key != "sizes"})
-        for part in _parts(sizes, str(size), what):
-            values = merge(values, part)
+        sizes = layer.get("sizes") or {}
+        if not isinstance(sizes, Mapping):
+            raise UserError(
+                f"{what}: sizes={sizes!r}: give a mapping from sizes to values, as sizes: {{nano*: {{...}}}}"
+            )
+        for pattern, part in sizes.items():
+            key = f"{what}: sizes.{pattern}"
+            if not fnmatch.filter(SIZES, str(pattern)):
+                hint = did_you_mean(str(pattern), SIZES)
+                raise UserError(f"{key} matches no size: there are {', '.join(SIZES)}{hint}")
+            if not isinstance(part, Mapping) or _size(part) is not None:
+                raise UserError(f"{key}={part!r}: give a mapping of recipe keys other than model.size")
+            if fnmatch.fnmatchcase(str(size), str(pattern)):
+                values = merge(values, part)
     return values
-
-
-def _parts(sizes: Any, size: str, what: str) -> Iterator[Mapping[str, Any]]:
-    """The values of `sizes` whose pattern matches a size."""
-    if not isinstance(sizes, Mapping):
-        raise UserError(f"{what}: sizes={sizes!r}: give a mapping from sizes to values, as sizes: {{nano*: {{...}}}}")
-    for pattern, part in sizes.items():
-        if not fnmatch.filter(SIZES, str(pattern)):
-            hint = did_you_mean(str(pattern), SIZES)
-            raise UserError(f"{what}: sizes.{pattern} matches no size: there are {', '.join(SIZES)}{hint}")
-        if not isinstance(part, Mapping) or _size(part) is not None:
-            raise UserError(f"{what}: sizes.{pattern}={part!r}: give a mapping of recipe keys other than model.size")
-        if fnmatch.fnmatchcase(size, str(pattern)):
-            yield part
 
 
 def _size(values: Mapping[str, Any]) -> Any:
@@ -176,22 +196,17 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
     """
     changed = dict(values)
     for text in overrides:
-        changed = merge(changed, _parse(text))
+        key, equals, written = text.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"{text!r} is no override; write key=value with a dotted key, as trainer.max_steps=100")
+        try:
+            value = yaml.load(written, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"{text!r}: {written!r} is not a valid YAML value") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        changed = merge(changed, value)
     return changed
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """`"a.b=1"` as `{"a": {"b": 1}}`; the value is YAML."""
-    key, equals, written = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"{text!r} is no override; write key=value with a dotted key, as trainer.max_steps=100")
-    try:
-        value = yaml.load(written, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{text!r}: {written!r} is not a valid YAML value") from error
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -209,14 +224,15 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _without_absent(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset without the optional stages that `values` has not: it changes them, it adds none."""
-    kept = {key: value for key, value in preset.items() if key not in OPTIONAL or values.get(key) is not None}
-    below = {key: value for key, value in values.items() if isinstance(value, Mapping)}
-    return {
-        key: _without_absent(value, below.get(key, {})) if isinstance(value, Mapping) else value
-        for key, value in kept.items()
-    }
+def _preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The debug preset of a recipe's values. It changes the stages that are null by default, it adds none."""
+    name, stage = values.get("debug"), values.get("reconstruct")
+    preset = dict(DEBUG_PRESETS.get(name, {})) if isinstance(name, str) else {}
+    if not isinstance(stage, Mapping):
+        preset.pop("reconstruct", None)
+    elif "reconstruct" in preset and stage.get("video") is None:
+        preset["reconstruct"] = {key: value for key, value in preset["reconstruct"].items() if key != "video"}
+    return preset
 
 
 def save_recipe(recipe: Recipe) -> str:

@@ -1,7 +1,7 @@
 """The recipe: every key that a user can set, with its type, default and meaning. One section per class.
 
-Sections with more than a few keys have modules of their own: `calibrate`, `quantize`, `quantizer_specs`, `reconstruct`,
-`memory`. The docstrings are the user's reference (`qsam2.recipe.reference`).
+Sections with more than a few keys have modules of their own: `calibrate`, `quantize`, `quantizer_specs`, `memory`. The
+docstrings are the user's reference (`docs/site/recipe_keys.py`).
 """
 
 from __future__ import annotations
@@ -11,20 +11,15 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from qsam2.recipe.calibrate import CalibrateRecipe
+from qsam2.recipe.calibrate import CalibrateRecipe, ReconstructRecipe
 from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.reconstruct import ReconstructRecipe
-from qsam2.recipe.section import Section
+from qsam2.recipe.section import Names, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Size = Literal["nano", "nano_heavy", "tiny", "small", "base_plus", "large"]
-
-
-def _listed(value: object) -> object:
-    return [value] if isinstance(value, str) else value
 
 
 def _written(value: object) -> object:
@@ -48,7 +43,7 @@ class ModelRecipe(Section):
 class DataRecipe(Section):
     """Data for training, calibration and scoring. A source is written KIND[:ROOT[:SPLIT]], see data/README.md."""
 
-    train: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = ("moving_objects",)
+    train: Names = ("moving_objects",)
     """Sources of training clips and of calibration data: one, or a list."""
     weights: tuple[PositiveFloat, ...] | None = None
     """Relative frequency at which each train source is drawn. null: all alike."""
@@ -269,49 +264,36 @@ class Recipe(Section):
     """Logging to Weights & Biases."""
 
     @model_validator(mode="after")
-    def _calibrates_what_it_quantizes(self) -> Recipe:
-        calibrate, quantize = self.calibrate, self.quantize
+    def _stages_fit_together(self) -> Recipe:
+        calibrate, reconstruct, train, quantize = self.calibrate, self.reconstruct, self.train, self.quantize
+        weights = quantize is not None and quantize.weights is not None
+        activations = quantize is not None and quantize.activations is not None
+        alone = "is for calibration alone, training moves the weights again: give train=null, or"
         for key in ("weights", "rounding"):
-            method = getattr(calibrate, key)
-            if method is not None and (quantize is None or quantize.weights is None):
+            if (method := getattr(calibrate, key)) is not None and not weights:
                 raise ValueError(
                     f"calibrate.{key}={method.method} needs quantized weights: give quantize.weights, or null here"
                 )
-        if calibrate.smooth is not None and (quantize is None or quantize.activations is None):
+        if calibrate.smooth is not None and not activations:
             raise ValueError("calibrate.smooth needs quantized activations: give quantize.activations, or null here")
-        if calibrate.rounding is not None and self.train is not None:
-            raise ValueError(
-                f"calibrate.rounding={calibrate.rounding.method} is for calibration alone, training moves the weights "
-                "again: give train=null, or null here"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _has_a_teacher(self) -> Recipe:
-        if self.quantize is None and self.train is not None and self.train.distill.needs_teacher:
+        if calibrate.rounding is not None and train is not None:
+            raise ValueError(f"calibrate.rounding={calibrate.rounding.method} {alone} null here")
+        if quantize is None and train is not None and train.distill.needs_teacher:
             raise ValueError(
                 "train.distill.mask_logits and image_embeddings follow the float model, but quantize=null trains just "
                 "that: set both to 0, or give quantize"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _reconstructs_what_it_quantizes(self) -> Recipe:
-        if self.reconstruct is None:
-            return self
-        method, quantize = self.reconstruct.method, self.quantize
-        if quantize is None or quantize.weights is None:
-            raise ValueError(f"reconstruct.method={method} fits the rounding of weights: give quantize.weights")
-        if method == "qdrop" and quantize.activations is None:
-            raise ValueError(
-                "reconstruct.method=qdrop drops the quantization of activations, but these are in float: "
-                "give quantize.activations, or method=brecq"
-            )
-        if self.train is not None:
-            raise ValueError(
-                f"reconstruct.method={method} is for calibration alone, training moves the weights again: "
-                "give train=null, or reconstruct=null"
-            )
+        if reconstruct is not None:
+            stage = f"reconstruct.method={reconstruct.method}"
+            if not weights:
+                raise ValueError(f"{stage} fits the rounding of weights: give quantize.weights")
+            if reconstruct.method == "qdrop" and not activations:
+                raise ValueError(
+                    f"{stage} drops the quantization of activations, but these are in float: give "
+                    "quantize.activations, or method=brecq"
+                )
+            if train is not None:
+                raise ValueError(f"{stage} {alone} reconstruct=null")
         return self
 
     @property

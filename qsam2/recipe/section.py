@@ -6,9 +6,9 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class Section(BaseModel):
@@ -26,6 +26,14 @@ class Section(BaseModel):
             return values
         fixed = {key for key, field in cls.model_fields.items() if _is_section(field.annotation)}
         return {key: value for key, value in values.items() if value is not None or key not in fixed}
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+"""One text or a list of them."""
 
 
 def describe(error: ValidationError, schema: type[BaseModel], kind: str) -> str:

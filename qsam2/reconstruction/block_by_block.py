@@ -26,7 +26,7 @@ from qsam2.calibration.forward import ImageFeatures
 from qsam2.data.calibration_data import CalibrationData, Sample
 from qsam2.layers.convert import quantizers
 from qsam2.models import SAM2
-from qsam2.recipe.reconstruct import ReconstructRecipe
+from qsam2.recipe.calibrate import ReconstructRecipe
 from qsam2.reconstruction.blocks import Block, Scale, find_blocks
 from qsam2.reconstruction.capture import capture
 from qsam2.reconstruction.fit_block import ReconstructedBlock, fit_block

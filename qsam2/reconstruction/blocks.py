@@ -18,7 +18,7 @@ from torch import nn
 
 from qsam2.errors import UserError
 from qsam2.layers.convert import QUANT_LAYERS, nearest_names, quantized_weights
-from qsam2.recipe.reconstruct import ReconstructRecipe
+from qsam2.recipe.calibrate import ReconstructRecipe
 
 Scale = Literal["frame", "short", "long"]
 """Data of a block: single frames, consecutive frames through the memory, or whole videos."""

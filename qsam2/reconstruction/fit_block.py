@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from qsam2.errors import UserError
+from qsam2.recipe.calibrate import ReconstructRecipe
 from qsam2.recipe.recipe import TrainerRecipe
-from qsam2.recipe.reconstruct import ReconstructRecipe
 from qsam2.reconstruction.capture import Call, output_tensors
 from qsam2.reconstruction.rounding import (
     beta_at,

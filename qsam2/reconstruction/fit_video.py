@@ -20,8 +20,8 @@ from qsam2.data.clips import collate_clips
 from qsam2.errors import UserError
 from qsam2.layers.hooks import hooked
 from qsam2.models import SAM2
+from qsam2.recipe.calibrate import HierarchyRecipe
 from qsam2.recipe.recipe import TrainerRecipe
-from qsam2.recipe.reconstruct import HierarchyRecipe
 from qsam2.reconstruction.blocks import Scale
 from qsam2.reconstruction.rounding import harden, learn_steps, learned_steps
 from qsam2.train.losses import embedding_distillation, mask_distillation

@@ -13,7 +13,7 @@ from qsam2.report.curves import draw_loss
 from qsam2.report.draw import Point, draw_pareto
 from qsam2.report.page import bits, environment, score_rows
 from qsam2.report.read import SavedRun
-from qsam2.run_folder import flat
+from qsam2.run import flat
 
 APART = ("name", "output")
 """Recipe keys that differ between any two runs: not listed."""

@@ -20,7 +20,7 @@ from qsam2.loading import load_float, load_model
 from qsam2.output import code_version, write_text
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe
-from qsam2.run_folder import is_first_rank
+from qsam2.run import is_first_rank
 from qsam2.sweep.runner import Job, Plan, RunFailed, RunState
 from qsam2.sweep.table import TableDefinition, TableRun, float_runs
 

@@ -14,9 +14,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, build_recipe
-from qsam2.recipe.load import override, read_recipe
+from qsam2.recipe.load import find, override, read_recipe
 from qsam2.recipe.section import Section
-from qsam2.recipe.shipped import find
 from qsam2.sweep.definition import Values, as_text, read_definition
 
 FLOAT = "float"

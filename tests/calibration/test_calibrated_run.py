@@ -18,8 +18,7 @@ from qsam2.formats.packed import load_packed
 from qsam2.models import load_sam2
 from qsam2.pipeline import begin, run_recipe
 from qsam2.recipe import Recipe, build_recipe
-from qsam2.run import Run
-from qsam2.run_folder import RunFolder
+from qsam2.run import Run, RunFolder
 
 pytestmark = pytest.mark.slow
 

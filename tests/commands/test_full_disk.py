@@ -15,7 +15,7 @@ from waiting import HANG_S
 from qsam2.cli import main
 from qsam2.errors import UserError
 from qsam2.recipe import build_recipe
-from qsam2.run_folder import RunFolder, alone_in
+from qsam2.run import RunFolder, alone_in
 
 
 def full(*_: Any, **__: Any) -> None:

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from qsam2.recipe.shipped import PATTERNS, shipped
 
 from qsam2.cli import main
-from qsam2.recipe.shipped import PATTERNS, shipped
 
 
 def test_all_shipped_files_are_listed_with_their_titles(capsys: pytest.CaptureFixture[str]) -> None:

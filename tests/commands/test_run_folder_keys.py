@@ -10,7 +10,7 @@ import yaml
 
 from qsam2.errors import UserError
 from qsam2.recipe import build_recipe
-from qsam2.run_folder import RunFolder
+from qsam2.run import RunFolder
 
 
 @pytest.fixture

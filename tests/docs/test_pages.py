@@ -1,4 +1,4 @@
-"""The README's size, links, table and Python; the pages that are generated for the site."""
+"""The README's size, links, table and Python; the pages that are generated for the site, recipe keys among them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from qsam2.cli import build_parser, main
+from qsam2.recipe import Recipe
+from qsam2.recipe.quantizer_specs import methods
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -49,6 +51,12 @@ def test_the_readme_has_the_table_that_was_measured() -> None:
     assert len(results["rows"]) <= 8
 
 
+def run_readme(word: str) -> None:
+    """Carry out the first Python of the README that holds a word."""
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if word in block)
+    exec(compile(code, "README.md", "exec"), {})
+
+
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the clip where the README has it."""
@@ -59,8 +67,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_readmes_python_tracks_and_saves(elsewhere: Path) -> None:
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "predictor" in block)
-    exec(compile(code, "README.md", "exec"), {})
+    run_readme("predictor")
     masks = [np.array(Image.open(path)) for path in sorted(elsewhere.glob("mask-*.png"))]
     assert len(masks) == FRAMES and all(mask.shape == (256, 256) and mask.dtype == bool for mask in masks)
     assert any(mask.any() for mask in masks)
@@ -68,8 +75,7 @@ def test_the_readmes_python_tracks_and_saves(elsewhere: Path) -> None:
 
 @pytest.mark.prove
 def test_the_readmes_python_quantizes(elsewhere: Path) -> None:
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "quantize(" in block)
-    exec(compile(code, "README.md", "exec"), {})
+    run_readme("quantize(")
     assert (elsewhere / "runs/w4a8/model.safetensors").is_file()
 
 
@@ -98,3 +104,24 @@ def test_links_of_cards_point_into_the_site(pages: dict[str, str]) -> None:
     assert "](nano_training.png)" in pages["nano.md"] and "](datasets/nano.md)" in pages["nano.md"]
     assert "](../nano.md)" in pages["datasets/nano.md"]
     assert not re.search(r"\]\(\.\./\.\./", "".join(pages.values()))
+
+
+def test_every_recipe_key_has_a_type_a_default_and_a_meaning(pages: dict[str, str]) -> None:
+    rows = re.findall(r"^\| `(\w+)` \|(.+)\|(.+?)\| (.+) \|$", pages["recipe_keys.md"], re.M)
+    schema = Recipe.model_json_schema()
+    keys = {key for section in [schema, *schema["$defs"].values()] for key in section["properties"]}
+    assert keys == {key for key, *_ in rows}
+    for key, kind, default, meaning in rows:
+        assert kind.strip() and default.strip() and len(meaning) > 5, key
+        assert meaning[0] != "(" and meaning.rstrip(")").endswith("."), f"{key}: {meaning!r} is no sentence"
+
+
+def test_recipe_keys_link_to_their_sections_and_say_the_numbers_of_the_schema(pages: dict[str, str]) -> None:
+    text = pages["recipe_keys.md"]
+    headings = {re.sub(r"[^\w-]", "", line.lower().replace(" ", "-")) for line in re.findall(r"^#+ (.+)$", text, re.M)}
+    links = set(re.findall(r"\]\(#([\w-]+)\)", text))
+    assert {"train", "trainprompts", "quantizerules"} < links <= headings
+    assert {f"method{method}" for method in methods()} <= headings
+    assert "| `lr` | number > 0 | `5.0e-06` | Initial learning rate outside the image encoder. |" in text
+    assert "| `symmetric` | true or false or null | `null` |" in text
+    assert "For weights. Fixed: `symmetric=true, grid=mid_rise`." in text

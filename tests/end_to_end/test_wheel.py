@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import qsam2
-from qsam2.recipe.shipped import PATTERNS, shipped
+from qsam2.recipe.load import FOLDERS, shipped
 
 ROOT = Path(qsam2.__file__).parents[1]
 
@@ -57,7 +57,7 @@ def python(wheel: Path) -> str:
 def test_what_the_wheel_holds(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in names} == {"qsam2"}
-    files = [file for kind in PATTERNS for file in shipped(kind).values()]
+    files = [file for kind in FOLDERS for file in shipped(kind).values()]
     files += (ROOT / "qsam2/report/templates").iterdir()
     assert names >= {f"qsam2/{file.relative_to(ROOT / 'qsam2')}" for file in files}
     assert names >= {

@@ -11,8 +11,8 @@ from qsam2.errors import UserError
 from qsam2.layers.convert import convert, quantized_weights
 from qsam2.models import build_sam2
 from qsam2.recipe import build_recipe
+from qsam2.recipe.calibrate import ReconstructRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.reconstruct import ReconstructRecipe
 from qsam2.reconstruction.blocks import Block, find_blocks
 
 W4A4 = {"weights": {"method": "minmax", "bits": 4}, "activations": {"method": "minmax", "bits": 4}}

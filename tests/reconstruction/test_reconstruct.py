@@ -23,9 +23,9 @@ from qsam2.loading import load_model
 from qsam2.pipeline import run_recipe
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe import Recipe, build_recipe
+from qsam2.recipe.calibrate import ReconstructRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.recipe import TrainerRecipe
-from qsam2.recipe.reconstruct import ReconstructRecipe
 from qsam2.reconstruction import block_by_block
 from qsam2.reconstruction.capture import Call
 from qsam2.reconstruction.fit_block import fit_block, target_variances

@@ -16,7 +16,7 @@ from qsam2.loading import load_model
 from qsam2.models import load_sam2
 from qsam2.pipeline import begin, run_recipe
 from qsam2.recipe import Recipe, build_recipe
-from qsam2.run_folder import RunFolder
+from qsam2.run import RunFolder
 from qsam2.sweep import sensitivity
 
 SMALL = (
