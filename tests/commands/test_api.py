@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-import shlex
+from collections.abc import Callable
 from doctest import DocTestFinder, DocTestRunner
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ import pytest
 from PIL import Image
 
 import qsam2
-from qsam2.api import quantize_recipe
 from qsam2.cli import main
 from qsam2.data.sources import source_of
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.unlabelled import OWN_MASKS
 from qsam2.errors import UserError
-from qsam2.recipe import load_recipe
+from qsam2.recipe import Recipe, load_recipe
 from qsam2.recipe.quantize import parse_bits
 
 FAST = ["model.image_size=64", "calibrate.stills=2", "calibrate.clips=1", "calibrate.num_frames=2"]
@@ -57,6 +56,14 @@ def quantized(models: dict[str, Path], pictures: Path, tmp_path_factory: pytest.
     return out
 
 
+@pytest.fixture
+def recipe_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
+    """`quantize` without carrying out its recipe, which is given back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qsam2.pipeline.run_recipe", lambda recipe: {})
+    return lambda *arguments, **options: qsam2.quantize(*arguments, **options).recipe
+
+
 def check_fidelity_alone(folder: Path) -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
     for name in ("float", "quantized"):
@@ -76,29 +83,11 @@ def test_pictures_quantize_a_model(quantized: Path) -> None:
     assert [spec.split(":")[-1] for spec in (*recipe.data.train, recipe.data.val)] == ["train", "val"]
 
 
-@pytest.mark.parametrize(
-    ("bits", "recipe", "weights", "activations", "rounding"),
-    [
-        (None, None, 8, 8, None),
-        (4, None, 4, 4, None),
-        ("w2a8", None, 2, 8, "gptq"),
-        (None, "ptq_w4a8", 4, 8, None),
-        ("w3a6", "ptq_w4a8", 3, 6, None),
-    ],
-)
-def test_bits_and_recipes(bits: Any, recipe: Any, weights: int, activations: int, rounding: str | None) -> None:
-    plan = quantize_recipe("nano", recipe, bits=bits)
-    assert plan.quantize is not None and plan.quantize.weights is not None and plan.quantize.activations is not None
-    assert (plan.quantize.weights.bits, plan.quantize.activations.bits) == (weights, activations)
-    assert (plan.calibrate.rounding and plan.calibrate.rounding.method) == rounding
-
-
 def test_a_film_quantizes_a_model(
     models: dict[str, Path], film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    command = ["quantize", models["float"], "--data", film, "--out", out, *FAST, "evaluate.frames=4"]
-    assert run(*command) == 0
+    assert run("quantize", models["float"], "--data", film, "--out", out, *FAST, "evaluate.frames=4") == 0
     said = capsys.readouterr().out
     for part in (f"recipe: {out / 'recipe.yaml'}", OWN_MASKS, f"{out / 'model.safetensors'}  ", "bits: 8"):
         assert part in said
@@ -106,54 +95,32 @@ def test_a_film_quantizes_a_model(
     assert json.loads((out / "report/clips.json").read_text())["clips"]
 
 
-def test_scores_without_masks_need_a_float_reference(
-    quantized: Path, models: dict[str, Path], pictures: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("bits", "recipe", "both", "rounding"),
+    [
+        (None, None, (8, 8), None),
+        (4, None, (4, 4), None),
+        ("w2a8", None, (2, 8), "gptq"),
+        (None, "ptq_w4a8", (4, 8), None),
+        ("w3a6", "ptq_w4a8", (3, 6), None),
+    ],
+)
+def test_bits_and_recipes(
+    recipe_of: Callable[..., Recipe], bits: Any, recipe: Any, both: tuple[int, int], rounding: str | None
 ) -> None:
-    with pytest.raises(UserError, match="has no masks, its score is the fidelity to a float model: .* --reference"):
-        qsam2.evaluate(quantized, pictures)
-    with pytest.raises(UserError, match="its score is the fidelity to a float model"):
-        qsam2.evaluate(quantized, pictures, reference=quantized)
-    block = qsam2.evaluate(quantized, pictures, reference=models["float"])
-    assert block["images"] == 6 and block["fidelity"] < 100  # all of them, not the held-out ones alone
-    assert block["versus_reference"]["difference"] == pytest.approx(block["fidelity"] - 100)
+    plan = recipe_of("nano", recipe, bits=bits)
+    assert (plan.quantize.weights.bits, plan.quantize.activations.bits) == both
+    assert (plan.calibrate.rounding and plan.calibrate.rounding.method) == rounding
 
 
-@pytest.mark.parametrize("protocol", ["davis", "sav"])
-def test_masks_on_disk_score_as_the_model(
-    models: dict[str, Path], tmp_path: Path, protocol: str, capsys: pytest.CaptureFixture[str]
+def test_a_recipe_file_is_laid_under_the_model_and_data(
+    recipe_of: Callable[..., Recipe], models: dict[str, Path], tmp_path: Path
 ) -> None:
-    root, saved = tmp_path / "davis", tmp_path / "masks"
-    video = moving_objects("val", 1, size=(64, 96))[0]
-    frames = write_frames(root / "JPEGImages" / "v", 5)
-    truth = root / "Annotations"
-    seen = {item for index in range(5) for item, mask in video.masks(index).items() if mask.any()}
-    for index in range(5):
-        masks = {item: mask for item, mask in video.masks(index).items() if item in seen}
-        ids = Image.new("L", (96, 64))
-        for item, mask in masks.items():
-            ids.paste(item, mask=Image.fromarray(mask))
-            single = tmp_path / "sav" / "v" / f"{item - 1:03d}" / f"{index:05d}.png"
-            single.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask).save(single)
-        (truth / "v").mkdir(parents=True, exist_ok=True)
-        ids.save(truth / "v" / f"{index:05d}.png")
-    (root / "ImageSets").mkdir()
-    (root / "ImageSets/val.txt").write_text("v\n")
-    block = qsam2.evaluate(models["float"], root, protocol=protocol, save_masks=saved, overrides=FAST[:1])
-    assert len(list(saved.rglob("*.png"))) == len(list(frames.iterdir())) * (len(seen) if protocol == "sav" else 1)
-    json_file = tmp_path / "scores.json"
-    gt = truth if protocol == "davis" else tmp_path / "sav"
-    assert run("evaluate", "--pred", saved, "--gt", gt, "--protocol", protocol, "--json", json_file) == 0
-    scores = json.loads(json_file.read_text())
-    for key in ("J&F", "J", "F"):
-        assert scores[key] == pytest.approx(block[key], abs=1e-9)
-    with pytest.raises(UserError, match="exists already; give a new folder"):
-        qsam2.evaluate(models["float"], root, save_masks=saved)
-
-
-def test_pictures_have_no_tracked_masks(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--save-masks writes tracked masks, but the data holds pictures"):
-        qsam2.evaluate(models["float"], pictures, reference=models["float"], save_masks=tmp_path / "m")
+    file, out = tmp_path / "r.yaml", tmp_path / "out"
+    file.write_text("name: mine\nquantize: {weights: {method: minmax, bits: 3}}\n")
+    plan = recipe_of(models["float"], file, "moving_objects:2", out=out)
+    assert (plan.name, plan.quantize.weights.bits, plan.data.train) == ("mine", 3, ("moving_objects:2",))
+    assert plan.run_folder == out and plan.model.checkpoint == str(models["float"])
 
 
 @pytest.mark.parametrize(
@@ -169,6 +136,42 @@ def test_impossible_bits(bits: str) -> None:
         parse_bits(bits)
 
 
+def test_scores_without_masks_need_a_float_reference(quantized: Path, models: dict[str, Path], pictures: Path) -> None:
+    block = qsam2.evaluate(quantized, pictures, reference=models["float"])
+    assert block["images"] == 6 and block["fidelity"] < 100  # all of them, not the held-out ones alone
+    assert block["versus_reference"]["difference"] == pytest.approx(block["fidelity"] - 100)
+
+
+@pytest.mark.parametrize("protocol", ["davis", "sav"])
+def test_masks_on_disk_score_as_the_model(models: dict[str, Path], tmp_path: Path, protocol: str) -> None:
+    root, saved, count = tmp_path / "davis", tmp_path / "masks", 5
+    video = moving_objects("val", 1, size=(64, 96))[0]
+    write_frames(root / "JPEGImages" / "v", count)
+    (root / "Annotations/v").mkdir(parents=True)
+    seen = {item for index in range(count) for item, mask in video.masks(index).items() if mask.any()}
+    for index in range(count):
+        ids = Image.new("L", (96, 64))
+        for item in seen & video.masks(index).keys():
+            mask = Image.fromarray(video.masks(index)[item])
+            ids.paste(item, mask=mask)
+            single = tmp_path / "sav" / "v" / f"{item - 1:03d}" / f"{index:05d}.png"
+            single.parent.mkdir(parents=True, exist_ok=True)
+            mask.save(single)
+        ids.save(root / "Annotations/v" / f"{index:05d}.png")
+    (root / "ImageSets").mkdir()
+    (root / "ImageSets/val.txt").write_text("v\n")
+    block = qsam2.evaluate(models["float"], root, protocol=protocol, save_masks=saved, overrides=FAST[:1])
+    assert len(list(saved.rglob("*.png"))) == count * (len(seen) if protocol == "sav" else 1)
+    json_file = tmp_path / "scores.json"
+    gt = root / "Annotations" if protocol == "davis" else tmp_path / "sav"
+    assert run("evaluate", "--pred", saved, "--gt", gt, "--protocol", protocol, "--json", json_file) == 0
+    scores = json.loads(json_file.read_text())
+    for key in ("J&F", "J", "F"):
+        assert scores[key] == pytest.approx(block[key], abs=1e-9)
+    with pytest.raises(UserError, match="exists already; give a new folder"):
+        qsam2.evaluate(models["float"], root, save_masks=saved)
+
+
 def test_data_is_recognised(tmp_path: Path, pictures: Path, film: Path) -> None:
     assert source_of("moving_objects:3") == "moving_objects:3" and source_of("davis:/a:val") == "davis:/a:val"
     assert source_of(pictures) == f"images:{pictures}" and source_of(film) == f"video:{film}"
@@ -179,32 +182,30 @@ def test_data_is_recognised(tmp_path: Path, pictures: Path, film: Path) -> None:
     for name in ("JPEGImages", "Annotations"):
         (tmp_path / name).mkdir()
     assert source_of(tmp_path) == f"davis:{tmp_path}"
-    with pytest.raises(UserError, match="data 'absent': does not exist; give a folder or file, or KIND:ROOT:SPLIT"):
-        source_of("absent")
 
 
-def test_what_cannot_be_quantized(quantized: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is quantized already: give the float model"):
-        quantize_recipe(quantized)
-    with pytest.raises(UserError, match="quantize=null quantizes nothing"):
-        quantize_recipe(models["float"], overrides=["quantize=null"])
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("name: mine\nquantize: {weights: {method: minmax, bits: 3}}\n")
-    plan = quantize_recipe(models["float"], recipe, "moving_objects:2", out=tmp_path / "out")
-    assert (plan.name, plan.quantize.weights.bits, plan.data.train) == ("mine", 3, ("moving_objects:2",))
-    assert plan.run_folder == tmp_path / "out" and plan.model.checkpoint == str(models["float"])
+def test_mistakes(quantized: Path, models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    def refused(message: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            function(*arguments, **options)
+
+    refused("is quantized already: give the float model", qsam2.quantize, quantized)
+    refused("quantize=null quantizes nothing", qsam2.quantize, models["float"], overrides=["quantize=null"])
+    absent = "data 'absent': does not exist; give a folder or file, or KIND:ROOT:SPLIT"
+    refused(absent, qsam2.quantize, models["float"], data="absent")
+    no_masks = "its score is the fidelity to a float model"
+    refused(f"has no masks, {no_masks}: .* --reference", qsam2.evaluate, quantized, pictures)
+    refused(no_masks, qsam2.evaluate, quantized, pictures, reference=quantized)
+    saved = {"reference": models["float"], "save_masks": tmp_path / "m"}
+    stills = "--save-masks writes tracked masks, but the data holds pictures"
+    refused(stills, qsam2.evaluate, models["float"], pictures, **saved)
+    refused("format 'tflite' is unknown: give onnx or packed", qsam2.export, quantized, "tflite", tmp_path)
 
 
-def test_formats(quantized: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="format 'tflite' is unknown: give onnx or packed"):
-        qsam2.export(quantized, "tflite", tmp_path)
+OFFERED = ["evaluate", "export", "image_predictor", "load", "quantize", "video_predictor"]
 
 
-def examples() -> dict[str, Any]:
-    return {name: getattr(qsam2, name) for name in dir(qsam2) if not name.startswith("_")}
-
-
-@pytest.mark.parametrize("name", sorted(examples()))
+@pytest.mark.parametrize("name", OFFERED)
 def test_the_examples_of_docstrings_run(
     name: str, quantized: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,11 +216,12 @@ def test_the_examples_of_docstrings_run(
     for path, target in (("pictures", pictures), ("frames", pictures), ("runs/w8a8", quantized)):
         if name != "quantize" or path == "pictures":
             (tmp_path / path).symlink_to(target)
-    found = [test for test in DocTestFinder().find(examples()[name], name, globs={"qsam2": qsam2}) if test.examples]
+    finder = DocTestFinder()
+    found = [test for test in finder.find(getattr(qsam2, name), name, globs={"qsam2": qsam2}) if test.examples]
     assert found, f"{name} has no example"
     for test in found:
         assert DocTestRunner().run(test).failed == 0
 
 
 def test_the_names_that_the_library_offers() -> None:
-    assert shlex.split("evaluate export image_predictor load quantize video_predictor") == sorted(examples())
+    assert [name for name in dir(qsam2) if not name.startswith("_")] == OFFERED

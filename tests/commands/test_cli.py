@@ -1,86 +1,79 @@
-"""The command line: help, where arguments may stand, what `train` and `evaluate` are given, and the JSON they write."""
+"""The command line: where arguments may stand, what `train` and `recipes` say, and mistakes, each in one line."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
-from small_models import seeing, write_stills
 
 from qsam2 import __version__
-from qsam2.calibration.activation_ranges import find_ranges
-from qsam2.cli import main
-from qsam2.data.synthetic.moving_objects import moving_objects
-from qsam2.formats.packed import save_packed, save_weights
-from qsam2.layers.convert import convert, finalize
-from qsam2.loading import load_model
-from qsam2.models import SAM2
-from qsam2.recipe import Recipe, build_recipe
+from qsam2.cli import main, parse
+from qsam2.recipe import Recipe
+from qsam2.recipe.load import FOLDERS, shipped
 
 ROOT = Path(__file__).parents[2]
-KEYS = {"protocol", "J&F", "J", "F", "J_recall", "J_decay", "F_recall", "F_decay", "per_object"}
-KEYS |= {"seconds_per_frame", "model", "fidelity"}
-SIZE = ["model.image_size=64"]
+SMALL = ["model.image_size=64", "model.checkpoint=null"]
+FAST = ["debug=fast", "data.train=moving_objects:2:train", "data.val=moving_objects:1:val", *SMALL]
+SIZE = (48, 64)
+
+Refused = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def model() -> SAM2:
-    """nano with random weights that believes in its objects."""
-    return seeing()
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must be refused; gives its message."""
+
+    def run(*arguments: str | Path) -> str:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        stderr = capsys.readouterr().err
+        assert status == 2 and "Traceback" not in stderr
+        assert stderr.endswith("\n") and stderr.count("\nerror: ") + stderr.startswith("error: ") == 1
+        last = stderr.split("\n")[-2]
+        assert last.startswith("error: ")
+        return last.removeprefix("error: ")
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def checkpoint(model: SAM2, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("float") / "nano.pt"
-    torch.save({"model": model.state_dict()}, path)
-    return str(path)
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A quantized recipe without training, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    text = "name: mine\nseed: 1\nquantize: {weights: {method: minmax, bits: 4}, activations: {method: minmax, bits: 8}}"
+    (tmp_path / "r.yaml").write_text(text)
+    return tmp_path / "r.yaml"
 
 
-@pytest.fixture(scope="module")
-def run_folder(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a run leaves for `evaluate`: 3-bit weights in `model.safetensors`."""
-    values = {
-        "quantize": {"weights": {"method": "minmax", "bits": 3}},
-        "model": {"image_size": 64},
-        "data": {"train": ["moving_objects:2:train"], "val": "moving_objects:1:val"},
-        "evaluate": {"frames": 4, "protocol": "sav"},
-    }
-    model, _ = load_model(checkpoint, SIZE)
-    convert(model, build_recipe(values).quantize)
-    find_ranges(model, lambda batch: None, [])
-    finalize(model)
-    folder = tmp_path_factory.mktemp("run")
-    save_packed(folder / "model.safetensors", model, values)
-    return str(folder)
+@pytest.fixture
+def davis(tmp_path: Path) -> Path:
+    """Four frames of a square in the layout of DAVIS."""
+    root = tmp_path / "DAVIS"
+    for folder in ("JPEGImages/cat", "Annotations/cat", "ImageSets"):
+        (root / folder).mkdir(parents=True)
+    mask = np.zeros(SIZE, np.uint8)
+    mask[10:30, 10:30] = 1
+    for index in range(4):
+        Image.fromarray(np.full((*SIZE, 3), 90, np.uint8)).save(root / f"JPEGImages/cat/{index:05d}.jpg")
+        Image.fromarray(mask, "L").save(root / f"Annotations/cat/{index:05d}.png")
+    (root / "ImageSets/val.txt").write_text("cat\n")
+    return root
 
 
-def read(path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
-
-
-# Help
+# What is understood
 
 
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
         (["--help"], ["train", "evaluate", "COMMAND"]),
-        (["train", "--help"], ["examples:", "qsam2 train demo", "debug=fast", "RECIPE", "resumes"]),
-        (
-            ["evaluate", "-h"],
-            ["examples:", "qsam2 evaluate nano", "--pred DIR", "--reference MODEL", "KIND:ROOT:SPLIT"],
-        ),
+        (["train", "--help"], ["qsam2 train demo", "debug=fast", "RECIPE", "resumes"]),
+        (["evaluate", "-h"], ["qsam2 evaluate nano", "--pred DIR", "--reference MODEL", "KIND:ROOT:SPLIT"]),
         (["--version"], [__version__]),
     ],
 )
@@ -88,75 +81,39 @@ def test_help(arguments: list[str], texts: list[str], capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     out = capsys.readouterr().out
-    assert stopped.value.code == 0
-    assert [text for text in texts if text not in out] == []
-    assert max(map(len, out.splitlines())) <= 120
-
-
-def test_the_recipes_of_the_examples_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    named = {word for word in capsys.readouterr().out.split() if word.endswith(".yaml")}
-    assert named and all((ROOT / name).is_file() for name in named)
-
-
-def test_train_py_is_qsam2_train(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("name: x\n")
-    command = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "r.yaml"), "debug=foo"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == "error: debug='foo': should be 'fast', 'overfit' or 'profile'\n"
-
-
-# Where arguments may stand
+    assert stopped.value.code == 0 and [text for text in texts if text not in out] == []
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "evaluate M a.b=1 c=2 --data davis:D --frames 3",
-        "evaluate a.b=1 M c=2 --data davis:D --frames 3",
-        "evaluate --data davis:D a.b=1 --frames 3 c=2 M",
-        "evaluate --data davis:D --frames 3 a.b=1 c=2 M",
-        "evaluate M --data=davis:D a.b=1 --frames=3 c=2",
+        "evaluate M a.b=1 c=2 --data davis:D --frames 3 --fast",
+        "evaluate a.b=1 M c=2 --data davis:D --frames 3 --fast",
+        "evaluate --data davis:D a.b=1 --frames 3 --fast c=2 M",
+        "evaluate --fast a.b=1 M --data davis:D --frames 3 c=2",
+        "evaluate M --fast --data=davis:D a.b=1 --frames=3 c=2",
     ],
 )
-def test_overrides_stand_anywhere(
-    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given: list[Any] = []
-
-    def evaluate_model(*arguments: Any, **options: Any) -> dict[str, Any]:
-        given.extend([*arguments, options])
-        return {"model": "M", "J&F": 1.0}
-
-    monkeypatch.setattr("qsam2.evaluation.scoring.evaluate_model", evaluate_model)
-    assert main(line.split()) == 0
-    whole = ["evaluate.frames=null", "evaluate.videos=null"]
-    overrides = [*whole, "a.b=1", "c=2", "data.val=davis:D", "evaluate.frames=3"]
-    assert given == ["M", overrides, {"reference": None, "fast": False}]
-    assert capsys.readouterr().out == "M: J&F 1.0\n"
+def test_overrides_stand_anywhere(line: str) -> None:
+    options = parse(line.split())
+    assert (options.model, options.overrides) == ("M", ["a.b=1", "c=2"])
+    assert (options.data, options.frames, options.fast) == ("davis:D", 3, True)
 
 
-@pytest.mark.parametrize("line", ["evaluate M --fast a.b=1 c=2", "evaluate --fast a.b=1 M c=2"])
-def test_a_flag_without_a_value_takes_no_override(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(
-        "qsam2.evaluation.scoring.evaluate_model", lambda *a, **k: given.append((*a, k)) or {"model": "M"}
-    )
-    assert main(line.split()) == 0
-    assert given == [("M", ["a.b=1", "c=2"], {"reference": None, "fast": True})]
+def test_a_path_and_a_value_of_a_flag_may_hold_an_equals_sign() -> None:
+    options = parse(["evaluate", "runs/a=b", "--json", "x=1.json"])
+    assert (options.model, str(options.json), options.overrides) == ("runs/a=b", "x=1.json", [])
 
 
-def test_a_value_of_a_flag_may_hold_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qsam2.evaluation.scoring.evaluate_model", lambda model, *_, **__: {"model": model})
-    assert main(["evaluate", "runs/a=b", "--json", "made/x=1.json"]) == 0
-    assert read(tmp_path / "made/x=1.json") == {"model": "runs/a=b"}
+def test_train_py_is_qsam2_train(recipe: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), str(recipe), "debug=foo"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == "error: debug='foo': should be 'fast', 'overfit' or 'profile'\n"
 
 
 def test_train_carries_out_the_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipes: list[Recipe] = []
     score = {"J&F": 50.0, "J": 49.0, "F": 51.0}
@@ -167,10 +124,7 @@ def test_train_carries_out_the_recipe(
         "bytes": {"float32": 4_000_000, "packed": 500_000},
     }
     monkeypatch.setattr("qsam2.pipeline.run_recipe", lambda recipe: recipes.append(recipe) or metrics)
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "r.yaml"
-    path.write_text("name: mine\nseed: 1\n")
-    assert main(["train", "seed=2", str(path), "debug=fast"]) == 0
+    assert main(["train", "seed=2", str(recipe), "debug=fast"]) == 0
     assert (recipes[0].seed, recipes[0].trainer.max_steps) == (2, 2)
     out = capsys.readouterr().out.splitlines()
     assert out[1].split() == ["float", "50.0", "49.0", "51.0"]
@@ -178,147 +132,103 @@ def test_train_carries_out_the_recipe(
     assert out[3:] == ["float32 4.00 MB  packed 0.50 MB", "runs/mine/report.html"]
 
 
-def test_interruption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interruption(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(recipe: Recipe) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qsam2.pipeline.run_recipe", interrupt)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "r.yaml").write_text("name: x\n")
-    assert main(["train", str(tmp_path / "r.yaml")]) == 130
+    assert main(["train", str(recipe)]) == 130
     assert capsys.readouterr().err == "stopped; the same command goes on from the last checkpoint\n"
 
 
-# Scores
-
-
-def test_scores_of_a_model_on_videos(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "new/scores.json"
-    flags = ["--data", "moving_objects:2:val", "--frames", "4", "--videos", "1"]
-    assert main(["evaluate", checkpoint, *SIZE, *flags, "--json", str(out)]) == 0
-    block = read(out)
-    assert block.keys() == KEYS | {"precision"}
-    assert (block["protocol"], block["model"], block["fidelity"]) == ("davis", checkpoint, None)
-    video = moving_objects("val", 1)[0]
-    assert {video.name: {str(i) for i in video.masks(0)}} == {v: set(o) for v, o in block["per_object"].items()}
-    objects = [scores for each in block["per_object"].values() for scores in each.values()]
-    for key in ("J&F", "J", "F"):
-        assert block[key] == pytest.approx(np.mean([scores[key] for scores in objects]))
-        assert 0 <= block[key] <= 100
-    assert block["J"] > 0 and 0 < block["seconds_per_frame"] < 60
-    line = capsys.readouterr().out.split("\n")[-2]  # Lightning's progress bars stand before it
-    assert line == f"{checkpoint}: J&F {block['J&F']:.1f}, J {block['J']:.1f}, F {block['F']:.1f}"
-
-
-def test_other_data_are_scored_as_a_whole_whatever_part_of_its_own_the_run_scored(
-    run_folder: str, tmp_path: Path
+def test_shipped_files_are_listed_with_their_titles_and_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "scores.json"
-    flags = ["--data", "moving_objects:2:val", "--json", str(out)]
-    assert main(["evaluate", run_folder, *flags, "evaluate.frames=4"]) == 0
-    assert len(read(out)["per_object"]) == 2
-    lengths: list[int | None] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "qsam2.evaluation.scoring.score_float", lambda *a, **_: lengths.append(a[2].frames) or ({"J&F": 1.0}, {})
-        )
-        assert main(["evaluate", run_folder, *flags]) == 0
-        assert main(["evaluate", run_folder]) == 0
-    assert lengths == [None, 4]
+    assert main(["recipes"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    rows = {words[0]: words[1] for words in lines if len(words) > 1}
+    assert rows.keys() == {name for kind in FOLDERS for name in shipped(kind)}
+    assert all(title.endswith(".") for title in rows.values())
+    command = [sys.executable, "-m", "qsam2", "recipes", "bits"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, shipped("sweep")["bits"].read_text(), "")
 
 
-def test_scores_against_a_reference(run_folder: str, checkpoint: str, tmp_path: Path) -> None:
-    """The run's own recipe says what to score on; the reference runs at the run's image size."""
-    out = tmp_path / "scores.json"
-    assert main(["evaluate", run_folder, "--reference", checkpoint, "--json", str(out)]) == 0
-    block = read(out)
-    assert block.keys() == KEYS | {"precision", "versus_reference"}
-    assert (block["protocol"], block["model"]) == ("sav", run_folder)
-    assert 0 < block["fidelity"] < 100
-    flags = ["--data", "moving_objects:1:val", "--frames", "4", "--protocol", "sav"]
-    flags += ["--reference", f"{run_folder}/model.safetensors", "--json", str(out)]
-    assert main(["evaluate", checkpoint, *SIZE, *flags]) == 0
-    turned = read(out)
-    assert turned["fidelity"] == pytest.approx(block["fidelity"])
-    found = block["versus_reference"]
-    assert found["difference"] == pytest.approx(block["J&F"] - turned["J&F"])
-    assert found["low"] <= found["difference"] <= found["high"]
-    assert found["objects"] == sum(map(len, block["per_object"].values()))
+# What is refused
+
+MISTAKES = {
+    "": "the following arguments are required: COMMAND; see qsam2 --help",
+    "trian": "argument COMMAND: invalid choice: 'trian'",
+    "train": "the following arguments are required: RECIPE; see qsam2 train --help",
+    "train r.yaml --steps 3": "unknown argument '--steps': a key of the recipe is written key=value",
+    "train r.yaml --trainer.max_steps=3": "unknown argument '--trainer.max_steps=3'",
+    "train r.yaml nano": "unknown argument 'nano': a key of the recipe is written key=value",
+    "train absent.yaml": "recipe absent.yaml does not exist: give a file, or a name",
+    "train absent.yaml =3": "recipe absent.yaml does not exist",
+    "recipes nothing": "nothing does not ship with qsam2",
+    "recipes bits seed=1": "seed=1 does nothing here",
+    "evaluate": "nothing to score: give a MODEL (run folder, file or size), or --pred DIR --gt DIR",
+    "evaluate model.size=nano": "nothing to score: give a MODEL",
+    "evaluate nano --frames x": "argument --frames: invalid int value: 'x'; see qsam2 evaluate --help",
+    "evaluate nano --frames 0": "evaluate.frames=0: should be greater than 0",
+    "evaluate nano --protocol coco": "argument --protocol: invalid choice: 'coco'",
+    "evaluate nano a..b=3": "'a..b=3' is no override; write key=value with a dotted key",
+    "evaluate --pred p": "--pred DIR and --gt DIR go together, without a MODEL",
+    "evaluate nano --pred p --gt g": "--pred DIR and --gt DIR go together, without a MODEL",
+    "evaluate --pred p --gt g --frames 3": "--frames does nothing with --pred and --gt",
+    "evaluate --pred p --gt g seed=3": "seed=3 does nothing with --pred and --gt",
+    "evaluate --pred p --gt absent": "absent: no such folder; give the one that holds the sequences",
+}
 
 
-@pytest.fixture
-def stills(tmp_path: Path) -> str:
-    return write_stills(tmp_path)
-
-
-def test_scores_on_stills(checkpoint: str, stills: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "scores.json"
-    assert main(["evaluate", checkpoint, *SIZE, "--data", stills, "--reference", checkpoint, "--json", str(out)]) == 0
-    block = read(out)
-    assert block["protocol"] == "stills" and block["images"] == 2
-    assert (block["model"], block["fidelity"]) == (checkpoint, 100)
-    assert block["versus_reference"]["point_IoU"]["difference"] == 0
-    line = capsys.readouterr().out
-    for key in ("point_mIoU", "box_mIoU"):
-        assert 0 < block[key] <= 100
-        assert f"{key} {block[key]:.1f}" in line
-
-
-def test_scores_of_masks_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A square that is predicted one row too high."""
-    for folder, top in (("gt", 10), ("pred", 9)):
-        (tmp_path / folder / "cat").mkdir(parents=True)
-        mask = np.zeros((64, 64), np.uint8)
-        mask[top : top + 20, 10:30] = 1
-        for index in range(4):
-            Image.fromarray(mask, "L").save(tmp_path / folder / "cat" / f"{index:05d}.png")
-    arguments = ["--pred", str(tmp_path / "pred"), "--gt", str(tmp_path / "gt"), "--json", str(tmp_path / "s.json")]
-    assert main(["evaluate", *arguments]) == 0
-    block = read(tmp_path / "s.json")
-    assert block.keys() == KEYS
-    assert (block["protocol"], block["seconds_per_frame"], block["fidelity"]) == ("davis", None, None)
-    assert block["model"] == str(tmp_path / "pred")
-    assert block["J"] == pytest.approx(100 * 19 / 21) and block["F"] == 100
-    assert block["per_object"] == {"cat": {"1": {key: block[key] for key in ("J&F", "J", "F")}}}
-    assert "J&F 95.2, J 90.5, F 100.0" in capsys.readouterr().out
+@pytest.mark.parametrize("line", MISTAKES)
+def test_mistakes_on_the_command_line(refused: Refused, line: str) -> None:
+    assert refused(*line.split()).startswith(MISTAKES[line])
 
 
 @pytest.mark.parametrize(
-    ("protocol", "pred", "gt"),
-    [("davis", "davis/results", "davis/Annotations/480p"), ("sav", "sav/pred", "sav/gt")],
+    ("override", "message"),
+    [
+        ("accelerator=foo", "trainer: You selected an invalid accelerator name: `accelerator='foo'`."),
+        ("devices=x", "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
+        ("strategy=foo", "trainer: You selected an invalid strategy name: `strategy='foo'`."),
+    ],
 )
-def test_golden_scores(data_root: Path, tmp_path: Path, protocol: str, pred: str, gt: str) -> None:
-    golden, out = data_root / "golden_jf", tmp_path / "scores.json"
-    if not golden.is_dir():
-        pytest.skip(f"{golden} is absent")
-    folders = ["--pred", str(golden / pred), "--gt", str(golden / gt)]
-    assert main(["evaluate", *folders, "--protocol", protocol, "--json", str(out)]) == 0
-    expected, block = json.loads((golden / protocol / "expected.json").read_text()), read(out)
-    assert block["J&F"] == pytest.approx(expected["J&F"] * (100 if protocol == "davis" else 1), abs=1e-9)
+def test_no_such_devices(refused: Refused, recipe: Path, override: str, message: str) -> None:
+    assert refused("train", recipe, *FAST, "trainer.accelerator=cpu", f"trainer.{override}").startswith(message)
 
 
-# MODEL
+def test_damaged_data(refused: Refused, davis: Path, recipe: Path) -> None:
+    """Scoring and training name the file."""
+    mask, frame = davis / "Annotations/cat/00002.png", davis / "JPEGImages/cat/00001.jpg"
+    Image.fromarray(np.zeros((24, 32), np.uint8), "L").save(mask)
+    message = refused("evaluate", "nano", "--data", f"davis:{davis}:val", *SMALL)
+    assert message.startswith(f"{mask}: is 24x32 (height x width), expected 48x64")
+    mask.write_bytes((davis / "Annotations/cat/00000.png").read_bytes())
+    frame.write_bytes(b"")
+    training = [f"data.train=davis:{davis}:val", "calibrate.clips=1", "calibrate.num_frames=4"]
+    assert refused("train", recipe, *FAST, *training).startswith(f"{frame}: cannot be read as a picture (")
 
 
-def test_model_files(model: SAM2, checkpoint: str, run_folder: str, tmp_path: Path) -> None:
-    """Checkpoints of any size, float runs and packed files; each knows its recipe or is guessed from its shapes."""
-    save_file(model.state_dict(), tmp_path / "bare.safetensors")
-    recipe = build_recipe({"name": "float", "model": {"image_size": 64}, "evaluate": {"frames": 5}})
-    save_weights(tmp_path / "model.safetensors", model, recipe.model_dump(mode="json"))
-    for target in (checkpoint, tmp_path / "bare.safetensors", tmp_path):
-        loaded, found = load_model(target, SIZE)
-        assert not loaded.training and loaded.image_size == 64
-        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert (found.name, found.evaluate.frames) == ("float", 5)
-    quantized, found = load_model(run_folder, ["evaluate.frames=7", "model.image_size=64"])
-    assert found.quantize is not None and found.evaluate.frames == 7
-    weight = quantized.obj_ptr_tpos_proj.weight
-    assert all(len(row.unique()) <= 8 for row in weight)
+@pytest.mark.parametrize(
+    ("model", "override", "message"),
+    [
+        ("packed", "quantize.weights.bits=8", "is a quantized model: quantize cannot be changed by an override"),
+        ("packed", "model.image_size=96", "is a quantized model: model cannot be changed by an override"),
+        ("packed", "evaluate.frame=3", "did you mean 'frames'?"),
+        ("float", "quantize.weights={method: lsq, bits: 8}", "this model is float; run a recipe to quantize it"),
+    ],
+)
+def test_a_model_stays_as_it_is(
+    refused: Refused, models: dict[str, Path], model: str, override: str, message: str
+) -> None:
+    assert refused("evaluate", models[model], override).endswith(message)
 
 
-def test_model_of_a_size(tmp_path: Path) -> None:
-    loaded, recipe = load_model("tiny", ["model.checkpoint=null", "model.image_size=64", "model.version=2"])
-    assert (recipe.model.size, recipe.model.version) == ("tiny", "2")
-    torch.save({"model": loaded.state_dict()}, tmp_path / "tiny.pt")
-    _, recipe = load_model(tmp_path / "tiny.pt", SIZE)
-    assert (recipe.model.size, recipe.model.version) == ("tiny", "2")
+def test_scores_that_cannot_be_written_are_refused_before_the_work(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    file = tmp_path / "file/scores.json"
+    assert refused("evaluate", "absent", "--json", file).startswith(f"--json {file}: its folder cannot be made")
+    assert (
+        refused("evaluate", "absent", "--json", tmp_path) == f"--json {tmp_path}: is a folder; give the path of a file"
+    )

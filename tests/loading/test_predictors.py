@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sam2 import sam2_video_predictor
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from small_predictors import (
@@ -32,6 +33,10 @@ from torch import Tensor
 import qsam2
 from qsam2.data.transforms import FrameSequence, to_model_input
 from qsam2.errors import UserError
+from qsam2.formats.packed import save_weights
+from qsam2.loading import load_model
+from qsam2.models import SAM2
+from qsam2.recipe import build_recipe
 
 LENGTH = 10
 Masks = list[tuple[Any, ...]]
@@ -85,17 +90,10 @@ def reset(model: Any, state: Any) -> Masks:
     return [*before, *boxes(model, state)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "use"),
-    [
-        ("float", clicks),
-        ("float", boxes),
-        ("float", masks),
-        ("float", reset),
-        ("float", several_objects),
-        ("packed", several_objects),
-    ],
-)
+USES = [*(("float", use) for use in (clicks, boxes, masks, reset, several_objects)), ("packed", several_objects)]
+
+
+@pytest.mark.parametrize(("kind", "use"), USES)
 def test_videos_get_the_masks_of_sam2s_own_class(
     kind: str, use: Callable[[Any, Any], Masks], models: dict[str, Path], folder: Path
 ) -> None:
@@ -192,66 +190,43 @@ def test_a_long_video_is_not_kept(models: dict[str, Path], tmp_path: Path, monke
     assert sum(output["maskmem_features"] is not None for output in kept) <= 2 * model.num_maskmem
 
 
-def test_frames_are_in_the_order_of_their_numbers(models: dict[str, Path], tmp_path: Path) -> None:
-    shades = {"2.png": 20, "10.png": 100, "007.jpg": 70, "1.jpeg": 10}
-    for name, shade in shades.items():
-        Image.new("RGB", (16, 16), (shade,) * 3).save(tmp_path / name)
+@pytest.mark.parametrize(
+    "names",
+    [["1.jpeg", "2.png", "007.jpg", "10.png"], ["shot_10.png", "shot_2.png", "shot_9.png"]],
+    ids=["numbers", "names"],
+)
+def test_frames_are_in_the_order_of_their_numbers_or_names(
+    models: dict[str, Path], tmp_path: Path, names: list[str]
+) -> None:
+    for index, name in enumerate(names):
+        Image.new("RGB", (16, 16), (20 + 40 * index,) * 3).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no picture")
     images = qsam2.video_predictor(models["float"]).init_state(tmp_path)["images"]
     means = [float(images[index].mean()) for index in range(len(images))]
-    assert len(means) == 4 and means == sorted(means)
+    assert len(means) == len(names) and means == sorted(means)
 
 
-def test_frames_without_numbers_are_sorted_by_name(models: dict[str, Path], tmp_path: Path) -> None:
-    for index, name in enumerate(["shot_2.png", "shot_9.png", "shot_10.png"]):
-        Image.new("RGB", (16, 16), (40 * index,) * 3).save(tmp_path / name)
-    images = qsam2.video_predictor(models["float"]).init_state(tmp_path)["images"]
-    assert float(images[0].mean()) < float(images[1].mean()) < float(images[2].mean())
-
-
-def _damaged(tmp_path: Path) -> Path:
-    path = write_video(tmp_path / "clip.mp4", pictures(20, 46, 80))
-    path.write_bytes(path.read_bytes()[:900])
-    return path
-
-
-def _empty(tmp_path: Path) -> Path:
-    (tmp_path / "empty").mkdir()
-    return tmp_path / "empty"
-
-
-def _twice(tmp_path: Path) -> Path:
-    folder = write_folder(tmp_path / "twice", pictures(2))
-    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "1.png")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda tmp_path: tmp_path / "nowhere.mp4", "nowhere.mp4 does not exist: give a picture, a folder"),
-        (_damaged, "clip.mp4: cannot be read as a video"),
-        (_empty, "empty: holds no frames"),
-        (_twice, "twice: holds two pictures named 1; a folder of frames has one file a frame"),
-    ],
-)
-def test_what_is_no_video_is_refused_in_one_line(
-    make: Callable[[Path], Path], message: str, models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_is_no_video_is_refused_in_one_line(models: dict[str, Path], tmp_path: Path) -> None:
+    damaged, empty = write_video(tmp_path / "clip.mp4", pictures(20, 46, 80)), tmp_path / "empty"
+    damaged.write_bytes(damaged.read_bytes()[:900])
+    empty.mkdir()
+    twice, odd = (write_folder(tmp_path / name, pictures(3)) for name in ("twice", "odd"))
+    Image.new("RGB", (WIDTH, HEIGHT)).save(twice / "1.png")
+    Image.new("RGB", (50, 50)).save(odd / "2.jpg")
+    messages = {
+        tmp_path / "nowhere.mp4": "nowhere.mp4 does not exist: give a picture, a folder",
+        damaged: "clip.mp4: cannot be read as a video",
+        empty: "empty: holds no frames",
+        twice: "twice: holds two pictures named 1; a folder of frames has one file a frame",
+        odd: "2.jpg: is 50x50 .* expected 45x79",
+    }
     model = qsam2.video_predictor(models["float"])
-    with pytest.raises(UserError, match=message) as error:
-        model.init_state(make(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_a_frame_of_another_size_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "frames", pictures(3))
-    Image.new("RGB", (50, 50)).save(folder / "2.jpg")
-    model = qsam2.video_predictor(models["float"])
-    state = model.init_state(folder)
-    model.add_new_mask(state, 0, 1, square())
-    with pytest.raises(UserError, match="2.jpg: is 50x50 .* expected 45x79"):
-        list(model.propagate_in_video(state))
+    for path, message in messages.items():
+        with pytest.raises(UserError, match=message) as error:
+            state = model.init_state(path)
+            model.add_new_mask(state, 0, 1, square())
+            list(model.propagate_in_video(state))
+        assert "\n" not in str(error.value)
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,50 +237,62 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
         qsam2.image_predictor("nano", device="gpu")
 
 
-def test_models_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UserError, match="nanno is no run folder, no model file and no size"):
+def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nanno is no run folder, no model file and no size .nano, nano_heavy, tiny, s"):
         qsam2.video_predictor("nanno")
+    with pytest.raises(UserError, match=f"{tmp_path} holds no model.safetensors: the run is not finished"):
+        qsam2.load(tmp_path)
 
 
 def test_inference_does_not_import_the_training_stack(models: dict[str, Path]) -> None:
-    heavy = [
-        "lightning",
-        "wandb",
-        "albumentations",
-        "tensordict",
-        "torchmetrics",
-        "matplotlib",
-        "optuna",
-        "pandas",
-        "onnx",
-        "skimage",
-    ]
+    """Nor does the package import torch before a model is asked for."""
+    heavy = ["lightning", "wandb", "albumentations", "tensordict", "torchmetrics", "matplotlib", "optuna", "pandas"]
     code = f"""
 import sys, qsam2
+print("torch" in sys.modules, callable(qsam2.video_predictor), "torch" in sys.modules)
 qsam2.load("nano", ["model.checkpoint=null", "model.image_size=64"])
 qsam2.video_predictor({str(models["packed"])!r})
-print([name for name in {heavy} if name in sys.modules], "torchvision" in sys.modules)"""
+print([name for name in {[*heavy, "onnx", "skimage"]} if name in sys.modules], "torchvision" in sys.modules)"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[] False"
-
-
-@pytest.mark.parametrize("words", [["nanno", "x.jpg"], ["nano", "x.jpg"]])
-def test_a_mistyped_name_is_refused_before_torch_is_imported(words: list[str]) -> None:
-    code = f"""
-import sys
-from qsam2.cli import main
-print(main(["predict", *{words}, "--point", "1,1", "--out", "out"]), "torch" in sys.modules)"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["2", "False"]
-    assert ran.stderr.startswith(
-        f"error: {'nanno is no run folder' if words[0] == 'nanno' else 'x.jpg does not exist'}"
-    )
-
-
-def test_the_package_is_light() -> None:
-    """Until a model is asked for."""
-    code = "import sys, qsam2; print('torch' in sys.modules, callable(qsam2.video_predictor), 'torch' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "False True True"
+    assert ran.stdout == "False True True\n[] False\n"
     with pytest.raises(AttributeError, match="has no attribute 'predictor'"):
         _ = qsam2.predictor
+
+
+def test_a_mistyped_name_is_refused_before_torch_is_imported() -> None:
+    code = """
+import sys
+from qsam2.cli import main
+prompt = ["--point", "1,1", "--out", "out"]
+print(main(["predict", "nanno", "x.jpg", *prompt]), main(["predict", "nano", "x.jpg", *prompt]), "torch" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["2", "2", "False"]
+    first, second = ran.stderr.splitlines()
+    assert first.startswith("error: nanno is no run folder") and second.startswith("error: x.jpg does not exist")
+
+
+# MODEL
+
+
+def test_model_files(models: dict[str, Path], checkpoint: Path, pristine: SAM2, tmp_path: Path) -> None:
+    """Checkpoints of any size, float runs and packed files; each knows its recipe or is guessed from its shapes."""
+    save_file(pristine.state_dict(), tmp_path / "bare.safetensors")
+    recipe = build_recipe({"name": "float", "model": {"image_size": 64}, "evaluate": {"frames": 5}})
+    save_weights(tmp_path / "model.safetensors", pristine, recipe.model_dump(mode="json"))
+    for target in (checkpoint, tmp_path / "bare.safetensors", tmp_path):
+        loaded, found = load_model(target, ["model.image_size=64"])
+        assert not loaded.training and loaded.image_size == 64
+        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in pristine.state_dict().items())
+    assert (found.name, found.evaluate.frames) == ("float", 5)
+    quantized, found = load_model(models["packed"], ["evaluate.frames=7", "model.image_size=64"])
+    assert found.quantize is not None and found.evaluate.frames == 7
+    assert all(len(row.unique()) <= 16 for row in quantized.obj_ptr_tpos_proj.weight)
+
+
+def test_model_of_a_size(tmp_path: Path) -> None:
+    loaded, recipe = load_model("tiny", ["model.checkpoint=null", "model.image_size=64", "model.version=2"])
+    torch.save({"model": loaded.state_dict()}, tmp_path / "tiny.pt")
+    _, guessed = load_model(tmp_path / "tiny.pt", ["model.image_size=64"])
+    for found in (recipe, guessed):
+        assert (found.model.size, found.model.version) == ("tiny", "2")
