@@ -174,9 +174,13 @@ def evaluate(
         values["data.val"] = f"{spec}:all" if is_unlabelled(spec) and spec.count(":") == 1 else spec
         whole = ["evaluate.frames=null", "evaluate.videos=null"]  # a run's own limits are for its own data
     flags = [f"{key}={value}" for key, value in values.items() if value is not None]
-    more = {} if save_masks is None else {"save_masks": Path(save_masks)}
-    other = None if reference is None else str(reference)
-    return scoring.evaluate_model(str(model), [*whole, *overrides, *flags], reference=other, fast=fast, **more)
+    return scoring.evaluate_model(
+        str(model),
+        [*whole, *overrides, *flags],
+        reference=None if reference is None else str(reference),
+        fast=fast,
+        save_masks=None if save_masks is None else Path(save_masks),
+    )
 
 
 def export(model: str | Path, format: str, out: str | Path, *, overrides: Sequence[str] = ()) -> dict[Path, int]:

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         with stopped_by_sigterm():
-            _run(options)
+            options.run(options)
     except UserError as error:
         message, status = f"error: {error}", 2
     except OSError as error:
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         where = f" for {error.filename}" if error.filename else ""
         message, status = f"error: no room on the disk{where}: make some and give the same command again", 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and not isinstance(ended.__context__, KeyboardInterrupt):
+            raise  # Lightning makes one of the other
         status = 130
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks
             message = "stopped; the same command goes on from the last checkpoint"
@@ -60,15 +62,6 @@ def _end_progress_bars() -> None:
         for bar in list(sys.modules["tqdm"].tqdm._instances):
             bar.leave = True
             bar.close()
-
-
-def _run(options: argparse.Namespace) -> None:
-    try:
-        options.run(options)
-    except SystemExit as ended:
-        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes one of the other
-            raise KeyboardInterrupt from ended
-        raise
 
 
 class _Parser(argparse.ArgumentParser):

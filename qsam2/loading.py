@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2, Recipe]:
     """A model ready for inference, in eval mode, and its recipe changed by `key=value` overrides.
 
-    Args:
-        target: a run folder (its `model.safetensors`), such a file, a checkpoint of any size (`.pt`, `.safetensors`),
-            or a size for the float model.
+    `target` is a run folder (its `model.safetensors`), such a file, a checkpoint (`.pt`, `.safetensors`), or a size.
 
     Raises:
         UserError: there is no such model, it cannot be read, or an override is wrong.
@@ -192,11 +190,7 @@ def predictor_of(model: SAM2) -> SAM2ImagePredictor:
 
 
 def load_float(recipe: Recipe) -> SAM2:
-    """The float model that a recipe starts from.
-
-    Raises:
-        UserError: see `load_sam2`.
-    """
+    """The float model that a recipe starts from; raises UserError as `load_sam2`."""
     drop_path = recipe.train.drop_path if recipe.train else 0.0
     model = load_sam2(**recipe.model.model_dump(), drop_path_rate=drop_path)
     if recipe.model.checkpoint is None:

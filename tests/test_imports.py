@@ -83,7 +83,7 @@ def test_no_cycle() -> None:
 
 def test_the_order_is_that_of_real_parts() -> None:
     present = {part(name) for name in MODULES if name != "qsam2"}
-    assert LEVEL.keys() - present <= {"api"}  # are to come
+    assert LEVEL.keys() == present
 
 
 def test_nothing_imports_a_module_that_is_not_there() -> None:

@@ -31,8 +31,8 @@ from qsam2.formats.onnx.write import export_onnx
 from qsam2.layers.convert import convert
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
-from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 PARTS = ("encoder", "memory", "decoder")
 METHODS = {

@@ -16,7 +16,7 @@ from qsam2.errors import UserError
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2
 from qsam2.models.replaced import hide_progress_bar
-from qsam2.recipe.memory import MemoryRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 SHARED_BUDGETS = (2, 3, 4)

@@ -26,7 +26,7 @@ from qsam2.memory.bank import Bank, Remembered, gather
 from qsam2.memory.bounded import BoundedState
 from qsam2.memory.cache import FrameMemory, TemporalKeys, mixed
 from qsam2.memory.sharing import KeySet, key_sets
-from qsam2.recipe.memory import MemoryRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 if TYPE_CHECKING:
     from qsam2.models import SAM2

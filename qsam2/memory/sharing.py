@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qsam2.memory.bank import HISTORY, Bank, Remembered
 from qsam2.memory.cache import FrameMemory
-from qsam2.recipe.memory import MemoryRecipe, Sharing
+from qsam2.recipe.recipe import MemoryRecipe, Sharing
 
 Mix = Mapping[int, float]
 SPARSE_FLOOR = 0.05

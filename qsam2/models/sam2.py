@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qsam2.errors import UserError
 from qsam2.models.frames import CheckedFrames, EndOfStream, FrameStream
 from qsam2.models.replaced import placeholder_module
-from qsam2.recipe.memory import MemoryRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 with placeholder_module("training.utils.data_utils", BatchedVideoDatapoint=object):
     # Its module needs the type for an annotation alone, whose import (tensordict) takes a second of every inference.

@@ -1,7 +1,7 @@
 """The recipe: every key that a user can set, with its type, default and meaning. One section per class.
 
-Sections with more than a few keys have modules of their own: `calibrate`, `quantize`, `quantizer_specs`, `memory`. The
-docstrings are the user's reference (`docs/site/recipe_keys.py`).
+Sections with more than a few keys have modules of their own: `calibrate`, `quantize`, `quantizer_specs`. The docstrings
+are the user's reference (`docs/site/recipe_keys.py`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from qsam2.recipe.calibrate import CalibrateRecipe, ReconstructRecipe
-from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.section import Names, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Sharing = Literal["none", "adaptive", "oldest", "stride", "pool", "sparse", "synthesis"]
 Size = Literal["nano", "nano_heavy", "tiny", "small", "base_plus", "large"]
 
 
@@ -217,6 +217,44 @@ class EvaluateRecipe(Section):
     """Score a run that trains before training as well: the result of calibration alone (PTQ)."""
     float_cache: Path | None = None
     """Folder that keeps scores and masks of float models for other runs from the same weights. null: none."""
+
+
+class MemoryRecipe(Section):
+    """Memory bank while tracking. Defaults: as sam2 does.
+
+    Conditioning frames (those with prompts) and object pointers are always read in full.
+    """
+
+    cache: bool = False
+    """Compute keys and values of a remembered frame once. false: again for every frame that reads them."""
+    sharing: Sharing = "none"
+    """Reading remembered frames by fewer keys: adaptive merges similar neighbours (Q-MiniSAM2); oldest, stride, pool,
+    sparse and synthesis are baselines (docs/memory.md)."""
+    frames: PositiveInt | None = None
+    """Key budget of sharing, in frames, conditioning frames included. From 2 up at least one other frame is read."""
+    quantile: Share | None = None
+    """Adaptive sharing alone: quantile of the video's similarities above which neighbours share keys. null: only as
+    many share as the budget requires."""
+    bounded: bool = False
+    """Keep only what later frames can still read, so that the state does not grow; the masks are the same."""
+
+    @model_validator(mode="after")
+    def _sharing_has_a_budget(self) -> MemoryRecipe:
+        if self.quantile is not None and self.sharing != "adaptive":
+            raise ValueError(f"quantile={self.quantile} is for sharing=adaptive, not {self.sharing}: give null")
+        if self.sharing == "none" and self.frames is not None:
+            raise ValueError(
+                f"frames={self.frames} is a budget of sharing, which is none: give sharing=adaptive, or null"
+            )
+        if self.sharing != "none" and self.frames is None and self.quantile is None:
+            also = " or quantile=Q" if self.sharing == "adaptive" else ""
+            raise ValueError(f"sharing={self.sharing} needs a key budget in frames: give frames=N{also}")
+        return self
+
+    @property
+    def reads_anew(self) -> bool:
+        """True if memory is read in another way than sam2's."""
+        return self.cache or self.sharing != "none"
 
 
 class LogRecipe(Section):

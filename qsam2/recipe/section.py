@@ -39,10 +39,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)
 def describe(error: ValidationError, schema: type[BaseModel], kind: str) -> str:
     """The first validation error as one line: the key, the value it has, what is allowed.
 
-    Args:
-        error: raised by `schema.model_validate`.
-        schema: the type of the whole file.
-        kind: the word for such a file, as in "a recipe has ...".
+    `schema` is the type of the whole file, `kind` the word for such a file, as in "a recipe has ...".
     """
     first = error.errors()[0]
     location, holders, annotations = _follow(first["loc"], schema)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 from collections.abc import Callable
 from doctest import DocTestFinder, DocTestRunner
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from small_models import write_davis
 
 import qsam2
 from qsam2.cli import main
@@ -144,28 +146,19 @@ def test_scores_without_masks_need_a_float_reference(quantized: Path, models: di
 
 @pytest.mark.parametrize("protocol", ["davis", "sav"])
 def test_masks_on_disk_score_as_the_model(models: dict[str, Path], tmp_path: Path, protocol: str) -> None:
-    root, saved, count = tmp_path / "davis", tmp_path / "masks", 5
+    saved, count = tmp_path / "masks", 5
     video = moving_objects("val", 1, size=(64, 96))[0]
-    write_frames(root / "JPEGImages" / "v", count)
-    (root / "Annotations/v").mkdir(parents=True)
+    root = write_davis(tmp_path / "davis", video, count)
     seen = {item for index in range(count) for item, mask in video.masks(index).items() if mask.any()}
-    for index in range(count):
-        ids = Image.new("L", (96, 64))
-        for item in seen & video.masks(index).keys():
-            mask = Image.fromarray(video.masks(index)[item])
-            ids.paste(item, mask=mask)
-            single = tmp_path / "sav" / "v" / f"{item - 1:03d}" / f"{index:05d}.png"
-            single.parent.mkdir(parents=True, exist_ok=True)
-            mask.save(single)
-        ids.save(root / "Annotations/v" / f"{index:05d}.png")
-    (root / "ImageSets").mkdir()
-    (root / "ImageSets/val.txt").write_text("v\n")
+    for index, item in itertools.product(range(count), seen):
+        single = tmp_path / "sav" / "v" / f"{item - 1:03d}" / f"{index:05d}.png"
+        single.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(video.masks(index)[item]).save(single)
     block = qsam2.evaluate(models["float"], root, protocol=protocol, save_masks=saved, overrides=FAST[:1])
     assert len(list(saved.rglob("*.png"))) == count * (len(seen) if protocol == "sav" else 1)
-    json_file = tmp_path / "scores.json"
     gt = root / "Annotations" if protocol == "davis" else tmp_path / "sav"
-    assert run("evaluate", "--pred", saved, "--gt", gt, "--protocol", protocol, "--json", json_file) == 0
-    scores = json.loads(json_file.read_text())
+    assert run("evaluate", "--pred", saved, "--gt", gt, "--protocol", protocol, "--json", saved / "scores.json") == 0
+    scores = json.loads((saved / "scores.json").read_text())
     for key in ("J&F", "J", "F"):
         assert scores[key] == pytest.approx(block[key], abs=1e-9)
     with pytest.raises(UserError, match="exists already; give a new folder"):

@@ -29,8 +29,8 @@ from qsam2.layers.convert import convert, finalize, quantizers
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2, load_sam2
-from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 BFLOAT16 = torch.bfloat16
 LENGTH = 10

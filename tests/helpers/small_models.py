@@ -1,4 +1,4 @@
-"""Models with random weights, and generated stills, for tests of every kind."""
+"""Models with random weights, and generated stills and videos on disk, for tests of every kind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from qsam2.data.synthetic.moving_objects import moving_objects
+from qsam2.data.video import Video
 from qsam2.models import SAM2, build_sam2
 
 
@@ -25,7 +26,24 @@ def write_stills(folder: Path) -> str:
     for kind in ("images", "instance_png"):
         (folder / kind).mkdir()
     for video in moving_objects("val", 2, size=(64, 96)):
-        ids = sum(number * mask.astype(np.uint8) for number, mask in video.masks(0).items())
         Image.fromarray(video.frame(0)).save(folder / f"images/{video.name}.png")
-        Image.fromarray(ids, "L").save(folder / f"instance_png/{video.name}.png")
+        object_ids(video, 0).save(folder / f"instance_png/{video.name}.png")
     return f"instance_png:{folder}"
+
+
+def write_davis(root: Path, video: Video, length: int) -> Path:
+    """The first frames of a video as sequence `v` of a DAVIS folder, in the split `val`."""
+    frames, masks = root / "JPEGImages/v", root / "Annotations/v"
+    for folder in (frames, masks, root / "ImageSets"):
+        folder.mkdir(parents=True)
+    for index in range(length):
+        Image.fromarray(video.frame(index)).save(frames / f"{index:05d}.png")
+        object_ids(video, index).save(masks / f"{index:05d}.png")
+    (root / "ImageSets/val.txt").write_text("v\n")
+    return root
+
+
+def object_ids(video: Video, index: int) -> Image.Image:
+    """A frame's masks as a picture of object ids."""
+    ids = sum(number * mask.astype(np.uint8) for number, mask in video.masks(index).items())
+    return Image.fromarray(ids, "L")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2
-from qsam2.recipe.memory import MemoryRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 SIZE_PX = 64
 sam2_video_predictor.tqdm = lambda frames, **_: frames  # no bars between the dots of pytest

@@ -192,7 +192,7 @@ def test_a_long_video_is_not_kept(models: dict[str, Path], tmp_path: Path, monke
 
 @pytest.mark.parametrize(
     "names",
-    [["1.jpeg", "2.png", "007.jpg", "10.png"], ["shot_10.png", "shot_2.png", "shot_9.png"]],
+    [["1.jpeg", "2.png", "007.jpg", "10.png"], ["shot_2.png", "shot_9.png", "shot_10.png"]],
     ids=["numbers", "names"],
 )
 def test_frames_are_in_the_order_of_their_numbers_or_names(

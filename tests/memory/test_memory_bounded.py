@@ -18,7 +18,7 @@ from qsam2.errors import UserError
 from qsam2.memory.bounded import Spans
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
-from qsam2.recipe.memory import MemoryRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 LENGTH = 24
 SIZE = (SIZE_PX, SIZE_PX)

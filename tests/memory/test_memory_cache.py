@@ -20,9 +20,9 @@ from qsam2.memory.cache import CODES_A_BYTE, Stored, TemporalKeys, mixed, pack_c
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2
 from qsam2.quantizers import build_quantizer
-from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import MinMaxSpec
+from qsam2.recipe.recipe import MemoryRecipe
 
 LENGTH = 12
 CLOSE = 1e-5

@@ -13,7 +13,7 @@ from qsam2.errors import UserError
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe, save_recipe
-from qsam2.recipe.memory import MemoryRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 
 @pytest.mark.parametrize(

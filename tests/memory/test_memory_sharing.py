@@ -17,7 +17,7 @@ from qsam2.memory.cache import FrameMemory
 from qsam2.memory.reader import _most_attended, use_memory
 from qsam2.memory.sharing import KeySet, adaptive, key_sets, sparse, synthesis
 from qsam2.models import SAM2
-from qsam2.recipe.memory import MemoryRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 CLOSE = 1e-5
 SIDE = SIZE_PX // 16

@@ -17,10 +17,9 @@ from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.layers.convert import convert
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
-from qsam2.recipe.memory import MemoryRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import LSQSpec
-from qsam2.recipe.recipe import PromptRecipe
+from qsam2.recipe.recipe import MemoryRecipe, PromptRecipe
 from qsam2.train.prompts import prompted_forward, set_dropout, set_prompts
 
 FRAMES = 5

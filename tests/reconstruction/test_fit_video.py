@@ -9,7 +9,7 @@ from qsam2.data.calibration_data import Sample
 from qsam2.data.clips import ClipDataset
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.memory.reader import use_memory
-from qsam2.recipe.memory import MemoryRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 from qsam2.reconstruction.fit_video import tracked
 
 

@@ -8,8 +8,7 @@ from kept_run import Squares
 
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2
-from qsam2.recipe.memory import MemoryRecipe
-from qsam2.recipe.recipe import EvaluateRecipe
+from qsam2.recipe.recipe import EvaluateRecipe, MemoryRecipe
 from qsam2.report.memory_use import draw_memory, memory_use
 
 
