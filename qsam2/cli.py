@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         where = f" for {error.filename}" if error.filename else ""
         message, status = f"error: no room on the disk{where}: make some and give the same command again", 2
-    except (KeyboardInterrupt, SystemExit) as ended:
+    except (KeyboardInterrupt, SystemExit) as ended:  # Lightning makes the second of the first
         if isinstance(ended, SystemExit) and not isinstance(ended.__context__, KeyboardInterrupt):
-            raise  # Lightning makes one of the other
+            raise
         status = 130
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks
             message = "stopped; the same command goes on from the last checkpoint"
