@@ -185,12 +185,12 @@ def test_no_such_devices(refused: Refused, recipe: Path, override: str, message:
 
 def test_damaged_data(refused: Refused, recipe: Path, tmp_path: Path) -> None:
     """Scoring and training name the file."""
-    davis = write_davis(tmp_path / "DAVIS", moving_objects("val", 1, size=(48, 64))[0], 4)
+    davis = write_davis(tmp_path / "DAVIS", moving_objects("val", 1, size=(64, 96))[0], 4)
     mask, frame = davis / "Annotations/v/00002.png", davis / "JPEGImages/v/00001.png"
     right = mask.read_bytes()
     Image.new("L", (32, 24)).save(mask)
     message = refused("evaluate", "nano", "--data", f"davis:{davis}:val", *SMALL)
-    assert message.startswith(f"{mask}: is 24x32 (height x width), expected 48x64")
+    assert message.startswith(f"{mask}: is 24x32 (height x width), expected 64x96")
     mask.write_bytes(right)
     frame.write_bytes(b"")
     training = [f"data.train=davis:{davis}:val", "calibrate.clips=1", "calibrate.num_frames=4"]
