@@ -237,11 +237,22 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
         qsam2.image_predictor("nano", device="gpu")
 
 
-def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
+def test_models_that_are_none_are_refused(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(UserError, match="nanno is no run folder, no model file and no size .nano, nano_heavy, tiny, s"):
         qsam2.video_predictor("nanno")
     with pytest.raises(UserError, match=f"{tmp_path} holds no model.safetensors: the run is not finished"):
         qsam2.load(tmp_path)
+    with pytest.raises(
+        UserError, match=r"does not fit model.size=tiny \(.*, .* and \d+ more.*; it fits model.size=nano"
+    ):
+        qsam2.load(checkpoint, ["model.size=tiny"])
+    odd, broken = tmp_path / "odd.pt", tmp_path / "broken.safetensors"
+    torch.save({"model": {"weight": torch.zeros(3)}}, odd)
+    broken.write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="odd.pt is no SAM2 checkpoint that qsam2 knows"):
+        qsam2.load(odd)
+    with pytest.raises(UserError, match="broken.safetensors cannot be read: truncated or another kind of file"):
+        qsam2.load(broken)
 
 
 def test_inference_does_not_import_the_training_stack(models: dict[str, Path]) -> None:

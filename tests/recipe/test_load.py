@@ -178,6 +178,12 @@ def test_a_preset_lies_over_the_file_and_below_overrides(tmp_path: Path, preset:
     assert reload(recipe, tmp_path) == recipe
 
 
+def test_a_preset_changes_the_stages_that_a_recipe_has_and_adds_none() -> None:
+    assert build_recipe(QUANTIZED, ["debug=fast"]).reconstruct is None
+    stage = build_recipe({**QUANTIZED, "reconstruct": {}}, ["debug=fast"]).reconstruct
+    assert (stage.iterations, stage.video) == (2, None)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of recipes that lie over each other."""
