@@ -47,12 +47,36 @@ def sequence(root: Path, name: str, count: int = 3, annotated=(0, 1, 2), below: 
         save(root / "Annotations" / below / name / f"{i:05d}.png", VOID, "P")
 
 
+def square(k: int, annotated: int) -> np.ndarray:
+    return box(SIZE, 2 + k, annotated, 10, 8)
+
+
+def masklets(objects: int) -> dict:
+    return {"masklet": [[rle(square(k, a)) for k in range(objects)] for a in range(3)]}
+
+
 @pytest.fixture
 def davis(tmp_path: Path) -> Path:
     for name in ("bear", "dance"):
-        sequence(tmp_path, name)
-    save(tmp_path / "ImageSets/val.txt", "dance\nbear\n")
-    return tmp_path
+        sequence(tmp_path / "davis", name)
+    save(tmp_path / "davis/ImageSets/val.txt", "dance\nbear\n")
+    return tmp_path / "davis"
+
+
+@pytest.fixture
+def sav(tmp_path: Path) -> Path:
+    """A training and a validation video of SA-V; `sav_9` is not listed and has no masks."""
+    film(tmp_path / "sav/sav_000/sav_000001.mp4", map(picture, range(FRAMES)))
+    save(tmp_path / "sav/sav_000/sav_000001_manual.json", masklets(2))
+    save(tmp_path / "sav/sav_000/sav_000001_auto.json", masklets(5))
+    folder = tmp_path / "sav/sav_val"
+    frames(folder / "JPEGImages_24fps/sav_7")
+    for k, i in (("000", 0), ("000", 4), ("000", 8), ("002", 4)):
+        save(folder / f"Annotations_6fps/sav_7/{k}/{i:05d}.png", square(int(k), i // 4) * np.uint8(255))
+    save(folder / "sav_val.txt", "sav_7\n")
+    frames(folder / "JPEGImages_24fps/sav_9", 1)
+    (folder / "Annotations_6fps/sav_9").mkdir()
+    return tmp_path / "sav"
 
 
 def test_frames_and_masks_of_davis_are_those_of_the_files(davis):
@@ -103,112 +127,12 @@ def test_ids_of_a_mask_file(tmp_path, values, mode, ids):
     assert found.shape == pixels.shape[:2] and set(np.unique(found)) == {0} | ids
 
 
-def test_errors_of_davis_at_opening(davis):
-    check("has no test.txt; the splits are val, all", lambda: davis_videos(davis, "test"))
-    check("nowhere: has neither JPEGImages/ nor val/JPEGImages/", lambda: davis_videos(davis / "nowhere", "val"))
-    stray = save(davis / "Annotations/bear/00007.png", IDS)
-    check("bear/00007.png: is a mask without its frame", lambda: davis_videos(davis, "val"))
-    stray.unlink()
-    save(davis / "ImageSets/empty.txt", "\n")
-    check("empty.txt: lists no sequences", lambda: davis_videos(davis, "empty"))
-    save(davis / "ImageSets/odd.txt", "bear\nhorse\n")
-    check("JPEGImages: lacks the sequence 'horse', listed in the split 'odd'", lambda: davis_videos(davis, "odd"))
-    (davis / "JPEGImages/void").mkdir()
-    check("JPEGImages/void: holds no frames", lambda: davis_videos(davis, "all"))
-    save(davis / "JPEGImages/void/00000.jpg", picture())
-    check("Annotations/void: holds no masks", lambda: davis_videos(davis, "all"))
-    (davis / "train/JPEGImages").mkdir(parents=True)
-    check("train/JPEGImages: holds no sequences", lambda: davis_videos(davis, "train"))
-    save(davis / "JPEGImages/bear/00000.jpg", b"no picture")
-    check("JPEGImages/bear/00000.jpg: cannot be read as a picture", lambda: davis_videos(davis, "val"))
-    save(davis / "JPEGImages/bear/00000.png", picture())
-    check("JPEGImages/bear: holds two pictures named 00000", lambda: davis_videos(davis, "val"))
-
-
-def test_errors_of_davis_at_reading(davis):
-    save(davis / "JPEGImages/bear/00001.jpg", picture(size=(20, 48)))
-    save(davis / "Annotations/bear/00001.png", np.ones((32, 30), np.uint8))
-    save(davis / "Annotations/bear/00002.png", picture())
-    video = davis_videos(davis, "val")[1]
-    check("JPEGImages/bear/00001.jpg: is 20x48 .* expected 32x48", lambda: video.frame(1))
-    check("Annotations/bear/00001.png: is 32x30 .* expected 32x48", lambda: video.masks(1))
-    check("Annotations/bear/00002.png: a mask picture holds one object id .* is RGB", lambda: video.masks(2))
-
-
-def encoded(pixels: np.ndarray, suffix: str) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, suffix)
-    return stream.getvalue()
-
-
-@given(share=st.floats(0, 1, exclude_max=True))
-def test_a_truncated_picture_is_an_error_not_grey_pixels(tmp_path_factory, share):
-    for suffix, pixels, read in (("JPEG", picture(), read_frame), ("PNG", IDS, read_index_mask)):
-        data = encoded(pixels, suffix)
-        pixels_end = len(data) - 12 * (suffix == "PNG")  # a PNG's last chunk holds none
-        path = save(tmp_path_factory.mktemp("cut") / f"a.{suffix}", data[: int(share * pixels_end)])
-        check(f"a.{suffix}: cannot be read as a picture", lambda read=read, path=path: read(path, SIZE))
-
-
-@given(position=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-def test_a_flipped_byte_in_a_mask_is_an_error_or_harmless(tmp_path_factory, position, flip):
-    ids = np.random.default_rng(0).integers(0, 3, SIZE).astype(np.uint8)
-    data = bytearray(encoded(ids, "PNG"))
-    data[int(position * len(data))] ^= flip
-    path = save(tmp_path_factory.mktemp("flip") / "mask.png", bytes(data))
-    try:
-        found = read_index_mask(path)
-    except UserError:
-        return
-    np.testing.assert_array_equal(found, ids)
-
-
-def test_the_real_davis_2016(data_root):
-    train, val = (davis_videos(data_root / "davis16_240p", split) for split in ("train", "val"))
-    assert (len(train), len(val)) == (22, 7)
-    assert not {video.name for video in train} & {video.name for video in val}
-    large = {video.name: video for video in davis_videos(data_root / "davis16_480p", "all")}
-    assert large["soccerball"].size == (480, 854) and set(large["soccerball"].masks(0)) == {1}
-    for video in val:
-        assert video.annotated_frames == list(range(len(video)))
-        assert video.masks(0)[1].any() and video.frame(0).shape == (240, 428, 3)
-
-
-def square(k: int, annotated: int) -> np.ndarray:
-    return box(SIZE, 2 + k, annotated, 10, 8)
-
-
-def masklets(objects: int) -> dict:
-    return {"masklet": [[rle(square(k, a)) for k in range(objects)] for a in range(3)]}
-
-
-@pytest.fixture
-def train(tmp_path: Path) -> Path:
-    """Training videos of SA-V."""
-    film(tmp_path / "sav_000/sav_000001.mp4", map(picture, range(FRAMES)))
-    save(tmp_path / "sav_000/sav_000001_manual.json", masklets(2))
-    save(tmp_path / "sav_000/sav_000001_auto.json", masklets(5))
-    return tmp_path
-
-
-@pytest.fixture
-def val(tmp_path: Path) -> Path:
-    """Validation videos of SA-V."""
-    folder = tmp_path / "sav_val"
-    frames(folder / "JPEGImages_24fps/sav_7")
-    for k, annotated in (("000", (0, 4, 8)), ("002", (4,))):
-        for i in annotated:
-            save(folder / f"Annotations_6fps/sav_7/{k}/{i:05d}.png", square(int(k), i // 4) * np.uint8(255))
-    save(folder / "sav_val.txt", "sav_7\n")
-    return tmp_path
-
-
 @pytest.mark.parametrize("frames_as_pictures", [False, True])
-def test_json_masklets_on_every_fourth_frame(train, frames_as_pictures):
+def test_json_masklets_on_every_fourth_frame(sav, frames_as_pictures):
     if frames_as_pictures:
-        (train / "sav_000/sav_000001.mp4").unlink()
-        frames(train / "JPEGImages_24fps/sav_000001")
-    (video,) = sav_videos(train, "train")
+        (sav / "sav_000/sav_000001.mp4").unlink()
+        frames(sav / "JPEGImages_24fps/sav_000001")
+    (video,) = sav_videos(sav, "train")
     assert (video.name, len(video), video.size) == ("sav_000001", FRAMES, SIZE)
     assert video.annotated_frames == [0, 4, 8] and video.frame_names[4] == "00004"
     assert video.masks(1) is None
@@ -217,24 +141,24 @@ def test_json_masklets_on_every_fourth_frame(train, frames_as_pictures):
     np.testing.assert_array_equal(masks[2], square(1, 2))
     assert np.abs(video.frame(7).astype(int) - picture(7)).mean() <= 4  # both codecs lose a little
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(video)).frame(7), video.frame(7))
-    assert [len(v.masks(0)) for v in sav_videos(train, "auto")] == [5]
+    assert [len(v.masks(0)) for v in sav_videos(sav, "auto")] == [5]
 
 
-def test_an_absent_masklet_is_an_object_out_of_view(train):
+def test_an_absent_masklet_is_an_object_out_of_view(sav):
     regions = masklets(2)
     regions["masklet"][1][0] = None
-    save(train / "sav_000/sav_000001_manual.json", regions)
-    assert list(sav_videos(train, "manual")[0].masks(4)) == [2]
+    save(sav / "sav_000/sav_000001_manual.json", regions)
+    assert list(sav_videos(sav, "manual")[0].masks(4)) == [2]
 
 
-def test_object_folders_of_val_and_test(val):
-    (video,) = sav_videos(val, "val")
+def test_object_folders_of_val_and_test(sav):
+    (video,) = sav_videos(sav, "val")
     assert video.name == "sav_7" and video.annotated_frames == [0, 4, 8]
     assert [sorted(video.masks(i)) for i in (0, 4, 8)] == [[1], [1, 3], [1]]
     np.testing.assert_array_equal(video.masks(4)[3], square(2, 1))
     assert video.masks(2) is None
-    save(val / "sav_val/val.txt", "sav_7\n")
-    assert [v.name for v in sav_videos(val / "sav_val", "val")] == ["sav_7"]
+    save(sav / "sav_val/val.txt", "sav_7\n")
+    assert [v.name for v in sav_videos(sav / "sav_val", "val")] == ["sav_7"]
 
 
 def test_any_frame_of_a_video_file_equals_decoding_from_the_start(tmp_path):
@@ -270,58 +194,94 @@ def test_errors_of_video_files(tmp_path):
         VideoFile(whole).frame(FRAMES)
 
 
+MANUAL, VAL = "sav/sav_000/sav_000001_manual.json", "sav/sav_val"
+MASKS, LIST = f"{VAL}/Annotations_6fps/sav_7", f"{VAL}/sav_val.txt"
 GOOD = rle(square(0, 0))
 CODES = ["zzzz", "", "`", [40, 8], [32 * 48 + 1, -1], [0.5, 1535.5], None, GOOD["counts"][:-2]]
 
 
 @pytest.mark.parametrize(
-    ("annotation", "message"),
+    ("path", "content", "split", "message"),
     [
-        ('{"masklet": [[', "is not valid JSON"),
-        ({"masks": []}, "has no list 'masklet'"),
-        (["masklet"], "has no list 'masklet'"),
-        ({"masklet": [[{"size": [32, 48]}]]}, "holds a malformed run-length code"),
-        *(({"masklet": [[GOOD | {"counts": code}]]}, "holds a malformed run-length code") for code in CODES),
-        ({"masklet": [[rle(np.ones((30, 48), bool))]]}, r"has a mask of 30x48 .* its picture is 32x48"),
-        ({"masklet": [[GOOD]] * 4}, "has masks up to frame 12, but its video has only 10"),
+        ("davis/new.txt", "", "test", "has no test.txt; the splits are val, all"),
+        ("davis/Annotations/bear/7.png", IDS, "val", "bear/7.png: is a mask without its frame"),
+        ("davis/ImageSets/empty.txt", "\n", "empty", "empty.txt: lists no sequences"),
+        ("davis/ImageSets/odd.txt", "bear\nhorse", "odd", "lacks the sequence 'horse', listed in the split 'odd'"),
+        ("davis/JPEGImages/void/new.txt", "", "all", "JPEGImages/void: holds no frames"),
+        ("davis/JPEGImages/void/0.jpg", picture(), "all", "Annotations/void: holds no masks"),
+        ("davis/train/JPEGImages/new.txt", "", "train", "train/JPEGImages: holds no sequences"),
+        ("davis/JPEGImages/bear/00000.png", picture(), "val", "JPEGImages/bear: holds two pictures named 00000"),
+        ("davis/JPEGImages/bear/00001.jpg", picture()[:20], "val", "bear/00001.jpg: is 20x48 .* expected 32x48"),
+        ("davis/Annotations/bear/00001.png", IDS[:, :30], "val", "bear/00001.png: is 32x30 .* expected 32x48"),
+        ("davis/Annotations/bear/00001.png", picture(), "val", "a mask picture holds one object id .* is RGB"),
+        ("sav/new.txt", "", "test", "has no test.txt or sav_test.txt; the splits are train, auto, val and test"),
+        (f"{MASKS}/000/00099.png", IDS, "val", "000/00099.png: is a mask without its frame"),
+        (f"{MASKS}/002/00004.png", b"", "val", "002/00004.png: cannot be read as a picture"),
+        (f"{MASKS}/002/00004.png", IDS[:30], "val", "002/00004.png: is 30x48 .* expected 32x48"),
+        (f"{MASKS}/object/new.txt", "", "val", "sav_7/object: is not an object's folder"),
+        (LIST, "sav_7\nsav_8\n", "val", "JPEGImages_24fps/sav_8: is missing, but .*sav_val.txt lists sav_8"),
+        (LIST, "\n", "val", "sav_val.txt: lists no videos"),
+        (LIST, "sav_9", "val", "Annotations_6fps/sav_9: holds no object folders"),
+        (MANUAL, '{"masklet": [[', "train", "manual.json: is not valid JSON"),
+        (MANUAL, {"masks": []}, "train", "manual.json: has no list 'masklet'"),
+        (MANUAL, ["masklet"], "train", "manual.json: has no list 'masklet'"),
+        (MANUAL, {"masklet": [[{"size": SIZE}]]}, "train", "manual.json: holds a malformed run-length code"),
+        *((MANUAL, {"masklet": [[GOOD | {"counts": code}]]}, "train", "a malformed run-length code") for code in CODES),
+        (MANUAL, {"masklet": [[rle(IDS[:30])]]}, "train", "has a mask of 30x48 .* its picture is 32x48"),
+        (MANUAL, {"masklet": [[GOOD]] * 4}, "train", "has masks up to frame 12, but its video has only 10"),
     ],
 )
-def test_errors_of_masklet_files(train, annotation, message):
-    save(train / "sav_000/sav_000001_manual.json", annotation)
+def test_errors(davis, sav, path, content, split, message):
+    """One file is added or replaced; then everything is opened and read."""
+    save(davis.parent / path, content)
     _read_masklets.cache_clear()
-    check(f"manual.json: {message}", lambda: sav_videos(train, "train")[0].masks(0))
+    kind = path.split("/")[0]
+
+    def read() -> None:
+        for video in {"davis": davis_videos, "sav": sav_videos}[kind](davis.parent / kind, split):
+            for index in range(len(video)):
+                video.frame(index), video.masks(index)
+
+    check(message, read)
 
 
-def test_errors_of_the_json_layout(train):
-    check("sav_val: has no VIDEO_auto.json in it", lambda: sav_videos(train / "sav_val", "auto"))
-    (train / "sav_000/sav_000001.mp4").unlink()
-    missing = "_manual.json: has no frames: neither .*000001.mp4 nor .*sav_000001 exists"
-    check(missing, lambda: sav_videos(train, "train"))
-    (frames(train / "JPEGImages_24fps/sav_000001") / "00003.jpg").unlink()
-    check("the frames of its video are not numbered without gaps", lambda: sav_videos(train, "train")[0].masks(0))
+def test_errors_of_absent_files(davis, sav):
+    check("nowhere: has neither JPEGImages/ nor val/JPEGImages/", lambda: davis_videos(davis / "nowhere", "val"))
+    check("Annotations: has no VIDEO_auto.json in it", lambda: sav_videos(davis / "Annotations", "auto"))
+    (sav / "sav_000/sav_000001.mp4").unlink()
+    check("_manual.json: has no frames: neither .*1.mp4 nor .*sav_000001 exists", lambda: sav_videos(sav, "train"))
+    (frames(sav / "JPEGImages_24fps/sav_000001") / "00003.jpg").unlink()
+    check("the frames of its video are not numbered without gaps", lambda: sav_videos(sav, "train")[0].masks(0))
+    save(davis / "JPEGImages/bear/00000.jpg", b"no picture")  # the first is read at opening, for its size
+    check("JPEGImages/bear/00000.jpg: cannot be read as a picture", lambda: davis_videos(davis, "val"))
 
 
-def test_errors_of_the_folder_layout(val):
-    check("has no test.txt or sav_test.txt; the splits are train, auto, val and test", lambda: sav_videos(val, "test"))
-    masks, names = val / "sav_val/Annotations_6fps/sav_7", val / "sav_val/sav_val.txt"
-    stray = save(masks / "000/00099.png", IDS)
-    check("000/00099.png: is a mask without its frame", lambda: sav_videos(val, "val")[0].masks(0))
-    stray.unlink()
-    save(masks / "002/00004.png", b"")
-    check("002/00004.png: cannot be read as a picture", lambda: sav_videos(val, "val")[0].masks(4))
-    save(masks / "002/00004.png", np.zeros((30, 48), np.uint8))
-    check("002/00004.png: is 30x48 .* expected 32x48", lambda: sav_videos(val, "val")[0].masks(4))
-    (masks / "object").mkdir()
-    check("sav_7/object: is not an object's folder", lambda: sav_videos(val, "val"))
-    (masks / "object").rmdir()
-    save(names, "sav_7\nsav_8\n")
-    check("JPEGImages_24fps/sav_8: is missing, but .*sav_val.txt lists sav_8", lambda: sav_videos(val, "val"))
-    save(names, "\n")
-    check("sav_val.txt: lists no videos", lambda: sav_videos(val, "val"))
-    save(names, "sav_9")
-    (masks.parent / "sav_9").mkdir()
-    frames(val / "sav_val/JPEGImages_24fps/sav_9")
-    check("Annotations_6fps/sav_9: holds no object folders", lambda: sav_videos(val, "val"))
+def encoded(pixels: np.ndarray, suffix: str) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, suffix)
+    return stream.getvalue()
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_picture_is_an_error_not_grey_pixels(tmp_path_factory, share):
+    for suffix, pixels, read in (("JPEG", picture(), read_frame), ("PNG", IDS, read_index_mask)):
+        data = encoded(pixels, suffix)
+        pixels_end = len(data) - 12 * (suffix == "PNG")  # a PNG's last chunk holds none
+        path = save(tmp_path_factory.mktemp("cut") / f"a.{suffix}", data[: int(share * pixels_end)])
+        check(f"a.{suffix}: cannot be read as a picture", lambda read=read, path=path: read(path, SIZE))
+
+
+@given(position=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_a_flipped_byte_in_a_mask_is_an_error_or_harmless(tmp_path_factory, position, flip):
+    ids = np.random.default_rng(0).integers(0, 3, SIZE).astype(np.uint8)
+    data = bytearray(encoded(ids, "PNG"))
+    data[int(position * len(data))] ^= flip
+    path = save(tmp_path_factory.mktemp("flip") / "mask.png", bytes(data))
+    try:
+        found = read_index_mask(path)
+    except UserError:
+        return
+    np.testing.assert_array_equal(found, ids)
 
 
 @given(mask=arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=40)))
@@ -330,6 +290,17 @@ def test_run_length_codes_are_decoded_as_pycocotools_does(mask):
     code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))  # its counts are bytes
     for region in (code, rle(mask), {"size": list(mask.shape), "counts": runs}):
         np.testing.assert_array_equal(decode_rle(region, mask.shape, Path("x")), mask)
+
+
+def test_the_real_davis_2016(data_root):
+    train, val = (davis_videos(data_root / "davis16_240p", split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (22, 7)
+    assert not {video.name for video in train} & {video.name for video in val}
+    large = {video.name: video for video in davis_videos(data_root / "davis16_480p", "all")}
+    assert large["soccerball"].size == (480, 854) and set(large["soccerball"].masks(0)) == {1}
+    for video in val:
+        assert video.annotated_frames == list(range(len(video)))
+        assert video.masks(0)[1].any() and video.frame(0).shape == (240, 428, 3)
 
 
 def test_a_real_masklet_file(tmp_path, data_root):
