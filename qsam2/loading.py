@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qsam2.data.footage import open_video
 from qsam2.data.transforms import FrameSequence
+from qsam2.data.video import open_video
 from qsam2.errors import UserError
 from qsam2.fast.model import FAST_MEMORY, make_fast
 from qsam2.formats import packed

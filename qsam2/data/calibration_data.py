@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from qsam2.data.clips import Clip, ClipDataset, Source, annotated_frames
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe
 from qsam2.recipe.calibrate import CalibrateRecipe
-
-FAR_APART = 3
-"""Frames of a clip that stand for it where its length does not matter."""
 
 
 @dataclass(frozen=True)
@@ -26,51 +25,24 @@ class Sample:
 class CalibrationData:
     """The stills and clips that a recipe asks for, drawn from sources: the same for the same seed.
 
-    A still is a frame of a clip of its own, so that stills show other videos than the clips do.
-
-    Raises:
-        UserError: the sources hold fewer different stills or clips than asked for.
+    A still is a frame of a clip of its own, so that stills show other videos than the clips do. `options` are those of
+    `ClipDataset`: image_size, max_objects, max_stride. Raises UserError if the sources hold fewer different stills or
+    clips than asked for.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        amount: CalibrateRecipe,
-        *,
-        image_size: int,
-        max_objects: int,
-        max_stride: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], amount: CalibrateRecipe, *, seed: int, **options: Any) -> None:
         _check_enough(sources, amount.stills, 1, "stills")
         _check_enough(sources, amount.clips, amount.num_frames, "clips")
-
-        def draw(length: int, num_frames: int, seed: int) -> ClipDataset:
-            return ClipDataset(
-                sources,
-                num_frames=num_frames,
-                max_objects=max_objects,
-                image_size=image_size,
-                length=length,
-                augment=False,
-                seed=seed,
-                max_stride=max_stride,
-            )
-
-        self.stills = draw(amount.stills, 1, seed + 1)
-        self.clips = draw(amount.clips, amount.num_frames, seed)
+        draw = partial(ClipDataset, sources, augment=False, **options)
+        self.stills = draw(num_frames=1, length=amount.stills, seed=seed + 1)
+        self.clips = draw(num_frames=amount.num_frames, length=amount.clips, seed=seed)
 
     @classmethod
     def of(cls, recipe: Recipe, sources: Sequence[Source], image_size: int) -> CalibrationData:
         """Samples that a recipe asks for."""
-        return cls(
-            sources,
-            recipe.calibrate,
-            image_size=image_size,
-            max_objects=recipe.data.max_objects,
-            max_stride=recipe.data.max_stride,
-            seed=recipe.seed,
-        )
+        data = recipe.data
+        options = {"image_size": image_size, "max_objects": data.max_objects, "max_stride": data.max_stride}
+        return cls(sources, recipe.calibrate, seed=recipe.seed, **options)
 
     def __len__(self) -> int:
         """Number of stills and clips."""
@@ -81,7 +53,7 @@ class CalibrationData:
         clips, stills = len(self.clips) // 2, len(self.stills) // 2
         yield from self.clip_samples(0, clips)
         yield from self._still_samples(0, stills)
-        yield from self.clip_samples(clips, len(self.clips))
+        yield from self.clip_samples(clips)
         yield from self._still_samples(stills, len(self.stills))
 
     def clip_samples(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
@@ -105,8 +77,8 @@ def _check_enough(sources: Sequence[Source], asked: int, num_frames: int, key: s
 
 
 def far_apart(sample: Sample) -> Sample:
-    """The same clip, but only its first frame, one in the middle and its last."""
+    """The same clip, but only its first frame, one in the middle and its last: enough where its length is no matter."""
     clip, last = sample.clip, len(sample.clip.frame_indices) - 1
-    kept = sorted({round(last * step / (FAR_APART - 1)) for step in range(FAR_APART)})
+    kept = sorted({0, round(last / 2), last})
     frames = tuple(clip.frame_indices[index] for index in kept)
     return replace(sample, clip=replace(clip, images=clip.images[kept], masks=clip.masks[kept], frame_indices=frames))

@@ -14,7 +14,7 @@ from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaDat
 from qsam2.data.synthetic.warped_stills import WarpedStill
 from qsam2.data.transforms import ClipAugmentation, resize_masks, to_model_input
 from qsam2.data.unlabelled import Unlabelled
-from qsam2.data.video import Video
+from qsam2.data.video import Masks, Video
 from qsam2.errors import UserError
 
 MAX_DRAWS = 100
@@ -67,7 +67,10 @@ class ClipDataset(Dataset[Clip]):
         max_stride: int = 1,
         reverse: bool = False,
     ) -> None:
-        sources = _as_sources(videos)
+        if len(videos) and isinstance(videos[0], Source):
+            sources = cast("list[Source]", list(videos))
+        else:
+            sources = [Source(cast("Sequence[Video]", videos))]
         if not all(len(source.videos) for source in sources):
             raise UserError("data.train: a source holds no videos; give one that does, or leave it out")
         if min(source.weight for source in sources) <= 0:
@@ -75,13 +78,9 @@ class ClipDataset(Dataset[Clip]):
         self._sources = sources
         weights = np.array([source.weight for source in sources])
         self._shares = weights / weights.sum()
-        self.num_frames = num_frames
-        self.max_objects = max_objects
-        self.image_size = image_size
-        self.length = length
-        self.seed = seed
-        self.max_stride = max_stride
-        self.reverse = reverse
+        self.num_frames, self.max_objects, self.image_size = num_frames, max_objects, image_size
+        self.length, self.seed = length, seed
+        self.max_stride, self.reverse = max_stride, reverse
         self._augmentation = ClipAugmentation(image_size) if augment else None
 
     def __len__(self) -> int:
@@ -123,7 +122,8 @@ class ClipDataset(Dataset[Clip]):
         read: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by frame: generated videos render both at once
         for i in sorted(set(frames)):
             annotation = first if i == frames[0] else _annotation(video, i)
-            read[i] = video.frame(i), _stack(annotation, ids, video.size)
+            masks_of_ids = [annotation.get(k, np.zeros(video.size, dtype=bool)) for k in ids]
+            read[i] = video.frame(i), np.stack(masks_of_ids)  # (H, W, 3), (O, H, W)
         pictures = np.stack([read[i][0] for i in frames])  # (T, H, W, 3)
         masks = np.stack([read[i][1] for i in frames])  # (T, O, H, W)
         if self._augmentation is None or not source.augment:
@@ -147,12 +147,6 @@ class ClipDataset(Dataset[Clip]):
         walk = [(start + step * stride) % turn for step in range(self.num_frames)]
         frames = [annotated[min(position, turn - position)] if count > 1 else annotated[0] for position in walk]
         return frames[::-1] if self.reverse and rng.random() < 0.5 else frames
-
-
-def _as_sources(videos: Sequence[Video] | Sequence[Source]) -> list[Source]:
-    if len(videos) and isinstance(videos[0], Source):
-        return cast("list[Source]", list(videos))
-    return [Source(cast("Sequence[Video]", videos))]
 
 
 def annotated_frames(video: Video) -> Sequence[int]:
@@ -184,7 +178,7 @@ def collate_clips(clips: Sequence[Clip]) -> BatchedVideoDatapoint:
     )
 
 
-def _annotation(video: Video, index: int) -> dict[int, np.ndarray]:
+def _annotation(video: Video, index: int) -> Masks:
     masks = video.masks(index)
     if masks is None:
         raise UserError(
@@ -192,9 +186,3 @@ def _annotation(video: Video, index: int) -> dict[int, np.ndarray]:
             "a video that is annotated in part must list its annotated_frames"
         )
     return masks
-
-
-def _stack(masks: dict[int, np.ndarray], ids: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """Masks of the objects `ids`, bool (O, H, W); all False if an object is out of view."""
-    empty = np.zeros(size, dtype=bool)
-    return np.stack([masks.get(i, empty) for i in ids])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -21,8 +21,7 @@ class StreamSampler(Sampler[list[int]]):
     """
 
     def __init__(self, total_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.batch_size = batch_size
-        self.rank = rank
+        self.batch_size, self.rank = batch_size, rank
         self.global_batch = batch_size * world_size
         self.num_steps = total_samples // self.global_batch
         self.start = 0
@@ -40,17 +39,19 @@ class StreamSampler(Sampler[list[int]]):
 class StreamLoader(DataLoader):
     """A DataLoader whose position Lightning stores in checkpoints and restores.
 
-    `batches_done` returns the batches of this epoch that the trainer has finished, without those that workers have
+    The position is the number of batches of this epoch that the trainer has finished, without those that workers have
     prefetched or whose step failed.
     """
 
-    def __init__(self, dataset: ClipDataset, sampler: StreamSampler, batches_done: Callable[[], int], **kwargs: Any):
+    def __init__(self, dataset: ClipDataset, sampler: StreamSampler, trainer: L.Trainer | None, **kwargs: Any) -> None:
         super().__init__(dataset, batch_sampler=sampler, collate_fn=collate_clips, **kwargs)
-        self._stream = sampler
-        self._batches_done = batches_done
+        self._stream, self._trainer = sampler, trainer
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches_done": self._batches_done(), "global_batch": self._stream.global_batch}
+        assert self._trainer is not None  # only a Trainer makes checkpoints
+        # not `completed`: Lightning updates it only after the hook in which checkpoints are saved
+        done = self._trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return {"batches_done": done, "global_batch": self._stream.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Raises UserError if the checkpoint has another global batch size: its steps count other samples."""
@@ -71,9 +72,7 @@ class ClipDataModule(L.LightningDataModule):
 
     def __init__(self, dataset: ClipDataset, *, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
 
     def train_dataloader(self) -> StreamLoader:
         """Raises UserError if the samples do not fill one step."""
@@ -87,13 +86,8 @@ class ClipDataModule(L.LightningDataModule):
         return StreamLoader(
             self.dataset,
             sampler,
-            self._batches_done,
+            self.trainer,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-    def _batches_done(self) -> int:
-        # not `completed`: Lightning updates it only after the hook in which checkpoints are saved
-        assert self.trainer is not None  # only a Trainer makes checkpoints
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]

@@ -6,6 +6,8 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ def list_pictures(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> l
     if not folder.is_dir():
         return []
     pictures = (path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith("."))
-    return sorted(pictures, key=_frame_order)
 
+    def frame_order(path: Path) -> tuple[int, int, str]:
+        stem = path.stem
+        return (0, int(stem), stem) if stem.isdecimal() else (1, len(stem), stem)
 
-def _frame_order(path: Path) -> tuple[int, int, str]:
-    stem = path.stem
-    return (0, int(stem), stem) if stem.isdecimal() else (1, len(stem), stem)
+    return sorted(pictures, key=frame_order)
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -38,22 +40,27 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of reading it."""
+    try:
+        yield
+    except _BROKEN as error:
+        raise UserError(
+            f"{path}: cannot be read as a picture ({_one_line(error)}); fetch the file again or remove it"
+        ) from error
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """(height, width) from the header alone."""
-    try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except _BROKEN as error:
-        raise _damaged(path, error) from error
+    with _naming(path), Image.open(path) as picture:
+        return picture.height, picture.width
 
 
-def read_frame(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """A picture as RGB, uint8 (H, W, 3), decoded by PIL as SAM2 does; it must have `size` (height, width) if given."""
-    try:
-        with Image.open(path) as picture:
-            frame = np.array(picture.convert("RGB"))
-    except _BROKEN as error:
-        raise _damaged(path, error) from error
+def read_frame(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A picture of `size` (height, width) as RGB, uint8 (H, W, 3), decoded by PIL as SAM2 does."""
+    with _naming(path), Image.open(path) as picture:
+        frame = np.array(picture.convert("RGB"))
     return _of_size(frame, size, path)
 
 
@@ -63,14 +70,12 @@ def read_index_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarr
     In a palette file 255 is void and becomes 0, as in DAVIS. A grey picture of 0 and 255 alone (or a one-bit picture)
     shows one object, which becomes id 1; beside other ids 255 is void. Raises UserError for a colour picture.
     """
-    try:
+    with _naming(path):
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as picture:
             picture.verify()  # PIL checks the pixel chunks' checksums only here
         with Image.open(io.BytesIO(data)) as picture:
             mode, ids = picture.mode, np.array(picture)
-    except _BROKEN as error:
-        raise _damaged(path, error) from error
     if ids.ndim == 3 and (ids[..., :3] == ids[..., :1]).all():
         mode, ids = "L", ids[..., 0].copy()  # a few DAVIS-2016 masks are grey pictures saved in colour
     if ids.ndim != 2:
@@ -137,10 +142,6 @@ def _of_size(array: np.ndarray, size: tuple[int, int] | None, path: Path) -> np.
             f"expected {size[0]}x{size[1]}; all frames and masks of a video or still have one size"
         )
     return array
-
-
-def _damaged(path: Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: cannot be read as a picture ({_one_line(error)}); fetch the file again or remove it")
 
 
 def _one_line(error: BaseException) -> str:

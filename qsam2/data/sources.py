@@ -8,20 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qsam2.data.clips import Source
-from qsam2.data.davis import davis_videos
 from qsam2.data.pictures import list_pictures
-from qsam2.data.sav import sav_videos
 from qsam2.data.stills import coco_stills, instance_png_stills, sa1b_stills, yolo_stills
 from qsam2.data.synthetic.moving_objects import moving_objects
-from qsam2.data.unlabelled import (
-    PICTURE_SUFFIXES,
-    UNLABELLED,
-    VIDEO_SUFFIXES,
-    has_masks,
-    picture_source,
-    video_source,
-)
+from qsam2.data.unlabelled import PICTURE_SUFFIXES, UNLABELLED, VIDEO_SUFFIXES, has_masks, picture_source, video_source
 from qsam2.data.video import Video
+from qsam2.data.video_datasets import davis_videos, sav_videos
 from qsam2.errors import UserError
 from qsam2.recipe.recipe import Recipe
 
@@ -54,16 +46,14 @@ def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val"
         raise UserError(f"data {spec!r}: has too many parts; write {_form(kind)}")
     place, split = (parts[0] if parts else ""), (parts[1] if len(parts) == 2 and parts[1] else split)
     if kind == "moving_objects":
-        return list(moving_objects(split, _count(spec, place, split)))  # type: ignore[arg-type]
+        if place and not place.isdigit():
+            raise UserError(f"data {spec!r}: the number of videos is {place!r}; write {_form(kind)}")
+        return list(moving_objects(split, int(place or MOVING_OBJECTS_COUNT.get(split, 1))))  # type: ignore[arg-type]
     return list(_READERS[kind](_place(spec, kind, place or root), split))
 
 
 def source_of(data: str | Path) -> str:
-    """`KIND:...` of a folder or file, by what it holds: DAVIS, pictures or videos; a source is returned as it is.
-
-    Raises:
-        UserError: there is no such path, or it holds none of these.
-    """
+    """`KIND:...` of a folder or file, by what it holds: DAVIS, pictures or videos; a source is returned as it is."""
     text = str(data)
     path = Path(data).expanduser()
     if text.split(":")[0] in KINDS or not path.exists():
@@ -76,19 +66,6 @@ def source_of(data: str | Path) -> str:
         return f"{'images' if path.suffix.lower() in PICTURE_SUFFIXES else 'video'}:{text}"
     holds_films = any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.iterdir())
     return f"{'images' if not holds_films and list_pictures(path, PICTURE_SUFFIXES) else 'video'}:{text}"
-
-
-def is_generated(spec: str) -> bool:
-    """True if `spec` names generated videos."""
-    return spec.split(":")[0] == "moving_objects"
-
-
-def _count(spec: str, given: str, split: str) -> int:
-    if not given:
-        return MOVING_OBJECTS_COUNT.get(split, 1)
-    if not given.isdigit():
-        raise UserError(f"data {spec!r}: the number of videos is {given!r}; write {_form('moving_objects')}")
-    return int(given)
 
 
 def _place(spec: str, kind: str, root: str | Path | None) -> Path:
@@ -139,26 +116,20 @@ def open_stills(recipe: Recipe) -> list[Video]:
 def open_train(recipe: Recipe) -> list[Source]:
     """The recipe's train sources with their weights; none if it neither calibrates nor trains.
 
-    Raises:
-        UserError: a source cannot be used, or the recipe trains on one without masks.
+    Raises UserError if a source cannot be used, or the recipe trains on one without masks.
     """
     if recipe.quantize is None and recipe.train is None:
         return []
     data = recipe.data
     weights = data.weights or (1.0,) * len(data.train)
-    sources = [
-        Source(
-            open_videos(source, root=data.root, split="train"),
-            weight,
-            augment=data.augment is True or (data.augment == "real" and not is_generated(source)),
-        )
-        for source, weight in zip(data.train, weights, strict=True)
-    ]
-    if recipe.train is not None:
-        for spec, source in zip(data.train, sources, strict=True):
-            if not has_masks(source.videos):
-                raise UserError(
-                    f"data.train={spec}: training needs masks, and this source has none: give one with masks, or "
-                    "train=null to calibrate alone"
-                )
+    sources = []
+    for spec, weight in zip(data.train, weights, strict=True):
+        videos = open_videos(spec, root=data.root, split="train")
+        if recipe.train is not None and not has_masks(videos):
+            raise UserError(
+                f"data.train={spec}: training needs masks, and this source has none: give one with masks, or "
+                "train=null to calibrate alone"
+            )
+        real = spec.split(":")[0] != "moving_objects"
+        sources.append(Source(videos, weight, augment=data.augment is True or (data.augment == "real" and real)))
     return sources

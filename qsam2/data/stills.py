@@ -4,58 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from qsam2.data.pictures import (
-    decode_rle,
-    list_pictures,
-    picture_size,
-    read_frame,
-    read_index_mask,
-    read_json,
-    split_ids,
-    subfolders,
-)
-from qsam2.data.video import Video
+from qsam2.data.pictures import decode_rle, list_pictures, read_index_mask, read_json, split_ids, subfolders
+from qsam2.data.video import Masks, Picture
 from qsam2.errors import UserError
 
-Instances = dict[int, np.ndarray]
 _log = logging.getLogger(__name__)
 
 
-class Still(Video):
-    """One picture and its instances, numbered from 1; `read` gives them for the picture's (height, width)."""
-
-    def __init__(self, path: Path, read: Callable[[tuple[int, int]], Instances]) -> None:
-        self.name = path.stem
-        self.frame_names = [path.stem]
-        self._path = path
-        self._read = read
-
-    @cached_property
-    def size(self) -> tuple[int, int]:  # type: ignore[override]
-        return picture_size(self._path)
-
-    def frame(self, index: int) -> np.ndarray:
-        return read_frame(self._path, self.size)
-
-    def masks(self, index: int) -> Instances:
-        return self._read(self.size)
-
-
-def coco_stills(root: str | Path, split: str) -> list[Still]:
+def coco_stills(root: Path, split: str) -> list[Picture]:
     """COCO's pictures that have instances; crowds are left out.
 
     ``ROOT/annotations/instances_SPLIT[2017].json`` with ``ROOT[/images]/SPLIT[2017]``, or ``ROOT/instances.json`` with
     ``ROOT/images`` for any split. Raises UserError naming the file that is missing or malformed.
     """
-    root = Path(root)
     choices = [(root / "instances.json", [root / "images"])]
     for name in (split, f"{split}2017"):
         choices.append((root / "annotations" / f"instances_{name}.json", [root / name, root / "images" / name]))
@@ -78,25 +46,25 @@ def coco_stills(root: str | Path, split: str) -> list[Still]:
     missing = [name for name, _ in names if name not in present]
     if missing:
         raise UserError(f"{folder / missing[0]}: is missing, but {path} annotates it ({len(missing)} missing in all)")
-    return _non_empty([Still(folder / name, partial(_regions, path, region)) for name, region in names], path)
+    return _non_empty([Picture(folder / name, partial(_regions, path, region)) for name, region in names], path)
 
 
-def sa1b_stills(root: str | Path) -> list[Still]:
+def sa1b_stills(root: Path) -> list[Picture]:
     """SA-1B: ``sa_1.jpg`` and ``sa_1.json`` side by side, below ROOT."""
-    files = sorted(Path(root).rglob("*.json"))
+    files = sorted(root.rglob("*.json"))
     for path in files:
         if not path.with_suffix(".jpg").is_file():
             raise UserError(f"{path.with_suffix('.jpg')}: is missing, but {path.name} annotates it; add the picture")
-    return _non_empty([Still(path.with_suffix(".jpg"), partial(_sa1b_file, path)) for path in files], root)
+    return _non_empty([Picture(path.with_suffix(".jpg"), partial(_sa1b_file, path)) for path in files], root)
 
 
-def yolo_stills(root: str | Path, split: str) -> list[Still]:
+def yolo_stills(root: Path, split: str) -> list[Picture]:
     """YOLO's polygons: ``ROOT/images/SPLIT/X.jpg`` and ``ROOT/labels/SPLIT/X.txt``, one normalized polygon per line.
 
     SPLIT may leave out the year of its folder (``train`` for ``train2017``). As in YOLO, pictures
     without labels are left out, and labels without a picture too, with a warning.
     """
-    images, labels = Path(root) / "images", Path(root) / "labels"
+    images, labels = root / "images", root / "labels"
     name = next((name for name in (split, f"{split}2017") if (images / name).is_dir()), None)
     if name is None:
         raise UserError(f"{images}: has no split {split!r}; there is {', '.join(subfolders(images)) or 'no folder'}")
@@ -105,27 +73,27 @@ def yolo_stills(root: str | Path, split: str) -> list[Still]:
     stray = sorted(files.keys() - {path.stem for path in pictures})
     if stray:
         _log.warning("%s: %d label files have no picture and are left out (%s.txt, ...)", labels, len(stray), stray[0])
-    return _non_empty([Still(path, partial(_polygon_file, files[path.stem])) for path in pictures], labels / name)
+    return _non_empty([Picture(path, partial(_polygon_file, files[path.stem])) for path in pictures], labels / name)
 
 
-def instance_png_stills(root: str | Path) -> list[Still]:
+def instance_png_stills(root: Path) -> list[Picture]:
     """``ROOT/images/X.jpg`` (or png) and ``ROOT/instance_png/X.png``, a picture of instance numbers."""
-    images, masks = Path(root) / "images", Path(root) / "instance_png"
+    images, masks = root / "images", root / "instance_png"
     pictures = {path.stem: path for path in list_pictures(images)}
     files = list_pictures(masks, (".png",))
     for path in files:
         if path.stem not in pictures:
             raise UserError(f"{path}: is a mask without its picture in {images}; add the picture")
-    return _non_empty([Still(pictures[path.stem], partial(_index_file, path)) for path in files], masks)
+    return _non_empty([Picture(pictures[path.stem], partial(_index_file, path)) for path in files], masks)
 
 
-def _non_empty(stills: list[Still], place: str | Path) -> list[Still]:
+def _non_empty(stills: list[Picture], place: Path) -> list[Picture]:
     if not stills:
         raise UserError(f"{place}: has no annotated pictures; see the dataset cards for the layout that is expected")
     return stills
 
 
-def _regions(path: Path, regions: list[Any], size: tuple[int, int]) -> Instances:
+def _regions(path: Path, regions: list[Any], size: tuple[int, int]) -> Masks:
     """COCO segmentations (polygons or run-length codes) -> instances."""
     return {
         k: decode_rle(region, size, path) if isinstance(region, dict) else _fill(region, size, path)
@@ -133,7 +101,7 @@ def _regions(path: Path, regions: list[Any], size: tuple[int, int]) -> Instances
     }
 
 
-def _sa1b_file(path: Path, size: tuple[int, int]) -> Instances:
+def _sa1b_file(path: Path, size: tuple[int, int]) -> Masks:
     data = read_json(path)
     try:
         regions = [annotation["segmentation"] for annotation in data["annotations"]]
@@ -142,7 +110,7 @@ def _sa1b_file(path: Path, size: tuple[int, int]) -> Instances:
     return _regions(path, regions, size)
 
 
-def _polygon_file(path: Path, size: tuple[int, int]) -> Instances:
+def _polygon_file(path: Path, size: tuple[int, int]) -> Masks:
     height, width = size
     instances = {}
     for k, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -158,7 +126,7 @@ def _polygon_file(path: Path, size: tuple[int, int]) -> Instances:
     return instances
 
 
-def _index_file(path: Path, size: tuple[int, int]) -> Instances:
+def _index_file(path: Path, size: tuple[int, int]) -> Masks:
     return split_ids(read_index_mask(path, size))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import cv2
@@ -63,14 +64,12 @@ class ClipAugmentation:
 
         self.image_size = image_size
         fill = tuple(round(255 * mean) for mean in MEAN)
-        self._geometry = A.Compose(
-            [
-                A.HorizontalFlip(p=0.5),
-                A.Affine(rotate=(-25, 25), shear={"x": (-20, 20), "y": (0, 0)}, fill=fill, fill_mask=0, p=1.0),
-            ]
-        )
-        self._clip_colour = A.Compose([_jitter(0.1, 0.03), A.ToGray(p=0.05)])
-        self._frame_colour = A.Compose([_jitter(0.1, 0.05)])
+        affine = A.Affine(rotate=(-25, 25), shear={"x": (-20, 20), "y": (0, 0)}, fill=fill, fill_mask=0, p=1.0)
+        self._geometry = A.Compose([A.HorizontalFlip(p=0.5), affine])
+        jitter = partial(A.ColorJitter, brightness=(0.9, 1.1), hue=(0, 0), p=1.0)
+        clip_jitter = jitter(contrast=(0.97, 1.03), saturation=(0.97, 1.03))
+        self._clip_colour = A.Compose([clip_jitter, A.ToGray(p=0.05)])
+        self._frame_colour = A.Compose([jitter(contrast=(0.95, 1.05), saturation=(0.95, 1.05))])
 
     def __call__(
         self, frames: np.ndarray, masks: np.ndarray, rng: np.random.Generator
@@ -93,18 +92,6 @@ class ClipAugmentation:
             images.append(self._frame_colour(image=image)["image"])
         resized = torch.stack([resize_masks(frame_masks, self.image_size) for frame_masks in moved_masks])
         return normalize(np.stack(images)), resized
-
-
-def _jitter(brightness: float, other: float) -> A.ColorJitter:
-    import albumentations as A
-
-    return A.ColorJitter(
-        brightness=(1 - brightness, 1 + brightness),
-        contrast=(1 - other, 1 + other),
-        saturation=(1 - other, 1 + other),
-        hue=(0, 0),
-        p=1.0,
-    )
 
 
 def _seed(transforms: A.Compose, seed: int) -> None:

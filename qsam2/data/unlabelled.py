@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 
-from qsam2.data.footage import FrameFolder, Picture, VideoFile
 from qsam2.data.pictures import IMAGE_SUFFIXES, list_pictures, subfolders
-from qsam2.data.video import Video
+from qsam2.data.video import FrameFolder, Masks, Picture, Video, VideoFile
 from qsam2.errors import UserError
 
 UNLABELLED = ("images", "video")
@@ -33,20 +32,15 @@ UNCUT_FRAMES = 16
 HELD_OUT = 5
 """Every fifth picture or piece is in the val split, beginning with the first; the others are in the train split."""
 
-Masks: TypeAlias = dict[int, np.ndarray]
-"""{object id: bool (H, W)}"""
-
 
 class Labeller(Protocol):
     """Makes masks of footage that has none."""
 
     def first(self, video: Video) -> Masks:
         """Masks of the first frame."""
-        ...
 
     def tracked(self, video: Video) -> list[Masks]:
         """Masks of the first frame, tracked through all frames."""
-        ...
 
 
 class Unlabelled(Video):
@@ -99,11 +93,7 @@ def has_masks(videos: Iterable[Video]) -> bool:
 
 
 def picture_source(root: Path, split: str) -> list[Unlabelled]:
-    """The pictures of a folder, or one picture.
-
-    Raises:
-        UserError: there are none, or there is no such split.
-    """
+    """The pictures of a folder, or one picture. Raises UserError if there are none, or there is no such split."""
     paths = list_pictures(root, PICTURE_SUFFIXES) if root.is_dir() else [root]
     if not paths:
         below = next((name for name in subfolders(root) if list_pictures(root / name, PICTURE_SUFFIXES)), None)
@@ -115,16 +105,13 @@ def picture_source(root: Path, split: str) -> list[Unlabelled]:
 def video_source(root: Path, split: str) -> list[Unlabelled]:
     """A video file, a folder of video files, a folder of frames, or a folder of such folders; cut into pieces.
 
-    Raises:
-        UserError: there is no video, one cannot be read, or there is no such split.
+    Raises UserError if there is no video, one cannot be read, or there is no such split.
     """
     return _of_split([piece for video in _videos(root) for piece in _pieces(video)], split)
 
 
 def _videos(root: Path) -> list[Video]:
-    if root.is_file():
-        return [VideoFile(root)]
-    files = sorted(path for path in root.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
+    files = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
     if files:
         return [VideoFile(path) for path in files]
     if list_pictures(root):
@@ -138,14 +125,13 @@ def _videos(root: Path) -> list[Video]:
 def _pieces(video: Video) -> list[Unlabelled]:
     """Equal pieces of a video, which are named by their first frames."""
     length = len(video)
-    count = 1 if length < UNCUT_FRAMES else max(2, -(-length // PIECE_FRAMES))
-    edges = [length * piece // count for piece in range(count + 1)]
-    if count == 1:
+    if length < UNCUT_FRAMES:
         return [Unlabelled(video)]
-    names = [f"{video.name}-{video.frame_names[start]}" for start in edges[:-1]]
+    count = max(2, -(-length // PIECE_FRAMES))
+    edges = [length * piece // count for piece in range(count + 1)]
     return [
-        Unlabelled(video, range(start, stop), name=name)
-        for name, (start, stop) in zip(names, pairwise(edges), strict=True)
+        Unlabelled(video, range(start, stop), name=f"{video.name}-{video.frame_names[start]}")
+        for start, stop in pairwise(edges)
     ]
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qsam2.data.clips import Source
 from qsam2.data.transforms import to_model_input
-from qsam2.data.unlabelled import GRID, OWN_MASKS, Masks, Unlabelled, has_masks
-from qsam2.data.video import Video
+from qsam2.data.unlabelled import GRID, OWN_MASKS, Unlabelled, has_masks
+from qsam2.data.video import Masks, Video
 from qsam2.errors import UserError
 from qsam2.evaluation.tracking import track
 from qsam2.models import SAM2

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from qsam2.data.footage import Picture, VideoFile, open_video
 from qsam2.data.pictures import IMAGE_SUFFIXES
-from qsam2.data.video import Video
+from qsam2.data.video import Picture, Video, VideoFile, open_video
 from qsam2.loading import image_predictor, video_predictor
 from qsam2.models import SAM2
 from qsam2.predict.masks import segment_picture, track_objects

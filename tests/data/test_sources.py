@@ -1,63 +1,50 @@
-"""Videos named by one string: every kind opens, and every mistake gets its one-line answer."""
+"""Videos named by one string: every kind opens, what has no masks is cut and split, every mistake gets its one line."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from small_datasets import check, film, save
 
-from qsam2.data.sources import KINDS, is_generated, open_videos
+from qsam2.data.sources import KINDS, open_stills, open_train, open_videos
 from qsam2.data.unlabelled import is_unlabelled
-from qsam2.errors import UserError
+from qsam2.recipe import build_recipe
 
-PICTURE = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
-MASK = Image.fromarray(np.eye(20, 30, dtype=np.uint8))
-CODE = {"size": [20, 30], "counts": [0, 600]}
-
-
-def save(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+PICTURE = np.zeros((20, 30, 3), np.uint8)
+MASK = np.eye(20, 30, dtype=np.uint8)
+ANNOTATION = {"image_id": 1, "segmentation": {"size": [20, 30], "counts": [0, 600]}}
+FILES = {
+    "davis/JPEGImages/v/00000.jpg": PICTURE,
+    "davis/Annotations/v/00000.png": MASK,
+    "davis/ImageSets/val.txt": "v\n",
+    "sav/sav_val/JPEGImages_24fps/v/00000.jpg": PICTURE,
+    "sav/sav_val/Annotations_6fps/v/000/00000.png": MASK,
+    "sav/sav_val/sav_val.txt": "v\n",
+    "coco/images/v.jpg": PICTURE,
+    "coco/instances.json": {"images": [{"id": 1, "file_name": "v.jpg"}], "annotations": [ANNOTATION]},
+    "sa1b/v.jpg": PICTURE,
+    "sa1b/v.json": {"annotations": [ANNOTATION]},
+    "yolo/images/val/v.jpg": PICTURE,
+    "yolo/labels/val/v.txt": "0 0 0 1 0 1 1\n",
+    "instance_png/images/v.jpg": PICTURE,
+    "instance_png/instance_png/v.png": MASK,
+    "images/v.jpg": PICTURE,
+    "video/v/0.jpg": PICTURE,
+}
 
 
 @pytest.fixture
 def roots(tmp_path: Path) -> Path:
-    """One tiny dataset of each kind in a folder of its name; each holds one video, and the masks show an object."""
-    for place in ("davis", "sav/sav_val"):
-        frames, masks = (
-            ("JPEGImages_24fps", "Annotations_6fps/v/000") if "sav" in place else ("JPEGImages", "Annotations/v")
-        )
-        save(PICTURE, tmp_path / place / frames / "v/00000.jpg")
-        save(MASK, tmp_path / place / masks / "00000.png")
-    write(tmp_path / "davis/ImageSets/val.txt", "v\n")
-    write(tmp_path / "sav/sav_val/sav_val.txt", "v\n")
-    save(PICTURE, tmp_path / "coco/images/v.jpg")
-    annotation = {"image_id": 1, "segmentation": CODE}
-    coco = {"images": [{"id": 1, "file_name": "v.jpg"}], "annotations": [annotation]}
-    write(tmp_path / "coco/instances.json", json.dumps(coco))
-    save(PICTURE, tmp_path / "sa1b/v.jpg")
-    write(tmp_path / "sa1b/v.json", json.dumps({"annotations": [annotation]}))
-    save(PICTURE, tmp_path / "yolo/images/val/v.jpg")
-    write(tmp_path / "yolo/labels/val/v.txt", "0 0 0 1 0 1 1\n")
-    save(PICTURE, tmp_path / "instance_png/images/v.jpg")
-    save(MASK, tmp_path / "instance_png/instance_png/v.png")
-    save(PICTURE, tmp_path / "images/v.jpg")
-    save(PICTURE, tmp_path / "video/v/0.jpg")
+    """One tiny dataset of each kind in a folder of its name; each holds one video."""
+    for path, content in FILES.items():
+        save(tmp_path / path, content)
     return tmp_path
 
 
-def check(message: str, *given, **options) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        open_videos(*given, **options)
-    assert "\n" not in str(caught.value)
+def names(spec: str, **options) -> list[str]:
+    return [video.name for video in open_videos(spec, **options)]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "moving_objects"])
@@ -76,43 +63,113 @@ def test_every_kind_opens_by_string_or_by_root(roots, kind, monkeypatch):
 
 
 def test_moving_objects():
-    assert len(open_videos("moving_objects")) == 20
-    three = open_videos("moving_objects:3")
-    assert [v.name for v in three] == [v.name for v in open_videos("moving_objects")[:3]]
-    train = open_videos("moving_objects:3:train")
-    assert {v.name for v in train}.isdisjoint(v.name for v in three)
-    assert [v.name for v in open_videos("moving_objects:3", split="train")] == [v.name for v in train]
-    assert len(open_videos("moving_objects", split="train")) == 10_000
+    val, train = names("moving_objects"), names("moving_objects", split="train")
+    assert (len(val), len(train)) == (20, 10_000)
+    assert names("moving_objects:3") == val[:3]
+    assert names("moving_objects:3:train") == names("moving_objects:3", split="train") == train[:3]
+    assert set(val).isdisjoint(train)
 
 
 def test_a_folder_that_exists_is_preferred_to_the_one_in_qsam2_data(roots, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("QSAM2_DATA", str(tmp_path_factory.mktemp("other")))
     monkeypatch.chdir(roots)
-    assert len(open_videos("davis:davis")) == 1
+    assert names("davis:davis") == ["v"]
 
 
-def test_errors(roots, monkeypatch):
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif"])
+def test_pictures_are_split_by_fives(tmp_path, suffix):
+    whole = [save(tmp_path / f"{index:05d}.{suffix}", PICTURE).name for index in range(7)]
+    save(tmp_path / "notes.txt", "")
+    assert names(f"images:{tmp_path}:all") == whole
+    assert names(f"images:{tmp_path}:val") == names(f"images:{tmp_path}") == [whole[0], whole[5]]
+    assert names(f"images:{tmp_path}:train") == [*whole[1:5], whole[6]]
+    assert names(f"images:{tmp_path / whole[2]}:val") == [whole[2]]  # of one picture every split is that picture
+    still = open_videos(f"images:{tmp_path}:all")[3]
+    assert len(still) == 1 and still.size == (20, 30) and still.frame(0).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize(("length", "pieces"), [(15, [15]), (16, [8, 8]), (64, [32, 32]), (130, [43, 43, 44])])
+def test_a_video_is_cut_into_equal_pieces(tmp_path, length, pieces):
+    file = film(tmp_path / "a.mp4", (np.full((16, 32, 3), index, np.uint8) for index in range(length)))
+    videos = open_videos(f"video:{file}:all")
+    assert [len(video) for video in videos] == pieces
+    assert [frame for video in videos for frame in video.frame_names] == [f"{index:05d}" for index in range(length)]
+    assert len({video.name for video in videos}) == len(pieces)
+    assert abs(int(videos[-1].frame(pieces[-1] - 1).mean()) - (length - 1)) <= 2
+
+
+def test_videos_are_files_or_folders_of_frames(tmp_path):
+    for name in ("b.mp4", "a.MOV"):
+        film(tmp_path / name, [PICTURE] * 3)
+    save(tmp_path / "notes.txt", "")
+    assert names(f"video:{tmp_path}:all") == ["a", "b"]
+    frames = save(tmp_path / "frames/x/0.png", PICTURE).parent
+    assert names(f"video:{frames}:all") == ["x"]
+    save(tmp_path / "frames/y/0.png", PICTURE)
+    assert names(f"video:{frames.parent}:all") == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "daviss:x",
+            "data 'daviss:x': 'daviss' is no kind of data; did you mean 'davis'. It is moving_objects, d.* or vi",
+        ),
+        ("moving-objects", "did you mean 'moving_objects'"),
+        ("", "data '': '' is no kind of data"),
+        ("davis", "data 'davis': needs the dataset's folder; write davis:FOLDER.:SPLIT. or give data.root=FOLDER"),
+        (
+            "sav:nowhere:val",
+            "data 'sav:nowhere:val': there is no folder nowhere nor .*/nowhere; .* or sav:FOLDER.* QSAM2_DATA",
+        ),
+        ("davis:/nowhere", "there is no folder /nowhere;"),
+        ("davis:a:b:c", "data 'davis:a:b:c': has too many parts; write davis:FOLDER"),
+        ("moving_objects:many", "data 'moving_objects:many': the number of videos is 'many'; write moving_objects"),
+        ("moving_objects:0", "moving_objects: count is 0"),
+        ("moving_objects:2:x", "moving_objects: split is 'x'"),
+        ("davis:davis:test", "the splits are val, all"),
+        ("images:{}/frames", r"holds no pictures \(.jpg, .*\); .*/frames/x does: give images:.*/frames/x$"),
+        ("images:{}/empty", r"empty: holds no pictures \(.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff\)$"),
+        ("video:{}/empty", "empty: holds no video .* no frames and no folders of frames"),
+        ("video:{}/notes.txt", r"notes.txt: cannot be read as a video .* re-encode it as mp4"),
+        ("images:{}/absent", "there is no file or folder .*/absent; give .* images:FOLDER"),
+        ("video:{}/absent", "there is no file or folder .*/absent; give .* video:FILE_OR_FOLDER"),
+        ("images:{}/frames/x:test", "split 'test' of data without masks is unknown: give train, val or all"),
+    ],
+)
+def test_errors(roots, monkeypatch, spec, message):
+    save(roots / "frames/x/0.png", PICTURE)
+    (roots / "empty").mkdir()
+    save(roots / "notes.txt", "no video")
+    monkeypatch.setenv("QSAM2_DATA", str(roots))
+    check(message, lambda: open_videos(spec.format(roots)))
+
+
+def test_without_qsam2_data_one_folder_is_looked_for(monkeypatch):
     monkeypatch.delenv("QSAM2_DATA", raising=False)
     check(
-        "data 'daviss:x': 'daviss' is no kind of data; did you mean 'davis'. It is moving_objects, davis, .* or vi",
-        "daviss:x",
+        "there is no folder nowhere; .* data.root=FOLDER or sav:FOLDER.* QSAM2_DATA", lambda: open_videos("sav:nowhere")
     )
-    check("did you mean 'moving_objects'", "moving-objects")
-    check("data '': '' is no kind of data", "")
-    check("data 'davis': needs the dataset's folder; write davis:FOLDER.:SPLIT. or give data.root=FOLDER", "davis")
-    check(
-        "data 'sav:nowhere:val': there is no folder nowhere; .* data.root=FOLDER or sav:FOLDER.* QSAM2_DATA",
-        "sav:nowhere:val",
-    )
-    monkeypatch.setenv("QSAM2_DATA", str(roots))
-    check("there is no folder nowhere nor .*/nowhere;", "davis:nowhere")
-    check("there is no folder /nowhere;", "davis:/nowhere")
-    check("data 'davis:a:b:c': has too many parts; write davis:FOLDER", "davis:a:b:c")
-    check("data 'moving_objects:many': the number of videos is 'many'; write moving_objects", "moving_objects:many")
-    check("moving_objects: count is 0", "moving_objects:0")
-    check("moving_objects: split is 'x'", "moving_objects:2:x")
-    check("the splits are val, all", "davis:davis:test")
 
 
-def test_only_moving_objects_are_generated():
-    assert [kind for kind in KINDS if is_generated(f"{kind}:somewhere:train")] == ["moving_objects"]
+def test_a_damaged_picture_is_named(tmp_path):
+    file = save(tmp_path / "x.png", b"no picture")
+    check(r"x.png: cannot be read as a picture", lambda: open_videos(f"images:{file}")[0].frame(0))
+
+
+@pytest.mark.parametrize(
+    ("augment", "augmented"), [(True, [True, True]), ("real", [False, True]), (False, [False, False])]
+)
+def test_sources_are_augmented_as_the_recipe_says(roots, augment, augmented):
+    train = ["moving_objects:1:train", f"instance_png:{roots / 'instance_png'}"]
+    sources = open_train(build_recipe({"data": {"train": train, "augment": augment}, "train": {}}))
+    assert [source.augment for source in sources] == augmented
+
+
+def test_training_and_scored_stills_need_masks(roots):
+    spec = f"images:{roots / 'images'}"
+    training = build_recipe({"data": {"train": ["moving_objects:1:train", spec]}, "train": {}})
+    check("training needs masks, and this source has none: .* train=null", lambda: open_train(training))
+    scored = build_recipe({"evaluate": {"stills": spec}})
+    check("evaluate.stills=images:.*: has no masks; name annotated images", lambda: open_stills(scored))

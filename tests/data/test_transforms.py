@@ -10,18 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sam2.utils.misc import load_video_frames_from_jpg_images
+from small_datasets import box
 
-from qsam2.data.transforms import MEAN, STD, ClipAugmentation, normalize, resize_masks, to_model_input
+from qsam2.data.transforms import MEAN, STD, ClipAugmentation, resize_masks, to_model_input
 
 FRAMES = 3
 
 
-def clip(size: tuple[int, int] = (40, 60)) -> tuple[np.ndarray, np.ndarray]:
-    """A clip whose object 1 is painted pure red, and object 2 pure blue."""
-    frames = np.full((FRAMES, *size, 3), 90, np.uint8)
-    masks = np.zeros((FRAMES, 2, *size), bool)
-    masks[:, 0, 12:26, 14:30] = True
-    masks[:, 1, 18:30, 34:46] = True
+def clip() -> tuple[np.ndarray, np.ndarray]:
+    """A clip of 40 x 60 whose object 1 is painted pure red, and object 2 pure blue."""
+    frames = np.full((FRAMES, 40, 60, 3), 90, np.uint8)
+    masks = np.stack([[box((40, 60), 12, 14, 14, 16), box((40, 60), 18, 34, 12, 12)]] * FRAMES)
     frames[masks[:, 0]], frames[masks[:, 1]] = (255, 0, 0), (0, 0, 255)
     return frames, masks
 
@@ -31,24 +30,20 @@ def colours(images: torch.Tensor) -> torch.Tensor:
     return 255 * (images * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None])
 
 
+def is_grey(pixels: torch.Tensor) -> bool:
+    return bool((pixels.max(1).values - pixels.min(1).values).max() < 20)
+
+
 @pytest.mark.parametrize("image_size", [64, 100])
 def test_the_model_input_is_bit_for_bit_sam2s(tmp_path, image_size):
     noise = np.random.default_rng(0).integers(0, 256, (2, 75, 110, 3), dtype=np.uint8)
     for i, frame in enumerate(noise):
         Image.fromarray(frame).save(tmp_path / f"{i:05d}.jpg", quality=90)
-    expected, _, _ = load_video_frames_from_jpg_images(
-        str(tmp_path), image_size, True, compute_device=torch.device("cpu")
-    )
+    cpu = torch.device("cpu")
+    expected, _, _ = load_video_frames_from_jpg_images(str(tmp_path), image_size, True, compute_device=cpu)
     for i in range(2):
         ours = to_model_input(np.array(Image.open(tmp_path / f"{i:05d}.jpg")), image_size)
         assert ours.dtype == torch.float32 and torch.equal(ours, expected[i])
-
-
-def test_normalisation_is_exact_for_every_value():
-    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, -1)
-    reference = torch.from_numpy(values / 255.0).permute(2, 0, 1).float()
-    reference = (reference - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    assert torch.equal(normalize(values), reference)
 
 
 def test_masks_are_resized_as_a_mask_prompt_is():
@@ -58,7 +53,7 @@ def test_masks_are_resized_as_a_mask_prompt_is():
     assert torch.equal(resize_masks(masks, 24), expected)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32))
 def test_an_augmented_clip_depends_on_its_generator_alone(seed):
     frames, masks = clip()
@@ -71,7 +66,7 @@ def test_an_augmented_clip_depends_on_its_generator_alone(seed):
     assert torch.equal(first[0], ClipAugmentation(32)(frames, masks, np.random.default_rng(seed))[0])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_masks_follow_their_objects_in_all_frames(seed):
     frames, masks = clip()
@@ -80,27 +75,22 @@ def test_masks_follow_their_objects_in_all_frames(seed):
     assert all(torch.equal(moved[t], moved[0]) for t in range(FRAMES))  # the geometry is one for the clip
     inside = -F.max_pool2d(-moved.float(), 5, 1, 2) > 0  # two pixels in from the edge
     pixels = colours(images)
-    grey = bool((pixels[0].max(0).values - pixels[0].min(0).values).max() < 20)
     for t in range(FRAMES):
         for o, channel in ((0, 0), (1, 2)):
             found = pixels[t][:, inside[t, o]]
             assert found.shape[1] > 0
-            if not grey:
-                assert (found.argmax(0) == channel).all()
-
-
-def draws(count: int = 400) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    augment = ClipAugmentation(32)
-    return [augment(*clip(), np.random.default_rng(seed)) for seed in range(count)]
+            assert is_grey(pixels[:1]) or (found.argmax(0) == channel).all()
 
 
 def test_flip_grey_and_jitter_come_at_their_rates_and_apart():
+    augment = ClipAugmentation(32)
     flips, greys, both, frame_spread, clip_spread = 0, 0, 0, [], []
-    for images, masks in draws():
+    for seed in range(400):
+        images, masks = augment(*clip(), np.random.default_rng(seed))
         columns = torch.arange(32.0)
         red, blue = (float((masks[0, o].any(0) * columns).sum() / masks[0, o].any(0).sum()) for o in (0, 1))
         pixels = colours(images)
-        grey = bool((pixels.max(1).values - pixels.min(1).values).max() < 20)
+        grey = is_grey(pixels)
         flips, greys, both = flips + (red > blue), greys + grey, both + (grey and red > blue)
         brightness = pixels.mean((1, 2, 3))
         frame_spread.append(float(brightness.max() / brightness.min()))
@@ -114,15 +104,7 @@ def test_flip_grey_and_jitter_come_at_their_rates_and_apart():
 
 def test_an_affine_that_would_lose_an_object_is_left_out():
     frames, masks = clip()
-    masks[:, 1] = False
-    masks[:, 1, :2, :2] = True  # a corner, which most rotations move out of view
+    masks[:, 1] = box((40, 60), 0, 0, 2, 2)  # a corner, which most rotations move out of view
     seen = [ClipAugmentation(40)(frames, masks, np.random.default_rng(seed))[1][0] for seed in range(30)]
-    assert all(masks[1].any() for masks in seen)
-    assert sum(torch.equal(masks, resize_masks(clip_masks(), 40)) for masks in seen) > 5
-
-
-def clip_masks() -> np.ndarray:
-    masks = clip()[1][0]
-    masks[1] = False
-    masks[1, :2, :2] = True
-    return masks
+    assert all(moved[1].any() for moved in seen)
+    assert sum(torch.equal(moved, resize_masks(masks[0], 40)) for moved in seen) > 5

@@ -1,39 +1,32 @@
+"""The parts of generated videos: warps, waves, outlines, textures, sprites."""
+
 from __future__ import annotations
+
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_datasets import box
 
-from qsam2.data.synthetic.outlines import draw_outline
-from qsam2.data.synthetic.sprites import Sprite, add_grain, blend, brighten, draw_grain, draw_sprite
-from qsam2.data.synthetic.textures import PHOTOGRAPHS, _read, photographs, smooth_patch, texture_patch
-from qsam2.data.synthetic.warps import (
-    Wave,
-    corners,
-    draw_wave,
-    halve,
-    interpolate,
-    nearest,
-    positions,
-    project,
-    ripple,
-    similarity,
-)
+from qsam2.data.synthetic.appearance import PHOTOGRAPHS, _read, draw_outline, photographs, smooth_patch, texture_patch
+from qsam2.data.synthetic.scenes import Sprite, add_grain, blend, brighten, draw_grain, draw_sprite
+from qsam2.data.synthetic.warps import Wave, corners, interpolate, positions, project, similarity
 from qsam2.errors import UserError
 
 seeds = st.integers(0, 2**32 - 1)
 
 
-def _noise(seed: int, *shape: int) -> np.ndarray:
+def noise(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 @given(seeds)
-@settings(max_examples=20, deadline=None)
-def test_interpolation_is_exact_integer_arithmetic(seed: int) -> None:
-    image = _noise(seed, 20, 30, 4)
+@settings(max_examples=20)
+def test_interpolation_is_exact_integer_arithmetic(seed: int):
+    image = noise(seed, 20, 30, 4)
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, 28 << 16, (17, 23), dtype=np.int32), rng.integers(0, 18 << 16, (17, 23), dtype=np.int32)
     column, row, fx, fy = x >> 16, y >> 16, ((x >> 11) & 31)[..., None], ((y >> 11) & 31)[..., None]
@@ -45,8 +38,8 @@ def test_interpolation_is_exact_integer_arithmetic(seed: int) -> None:
 
 
 @given(seeds, st.booleans())
-@settings(max_examples=30, deadline=None)
-def test_positions_agree_with_the_matrix(seed: int, tilted: bool) -> None:
+@settings(max_examples=30)
+def test_positions_agree_with_the_matrix(seed: int, tilted: bool):
     rng = np.random.default_rng(seed)
     matrix = similarity(*rng.uniform(-50, 50, 2), rng.uniform(-4, 4), rng.uniform(0.3, 3), rng.uniform(0.5, 2))
     if tilted:
@@ -56,57 +49,29 @@ def test_positions_agree_with_the_matrix(seed: int, tilted: bool) -> None:
     expected = project(matrix, grid).reshape(40, 60, 2)
     np.testing.assert_allclose(x / 65536, expected[..., 0], atol=2e-3)
     np.testing.assert_allclose(y / 65536, expected[..., 1], atol=2e-3)
-
-
-def test_positions_do_not_depend_on_the_window() -> None:
-    matrix = similarity(3.3, -2.1, 0.7, 1.3)
-    whole = positions(matrix, (30, 30))
-    part = positions(matrix, (8, 9), origin=(5, 11))
-    for a, b in zip(whole, part, strict=True):
-        np.testing.assert_array_equal(a[11:19, 5:14], b)
-
-
-def test_a_ripple_sways_x_by_y_and_y_by_x() -> None:
-    x, y = positions(np.eye(3), (16, 32))
-    ripple(x, y, (16, 32), (2.0, 3.0), (0.1, 0.2), (1.0, 0.5))
-    us, vs = np.meshgrid(np.arange(32), np.arange(16))
-    np.testing.assert_allclose(x / 65536, us + 2 * np.sin(2 * np.pi * vs / 16 + 0.1), atol=1e-4)
-    np.testing.assert_allclose(y / 65536, vs + 3 * np.sin(np.pi * us / 32 + 0.2), atol=1e-4)
-
-
-def test_nearest_rounds_and_repeats_the_edge() -> None:
-    image = np.arange(12).reshape(3, 4)
-    at = np.array([[-1.0, 0.49, 0.51, 7.0]])
-    fixed = (at * 65536).astype(np.int32)
-    assert nearest(image, fixed, np.zeros_like(fixed)).tolist() == [[0, 0, 1, 3]]
-    assert nearest(image, np.zeros_like(fixed), fixed).tolist() == [[0, 0, 4, 8]]
-
-
-def test_halving_takes_the_rounded_mean_and_drops_odd_lines() -> None:
-    image = _noise(1, 7, 9, 3)
-    expected = np.floor(image[:6, :8].reshape(3, 2, 4, 2, 3).mean((1, 3)) + 0.5)
-    np.testing.assert_array_equal(halve(image), expected)
+    whole = np.stack(positions(matrix, (43, 67)))
+    np.testing.assert_array_equal(whole[:, 3:, 7:], [x, y])  # whatever the window
 
 
 @given(seeds, st.floats(-100, 100), st.floats(0, 50))
 @settings(max_examples=30)
-def test_a_wave_starts_where_it_should_and_waves_add(seed: int, start: float, reach: float) -> None:
+def test_a_wave_starts_where_it_should_and_waves_add(seed: int, start: float, reach: float):
     rng = np.random.default_rng(seed)
-    wave, other = draw_wave(rng, start, reach, (10, 30), 0.3), draw_wave(rng, 1.0, 2.0, (5, 9))
+    wave, other = Wave.draw(rng, start, reach, (10, 30), 0.3), Wave.draw(rng, 1.0, 2.0, (5, 9))
     assert wave(0) == pytest.approx(start)
     assert (wave + other)(7.5) == pytest.approx(wave(7.5) + other(7.5))
     assert all(abs(wave(t) - 0.3 * t - start) <= 2 * reach + 1e-9 for t in range(40))
 
 
-def test_a_similarity_stretches_scales_turns_then_moves() -> None:
+def test_a_similarity_stretches_scales_turns_then_moves():
     moved = project(similarity(10, 20, np.pi / 2, 2.0, 3.0), corners(1, 1))
     np.testing.assert_allclose(moved, [[10, 20], [10, 26], [8, 26], [8, 20]], atol=1e-9)
 
 
 @given(seeds)
-@settings(max_examples=20, deadline=None)
-def test_blending_weighs_by_opacity(seed: int) -> None:
-    below, above, opacity = _noise(seed, 9, 8, 3), _noise(seed + 1, 9, 8, 3), _noise(seed + 2, 9, 8)
+@settings(max_examples=20)
+def test_blending_weighs_by_opacity(seed: int):
+    below, above, opacity = noise(seed, 9, 8, 3), noise(seed + 1, 9, 8, 3), noise(seed + 2, 9, 8)
     opacity[0], opacity[1] = 0, 255
     share = (opacity.astype(int) + (opacity >= 128))[..., None] / 256
     blended = below.copy()
@@ -116,12 +81,12 @@ def test_blending_weighs_by_opacity(seed: int) -> None:
     np.testing.assert_array_equal(blended[1], above[1])
 
 
-def test_brightness_saturates() -> None:
+def test_brightness_saturates():
     assert brighten(np.array([[0, 100, 200]], np.uint8), 1.0).tolist() == [[0, 200, 255]]
     assert brighten(np.array([[0, 100, 200]], np.uint8), -1.0).tolist() == [[0, 50, 100]]
 
 
-def test_grain_changes_from_frame_to_frame_and_stays_below_its_strength() -> None:
+def test_grain_changes_from_frame_to_frame_and_stays_below_its_strength():
     grain = draw_grain(np.random.default_rng(0), (20, 24), 9)
     flat = np.full((20, 24, 3), 100, np.uint8)
     frames = [add_grain(flat, grain, index).astype(int) for index in range(64)]
@@ -130,19 +95,17 @@ def test_grain_changes_from_frame_to_frame_and_stays_below_its_strength() -> Non
 
 
 @given(seeds)
-@settings(max_examples=25, deadline=None)
-def test_an_outline_fills_its_canvas_but_not_the_edge(seed: int) -> None:
+@settings(max_examples=25)
+def test_an_outline_fills_its_canvas_but_not_the_edge(seed: int):
     opacity = draw_outline(np.random.default_rng(seed), 48)
-    edge = np.ones_like(opacity, bool)
-    edge[1:-1, 1:-1] = False
     assert opacity.shape == (48, 48) and opacity.dtype == np.uint8
-    assert not opacity[edge].any()
+    assert opacity.sum() == opacity[1:-1, 1:-1].sum()
     assert (opacity >= 128).mean() > 0.03
     rows, columns = np.nonzero(opacity)
     assert max(np.ptp(rows), np.ptp(columns)) > 0.45 * 48
 
 
-def test_outlines_differ_in_their_concavity() -> None:
+def test_outlines_differ_in_their_concavity():
     solidity = []
     for seed in range(40):
         inside = (draw_outline(np.random.default_rng(seed), 64) >= 128).astype(np.uint8)
@@ -153,71 +116,66 @@ def test_outlines_differ_in_their_concavity() -> None:
 
 
 @pytest.mark.parametrize("photo", range(len(PHOTOGRAPHS)))
-def test_patches_have_the_size_and_variety_asked_for(photo: int) -> None:
+def test_patches_have_the_size_and_variety_asked_for(photo: int):
     rng = np.random.default_rng(photo)
-    patches = [texture_patch(rng, 40, 60, photo) for _ in range(4)]
-    assert all(patch.shape == (40, 60, 3) and patch.dtype == np.uint8 for patch in patches)
-    assert len({patch.tobytes() for patch in patches}) == 4
+    patches = np.stack([texture_patch(rng, 40, 60, photo) for _ in range(4)])
+    assert patches.shape == (4, 40, 60, 3) and patches.dtype == np.uint8 and len(np.unique(patches, axis=0)) == 4
     assert photographs()[photo][0].std() > 5
 
 
-def test_a_smooth_patch_has_no_fine_texture() -> None:
+def test_a_smooth_patch_has_no_fine_texture():
     patch = smooth_patch(np.random.default_rng(3), 64, 64).astype(int)
     assert np.abs(np.diff(patch, axis=0)).max() < 24
 
 
-def test_a_missing_photograph_says_how_to_get_it() -> None:
+def test_a_missing_photograph_says_how_to_get_it():
     with pytest.raises(UserError, match=r"lacks data/nothing\.png.*--force-reinstall scikit-image"):
         _read("nothing.png")
 
 
-def _square(side: int = 20, object_id: int = 1, **motion: Wave) -> Sprite:
+def square(side: int = 20, **motion: Any) -> Sprite:
     picture = np.full((side, side, 4), 200, np.uint8)
-    picture[..., 3] = 0
-    picture[2:-2, 2:-2, 3] = 255
-    still = {"x": Wave(0.0), "y": Wave(0.0), "angle": Wave(0.0)} | motion
-    return Sprite(picture, object_id, **still)
+    picture[..., 3] = np.pad(np.full((side - 4, side - 4), 255), 2)
+    return Sprite(picture, 1, **({"x": Wave(0.0), "y": Wave(0.0), "angle": Wave(0.0)} | motion))
 
 
-def test_a_sprite_lands_where_its_placement_says() -> None:
-    frame, labels = np.zeros((50, 60, 3), np.uint8), np.zeros((50, 60), np.uint8)
-    draw_sprite(frame, labels, _square(x=Wave(30.0), y=Wave(20.0)), np.eye(3), 0)
-    expected = np.zeros((50, 60), np.uint8)
-    expected[12:28, 22:38] = 1
-    np.testing.assert_array_equal(labels, expected)
-    np.testing.assert_array_equal(frame[..., 0], 200 * expected)
+def drawn(sprite: Sprite, size: tuple[int, int] = (50, 60), **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A black frame with the sprite, and its label map."""
+    frame, labels = np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8)
+    draw_sprite(frame, labels, sprite, np.eye(3), 0, **options)
+    return frame, labels
 
 
-def test_a_pixel_belongs_to_a_sprite_from_half_its_opacity_on() -> None:
-    sprite = _square(side=16, x=Wave(8.0), y=Wave(8.0))
+def test_a_sprite_lands_where_its_placement_says():
+    frame, labels = drawn(square(x=Wave(30.0), y=Wave(20.0)))
+    np.testing.assert_array_equal(labels, box((50, 60), 12, 22, 16, 16))
+    np.testing.assert_array_equal(frame[..., 0], np.uint8(200) * labels)
+
+
+def test_a_pixel_belongs_to_a_sprite_from_half_its_opacity_on():
+    sprite = square(side=16, x=Wave(8.0), y=Wave(8.0))
     sprite.picture[..., 3] = np.arange(256).reshape(16, 16)
-    labels = np.zeros((16, 16), np.uint8)
-    draw_sprite(np.zeros((16, 16, 3), np.uint8), labels, sprite, np.eye(3), 0)
-    np.testing.assert_array_equal(labels, sprite.picture[..., 3] >= 128)
+    np.testing.assert_array_equal(drawn(sprite, (16, 16))[1], sprite.picture[..., 3] >= 128)
 
 
 @pytest.mark.parametrize(("x", "y"), [(-40.0, 20.0), (30.0, 90.0)])
-def test_a_sprite_out_of_view_leaves_the_frame_alone(x: float, y: float) -> None:
-    frame, labels = np.zeros((50, 60, 3), np.uint8), np.zeros((50, 60), np.uint8)
-    draw_sprite(frame, labels, _square(x=Wave(x), y=Wave(y)), np.eye(3), 0)
+def test_a_sprite_out_of_view_leaves_the_frame_alone(x, y):
+    frame, labels = drawn(square(x=Wave(x), y=Wave(y)))
     assert not frame.any() and not labels.any()
 
 
-def test_smear_widens_the_picture_and_not_the_label() -> None:
-    sprite = _square(x=Wave(30.0), y=Wave(25.0))
-    sharp, smeared = np.zeros((50, 60, 3), np.uint8), np.zeros((50, 60, 3), np.uint8)
-    labels, same = np.zeros((50, 60), np.uint8), np.zeros((50, 60), np.uint8)
-    draw_sprite(sharp, labels, sprite, np.eye(3), 0)
-    draw_sprite(smeared, same, sprite, np.eye(3), 0, blur=np.array([10.0, 0.0]))
+def test_smear_widens_the_picture_and_not_the_label():
+    sprite = square(x=Wave(30.0), y=Wave(25.0))
+    sharp, labels = drawn(sprite)
+    smeared, same = drawn(sprite, blur=np.array([10.0, 0.0]))
     np.testing.assert_array_equal(labels, same)
     assert np.count_nonzero(smeared.any((0, 2))) == np.count_nonzero(sharp.any((0, 2))) + 8
     np.testing.assert_array_equal(smeared.any((1, 2)), sharp.any((1, 2)))
 
 
-def test_a_limb_follows_its_body() -> None:
-    body = _square(x=Wave(10.0, drift=2.0), y=Wave(25.0), angle=Wave(0.0, drift=0.3))
-    limb = _square(x=Wave(20.0), y=Wave(10.0), parent=body)
-    middle = np.array([[10.0, 10.0]])
+def test_a_limb_follows_its_body():
+    body = square(x=Wave(10.0, drift=2.0), y=Wave(25.0), angle=Wave(0.0, drift=0.3))
+    limb = square(x=Wave(20.0), y=Wave(10.0), parent=body)
     for time in (0, 5):
         expected = project(body.placement(time), np.array([[20.0, 10.0]]))
-        np.testing.assert_allclose(project(limb.placement(time), middle), expected)
+        np.testing.assert_allclose(project(limb.placement(time), np.array([[10.0, 10.0]])), expected)

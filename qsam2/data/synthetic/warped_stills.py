@@ -13,20 +13,9 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from qsam2.data.synthetic.sprites import Bend, Sprite, add_grain, brighten, draw_bend, draw_grain, draw_sprite
-from qsam2.data.synthetic.warps import (
-    Wave,
-    corners,
-    draw_wave,
-    halve,
-    interpolate,
-    nearest,
-    positions,
-    project,
-    ripple,
-    similarity,
-)
-from qsam2.data.video import Video
+from qsam2.data.synthetic.scenes import GeneratedVideo, Scene, Sprite, draw_grain, draw_sprite
+from qsam2.data.synthetic.warps import Bend, Wave, corners, halve, interpolate, nearest, positions, project, similarity
+from qsam2.data.video import Masks, Video
 from qsam2.errors import UserError
 
 SMALLEST_AREA = 0.003
@@ -35,62 +24,33 @@ _PERIOD = (24, 72)  # of the motion, in frames
 _ATTEMPTS = 8
 
 
-class WarpedStill(Video):
-    """A clip of ``num_frames`` from a still and a ``seed``, identical on every machine.
+class WarpedStill(GeneratedVideo):
+    """A clip of ``num_frames`` from a still, an annotated video of one frame, and a ``seed``.
 
-    The camera pans, turns, zooms and tilts within the picture, which bends slowly. Objects that are fully visible may
-    be cut out and move over the picture, inpainted behind them; objects that its edge cuts, or that cover more than a
-    quarter of it, move with the picture. In frame 0 every object has at least half as many pixels as in the still. The
-    masks are disjoint (the smaller of overlapping objects is in front); every object has one in every frame, all False
-    while it is out of view. Objects that vanish at ``size`` are left out, and those below ``SMALLEST_AREA`` if the
-    still has a larger one.
-
-    Args:
-        still: an annotated video of one frame, resized to ``size`` (height, width) regardless of its proportions.
-
-    Raises:
-        UserError: an argument is out of range; on reading, a still without objects or with more than 255.
+    The camera pans, turns, zooms and tilts within the picture, which is resized to ``size`` (height, width) regardless
+    of its proportions and bends slowly. Objects that are fully visible may be cut out and move over the picture,
+    inpainted behind them; objects that its edge cuts, or that cover more than a quarter of it, move with the picture.
+    In frame 0 every object has at least half as many pixels as in the still. The smaller of overlapping objects is in
+    front. Objects that vanish at ``size`` are left out, and those below ``SMALLEST_AREA`` if the still has a larger
+    one. Raises UserError on reading a still without objects or with more than 255.
     """
 
     def __init__(self, still: Video, *, num_frames: int, seed: int, size: tuple[int, int] = (256, 256)) -> None:
         if len(still) != 1:
             raise UserError(f"WarpedStill: {still.name} has {len(still)} frames; give a video of one frame")
-        limits = {"num_frames": (num_frames, 1, 100_000), "seed": (seed, 0, 2**63 - 1)}
-        limits |= {"height": (size[0], 64, 2048), "width": (size[1], 64, 2048)}
-        for key, (value, low, high) in limits.items():
-            if not low <= value <= high:
-                raise UserError(f"WarpedStill: {key} is {value}; give a whole number from {low} to {high}")
+        super().__init__(f"{still.name}-warped-{seed}", seed, num_frames, size)
         self.still = still
-        self.seed = int(seed)
-        self.name = f"{still.name}-warped-{seed}"
-        self.frame_names = [f"{index:05d}" for index in range(num_frames)]
-        self.size = (int(size[0]), int(size[1]))
 
-    def frame(self, index: int) -> np.ndarray:
-        """Frame ``index`` as RGB, uint8 (H, W, 3)."""
-        return self._rendered(index)[0].copy()
-
-    def masks(self, index: int) -> dict[int, np.ndarray]:
-        """Visible part of every object in frame ``index``: {id in the still: bool (H, W)}, all False out of view."""
-        labels = self._rendered(index)[1]
-        return {object_id: labels == label for label, object_id in enumerate(_scene(self).object_ids, start=1)}
-
-    def _rendered(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: frame {index} of {len(self)}")
-        return _render(self, index)
+    def scene(self) -> Scene:
+        return _scene(self)
 
 
 @dataclass(frozen=True)
-class _Scene:
+class _Scene(Scene):
     picture: np.ndarray  # RGB, without the objects that move
     labels: np.ndarray  # of the objects that do not move
-    sprites: Sequence[Sprite]
     camera: tuple[Wave, ...]  # x, y, angle, log2 of the zoom, log2 of the stretch in x, tilt in x, tilt in y
     bend: Bend
-    light: Wave
-    grain: np.ndarray | None
-    object_ids: list[int]  # of labels 1, 2, ...
 
     def frame_to_scene(self, time: float) -> np.ndarray:
         """Matrix (3, 3) from the frame to the scene, whose origin is the middle of the picture."""
@@ -104,27 +64,17 @@ class _Scene:
         closer = min(1.0, *(room / reach))  # zoom in until the frame lies within the picture
         return np.diag([closer, closer, 1.0]) @ matrix
 
-
-@lru_cache(maxsize=2)
-def _render(video: WarpedStill, index: int) -> tuple[np.ndarray, np.ndarray]:
-    scene = _scene(video)
-    frame, labels = _compose(scene, index)
-    frame = brighten(frame, scene.light(index))
-    return (frame if scene.grain is None else add_grain(frame, scene.grain, index)), labels
-
-
-def _compose(scene: _Scene, time: float) -> tuple[np.ndarray, np.ndarray]:
-    height, width = size = scene.labels.shape
-    to_scene = scene.frame_to_scene(time)
-    x, y = positions(similarity(width / 2, height / 2) @ to_scene, size)
-    if scene.bend.reach:
-        phases = scene.bend.phases[0](time), scene.bend.phases[1](time)
-        ripple(x, y, size, (scene.bend.reach * width, scene.bend.reach * height), phases, scene.bend.waves)
-    frame, labels = interpolate(scene.picture, x, y), nearest(scene.labels, x, y)
-    view = np.linalg.inv(to_scene)
-    for sprite in scene.sprites:
-        draw_sprite(frame, labels, sprite, view, time)
-    return frame, labels
+    def compose(self, time: float) -> tuple[np.ndarray, np.ndarray]:
+        height, width = size = self.labels.shape
+        to_scene = self.frame_to_scene(time)
+        x, y = positions(similarity(width / 2, height / 2) @ to_scene, size)
+        if self.bend.reach:
+            self.bend.displace(x, y, size, time)
+        frame, labels = interpolate(self.picture, x, y), nearest(self.labels, x, y)
+        view = np.linalg.inv(to_scene)
+        for sprite in self.sprites:
+            draw_sprite(frame, labels, sprite, view, time)
+        return frame, labels
 
 
 @lru_cache(maxsize=8)
@@ -136,18 +86,20 @@ def _scene(video: WarpedStill) -> _Scene:
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((video.seed, zlib.crc32(video.name.encode())))))
     for attempt in range(_ATTEMPTS + 1):
         scene = _draw_scene(rng, picture, masks, 1 - attempt / _ATTEMPTS)
-        if (2 * _areas(_compose(scene, 0)[1], len(masks)) >= areas).all():
+        if (2 * _areas(scene.compose(0)[1], len(masks)) >= areas).all():
             break
     return scene
 
 
-def _draw_scene(rng: np.random.Generator, picture: np.ndarray, masks: dict[int, np.ndarray], start: float) -> _Scene:
+def _draw_scene(rng: np.random.Generator, picture: np.ndarray, masks: Masks, start: float) -> _Scene:
     """A random motion; frame 0 is the picture itself for a ``start`` of 0, and may be turned and bent up to 1."""
     lively = rng.uniform()
     height, width = picture.shape[:2]
     labels = _paint(masks, (height, width))
     shown = {label: labels == label for label in range(1, len(masks) + 1)}
-    moving = [label for label, mask in shown.items() if _may_move(mask) and rng.random() < 0.75]
+    whole = {k for k, mask in shown.items() if not (mask[[0, -1]].any() or mask[:, [0, -1]].any())}
+    small = {k for k, mask in shown.items() if 4 * np.count_nonzero(mask) <= mask.size}
+    moving = [label for label in shown if label in whole & small and rng.random() < 0.75]
     sprites = [_draw_sprite(rng, picture, shown[label], label, lively, start) for label in moving]
     hole = np.isin(labels, moving).astype(np.uint8)
     ranges = (0.1 * width, 0.1 * height, 0.15, 0.3, 0.15, 0.2, 0.2)
@@ -159,20 +111,14 @@ def _draw_scene(rng: np.random.Generator, picture: np.ndarray, masks: dict[int, 
         labels=_paint(masks, (height, width), leave_out=moving),
         sprites=[sprites[index] for index in rng.permutation(len(sprites))],
         camera=tuple(
-            draw_wave(rng, first, reach * lively * rng.uniform(0, 1), _PERIOD)
+            Wave.draw(rng, first, reach * lively * rng.uniform(0, 1), _PERIOD)
             for first, reach in zip(firsts, ranges, strict=True)
         ),
-        bend=draw_bend(rng, start * rng.uniform(0, 0.03)),
-        light=draw_wave(rng, rng.uniform(-0.3, 0.2), rng.uniform(0, 0.5) * lively, _PERIOD),
+        bend=Bend.draw(rng, start * rng.uniform(0, 0.03)),
+        light=Wave.draw(rng, rng.uniform(-0.3, 0.2), rng.uniform(0, 0.5) * lively, _PERIOD),
         grain=draw_grain(rng, labels.shape, strength) if strength > 3 else None,
         object_ids=list(masks),
     )
-
-
-def _may_move(mask: np.ndarray) -> bool:
-    """True if the object is fully visible and covers at most a quarter of the picture."""
-    whole = not (mask[[0, -1]].any() or mask[:, [0, -1]].any())
-    return bool(whole and 4 * np.count_nonzero(mask) <= mask.size)
 
 
 def _draw_sprite(
@@ -190,35 +136,33 @@ def _draw_sprite(
     return Sprite(
         np.dstack([picture[window], mask[window].astype(np.uint8) * 255]),
         label,
-        x=draw_wave(rng, left + side / 2 - width / 2, reach, _PERIOD),
-        y=draw_wave(rng, top + side / 2 - height / 2, reach, _PERIOD),
-        angle=draw_wave(rng, 0, rng.uniform(0, 0.5) * lively, _PERIOD, rng.normal(0, 0.01) * lively),
-        size=draw_wave(rng, 0, rng.uniform(0, 0.4) * lively, _PERIOD),
-        aspect=draw_wave(rng, 0, rng.uniform(0, 0.4) * lively, _PERIOD),
-        light=draw_wave(rng, 0, rng.uniform(0, 0.3) * lively, _PERIOD),
-        bend=draw_bend(rng, start * rng.uniform(0, 0.05)),
+        x=Wave.draw(rng, left + side / 2 - width / 2, reach, _PERIOD),
+        y=Wave.draw(rng, top + side / 2 - height / 2, reach, _PERIOD),
+        angle=Wave.draw(rng, 0, rng.uniform(0, 0.5) * lively, _PERIOD, rng.normal(0, 0.01) * lively),
+        size=Wave.draw(rng, 0, rng.uniform(0, 0.4) * lively, _PERIOD),
+        aspect=Wave.draw(rng, 0, rng.uniform(0, 0.4) * lively, _PERIOD),
+        light=Wave.draw(rng, 0, rng.uniform(0, 0.3) * lively, _PERIOD),
+        bend=Bend.draw(rng, start * rng.uniform(0, 0.05)),
     )
 
 
-def _visible_objects(video: WarpedStill) -> dict[int, np.ndarray]:
+def _visible_objects(video: WarpedStill) -> Masks:
     """The masks of the still at the video's size, by ascending id, without invisible ones."""
-    masks = video.still.masks(0)
+    masks, (height, width) = video.still.masks(0), video.size
     if masks is None:
         raise UserError(f"WarpedStill: {video.still.name} has no masks; give an annotated still")
     if len(masks) > 255:
         raise UserError(f"WarpedStill: {video.still.name} has {len(masks)} objects; give at most 255")
     resized = {key: nearest(masks[key], *_spread(masks[key].shape, video.size)) for key in sorted(masks)}
     areas = _areas(_paint(resized, video.size), len(resized))
-    smallest = max(1, min(SMALLEST_AREA * video.size[0] * video.size[1], areas.max(initial=0)))
+    smallest = max(1, min(SMALLEST_AREA * height * width, areas.max(initial=0)))
     visible = {key: mask for (key, mask), area in zip(resized.items(), areas, strict=True) if area >= smallest}
     if not visible:
-        raise UserError(
-            f"WarpedStill: {video.still.name} shows no object at {video.size[0]}x{video.size[1]}; leave it out"
-        )
+        raise UserError(f"WarpedStill: {video.still.name} shows no object at {height}x{width}; leave it out")
     return visible
 
 
-def _paint(masks: dict[int, np.ndarray], size: tuple[int, int], leave_out: Sequence[int] = ()) -> np.ndarray:
+def _paint(masks: Masks, size: tuple[int, int], leave_out: Sequence[int] = ()) -> np.ndarray:
     """Label map, uint8 (H, W): the k-th of ``masks`` has label k, smaller ones lie in front."""
     labels = np.zeros(size, np.uint8)
     order = sorted(enumerate(masks.values(), start=1), key=lambda item: -np.count_nonzero(item[1]))

@@ -6,7 +6,7 @@ images with integer weights: results depend neither on the processor's vector un
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
@@ -25,34 +25,52 @@ class Wave:
     frequencies: tuple[float, ...] = ()  # radians per frame
     phases: tuple[float, ...] = ()
 
+    @classmethod
+    def draw(
+        cls, rng: np.random.Generator, start: float, reach: float, period: tuple[float, float], drift: float = 0.0
+    ) -> Wave:
+        """A random wave of two sines with amplitude ``reach``; ``period`` is (shortest, longest) in frames."""
+        share = rng.uniform(0.7, 0.95)
+        long, short = rng.uniform(*period), rng.uniform(*period) / 2
+        amplitudes, frequencies = (reach * share, reach * (1 - share)), (2 * np.pi / long, 2 * np.pi / short)
+        return cls(start, drift, amplitudes, frequencies, tuple(rng.uniform(0, 2 * np.pi, 2)))
+
     def __call__(self, time: float) -> float:
         """Value at ``time`` in frames."""
         waves = zip(self.amplitudes, self.frequencies, self.phases, strict=True)
         return self.start + self.drift * time + sum(a * (np.sin(f * time + p) - np.sin(p)) for a, f, p in waves)
 
     def __add__(self, other: Wave) -> Wave:
-        return Wave(
-            self.start + other.start,
-            self.drift + other.drift,
-            self.amplitudes + other.amplitudes,
-            self.frequencies + other.frequencies,
-            self.phases + other.phases,
+        return Wave(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Bend:
+    """A wave along the outline: ``reach`` as share of the picture, phases (radians) and periods in x and y."""
+
+    reach: float
+    phases: tuple[Wave, Wave]
+    waves: tuple[float, float]
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, reach: float) -> Bend:
+        """A random wave that moves along the outline."""
+        first, second = (
+            Wave.draw(rng, start, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.1))
+            for start in rng.uniform(0, 2 * np.pi, 2)
         )
+        return cls(reach, (first, second), (rng.uniform(0.5, 1.6), rng.uniform(0.5, 1.6)))
 
-
-def draw_wave(
-    rng: np.random.Generator, start: float, reach: float, period: tuple[float, float], drift: float = 0.0
-) -> Wave:
-    """A random ``Wave`` of two sines with amplitude ``reach``; ``period`` is (shortest, longest) in frames."""
-    share = rng.uniform(0.7, 0.95)
-    long, short = rng.uniform(*period), rng.uniform(*period) / 2
-    return Wave(
-        start,
-        drift,
-        (reach * share, reach * (1 - share)),
-        (2 * np.pi / long, 2 * np.pi / short),
-        tuple(rng.uniform(0, 2 * np.pi, 2)),
-    )
+    def displace(self, x: np.ndarray, y: np.ndarray, size: tuple[int, int], time: float) -> None:
+        """Displace positions in a picture of ``size`` (height, width) in place: x by a sine of y, y by a sine of x."""
+        reach = self.reach * size[1], self.reach * size[0]
+        sway_x, sway_y = (
+            np.rint(reach[axis] * (1 << _BITS) * np.sin(np.arange(side) * (2 * np.pi * waves / side) + phase(time)))
+            for axis, (side, waves, phase) in enumerate(zip(size, self.waves, self.phases, strict=True))
+        )
+        columns = np.clip(x >> _BITS, 0, size[1] - 1)
+        x += sway_x.astype(np.int32)[np.clip(y >> _BITS, 0, size[0] - 1)]
+        y += sway_y.astype(np.int32)[columns]
 
 
 def similarity(x: float, y: float, angle: float = 0.0, scale: float = 1.0, aspect: float = 1.0) -> np.ndarray:
@@ -92,28 +110,6 @@ def positions(
         return np.rint(x).astype(np.int32), np.rint(y).astype(np.int32)
     x, y = ((row[0] * us + row[2]).astype(np.int32) + (row[1] * vs).astype(np.int32) for row in fixed)
     return x, y
-
-
-def ripple(
-    x: np.ndarray,
-    y: np.ndarray,
-    size: tuple[int, int],
-    reach: tuple[float, float],
-    phase: tuple[float, float],
-    waves: tuple[float, float],
-) -> None:
-    """Displace positions in place: x by a sine of y, y by a sine of x.
-
-    ``size`` is the (height, width) of their picture, ``reach`` the amplitude in x and y in pixels, ``phase`` in
-    radians, ``waves`` the number of periods along the picture.
-    """
-    sway_x, sway_y = (
-        np.rint(reach[axis] * (1 << _BITS) * np.sin(np.arange(side) * (2 * np.pi * waves[axis] / side) + phase[axis]))
-        for axis, side in enumerate(size)
-    )
-    columns = np.clip(x >> _BITS, 0, size[1] - 1)
-    x += sway_x.astype(np.int32)[np.clip(y >> _BITS, 0, size[0] - 1)]
-    y += sway_y.astype(np.int32)[columns]
 
 
 def interpolate(image: np.ndarray, x: np.ndarray, y: np.ndarray, border: int = cv2.BORDER_REPLICATE) -> np.ndarray:

@@ -1,72 +1,37 @@
-"""Sprites: pictures with opacity and motion, drawn into a frame and its label map."""
+"""Scenes that generated videos are rendered from: sprites in motion, drawn into a frame and its label map."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
 
-from qsam2.data.synthetic.warps import (
-    Wave,
-    corners,
-    draw_wave,
-    interpolate,
-    positions,
-    project,
-    ripple,
-    similarity,
-)
+from qsam2.data.synthetic.warps import Bend, Wave, corners, interpolate, positions, project, similarity
+from qsam2.data.video import Masks, Video
+from qsam2.errors import UserError
 
 _STILL = Wave(0.0)
 
 
 @dataclass(frozen=True)
-class Bend:
-    """A wave along the outline: ``reach`` as share of the picture, phases (radians) and periods in x and y."""
-
-    reach: float
-    phases: tuple[Wave, Wave]
-    waves: tuple[float, float]
-
-
-def draw_bend(rng: np.random.Generator, reach: float) -> Bend:
-    """A random wave that moves along the outline."""
-    first, second = (
-        draw_wave(rng, start, rng.uniform(0.3, 1.5), (12, 40), rng.normal(0, 0.1))
-        for start in rng.uniform(0, 2 * np.pi, 2)
-    )
-    return Bend(reach, (first, second), (rng.uniform(0.5, 1.6), rng.uniform(0.5, 1.6)))
-
-
-@dataclass(frozen=True)
 class Sprite:
-    """A picture with opacity and its motion, in the pixels of the scene, whose origin is the middle of the frame.
+    """A picture with opacity and its motion, in the pixels of the scene, whose origin is the middle of the frame."""
 
-    Attributes:
-        picture: RGBA, uint8 (S, S, 4), without opacity along its edges.
-        object_id: id of the object it shows, 0 if it is not annotated.
-        x, y: position of its pivot; in the picture of its ``parent``, if it has one.
-        angle: turn in radians.
-        size: log2 of its scale.
-        aspect: log2 of its stretch in x, as if a flat object turned away.
-        light: log2 of its brightness.
-        bend: wave of its outline.
-        pivot: centre of rotation in the picture, as shares of S.
-        parent: sprite it is attached to, as a limb to a body.
-    """
-
-    picture: np.ndarray
-    object_id: int
-    x: Wave
+    picture: np.ndarray  # RGBA, uint8 (S, S, 4), without opacity along its edges
+    object_id: int  # of the object it shows, 0 if it is not annotated
+    x: Wave  # position of its pivot; in the picture of its parent, if it has one
     y: Wave
-    angle: Wave
-    size: Wave = _STILL
-    aspect: Wave = _STILL
-    light: Wave = _STILL
-    bend: Bend | None = None
-    pivot: tuple[float, float] = (0.5, 0.5)
-    parent: Sprite | None = None
+    angle: Wave  # turn in radians
+    size: Wave = _STILL  # log2 of its scale
+    aspect: Wave = _STILL  # log2 of its stretch in x, as if a flat object turned away
+    light: Wave = _STILL  # log2 of its brightness
+    bend: Bend | None = None  # wave of its outline
+    pivot: tuple[float, float] = (0.5, 0.5)  # centre of rotation in the picture, as shares of S
+    parent: Sprite | None = None  # sprite it is attached to, as a limb to a body
 
     def placement(self, time: float) -> np.ndarray:
         """Matrix (3, 3) from the picture's pixels to the scene's at ``time`` in frames."""
@@ -97,8 +62,7 @@ def draw_sprite(
     inverse = np.linalg.inv(matrix)
     x, y = positions(inverse, (bottom - top, right - left), (left, top))
     if sprite.bend:
-        phases = sprite.bend.phases[0](time), sprite.bend.phases[1](time)
-        ripple(x, y, (side, side), (sway, sway), phases, sprite.bend.waves)
+        sprite.bend.displace(x, y, (side, side), time)
     layer = interpolate(sprite.picture, x, y)
     inside = layer[..., 3] >= 128
     if blur is not None:
@@ -139,3 +103,62 @@ def _smear(picture: np.ndarray, x: np.ndarray, y: np.ndarray, motion: np.ndarray
     steps = np.rint(motion[:, None] * (np.arange(-2, 3) / 5 * 65536)).astype(np.int32)  # (2, 5)
     taps = np.stack([interpolate(picture, x + dx, y + dy) for dx, dy in steps.T])
     return (taps.sum(0, dtype=np.uint16) // 5).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a video shows at any time."""
+
+    sprites: Sequence[Sprite]  # from far to near
+    light: Wave  # log2 of the brightness
+    grain: np.ndarray | None
+    object_ids: Sequence[int]  # of labels 1, 2, ...
+
+    @abstractmethod
+    def compose(self, time: float) -> tuple[np.ndarray, np.ndarray]:
+        """Frame, uint8 (H, W, 3), and label map, uint8 (H, W), before light and grain."""
+
+
+class GeneratedVideo(Video):
+    """A video that is rendered from the scene of a ``seed``, identical on every machine.
+
+    The masks are the visible parts (disjoint); every object has one in every frame, all False while it is out of view.
+    Raises UserError if an argument is out of range; ``limits`` are further ones, {key: (value, lowest, highest)}.
+    """
+
+    def __init__(
+        self, name: str, seed: int, num_frames: int, size: tuple[int, int], **limits: tuple[int, int, int]
+    ) -> None:
+        limits |= {"seed": (seed, 0, 2**63 - 1), "num_frames": (num_frames, 1, 100_000)}
+        limits |= {"height": (size[0], 64, 2048), "width": (size[1], 64, 2048)}
+        for key, (value, low, high) in limits.items():
+            if not low <= value <= high:
+                raise UserError(f"{type(self).__name__}: {key} is {value}; give a whole number from {low} to {high}")
+        self.name = name
+        self.seed = int(seed)
+        self.frame_names = [f"{index:05d}" for index in range(num_frames)]
+        self.size = (int(size[0]), int(size[1]))
+
+    @abstractmethod
+    def scene(self) -> Scene:
+        """The scene, drawn once."""
+
+    def frame(self, index: int) -> np.ndarray:
+        return self._rendered(index)[0].copy()
+
+    def masks(self, index: int) -> Masks:
+        labels = self._rendered(index)[1]
+        return {object_id: labels == label for label, object_id in enumerate(self.scene().object_ids, start=1)}
+
+    def _rendered(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: frame {index} of {len(self)}")
+        return _render(self, index)
+
+
+@lru_cache(maxsize=2)
+def _render(video: GeneratedVideo, index: int) -> tuple[np.ndarray, np.ndarray]:
+    scene = video.scene()
+    frame, labels = scene.compose(index)
+    frame = brighten(frame, scene.light(index))
+    return (frame if scene.grain is None else add_grain(frame, scene.grain, index)), labels

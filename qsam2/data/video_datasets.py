@@ -1,0 +1,212 @@
+"""Annotated videos as they are published: the layout of DAVIS, YouTube-VOS, MOSE and LVOS, and that of SA-V."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qsam2.data.pictures import decode_rle, list_pictures, read_index_mask, read_json, split_ids, subfolders
+from qsam2.data.video import FrameFolder, Masks, Video, open_video
+from qsam2.errors import UserError
+
+ANNOTATE_EVERY = 4  # frames: SA-V's training videos have 24 per second, and 6 masks
+
+
+class DavisVideo(FrameFolder):
+    """``frames/00000.jpg`` and ``masks/00000.png`` of one sequence; `annotated_frames` lists those that have masks.
+
+    Raises UserError if there are no frames, no masks, or a mask without its frame.
+    """
+
+    def __init__(self, frames: Path, masks: Path) -> None:
+        super().__init__(frames)
+        self._masks = {path.stem: path for path in list_pictures(masks, (".png",))}
+        if not self._masks:
+            raise UserError(f"{masks}: holds no masks (.png), but its frames are in {frames}")
+        stray = sorted(self._masks.keys() - set(self.frame_names))
+        if stray:
+            raise UserError(f"{self._masks[stray[0]]}: is a mask without its frame in {frames}; add the frame")
+        self.annotated_frames = [i for i, stem in enumerate(self.frame_names) if stem in self._masks]
+        _ = self.size  # read now: a first frame that is damaged is an error at opening
+
+    def masks(self, index: int) -> Masks | None:
+        path = self._masks.get(self.frame_names[index])
+        return None if path is None else split_ids(read_index_mask(path, self.size))
+
+
+def davis_videos(root: Path, split: str) -> list[DavisVideo]:
+    """The videos of a split, in the order of its list.
+
+    ``ROOT/JPEGImages[/480p]/SEQ``, ``ROOT/Annotations[/480p]/SEQ`` with ``ROOT/ImageSets[/2017|/2016]/SPLIT.txt``
+    (DAVIS; ``2016/val`` names a year, ``all`` takes every sequence), or ``ROOT/SPLIT/JPEGImages/SEQ`` (YouTube-VOS,
+    MOSE, LVOS), all of whose sequences are taken. Raises UserError naming the file or folder that is missing or wrong.
+    """
+    if (root / split / "JPEGImages").is_dir():
+        root, names = root / split, None
+    elif (root / "JPEGImages").is_dir():
+        names = None if split == "all" else _split_names(root, split)
+    else:
+        raise UserError(f"{root}: has neither JPEGImages/ nor {split}/JPEGImages/; give the folder that holds one")
+    frames, masks = (
+        folder / "480p" if (folder / "480p").is_dir() else folder
+        for folder in (root / "JPEGImages", root / "Annotations")
+    )
+    present = subfolders(frames)
+    if names is None:
+        names = present
+    if not names:
+        raise UserError(f"{frames}: holds no sequences; each is a folder of frames")
+    unknown = sorted(set(names) - set(present))
+    if unknown:
+        raise UserError(f"{frames}: lacks the sequence {unknown[0]!r}, listed in the split {split!r}; add or unlist it")
+    return [DavisVideo(frames / name, masks / name) for name in names]
+
+
+def _split_names(root: Path, split: str) -> list[str]:
+    """Sequence names of a split, each once: a line is a name, or (DAVIS-2016) the paths of a frame and its mask."""
+    sets = root / "ImageSets"
+    candidates = [sets / f"{prefix}{split}.txt" for prefix in ("", "2017/", "2016/", "480p/")]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        known = sorted(p.relative_to(sets).with_suffix("").as_posix() for p in sets.rglob("*.txt"))
+        raise UserError(f"{sets}: has no {split}.txt; the splits are {', '.join([*known, 'all'])}")
+    lines = [line.split()[0] for line in _lines(path, "sequences")]
+    return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))
+
+
+def _lines(path: Path, what: str) -> list[str]:
+    """The lines of a split's list that are not blank."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: lists no {what}; write one name per line")
+    return lines
+
+
+class SavVideo(Video):
+    """Frames from a folder or an mp4, opened on first access; the masks are read by a subclass."""
+
+    annotated_frames: list[int]  # those that have masks, in order
+
+    def __init__(self, name: str, frames: Path) -> None:
+        self.name, self._frames_at = name, frames
+
+    @cached_property
+    def _frames(self) -> Video:
+        return open_video(self._frames_at)
+
+    @property
+    def frame_names(self) -> list[str]:  # type: ignore[override]
+        return self._frames.frame_names
+
+    @property
+    def size(self) -> tuple[int, int]:  # type: ignore[override]
+        return self._frames.size
+
+    def frame(self, index: int) -> np.ndarray:
+        return self._frames.frame(index)
+
+
+class JsonSavVideo(SavVideo):
+    """Masklets in SA-V's JSON: per fourth frame one RLE per object; masklet k is object k + 1."""
+
+    def __init__(self, name: str, frames: Path, masklets: Path) -> None:
+        super().__init__(name, frames)
+        self._path = masklets
+
+    @cached_property
+    def annotated_frames(self) -> list[int]:  # type: ignore[override]
+        numbers = [int(name) for name in self.frame_names]
+        if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+            raise UserError(f"{self._path}: the frames of its video are not numbered without gaps; add those that lack")
+        last = (len(_read_masklets(self._path)) - 1) * ANNOTATE_EVERY
+        if last >= len(numbers):
+            raise UserError(
+                f"{self._path}: has masks up to frame {last}, but its video has only {len(numbers)} frames; "
+                "use the video that belongs to it, at 24 frames per second"
+            )
+        return list(range(0, last + 1, ANNOTATE_EVERY))
+
+    def masks(self, index: int) -> Masks | None:
+        if index not in self.annotated_frames:
+            return None
+        regions = enumerate(_read_masklets(self._path)[index // ANNOTATE_EVERY], 1)
+        return {k: decode_rle(region, self.size, self._path) for k, region in regions if region is not None}
+
+
+class FolderSavVideo(SavVideo):
+    """Masklets as ``OBJECT/FRAME.png`` (val and test of SA-V): folder ``000`` is object 1."""
+
+    def __init__(self, name: str, frames: Path, folder: Path) -> None:
+        super().__init__(name, frames)
+        names = subfolders(folder)
+        if not names:
+            raise UserError(f"{folder}: holds no object folders (000, 001, ...) of masks")
+        if others := [name for name in names if not name.isdigit()]:
+            raise UserError(f"{folder / others[0]}: is not an object's folder; they are numbers such as 000")
+        self._masks = {int(name) + 1: {path.stem: path for path in list_pictures(folder / name)} for name in names}
+
+    @cached_property
+    def annotated_frames(self) -> list[int]:  # type: ignore[override]
+        index = {name: i for i, name in enumerate(self.frame_names)}
+        stray = [path for files in self._masks.values() for stem, path in files.items() if stem not in index]
+        if stray:
+            raise UserError(f"{stray[0]}: is a mask without its frame; add the frame {stray[0].stem}")
+        return sorted({index[stem] for files in self._masks.values() for stem in files})
+
+    def masks(self, index: int) -> Masks | None:
+        if index not in self.annotated_frames:
+            return None
+        name = self.frame_names[index]
+        present = {k: files[name] for k, files in self._masks.items() if name in files}
+        return {k: read_index_mask(path, self.size) > 0 for k, path in present.items()}
+
+
+def sav_videos(root: Path, split: str) -> Sequence[SavVideo]:
+    """The videos of a split of SA-V.
+
+    ``val``, ``test``: ``ROOT[/sav_SPLIT]`` with ``[sav_]SPLIT.txt``, ``JPEGImages_24fps/VIDEO/00000.jpg`` and
+    ``Annotations_6fps/VIDEO/000/00000.png``. ``train`` or ``manual``, and ``auto``: every ``VIDEO_manual.json`` (or
+    ``_auto``) below ROOT, with ``VIDEO.mp4`` beside it or ``ROOT/JPEGImages_24fps/VIDEO``. Raises UserError naming the
+    file or folder that is missing or wrong.
+    """
+    if split in ("train", "manual", "auto"):
+        return _with_json(root, "auto" if split == "auto" else "manual")
+    folder = root / f"sav_{split}" if (root / f"sav_{split}").is_dir() else root
+    lists = [folder / f"{split}.txt", folder / f"sav_{split}.txt"]
+    path = next((path for path in lists if path.is_file()), None)
+    if path is None:
+        raise UserError(f"{root}: has no {split}.txt or sav_{split}.txt; the splits are train, auto, val and test")
+    names = _lines(path, "videos")
+    frames, masks = folder / "JPEGImages_24fps", folder / "Annotations_6fps"
+    for place in (folder / name for name in names for folder in (frames, masks)):
+        if not place.is_dir():
+            raise UserError(f"{place}: is missing, but {path} lists {place.name}; add it or take it from the list")
+    return [FolderSavVideo(name, frames / name, masks / name) for name in names]
+
+
+def _with_json(root: Path, kind: str) -> list[JsonSavVideo]:
+    files = sorted(root.rglob(f"*_{kind}.json"))
+    if not files:
+        raise UserError(f"{root}: has no VIDEO_{kind}.json in it; give the folder of SA-V's training videos")
+    videos = []
+    for path in files:
+        name = path.name.removesuffix(f"_{kind}.json")
+        places = [path.with_name(f"{name}.mp4"), root / "JPEGImages_24fps" / name]
+        frames = next((place for place in places if place.exists()), None)
+        if frames is None:
+            raise UserError(f"{path}: has no frames: neither {places[0]} nor {places[1]} exists; add one of them")
+        videos.append(JsonSavVideo(name, frames, path))
+    return videos
+
+
+@lru_cache(maxsize=8)  # a file is some MB of text, and a clip reads several of its frames
+def _read_masklets(path: Path) -> list[list[dict[str, Any] | None]]:
+    data = read_json(path)
+    masklets = data.get("masklet") if isinstance(data, dict) else None
+    if not isinstance(masklets, list) or not masklets or not all(isinstance(regions, list) for regions in masklets):
+        raise UserError(f"{path}: has no list 'masklet' of one list of masks per frame; it is not SA-V's annotation")
+    return masklets
