@@ -45,12 +45,12 @@ def add_evaluate(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from qsam2.report.summary import score_line
+    from qsam2.evaluation.scoring import headline
 
     if options.json:
         make_room(options.json)
     block = _score_masks(options) if options.pred or options.gt else _score_model(options)
-    print(score_line(block))
+    print(f"{block['model']}: {headline(block)}")
     if options.json:
         from qsam2.output import write_text
 

@@ -44,7 +44,7 @@ def _quantize(options: argparse.Namespace) -> None:
     quiet_logs()
     from qsam2.api import quantize
     from qsam2.recipe import save_recipe
-    from qsam2.report.summary import results_table
+    from qsam2.report.page import results_table
     from qsam2.run_folder import is_first_rank
 
     result = quantize(

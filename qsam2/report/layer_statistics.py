@@ -118,22 +118,14 @@ def _figures(role: str, meters: Sequence[_Meter]) -> dict[str, Any]:
 
 
 def _histograms(name: str, before: _Meter, after: _Meter) -> dict[str, Any]:
-    shares = [
-        [round(float(share), 6) for share in meter.counts / meter.counts.sum().clamp(min=1)]
-        for meter in (before, after)
-    ]
-    quantizer = after.quantizer
-    return {
-        "layer": name,
-        "bits": quantizer.bits,
-        "levels": [quantizer.qmin, quantizer.qmax],
-        "reach": list(after.reach),
-        "before": shares[0],
-        "after": shares[1],
+    shares = {
+        key: [round(float(share), 6) for share in meter.counts / meter.counts.sum().clamp(min=1)]
+        for key, meter in (("before", before), ("after", after))
     }
+    q = after.quantizer
+    return {"layer": name, "bits": q.bits, "levels": [q.qmin, q.qmax], "reach": list(after.reach), **shares}
 
 
 def _noisiest(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     """Names of the measured layers, lowest signal-to-noise ratio first."""
-    measured = [row for row in rows if row.get(key) is not None]
-    return [row["name"] for row in sorted(measured, key=lambda row: row[key])]
+    return [row["name"] for row in sorted((row for row in rows if row.get(key) is not None), key=lambda row: row[key])]

@@ -1,10 +1,8 @@
-"""Masks drawn over frames: one frame, a contact sheet of a tracked video, a film.
-
-An object has the same colour everywhere. `TrackedVideo` holds a video with the masks that several models tracked.
-"""
+"""Masks drawn over frames, an object in one colour everywhere: a frame, a contact sheet of a tracked video, a film."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,15 +25,13 @@ COLUMN_PX, MARGIN_PX, LABEL_PX = 240, 4, 20
 
 def overlay(frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
     """A frame (H, W, 3) uint8 with masks, each bool (H, W), tinted and outlined."""
+    coloured = list(zip(masks, itertools.cycle(COLOURS), strict=False))
     drawn = frame.astype(np.float32)
-    outlines = []
-    for index, mask in enumerate(masks):
-        colour = COLOURS[index % len(COLOURS)]
+    for mask, colour in coloured:
         drawn[mask] = (1 - OPACITY) * drawn[mask] + OPACITY * np.array(colour, dtype=np.float32)
-        contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        outlines.append((contours, colour))
     picture = np.ascontiguousarray(drawn.round().astype(np.uint8))
-    for contours, colour in outlines:
+    for mask, colour in coloured:
+        contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(picture, contours, -1, colour, 1)
     return picture
 
@@ -73,10 +69,8 @@ class TrackedVideo:
     def annotation(self, index: int) -> dict[int, np.ndarray] | None:
         """The video's own masks of the tracked objects, true ones or prompts; None if the frame has none."""
         masks = self.video.masks(index)
-        if masks is None:
-            return None
         empty = np.zeros(self.video.size, bool)
-        return {item: masks.get(item, empty) for item in self.object_ids}
+        return None if masks is None else {item: masks.get(item, empty) for item in self.object_ids}
 
     def at(self, model: str, index: int) -> dict[int, np.ndarray]:
         """A model's masks of a frame."""
@@ -84,31 +78,28 @@ class TrackedVideo:
 
 
 def contact_sheet(
-    video: Video, predictions: Mapping[str, Predictions], *, length: int, columns: int = 4
+    video: Video, predictions: Mapping[str, Predictions], *, frames: int | None = None, columns: int = 4
 ) -> Image.Image:
-    """Frames spread over a video's first `length`, one row per model in `predictions` below one of true masks."""
-    clip = TrackedVideo.of(video, predictions, length)
+    """Frames spread over a video's first `frames`, one row per model in `predictions` below one of true masks."""
+    clip = TrackedVideo.of(video, predictions, frames)
     assert clip is not None, f"{video.name} was not tracked"
     first = "truth" if has_masks([video]) else "prompts"
-    chosen = [int(index) for index in np.linspace(0, length - 1, min(columns, length)).round()]
+    chosen = [int(index) for index in np.linspace(0, clip.length - 1, min(columns, clip.length)).round()]
     height = LABEL_PX + round(COLUMN_PX * video.size[0] / video.size[1])
     right, down = COLUMN_PX + MARGIN_PX, height + MARGIN_PX
     names = [first, *predictions]
+    font = ImageFont.load_default(LABEL_PX - 5)
     sheet = Image.new("RGB", (len(chosen) * right - MARGIN_PX, len(names) * down - MARGIN_PX), "white")
     for row, name in enumerate(names):
         for column, index in enumerate(chosen):
             masks = clip.at(name, index) if row else clip.annotation(index) or {}
             label = [video.name] * (row == column == 0) + [name] * (column == 0) + [f"frame {index}"]
-            cell = _cell(overlay(video.frame(index), list(masks.values())), ", ".join(label), height)
+            cell = Image.new("RGB", (COLUMN_PX, height), "white")  # clips a long label
+            ImageDraw.Draw(cell).text((0, 0), ", ".join(label), fill="black", font=font)
+            picture = Image.fromarray(overlay(video.frame(index), list(masks.values())))
+            cell.paste(picture.resize((COLUMN_PX, height - LABEL_PX)), (0, LABEL_PX))
             sheet.paste(cell, (column * right, row * down))
     return sheet
-
-
-def _cell(picture: np.ndarray, label: str, height: int) -> Image.Image:
-    cell = Image.new("RGB", (COLUMN_PX, height), "white")
-    ImageDraw.Draw(cell).text((0, 0), label, fill="black", font=ImageFont.load_default(LABEL_PX - 5))
-    cell.paste(Image.fromarray(picture).resize((COLUMN_PX, height - LABEL_PX)), (0, LABEL_PX))
-    return cell
 
 
 def write_video(

@@ -7,6 +7,7 @@ which the quantized model agrees least with the float model become pictures of t
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from qsam2.data.video import Predictions, Video
 from qsam2.evaluation.metrics.jf import region_similarity
+from qsam2.output import write_bytes, write_text
 from qsam2.report.overlays import TrackedVideo, overlay, write_video
-from qsam2.report.read import CLIPS, save_json, save_media
+from qsam2.report.read import CLIPS, FOLDER
 
 SHOWN = 3
 """Number of films."""
@@ -56,8 +58,9 @@ def save_clips(run: Path, videos: Sequence[Video], tracked: Mapping[str, Predict
         clip = TrackedVideo.of(by_name[row["video"]], tracked, frames)
         assert clip is not None
         row["picture"] = f"worst_{row['video']}_{row['frame']}.jpg"
-        save_media(run, row["picture"], _jpeg(panels(clip, row["frame"])))
-    save_json(run, CLIPS, {"models": list(tracked), "clips": shown, "worst": worst})
+        write_bytes(run / FOLDER / row["picture"], _jpeg(panels(clip, row["frame"])))
+    clips = {"models": list(tracked), "clips": shown, "worst": worst}
+    write_text(run / FOLDER / CLIPS, json.dumps(clips))
 
 
 def frame_scores(clip: TrackedVideo) -> list[dict[str, Any]]:
@@ -68,16 +71,10 @@ def frame_scores(clip: TrackedVideo) -> list[dict[str, Any]]:
     rows = []
     for index in range(1, clip.length):
         truth, reference = clip.truth(index), clip.at("float", index)
-        rows.append(
-            {
-                "video": clip.video.name,
-                "frame": index,
-                "J": {model: _mean_j(clip.at(model, index), truth) for model in clip.masks} if truth else None,
-                "to_float": {
-                    model: _mean_j(clip.at(model, index), reference) for model in clip.masks if model != "float"
-                },
-            }
-        )
+        masks = {model: clip.at(model, index) for model in clip.masks}
+        j = {model: _mean_j(found, truth) for model, found in masks.items()} if truth else None
+        to_float = {model: _mean_j(found, reference) for model, found in masks.items() if model != "float"}
+        rows.append({"video": clip.video.name, "frame": index, "J": j, "to_float": to_float})
     return rows
 
 
@@ -147,16 +144,10 @@ def _keep_clip(run: Path, name: str, clip: TrackedVideo) -> dict[str, Any]:
     film = io.BytesIO()
     frames = (panels(clip, index) for index in range(count))
     write_video(film, frames, frames_per_second=FRAMES_PER_SECOND, **FILM)
-    save_media(run, f"{name}.mp4", film.getvalue())
-    save_media(run, f"{name}.jpg", _jpeg(panels(clip, count // 2)))
-    return {
-        "video": clip.video.name,
-        "file": name,
-        "frames": count,
-        "of": clip.length,
-        "frames_per_second": FRAMES_PER_SECOND,
-        "objects": len(clip.object_ids),
-    }
+    write_bytes(run / FOLDER / f"{name}.mp4", film.getvalue())
+    write_bytes(run / FOLDER / f"{name}.jpg", _jpeg(panels(clip, count // 2)))
+    row = {"video": clip.video.name, "file": name, "frames": count, "of": clip.length}
+    return {**row, "frames_per_second": FRAMES_PER_SECOND, "objects": len(clip.object_ids)}
 
 
 def _mean_j(masks: Mapping[int, np.ndarray], reference: Mapping[int, np.ndarray]) -> float:

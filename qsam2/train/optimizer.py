@@ -9,7 +9,6 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import nn
 
 from qsam2.models import SAM2
@@ -73,8 +72,3 @@ def cosine_share(step: int, *, max_steps: int, end: float, warmup_steps: int = 0
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return end + (1 - end) * (1 + math.cos(math.pi * min(step / max_steps, 1.0))) / 2
-
-
-def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(groups)  # not fused: Lightning cannot clip its gradients in mixed precision

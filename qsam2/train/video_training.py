@@ -10,6 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -27,9 +28,8 @@ from qsam2.models import SAM2
 from qsam2.quantizers.kernels import choose_kernels
 from qsam2.recipe.recipe import TrainRecipe
 from qsam2.run import Run
-from qsam2.train.imagenet import ImageNetDistillation
-from qsam2.train.losses import embedding_distillation, mask_distillation, segmentation_loss
-from qsam2.train.optimizer import adamw, cosine_share, parameter_groups
+from qsam2.train.losses import ImageNetDistillation, embedding_distillation, mask_distillation, segmentation_loss
+from qsam2.train.optimizer import cosine_share, parameter_groups
 from qsam2.train.prompts import record_clicks, set_dropout, set_prompts
 from qsam2.train.trainer import LAST, build_trainer, training_options
 
@@ -47,11 +47,6 @@ def attention_backend(device: torch.device, image_size: int) -> AbstractContextM
     """
     small = device.type == "cpu" and image_size <= PLAIN_ATTENTION_PX
     return sdpa_kernel([SDPBackend.MATH]) if small else nullcontext()
-
-
-def multiplies_bf16() -> bool:
-    """True if oneDNN multiplies bfloat16 matrices natively on this processor."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class VideoTraining(L.LightningModule):
@@ -97,7 +92,8 @@ class VideoTraining(L.LightningModule):
         self.train()  # models come in eval mode, which Lightning keeps
         for teacher in self._teacher:
             teacher.to(self.device).train().requires_grad_(False)
-        if self.device.type == "cpu" and str(self.trainer.precision).startswith("bf16") and not multiplies_bf16():
+        is_slow = self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # natively, by oneDNN
+        if is_slow and str(self.trainer.precision).startswith("bf16"):
             log.warning(
                 "this processor multiplies no bfloat16 numbers: trainer.precision=32-true is several times faster here"
             )
@@ -148,25 +144,20 @@ class VideoTraining(L.LightningModule):
         if recipe.distill.imagenet:
             heads = list(self.imagenet.parameters())
             groups.append({"params": heads, "lr": recipe.lr, "weight_decay": 0.0, "role": "imagenet heads"})
-        optimizer = adamw(groups)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: cosine_share(
-                step, max_steps=self.max_steps, end=recipe.lr_end, warmup_steps=recipe.warmup_steps
-            ),
-        )
+        optimizer = torch.optim.AdamW(groups)  # not fused: Lightning cannot clip its gradients in mixed precision
+        share = partial(cosine_share, max_steps=self.max_steps, end=recipe.lr_end, warmup_steps=recipe.warmup_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # norms before clipping, by role: shared clipping could starve one of them
         if self.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        gradients: dict[str, list[Tensor]] = defaultdict(list)
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    squares[group["role"]] = squares[group["role"]] + parameter.grad.float().square().sum()
-        self.log_dict({f"gradient_norm/{role}": square.sqrt() for role, square in squares.items()})
+            gradients[group["role"]] += [p.grad.float() for p in group["params"] if p.grad is not None]
+        norms = {role: torch.nn.utils.get_total_norm(parts) for role, parts in gradients.items() if parts}
+        self.log_dict({f"gradient_norm/{role}": norm for role, norm in norms.items()})
         self.log("lr", optimizer.param_groups[-1]["lr"])
 
 

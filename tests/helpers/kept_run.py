@@ -11,7 +11,7 @@ import numpy as np
 from qsam2.data.video import Video
 from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
 from qsam2.recipe import build_recipe, save_recipe
-from qsam2.report.read import LAYERS, MEMORY, SavedRun, read_run, save_json
+from qsam2.report.read import FOLDER, LAYERS, MEMORY, SavedRun, read_run
 from qsam2.report.tracked_clips import save_clips
 
 W2 = {"quantize": {"weights": {"method": "lsc", "bits": 2}}}
@@ -118,6 +118,11 @@ def tracked(video: Video, *models: str) -> dict[str, dict[tuple[str, int], np.nd
     }
 
 
+def save(run: Path, name: str, values: dict[str, Any]) -> None:
+    (run / FOLDER).mkdir(exist_ok=True)
+    (run / FOLDER / name).write_text(json.dumps(values))
+
+
 def write_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] | None = METRICS) -> Path:
     """A run folder with all that a run keeps; of a recipe that quantizes also its layers."""
     recipe = build_recipe({"name": path.name, "output": str(path), **values})
@@ -134,9 +139,9 @@ def write_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] 
     models = ("float",)
     if recipe.quantize is not None:
         models += ("ptq", "quantized")
-        save_json(path, LAYERS, layers())
+        save(path, LAYERS, layers())
     if recipe.memory.sharing != "none":
-        save_json(path, MEMORY, memory())
+        save(path, MEMORY, memory())
     video = Squares()
     save_clips(path, [video], tracked(video, *models), None)
     return path

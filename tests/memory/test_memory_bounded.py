@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qsam2.benchmark.remembered_frames import state_bytes
 from qsam2.errors import UserError
-from qsam2.memory.bounded import Spans
+from qsam2.memory.bank import Spans
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
 from qsam2.recipe.memory import MemoryRecipe

@@ -171,7 +171,7 @@ def keys(model: SAM2, **memory: Any) -> int:
     state = model.init_state(video(9), video_size=(SIZE_PX, SIZE_PX))
     model.add_new_mask(state, 0, 1, box(4))
     list(model.propagate_in_video(state))
-    return model.memory_reader.reading.keys  # type: ignore[union-attr]
+    return model.memory_reader.keys  # type: ignore[union-attr]
 
 
 def test_keys_are_those_of_the_budget(model: SAM2) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qsam2.errors import UserError
-from qsam2.report.curves import draw_clips, draw_loss, read_curves
+from qsam2.report.draw import draw_clips, draw_loss
+from qsam2.report.read import read_curves
 
 
 def write(folder: Path, version: int, text: str) -> None:

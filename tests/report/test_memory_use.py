@@ -9,8 +9,8 @@ from kept_run import Squares
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.memory import MemoryRecipe
-from qsam2.recipe.recipe import EvaluateRecipe
-from qsam2.report.memory_use import draw_memory, memory_use
+from qsam2.report.draw import draw_memory
+from qsam2.report.stage import memory_use
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def model() -> SAM2:
 
 def watched(model: SAM2, sharing: str, frames: int = 6) -> dict[int, dict]:
     use_memory(model, MemoryRecipe.model_validate({"sharing": sharing, "frames": 3}))
-    used = memory_use(model, Squares(), EvaluateRecipe(frames=frames))
+    used = memory_use(model, Squares(), frames)
     assert used["video"] == "squares" and model.memory_reader.watch is None
     assert "frames of keys were read" in draw_memory(used)
     return {row["frame"]: row for row in used["frames"]}

@@ -90,7 +90,7 @@ def test_a_sheet_has_a_row_for_the_truth_and_for_each_model() -> None:
         name: {key: packed(frames) for key, frames in tracked.items()} | {("other", 9): packed([nothing])}
         for name, tracked in models.items()
     }
-    sheet = contact_sheet(video, predictions, length=length)
+    sheet = contact_sheet(video, predictions, frames=length)
     height = LABEL_PX + COLUMN_PX * SIZE[0] // SIZE[1]
     assert sheet.size == (4 * (COLUMN_PX + MARGIN_PX) - MARGIN_PX, 4 * (height + MARGIN_PX) - MARGIN_PX)
     for column, index in enumerate((0, 2, 4, 6)):
@@ -104,7 +104,7 @@ def test_a_sheet_has_a_row_for_the_truth_and_for_each_model() -> None:
 def test_frames_without_annotation_and_short_videos() -> None:
     for length in (1, 2):
         tracked = {("squares", 1): packed([box(10, 10)] * length)}
-        sheet = contact_sheet(Squares(7), {"float": tracked}, length=length)
+        sheet = contact_sheet(Squares(7), {"float": tracked}, frames=length)
         assert sheet.width == length * (COLUMN_PX + MARGIN_PX) - MARGIN_PX
     assert not tinted(cell(sheet, 0, 1)).any() and tinted(cell(sheet, 1, 1)).any()  # frame 1 has no true masks
 
@@ -112,7 +112,7 @@ def test_frames_without_annotation_and_short_videos() -> None:
 def test_labels_are_written_and_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Squares, "name", "squares" * 20)
     tracked = {(Squares.name, 1): packed([box(10, 10)] * 3)}
-    sheet = np.array(contact_sheet(Squares(3), {"float": tracked}, length=3, columns=2).convert("L"))
+    sheet = np.array(contact_sheet(Squares(3), {"float": tracked}, frames=3, columns=2).convert("L"))
     labels = sheet[: LABEL_PX - 1]
     assert labels[:, :COLUMN_PX].min() < 100
     assert labels[:, COLUMN_PX : COLUMN_PX + MARGIN_PX].min() == 255  # a long name ends with its cell

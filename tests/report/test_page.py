@@ -18,9 +18,9 @@ from kept_run import METRICS, QAT, W2, kept_run, metrics_of, write_run
 from PIL import Image
 
 from qsam2.errors import UserError
-from qsam2.report.page import render, score_rows, write_report
+from qsam2.evaluation.scoring import headline
+from qsam2.report.page import render, results_table, score_rows, write_report
 from qsam2.report.read import read_run
-from qsam2.report.summary import results_table, score_line
 
 FLOAT_METRICS = {key: METRICS[key] for key in ("float", "bytes")} | {"seconds": {"train": 12.34, "score float": 1.0}}
 VOID = {"meta", "link", "img", "source", "br", "input", "hr"}
@@ -387,10 +387,10 @@ def test_table_compares_training_with_calibration() -> None:
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ({"J&F": 50.0, "J": 49.96, "F": 51.0, "fidelity": None}, "m: J&F 50.0, J 50.0, F 51.0"),
-        ({"J&F": 0.0, "J": 0.0, "F": 0.0, "fidelity": 0.0}, "m: J&F 0.0, J 0.0, F 0.0, fidelity 0.0"),
-        ({"point_mIoU": 10.0, "box_mIoU": 20.0, "fidelity": None}, "m: point_mIoU 10.0, box_mIoU 20.0"),
+        ({"J&F": 50.0, "J": 49.96, "F": 51.0, "fidelity": None}, "J&F 50.0, J 50.0, F 51.0"),
+        ({"J&F": 0.0, "J": 0.0, "F": 0.0, "fidelity": 0.0}, "J&F 0.0, J 0.0, F 0.0, fidelity 0.0"),
+        ({"point_mIoU": 10.0, "box_mIoU": 20.0, "fidelity": None}, "point_mIoU 10.0, box_mIoU 20.0"),
     ],
 )
 def test_line_on_the_terminal(more: dict[str, Any], line: str) -> None:
-    assert score_line({"model": "m", **more}) == line
+    assert headline(more) == line

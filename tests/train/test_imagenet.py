@@ -14,7 +14,7 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
 from qsam2.recipe.recipe import TrainRecipe
-from qsam2.train.imagenet import BLOCKS, ImageNetDistillation
+from qsam2.train.losses import BLOCKS, ImageNetDistillation
 from qsam2.train.trainer import build_trainer
 from qsam2.train.video_training import VideoTraining
 

@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
-import qsam2.train.video_training
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
@@ -107,7 +106,7 @@ def test_a_processor_without_bf16_products_is_warned_of(
     able: bool,
     warned: int,
 ) -> None:
-    monkeypatch.setattr(qsam2.train.video_training, "multiplies_bf16", lambda: able)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
     module = VideoTraining(model, TrainRecipe(), max_steps=1)
     fit(module, [batch], tmp_path, precision=precision)
     assert sum("trainer.precision=32-true is several times faster" in message for message in caplog.messages) == warned
