@@ -28,8 +28,7 @@ from qsam2.recipe.quantizer_specs import LSCSpec
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
 from qsam2.train.losses import segmentation_loss
 from qsam2.train.optimizer import parameter_groups
-from qsam2.train.prompts import prompted_forward, set_dropout, set_prompts
-from qsam2.train.video_training import attention_backend
+from qsam2.train.video_training import attention_backend, prompted_forward, set_dropout, set_prompts
 
 RECIPE = TrainRecipe(prompts=PromptRecipe(point=1.0, box=0.0, conditioning_frames=1, correction_frames=1))
 CLICKS = 1 + RECIPE.prompts.correction_clicks

@@ -49,13 +49,9 @@ class Bank:
     remembered: Remembered
 
 
-def gather(
-    model: SAM2, output_dict: dict[str, Any], *, frame_idx: int, num_frames: int, reverse: bool, device: torch.device
-) -> Bank:
+def gather(model: SAM2, output_dict: dict[str, Any], *, frame_idx: int, num_frames: int, reverse: bool) -> Bank:
     """The bank of a frame. Keys and values of frames that are not in it are forgotten."""
     prompted = output_dict["cond_frame_outputs"]
-    if not prompted:
-        raise ValueError(f"frame {frame_idx} is tracked before any frame was prompted")
     near, far = select_closest_cond_frames(frame_idx, prompted, model.max_cond_frames_in_attn)
     others = {**far, **output_dict["non_cond_frame_outputs"]}
     remembered: Remembered = output_dict.setdefault(REMEMBERED, Remembered())
@@ -81,24 +77,18 @@ def gather(
     recent = [recall(time, slot, others[time]) for slot, time in times if time in others]
     pointers, positions = None, None
     if model.use_obj_ptrs_in_encoder:
-        pointers, positions = _pointers(model, near, others, frame_idx, num_frames, sign, device)
+        pointers, positions = _pointers(model, near, others, frame_idx, num_frames, sign)
     return Bank(conditioning, recent, pointers, positions, frozenset(prompted), remembered)
 
 
 def _pointers(
-    model: SAM2,
-    conditioning: Mapping[int, Any],
-    others: Mapping[int, Any],
-    frame_idx: int,
-    num_frames: int,
-    sign: int,
-    device: torch.device,
+    model: SAM2, near: Mapping[int, Any], others: Mapping[int, Any], frame_idx: int, num_frames: int, sign: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Object pointers as memory tokens and their temporal positions, each (B, tokens, C); None without any."""
     limit = min(num_frames, model.max_obj_ptrs_in_encoder)
     only_past = not model.training and model.only_obj_ptrs_in_the_past_for_eval
     found = []
-    for time, output in conditioning.items():
+    for time, output in near.items():
         distance = (frame_idx - time) * sign
         if distance >= 0 or not only_past:
             found.append((distance if model.use_signed_tpos_enc_to_obj_ptrs else abs(distance), output["obj_ptr"]))
@@ -115,7 +105,7 @@ def _pointers(
     if not model.add_tpos_enc_to_obj_ptrs:
         return pointers, torch.zeros_like(pointers)
     dim = hidden if model.proj_tpos_enc_in_obj_ptrs else model.mem_dim
-    positions = get_1d_sine_pe(torch.tensor(distances, device=device) / (limit - 1), dim=dim)
+    positions = get_1d_sine_pe(torch.tensor(distances, device=pointers.device) / (limit - 1), dim=dim)
     positions = model.obj_ptr_tpos_proj(positions).repeat_interleave(pointers.shape[1] // count, dim=0)
     return pointers, positions.expand(batch, -1, -1)
 

@@ -22,7 +22,7 @@ from qsam2.layers.attention import (
     rotate,
     split_heads,
 )
-from qsam2.memory.bank import Bank, BoundedState, Remembered, gather
+from qsam2.memory.bank import Bank, BoundedState, gather
 from qsam2.memory.cache import FrameMemory, TemporalKeys, mixed
 from qsam2.memory.sharing import KeySet, key_sets
 from qsam2.recipe.memory import MemoryRecipe
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 def use_memory(model: SAM2, recipe: MemoryRecipe) -> None:
     """Let a model, float or quantized, training or tracking, keep and read its memory as the recipe says.
 
-    Raises:
-        UserError: the recipe reads memory in another way, but the model has none.
+    Raises UserError if the recipe reads memory in another way, but the model has none.
     """
     if model.num_maskmem == 0 and recipe != MemoryRecipe():
         raise UserError("memory.*: this model has a memory of length 0 (num_maskmem=0): leave these keys out")
@@ -71,9 +70,7 @@ class MemoryReader:
         reverse: bool,
     ) -> Tensor:
         """A frame's features and positions (tokens, B, C) to features that know the memory, (tokens, B, C)."""
-        bank = gather(
-            model, output_dict, frame_idx=frame_idx, num_frames=num_frames, reverse=reverse, device=features.device
-        )
+        bank = gather(model, output_dict, frame_idx=frame_idx, num_frames=num_frames, reverse=reverse)
         sets = key_sets(bank, self.recipe)
         if self.watch is not None:
             self.watch(frame_idx, bank, sets)
@@ -106,7 +103,7 @@ class MemoryReader:
         q = quantize_part(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
         keys, values, stands = [], [], []
         for each in sets:
-            k = self._keys(layer, attention, each, slots, table, bank.remembered)
+            k = self._keys(layer, attention, each, slots, table, bank)
             v = self._values(layer, attention, each, table)
             if each.share is not None:
                 k, v = _most_attended(layer, each.frames[0], each.share, q, k, v)
@@ -129,13 +126,7 @@ class MemoryReader:
         return attention.out_proj(join_heads(out))
 
     def _keys(
-        self,
-        layer: int,
-        attention: RoPEAttention,
-        each: KeySet,
-        slots: Tensor,
-        table: RotaryTable,
-        remembered: Remembered,
+        self, layer: int, attention: RoPEAttention, each: KeySet, slots: Tensor, table: RotaryTable, bank: Bank
     ) -> Tensor:
         """(B, heads, tokens, C / heads), temporal positions included."""
         if not self.recipe.cache:  # as sam2: the temporal position is added before the projection
@@ -144,7 +135,7 @@ class MemoryReader:
             temporal = mixed(slots.flatten(1), each.positions).unsqueeze(1)
             k = split_heads(attention.k_proj(features + position + temporal), attention.num_heads)
             return quantize_part(rotate(k, *table), attention, "k")
-        temporal = self.temporal_keys(layer, attention, slots, table, remembered.temporal_keys)
+        temporal = self.temporal_keys(layer, attention, slots, table, bank.remembered.temporal_keys)
         keys = _weighted([frame.keys(layer, attention, table) for frame in each.frames], each.weights)
         return keys + mixed(temporal, each.positions)
 

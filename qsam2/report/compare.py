@@ -8,9 +8,8 @@ from typing import Any
 from markupsafe import Markup
 
 from qsam2.errors import UserError
-from qsam2.output import version
 from qsam2.report.draw import Point, draw_loss, draw_pareto
-from qsam2.report.page import bits, environment, score_rows
+from qsam2.report.page import fill, score_rows
 from qsam2.report.read import SavedRun
 from qsam2.run_folder import flat
 
@@ -19,24 +18,19 @@ APART = ("name", "output")
 
 
 def render_comparison(runs: Sequence[SavedRun]) -> str:
-    """The page as HTML.
-
-    Raises:
-        UserError: a run is given twice, or none has scores.
-    """
+    """The page as HTML; UserError if a run is given twice, or none has scores."""
     names = unique_names(runs)
-    scored = {name: run for name, run in names.items() if run.final is not None and "float" in run.metrics}
+    shipped = {name: "float" if run.recipe.quantize is None else "quantized" for name, run in names.items()}
+    scored = {name: run for name, run in names.items() if {"float", shipped[name]} <= run.metrics.keys()}
     if not scored:
         raise UserError(f"{', '.join(names)}: none of these runs has scores yet; finish one of them first")
     curves = {name: run.curves["loss"] for name, run in names.items() if "loss" in run.curves}
     scores = {name: score_rows(run.metrics) for name, run in scored.items()}
-    template = environment().get_template("compare.html.j2")
-    return template.render(
-        version=version(),
+    return fill(
+        "compare.html.j2",
         runs=names,
         rows={name: rows[-1] for name, rows in scores.items()},
         floats={name: rows[0] for name, rows in scores.items()},
-        bits=bits,
         unfinished={name: run.missing_stages for name, run in names.items() if run.missing_stages},
         settings=_settings(scored),
         by_bytes=_pareto(scored, scores, "MB", "MB"),
@@ -48,11 +42,7 @@ def render_comparison(runs: Sequence[SavedRun]) -> str:
 
 
 def unique_names(runs: Sequence[SavedRun]) -> dict[str, SavedRun]:
-    """Runs by folder name, or by path if two folders have the same name.
-
-    Raises:
-        UserError: a run is given twice.
-    """
+    """Runs by folder name, or by path if two folders have the same name; UserError if a run is given twice."""
     paths = [run.path.resolve() for run in runs]
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise UserError(f"{twice} is given twice: give different runs")

@@ -117,14 +117,12 @@ def draw_worst(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
     if not worst:
         return None
     figure, axes = new_figure(8, 0.28 * len(worst) + 1.2)
-    for key, label, colour, marker in (
-        ("weight_snr_db", "weights", BLUE, "o"),
-        ("input_snr_db", "inputs", ORANGE, "s"),
-    ):
-        points = [(row[key], place) for place, row in enumerate(worst) if row.get(key) is not None]
+    for role, colour, marker in (("weight", BLUE, "o"), ("input", ORANGE, "s")):
+        snr = [row.get(f"{role}_snr_db") for row in worst]
+        points = [(value, place) for place, value in enumerate(snr) if value is not None]
         if points:
             values, places = zip(*points, strict=True)
-            axes.scatter(values, places, color=colour, marker=marker, s=30, label=label)
+            axes.scatter(values, places, color=colour, marker=marker, s=30, label=f"{role}s")
     labels = [f"{_short(row['name'])}  {row['weight_bits'] or '-'}/{row['activation_bits'] or '-'}" for row in worst]
     _name_rows(axes, labels, "signal to noise (dB)")
     named = ", ".join(f"{row['name']} {_lowest(row):.1f} dB" for row in worst[:3])
@@ -139,8 +137,7 @@ def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> Markup:
     groups = sorted(worst, key=lambda group: -worst[group])
     figure, axes = new_figure(8, 0.24 * len(groups) + 1)
     series = list(dict.fromkeys((row["part"], row["bits"]) for row in rows))
-    for index, (part, bits) in enumerate(series):
-        style = SERIES[index % len(SERIES)]
+    for (part, bits), style in zip(series, itertools.cycle(SERIES), strict=False):
         of_series = [row for row in rows if (row["part"], row["bits"]) == (part, bits)]
         losses, places = [row["loss"] for row in of_series], [groups.index(row["group"]) for row in of_series]
         axes.scatter(losses, places, color=style["color"], marker=style["marker"], s=24, label=f"{part} at {bits} bits")
@@ -251,30 +248,28 @@ def draw_loss(curves: Mapping[str, Curve]) -> Markup | None:
     if not shown:
         return None
     figure, axes = new_figure(8, 3)
-    tops, parts = [], []
+    tops, parts, alone = [], [], len(shown) == 1
     for (name, curve), style in zip(shown.items(), itertools.cycle(SERIES), strict=False):
         steps, losses = np.array(curve).T
         width = min(SMOOTHING, max(len(losses) // 5, 1))
         mean = np.convolve(losses, np.ones(width) / width, mode="valid")
-        if len(shown) == 1:
+        parts.append(
+            f"{'' if alone else name + ': '}from {mean[0]:.2f} to {mean[-1]:.2f} over {len(curve)} logged steps"
+        )
+        if alone:
             name = f"mean of {width}" if width > 1 else "logged steps"
-        if len(shown) == 1 and width > 1:
+        if alone and width > 1:
             axes.plot(steps, losses, color=GREY, linewidth=0.6, label="logged steps")
         line = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 2}
         axes.plot(steps[width - 1 :], mean, **line, label=name)
         tops.append(float(np.quantile(losses, 0.98)))
-        parts.append(f"from {mean[0]:.2f} to {mean[-1]:.2f} over {len(curve)} logged steps")
     axes.set(xlabel="step", ylabel="loss", ylim=(0, 1.1 * max(tops)))
     axes.legend(frameon=False)
-    names = [f"{name}: " if len(shown) > 1 else "" for name in shown]
-    return inline(figure, "Loss " + "; ".join(name + part for name, part in zip(names, parts, strict=True)))
+    return inline(figure, "Loss " + "; ".join(parts))
 
 
 def draw_clips(curves: Mapping[str, Curve]) -> Markup | None:
-    """Learned step sizes over training, as multiples of their first values: the middle 80 % and the `MOVED` extremes.
-
-    None if no step size was learned or logged.
-    """
+    """Learned step sizes (None without any) as multiples of their first values: the middle 80 %, `MOVED` extremes."""
     scales = {name.removeprefix(SCALE): curve for name, curve in curves.items() if name.startswith(SCALE)}
     scales = {name: curve for name, curve in scales.items() if len(curve) > 1 and curve[0][1] > 0}
     if not scales:

@@ -1,8 +1,7 @@
 """Quantization error per layer (ours): signal-to-noise ratio, clipping and histograms of weights and inputs.
 
-A weight is compared with its latent value, the float tensor right before rounding. An input is measured while a sample
-passes through the quantized model. The layers with the lowest signal-to-noise ratio also get histograms, in codes of
-their own grid, beside those of the float model.
+A weight is compared with its latent value, the float tensor right before rounding, an input with what its quantizer
+makes of it while a sample passes. The noisiest layers also get histograms, in codes of their own grid.
 """
 
 from __future__ import annotations
@@ -37,15 +36,12 @@ def measure_layers(
     latent: Mapping[str, Tensor],
     run: Callable[[SAM2], object],
 ) -> dict[str, Any]:
-    """Statistics of the layers of a finalized model, as plain values.
+    """Statistics of the layers of a finalized model, as plain values. `run` passes a sample through a model.
 
     {"layers": rows of the conversion table with "weight_snr_db", "weight_clipped", "scale" (mean), "input_snr_db",
     "input_clipped"; "weights" and "inputs": histograms of the layers that lose most, before (float model) and after}.
     Signal to noise is 10 log10 of the energy over that of the difference, None without noise; clipped is a share.
-
-    Args:
-        latent: weights right before rounding, by layer.
-        run: passes a sample through a model.
+    `latent`: weights right before rounding, by layer.
     """
     weights = {}
     for name, layer, quantizer in quantized_weights(model):

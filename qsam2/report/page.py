@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
-from qsam2.output import read_json, version, write_text
+from qsam2.output import read_json, version
 from qsam2.recipe import save_recipe
-from qsam2.recipe.quantizer_specs import QuantizerSpec
 from qsam2.report.draw import (
     draw_clips,
     draw_histograms,
@@ -21,19 +19,10 @@ from qsam2.report.draw import (
     draw_sensitivity,
     draw_worst,
 )
-from qsam2.report.read import CLIPS, LAYERS, MEMORY, MODELS, SavedRun, read_run
+from qsam2.report.read import CLIPS, LAYERS, MEMORY, MODELS, SavedRun
 
 SENSITIVITY = "sensitivity.json"
 REPORT = "report.html"
-
-
-def write_report(folder: Path) -> None:
-    """Write a run folder's `report.html`.
-
-    Raises:
-        UserError: the folder holds no run, a file of it is damaged, the disk is full.
-    """
-    write_text(folder / REPORT, render(read_run(folder)))
 
 
 def render(run: SavedRun) -> str:
@@ -42,14 +31,12 @@ def render(run: SavedRun) -> str:
     layers, memory = run.saved(LAYERS) or {}, run.saved(MEMORY)
     rows = layers.get("layers", [])
     sensitivity = (read_json(run.path / SENSITIVITY) or {}).get("groups")
-    template = environment().get_template("run.html.j2")
-    return template.render(
+    return fill(
+        "run.html.j2",
         run=run,
-        bits=bits,
         videos=len(scored),
         objects=sum(len(objects) for objects in scored.values()),
         recipe_text=save_recipe(run.recipe),
-        version=version(),
         rows=score_rows(run.metrics),
         noise=draw_noise(rows),
         worst_layers=draw_worst(rows),
@@ -66,15 +53,11 @@ def render(run: SavedRun) -> str:
     )
 
 
-def environment() -> Environment:
-    """Jinja environment of the page templates; all text is escaped."""
-    return Environment(
-        loader=PackageLoader("qsam2.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def fill(template: str, **values: Any) -> str:
+    """A page of a template with its values; all text is escaped."""
+    loader, blocks = PackageLoader("qsam2.report"), {"trim_blocks": True, "lstrip_blocks": True}
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    return pages.get_template(template).render(version=version(), **values)
 
 
 def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -128,11 +111,6 @@ def results_table(metrics: dict[str, Any]) -> str:
         lines.append(f"mIoU of masks from a box: {', '.join(boxes)}")
     lines.append("  ".join(f"{name} {value / 1e6:.2f} MB" for name, value in metrics["bytes"].items()))
     return "\n".join(lines)
-
-
-def bits(spec: QuantizerSpec | None) -> str:
-    """A quantizer in words, e.g. "at 4 bits (lsq)"."""
-    return "in float" if spec is None else f"at {spec.bits} bits ({spec.method})"
 
 
 def _interval(versus: dict[str, float]) -> str:

@@ -1,7 +1,6 @@
-"""Run folders as reports read them.
+"""Run folders as reports read them: with `report/`, in which a run saves layer statistics, clips and memory use.
 
-A run saves what its report needs (layer statistics, clips, memory use) in `report/` of its folder. The page is made
-from the folder alone, so that it can be made again at any time, also while the run goes on.
+Pages are made from the folder alone, so that they can be made again at any time, also while the run goes on.
 """
 
 from __future__ import annotations
@@ -16,15 +15,13 @@ from typing import Any
 from qsam2.errors import UserError
 from qsam2.output import read_json
 from qsam2.recipe import Recipe, load_recipe
+from qsam2.report.draw import Curve
 from qsam2.train.trainer import CURVES
 
 FOLDER = "report"
 LAYERS, CLIPS, MEMORY = "layers.json", "clips.json", "memory.json"
 MODELS = ("float", "ptq", "quantized")
 """Keys of `metrics.json` that hold score blocks, in the order in which they are computed."""
-
-Curve = list[tuple[int, float]]
-"""(step, value) pairs by ascending step."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,6 @@ class SavedRun:
         left = [stage for stage in _stages(self.recipe) if stage not in done]
         return left or ([] if "bytes" in self.metrics else ["writing the model"])
 
-    @property
-    def final(self) -> dict[str, Any] | None:
-        """The score block of the model that the run ships."""
-        return self.metrics.get("float" if self.recipe.quantize is None else "quantized")
-
 
 def read_run(path: Path) -> SavedRun:
     """A run folder, finished or not.
@@ -89,11 +81,7 @@ def read_run(path: Path) -> SavedRun:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """All logged figures; where a resumed run repeated steps, the later values count.
-
-    Raises:
-        UserError: a file is damaged.
-    """
+    """All logged figures; of steps that a resumed run repeated, the later values. UserError if a file is damaged."""
     values: dict[str, dict[int, float]] = {}
     versions = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     for path in versions:

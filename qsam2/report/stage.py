@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ from qsam2.memory.sharing import KeySet
 from qsam2.models import SAM2
 from qsam2.output import read_json, write_text
 from qsam2.report.layer_statistics import measure_layers
-from qsam2.report.overlays import contact_sheet
-from qsam2.report.page import write_report
-from qsam2.report.read import FOLDER, LAYERS, MEMORY, MODELS
-from qsam2.report.tracked_clips import save_clips
+from qsam2.report.overlays import contact_sheet, save_clips
+from qsam2.report.page import REPORT, render
+from qsam2.report.read import CLIPS, FOLDER, LAYERS, MEMORY, MODELS, read_run
 from qsam2.run import Run
 
 OVERLAYS = 3
@@ -44,24 +44,25 @@ def report(run: Run) -> None:
     if run.silent:
         return
     folder = run.folder.path
+
+    def save(name: str, values: object) -> None:
+        write_text(folder / FOLDER / name, json.dumps(values))
+
     run.prepare_inference()
     if run.teacher is not None:
         sample = far_apart(next(run.calibration.clip_samples(0, 1)))
-        measured = measure_layers(
-            run.layers, run.model, run.teacher, run.latent, lambda network: run_sample(network, sample, ("mask",))
-        )
-        write_text(folder / FOLDER / LAYERS, json.dumps(measured))
+        forward = partial(run_sample, sample=sample, prompts=("mask",))
+        save(LAYERS, measure_layers(run.layers, run.model, run.teacher, run.latent, forward))
     pictures = []
     if any(len(video) > 1 for video in run.videos):  # pictures without masks are not tracked
         frames = run.recipe.evaluate.frames
-        save_clips(folder, run.videos, run.predictions, frames)
+        save(CLIPS, save_clips(folder / FOLDER, run.videos, run.predictions, frames))
         if run.recipe.memory.sharing != "none":
-            used = memory_use(run.model, run.videos[0], frames)
-            write_text(folder / FOLDER / MEMORY, json.dumps(used))
+            save(MEMORY, memory_use(run.model, run.videos[0], frames))
         here = {name for name, _ in run.predictions["float"]}  # videos that this process tracked
         pictures = [contact_sheet(v, run.predictions, frames=frames) for v in run.videos[:OVERLAYS] if v.name in here]
     log_results(run.loggers, run.folder.metrics, pictures)
-    write_report(folder)
+    write_text(folder / REPORT, render(read_run(folder)))
 
 
 def memory_use(model: SAM2, video: Video, frames: int | None) -> dict[str, Any]:

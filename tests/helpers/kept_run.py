@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from qsam2.data.video import Video
 from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
 from qsam2.recipe import build_recipe, save_recipe
-from qsam2.report.read import FOLDER, LAYERS, MEMORY, SavedRun, read_run
-from qsam2.report.tracked_clips import save_clips
+from qsam2.report.overlays import save_clips
+from qsam2.report.read import CLIPS, FOLDER, LAYERS, MEMORY, SavedRun, read_run
 
 W2 = {"quantize": {"weights": {"method": "lsc", "bits": 2}}}
 QAT = {**W2, "train": {}, "trainer": {"max_steps": 7}, "memory": {"sharing": "adaptive", "frames": 3}}
@@ -143,10 +145,20 @@ def write_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] 
     if recipe.memory.sharing != "none":
         save(path, MEMORY, memory())
     video = Squares()
-    save_clips(path, [video], tracked(video, *models), None)
+    save(path, CLIPS, save_clips(path / FOLDER, [video], tracked(video, *models), None))
     return path
 
 
 def kept_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] | None = METRICS) -> SavedRun:
     """The run folder of `write_run`, read."""
     return read_run(write_run(path, values, metrics))
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make room run out whenever a file is written."""
+
+    def full(file: Path, data: bytes) -> int:
+        file.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)

@@ -15,7 +15,7 @@ from training.utils.data_utils import BatchedVideoDatapoint
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import LossRecipe, PromptRecipe
 from qsam2.train.losses import embedding_distillation, mask_distillation, segmentation_loss
-from qsam2.train.prompts import set_prompts
+from qsam2.train.video_training import set_prompts
 
 PROMPTS = {
     "points": PromptRecipe(point=1, box=0, correction_clicks=2),

@@ -9,7 +9,7 @@ from training.utils.data_utils import BatchedVideoDatapoint
 
 from qsam2.models import SAM2
 from qsam2.recipe.recipe import PromptRecipe
-from qsam2.train.prompts import prompted_forward, set_dropout, set_prompts
+from qsam2.train.video_training import prompted_forward, set_dropout, set_prompts
 
 DRAWN = (
     "prob_to_use_pt_input_for_train",

@@ -18,9 +18,8 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
-from qsam2.train.prompts import record_clicks, set_prompts
 from qsam2.train.trainer import build_trainer
-from qsam2.train.video_training import VideoTraining
+from qsam2.train.video_training import VideoTraining, record_clicks, set_prompts
 
 CLICKS = {"conditioning_frames": 1, "correction_frames": 1, "correction_clicks": 1}
 
