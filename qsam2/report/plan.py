@@ -26,7 +26,7 @@ QUANTIZED_FORWARDS = 2
 
 
 def plan(recipe: Recipe) -> str:
-    """The text of `qsam2 train --dry-run`; nothing is written. UserError where the run itself would fail at its start."""
+    """The text of `qsam2 train --dry-run`; nothing is written. UserError where the run would fail at its start."""
     videos, sources, stills = open_val(recipe), open_train(recipe), open_stills(recipe)
     model = load_float(recipe).to(device_of(recipe.trainer))
     label_sources(sources, model, recipe.data.max_objects)
