@@ -53,7 +53,7 @@ def report(run: Run) -> None:
         sample = far_apart(next(run.calibration.clip_samples(0, 1)))
         forward = partial(run_sample, sample=sample, prompts=("mask",))
         save(LAYERS, measure_layers(run.layers, run.model, run.teacher, run.latent, forward))
-    pictures = []
+    pictures: list[Image] = []
     if any(len(video) > 1 for video in run.videos):  # pictures without masks are not tracked
         frames = run.recipe.evaluate.frames
         save(CLIPS, save_clips(folder / FOLDER, run.videos, run.predictions, frames))

@@ -83,18 +83,10 @@ def layers() -> dict[str, Any]:
         {"name": "head", "kind": "Linear", "weight_bits": None, "activation_bits": None, "reason": "the recipe's rule"},
     ]  # fmt: skip
     bell = np.exp(-(np.linspace(-4, 3, 40) ** 2))
-    histogram = {
-        "bits": 2,
-        "levels": [-2, 1],
-        "reach": [-4, 3],
-        "before": list(bell / bell.sum()),
-        "after": [0.025] * 40,
-    }
-    return {
-        "layers": rows,
-        "weights": [{"layer": "image_encoder.mlp", **histogram}],
-        "inputs": [{"layer": "stem", **histogram}],
-    }
+    grid = {"bits": 2, "levels": [-2, 1], "reach": [-4, 3]}
+    histogram = {**grid, "before": list(bell / bell.sum()), "after": [0.025] * 40}
+    weights, inputs = ([{"layer": layer, **histogram}] for layer in ("image_encoder.mlp", "stem"))
+    return {"layers": rows, "weights": weights, "inputs": inputs}
 
 
 def memory() -> dict[str, Any]:

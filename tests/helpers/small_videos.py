@@ -67,10 +67,10 @@ def track(model: Any, length: int, *, size: int = SIZE_PX, state: dict[str, Any]
     return masks
 
 
-def start(model: SAM2, frames: Any, **memory: Any) -> dict[str, Any]:
+def start(model: SAM2, images: Any, **memory: Any) -> dict[str, Any]:
     """A state in which an object is prompted on the first frame, with memory as these keys of a recipe say."""
     use_memory(model, MemoryRecipe(**memory))
-    state = model.init_state(frames, video_size=(SIZE_PX, SIZE_PX))
+    state = model.init_state(images, video_size=(SIZE_PX, SIZE_PX))
     model.add_new_mask(state, 0, 1, box(4))
     return state
 
