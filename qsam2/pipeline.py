@@ -26,8 +26,7 @@ from qsam2.recipe import Recipe
 from qsam2.reconstruction.block_by_block import reconstruct_blocks
 from qsam2.report.stage import report
 from qsam2.run import Run, RunFolder, is_first_rank
-from qsam2.train.loggers import build_loggers
-from qsam2.train.trainer import device_of
+from qsam2.train.trainer import build_loggers, device_of
 from qsam2.train.video_training import train
 
 log = logging.getLogger("qsam2")

@@ -128,8 +128,8 @@ class _Tracking:
             result = read(*given, **named)
         self.attention_seconds += self._now() - started
         if self.model.memory_reader is not None:
-            reading = self.model.memory_reader.reading  # type: ignore[attr-defined]
-            self.keys, self.value_channels = reading.keys, reading.value_channels
+            reader: Any = self.model.memory_reader
+            self.keys, self.value_channels = reader.keys, reader.value_channels
         return result
 
     def _now(self) -> float:

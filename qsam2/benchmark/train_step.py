@@ -27,9 +27,8 @@ from qsam2.recipe.quantize import QuantizeRecipe, Rule
 from qsam2.recipe.quantizer_specs import LSCSpec
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
 from qsam2.train.losses import segmentation_loss
-from qsam2.train.optimizer import adamw, parameter_groups
-from qsam2.train.prompts import prompted_forward, set_dropout, set_prompts
-from qsam2.train.video_training import attention_backend
+from qsam2.train.optimizer import parameter_groups
+from qsam2.train.video_training import attention_backend, prompted_forward, set_dropout, set_prompts
 
 RECIPE = TrainRecipe(prompts=PromptRecipe(point=1.0, box=0.0, conditioning_frames=1, correction_frames=1))
 CLICKS = 1 + RECIPE.prompts.correction_clicks
@@ -90,7 +89,7 @@ class TrainStep:
         set_prompts(model, RECIPE.prompts)
         set_dropout(model, 0.0)
         self.loss = segmentation_loss(RECIPE.losses)
-        self.optimizer = adamw(parameter_groups(model, RECIPE))
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, RECIPE))
 
     def __call__(self) -> Seconds:
         self.model.rng = np.random.default_rng(0)

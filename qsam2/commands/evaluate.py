@@ -43,11 +43,11 @@ def add(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from qsam2.report.summary import score_line
+    from qsam2.evaluation.scoring import headline
 
     make_room(options.json)
     block = _score_masks(options) if options.pred or options.gt else _score_model(options)
-    print(score_line(block))
+    print(f"{block['model']}: {headline(block)}")
     write_json(options.json, block)
 
 

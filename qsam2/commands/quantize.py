@@ -44,7 +44,7 @@ def _quantize(options: argparse.Namespace) -> None:
     quiet_logs()
     from qsam2.api import quantize
     from qsam2.recipe import save_recipe
-    from qsam2.report.summary import results_table
+    from qsam2.report.page import results_table
     from qsam2.run import is_first_rank
 
     chosen = {flag: getattr(options, flag) for flag in ("recipe", "data", "bits", "out", "overrides")}

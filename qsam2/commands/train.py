@@ -39,7 +39,7 @@ def _train(options: argparse.Namespace) -> None:
         print(plan(recipe))
         return
     from qsam2.pipeline import run_recipe  # imports torch: a mistake in the recipe should not wait for it
-    from qsam2.report.summary import results_table
+    from qsam2.report.page import results_table
     from qsam2.run import alone_in, is_first_rank
 
     with alone_in(recipe.run_folder):

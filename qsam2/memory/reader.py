@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+from sam2.modeling.memory_attention import MemoryAttentionLayer
 from sam2.modeling.sam.transformer import RoPEAttention
 from torch import Tensor
 
@@ -22,8 +22,7 @@ from qsam2.layers.attention import (
     rotate,
     split_heads,
 )
-from qsam2.memory.bank import Bank, Remembered, gather
-from qsam2.memory.bounded import BoundedState
+from qsam2.memory.bank import Bank, BoundedState, gather
 from qsam2.memory.cache import FrameMemory, TemporalKeys, mixed
 from qsam2.memory.sharing import KeySet, key_sets
 from qsam2.recipe.recipe import MemoryRecipe
@@ -35,8 +34,7 @@ if TYPE_CHECKING:
 def use_memory(model: SAM2, recipe: MemoryRecipe) -> None:
     """Let a model, float or quantized, training or tracking, keep and read its memory as the recipe says.
 
-    Raises:
-        UserError: the recipe reads memory in another way, but the model has none.
+    Raises UserError if the recipe reads memory in another way, but the model has none.
     """
     if model.num_maskmem == 0 and recipe != MemoryRecipe():
         raise UserError("memory.*: this model has a memory of length 0 (num_maskmem=0): leave these keys out")
@@ -45,7 +43,7 @@ def use_memory(model: SAM2, recipe: MemoryRecipe) -> None:
 
 
 class MemoryReader:
-    """Replaces sam2's reading of the memory bank.
+    """Replaces sam2's reading of the memory bank: reads key sets and object pointers with the model's memory attention.
 
     `watch`, where set, is told of each frame an object is tracked on: its number, the bank, what is read of it.
     """
@@ -53,7 +51,12 @@ class MemoryReader:
     def __init__(self, recipe: MemoryRecipe) -> None:
         self.recipe = recipe
         self.watch: Callable[[int, Bank, list[KeySet]], None] | None = None
-        self.reading = MemoryReading(cache=recipe.cache)
+        self.temporal_keys = TemporalKeys()
+        self._tables: dict[tuple[object, ...], RotaryTable] = {}
+        self.keys = 0
+        """Number of keys that the last frame read, per layer."""
+        self.value_channels = 0
+        """Channels of the values that its attention summed."""
 
     def condition(
         self,
@@ -67,44 +70,11 @@ class MemoryReader:
         reverse: bool,
     ) -> Tensor:
         """A frame's features and positions (tokens, B, C) to features that know the memory, (tokens, B, C)."""
-        bank = gather(
-            model, output_dict, frame_idx=frame_idx, num_frames=num_frames, reverse=reverse, device=features.device
-        )
+        bank = gather(model, output_dict, frame_idx=frame_idx, num_frames=num_frames, reverse=reverse)
         sets = key_sets(bank, self.recipe)
         if self.watch is not None:
             self.watch(frame_idx, bank, sets)
-        return self.reading(model.memory_attention, features, positions, sets, bank, model.maskmem_tpos_enc)
-
-
-class MemoryReading:
-    """Reads key sets and object pointers with the model's memory attention.
-
-    Args:
-        cache: keep keys and values of the frames; see `qsam2.memory.cache`.
-    """
-
-    def __init__(self, *, cache: bool) -> None:
-        self.cache = cache
-        self.temporal_keys = TemporalKeys()
-        self._tables: dict[tuple[object, ...], RotaryTable] = {}
-        self.keys = 0
-        """Number of keys that the last frame read, per layer."""
-        self.value_channels = 0
-        """Channels of the values that its attention summed."""
-
-    def __call__(
-        self,
-        attention: MemoryAttention,
-        features: Tensor,
-        positions: Tensor,
-        sets: Sequence[KeySet],
-        bank: Bank,
-        slots: Tensor,
-    ) -> Tensor:
-        """Image features and their positions (tokens, B, C), temporal positions of the slots (slots, 1, 1, C_memory).
-
-        Returns the features with what was remembered, (tokens, B, C).
-        """
+        attention, slots = model.memory_attention, model.maskmem_tpos_enc
         x, positions = (features + 0.1 * positions).transpose(0, 1), positions.transpose(0, 1)
         for index, layer in enumerate(attention.layers):
             x = self._attend_itself(layer, x, positions)
@@ -133,7 +103,7 @@ class MemoryReading:
         q = quantize_part(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
         keys, values, stands = [], [], []
         for each in sets:
-            k = self._keys(layer, attention, each, slots, table, bank.remembered)
+            k = self._keys(layer, attention, each, slots, table, bank)
             v = self._values(layer, attention, each, table)
             if each.share is not None:
                 k, v = _most_attended(layer, each.frames[0], each.share, q, k, v)
@@ -156,29 +126,23 @@ class MemoryReading:
         return attention.out_proj(join_heads(out))
 
     def _keys(
-        self,
-        layer: int,
-        attention: RoPEAttention,
-        each: KeySet,
-        slots: Tensor,
-        table: RotaryTable,
-        remembered: Remembered,
+        self, layer: int, attention: RoPEAttention, each: KeySet, slots: Tensor, table: RotaryTable, bank: Bank
     ) -> Tensor:
         """(B, heads, tokens, C / heads), temporal positions included."""
-        if not self.cache:  # as sam2: the temporal position is added before the projection
+        if not self.recipe.cache:  # as sam2: the temporal position is added before the projection
             tokens = [frame.tokens(table[0].device) for frame in each.frames]
             features, position = _weighted([values for values, _ in tokens], each.weights), tokens[-1][1]
             temporal = mixed(slots.flatten(1), each.positions).unsqueeze(1)
             k = split_heads(attention.k_proj(features + position + temporal), attention.num_heads)
             return quantize_part(rotate(k, *table), attention, "k")
-        temporal = self.temporal_keys(layer, attention, slots, table, remembered.temporal_keys)
+        temporal = self.temporal_keys(layer, attention, slots, table, bank.remembered.temporal_keys)
         keys = _weighted([frame.keys(layer, attention, table) for frame in each.frames], each.weights)
         return keys + mixed(temporal, each.positions)
 
     def _values(self, layer: int, attention: RoPEAttention, each: KeySet, table: RotaryTable) -> Tensor:
         """(B, heads, tokens, C / heads), or the memory itself, (B, 1, tokens, C_memory)."""
         device = table[0].device
-        if self.cache and not projects_values_last(attention):
+        if self.recipe.cache and not projects_values_last(attention):
             return _weighted([frame.values(layer, attention, device) for frame in each.frames], each.weights)
         features = _weighted([frame.tokens(device)[0] for frame in each.frames], each.weights)
         return _as_values(attention, features)

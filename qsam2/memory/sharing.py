@@ -6,6 +6,7 @@ frames and object pointers are no policy's business.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +103,8 @@ def adaptive(bank: Bank, budget: int, quantile: float | None) -> list[KeySet]:
         ranked = sorted(allowed, key=lambda index: edges[index][item], reverse=True)
         joined = set(ranked[: len(frames) - budget])
         if quantile is not None and allowed:
-            threshold = _quantile(bank.remembered.similarities[item], quantile)
+            ordered = sorted(bank.remembered.similarities[item])
+            threshold = ordered[min(int(quantile * len(ordered)), len(ordered) - 1)]
             joined |= {index for index in allowed if edges[index][item] >= threshold}
         run: list[int] = []
         for index in range(len(frames)):
@@ -135,7 +137,8 @@ def pool(frames: Sequence[FrameMemory], budget: int) -> list[KeySet]:
     """Windows of tokens are averaged, keys and values alike, their scores raised by the log of the window's size."""
     height, width = frames[0].features.shape[-2:]
     needed = len(frames) / budget
-    windows = [(rows, columns) for rows in _divisors(height) for columns in _divisors(width)]
+    every = itertools.product(range(1, height + 1), range(1, width + 1))
+    windows = [(rows, columns) for rows, columns in every if height % rows == width % columns == 0]
     fitting = [window for window in windows if math.prod(window) >= needed]
     window = min(fitting or [(height, width)], key=lambda window: (math.prod(window), abs(window[0] - window[1])))
     return [replace(KeySet.whole(frame), window=window) for frame in frames]
@@ -188,12 +191,3 @@ def _similarity(older: FrameMemory, newer: FrameMemory, remembered: Remembered) 
         for history, value in zip(remembered.similarities, newer.similarity[1], strict=True):
             history.append(value)
     return newer.similarity[1]
-
-
-def _quantile(values: Sequence[float], quantile: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(quantile * len(ordered)), len(ordered) - 1)]
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -120,7 +120,7 @@ class MemoryReader(Protocol):
 
 
 class MemoryBound(Protocol):
-    """Removes state that no later frame reads; see `qsam2.memory.bounded`."""
+    """Removes state that no later frame reads; see `qsam2.memory.bank`."""
 
     def forget(self, model: SAM2, state: dict[str, Any], frame_idx: int) -> None: ...
     def check_prompt(self, model: SAM2, state: dict[str, Any], frame_idx: int, *, corrected: int | None) -> None: ...

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from qsam2.errors import UserError
-from qsam2.output import version
-from qsam2.report.curves import draw_loss
-from qsam2.report.draw import Point, draw_pareto
-from qsam2.report.page import bits, environment, score_rows
+from qsam2.report.draw import Point, draw_loss, draw_pareto
+from qsam2.report.page import fill, score_rows
 from qsam2.report.read import SavedRun
 from qsam2.run import flat
 
@@ -20,44 +18,31 @@ APART = ("name", "output")
 
 
 def render_comparison(runs: Sequence[SavedRun]) -> str:
-    """The page as HTML.
-
-    Raises:
-        UserError: a run is given twice, or none has scores.
-    """
+    """The page as HTML; UserError if a run is given twice, or none has scores."""
     names = unique_names(runs)
-    scored = {name: run for name, run in names.items() if run.final is not None and "float" in run.metrics}
+    shipped = {name: "float" if run.recipe.quantize is None else "quantized" for name, run in names.items()}
+    scored = {name: run for name, run in names.items() if {"float", shipped[name]} <= run.metrics.keys()}
     if not scored:
         raise UserError(f"{', '.join(names)}: none of these runs has scores yet; finish one of them first")
-    rows = {name: score_rows(run.metrics)[-1] for name, run in scored.items()}
     curves = {name: run.curves["loss"] for name, run in names.items() if "loss" in run.curves}
-    losses = draw_loss(curves)
-    return (
-        environment()
-        .get_template("compare.html.j2")
-        .render(
-            version=version(),
-            runs=names,
-            rows=rows,
-            floats={name: score_rows(run.metrics)[0] for name, run in scored.items()},
-            bits=bits,
-            unfinished={name: run.missing_stages for name, run in names.items() if run.missing_stages},
-            settings=_settings(scored),
-            by_bytes=_pareto(scored, lambda row: row["MB"][0], "MB"),
-            by_time=_pareto(scored, lambda row: row["seconds"][0], "seconds a frame"),
-            loss=Markup(losses) if losses else None,
-            trained=list(curves),
-            differences=recipe_differences(names),
-        )
+    scores = {name: score_rows(run.metrics) for name, run in scored.items()}
+    return fill(
+        "compare.html.j2",
+        runs=names,
+        rows={name: rows[-1] for name, rows in scores.items()},
+        floats={name: rows[0] for name, rows in scores.items()},
+        unfinished={name: run.missing_stages for name, run in names.items() if run.missing_stages},
+        settings=_settings(scored),
+        by_bytes=_pareto(scored, scores, "MB", "MB"),
+        by_time=_pareto(scored, scores, "seconds", "seconds a frame"),
+        loss=draw_loss(curves),
+        trained=list(curves),
+        differences=recipe_differences(names),
     )
 
 
 def unique_names(runs: Sequence[SavedRun]) -> dict[str, SavedRun]:
-    """Runs by folder name, or by path if two folders have the same name.
-
-    Raises:
-        UserError: a run is given twice.
-    """
+    """Runs by folder name, or by path if two folders have the same name; UserError if a run is given twice."""
     paths = [run.path.resolve() for run in runs]
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise UserError(f"{twice} is given twice: give different runs")
@@ -79,15 +64,13 @@ def recipe_differences(runs: dict[str, SavedRun]) -> dict[str, list[Any]]:
     for key in sorted({key for recipe in recipes for key in recipe if key not in APART}):
         present = [recipe[key] for recipe in recipes if key in recipe]
         if key in sections:
-            differences[key] = [_section(recipe, key) for recipe in recipes]
+            differences[key] = [
+                recipe.get(f"{key}.method", "given") if any(other.startswith(f"{key}.") for other in recipe) else None
+                for recipe in recipes
+            ]
         elif any(value != present[0] for value in present):
             differences[key] = [recipe.get(key) for recipe in recipes]
     return differences
-
-
-def _section(recipe: dict[str, Any], section: str) -> Any:
-    is_given = any(key.startswith(f"{section}.") for key in recipe)
-    return recipe.get(f"{section}.method", "given") if is_given else None
 
 
 def _settings(runs: dict[str, SavedRun]) -> list[str]:
@@ -101,15 +84,15 @@ def _settings(runs: dict[str, SavedRun]) -> list[str]:
     return [f"{name}: {text}" for name, text in settings.items()] if differ else []
 
 
-def _pareto(runs: dict[str, SavedRun], cost: Callable[[dict[str, Any]], float | None], axis: str) -> Markup | None:
-    points: list[Point] = []
+def _pareto(runs: dict[str, SavedRun], scores: dict[str, list[dict[str, Any]]], cost: str, axis: str) -> Markup | None:
+    """J&F of all models against the column `cost` of their score rows; None if no model has both."""
+    points: dict[tuple[str, float], Point] = {}
     for name, run in runs.items():
-        for row in score_rows(run.metrics):
+        for row in scores[name]:
             is_float = row["model"] == "float"
-            if row["model"] == "ptq" or cost(row) is None or "J&F" not in row:
+            if row["model"] == "ptq" or row[cost][0] is None or "J&F" not in row:
                 continue  # an intermediate model if the run trains, else the same as `quantized`
             label = f"float {run.recipe.model.size}" if is_float and run.recipe.quantize is not None else name
-            point = Point(label, float(cost(row) or 0.0), row["J&F"][0], is_float)
-            if not any((other.label, other.score) == (point.label, point.score) for other in points):
-                points.append(point)
-    return Markup(draw_pareto(points, axis)) if points else None
+            point = Point(label, float(row[cost][0]), row["J&F"][0], is_float)
+            points.setdefault((label, point.score), point)
+    return draw_pareto(list(points.values()), axis) if points else None

@@ -1,4 +1,4 @@
-"""Figures of a report as inline SVG: signal to noise, sensitivity, histograms, Pareto front.
+"""Figures of a report as inline SVG.
 
 Each `draw_*` makes a matplotlib figure and returns it as an `<svg role="img">` element whose label says in words what
 the figure shows. Colours are CSS variables, so that a figure follows the page's light or dark mode.
@@ -7,6 +7,7 @@ the figure shows. Colours are CSS variables, so that a figure follows the page's
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -45,14 +47,30 @@ DRAWN_LEVELS = 32
 """Grids with more levels are drawn as their two ends."""
 SMALLEST = 5e-7
 """Lower end of the share axis: stored shares are rounded to 1e-6."""
+SMOOTHING = 20
+"""Largest window of the moving average, in logged values; short runs use a fifth of all values."""
+MOVED = 4
+"""Number of quantizers with a line of their own: those whose step size changed most."""
+SCALE = "scale/"
+READINGS = {
+    "own keys": (BLUE, "o", 22),
+    "shared keys": (ORANGE, "s", 22),
+    "part of its keys": (ORANGE, "^", 22),
+    "not read": (GREY, "x", 16),
+}
+"""Colour, marker and size of each way in which `memory_use` finds a remembered frame read."""
+
+Curve = list[tuple[int, float]]
+"""(step, value) pairs by ascending step."""
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, its size in inches."""
-    return Figure(figsize=(width, height), layout="constrained")
+def new_figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
+    """A figure of a size in inches, and its axes: one, or those of a `grid` as `Figure.subplots` takes it."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**grid)
 
 
-def inline(figure: Figure, label: str) -> str:
+def inline(figure: Figure, label: str) -> Markup:
     """A figure as an `<svg role="img">` element labelled `label`; black becomes the colour of the surrounding text."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -63,24 +81,19 @@ def inline(figure: Figure, label: str) -> str:
     svg = svg[svg.index("<svg") + len("<svg ") :].replace("#000000", "currentColor")
     for colour, name in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{name}, {colour})")
-    return f'<svg role="img" aria-label="{escape(label)}" {_own_ids(svg, label)}'
-
-
-def _own_ids(svg: str, label: str) -> str:
-    """Make ids unique within the page by a prefix; remove those that nothing refers to."""
-    prefix = re.sub(r"\W+", "-", label)[:40]
+    prefix = re.sub(r"\W+", "-", label)[:40]  # makes ids unique within the page; those that nothing refers to go
     used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda match: f' id="{prefix}-{match[1]}"' if match[1] in used else "", svg)
-    return re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", svg)
+    return Markup(f'<svg role="img" aria-label="{escape(label)}" {svg}')
 
 
-def draw_noise(rows: Sequence[Mapping[str, Any]]) -> str | None:
+def draw_noise(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Signal to noise of the weights of all layers in dB, sorted; None if no weight is quantized."""
     measured = sorted((row for row in rows if row.get("weight_snr_db") is not None), key=lambda r: r["weight_snr_db"])
     if not measured:
         return None
-    figure = new_figure(8, 3.2)
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 3.2)
     values = [row["weight_snr_db"] for row in measured]
     parts = [row["name"].split(".")[0] for row in measured]
     for name, (colour, marker) in PARTS.items():
@@ -98,37 +111,33 @@ def draw_noise(rows: Sequence[Mapping[str, Any]]) -> str | None:
     return inline(figure, summary)
 
 
-def draw_worst(rows: Sequence[Mapping[str, Any]]) -> str | None:
+def draw_worst(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
     """The `WORST` layers of lowest signal to noise in weights or inputs, by name; None if nothing is quantized."""
     worst = sorted((row for row in rows if _lowest(row) is not None), key=lambda row: _lowest(row) or 0.0)[:WORST]
     if not worst:
         return None
-    figure = new_figure(8, 0.28 * len(worst) + 1.2)
-    axes = figure.subplots()
-    for key, label, colour, marker in (
-        ("weight_snr_db", "weights", BLUE, "o"),
-        ("input_snr_db", "inputs", ORANGE, "s"),
-    ):
-        points = [(row[key], place) for place, row in enumerate(worst) if row.get(key) is not None]
+    figure, axes = new_figure(8, 0.28 * len(worst) + 1.2)
+    for role, colour, marker in (("weight", BLUE, "o"), ("input", ORANGE, "s")):
+        snr = [row.get(f"{role}_snr_db") for row in worst]
+        points = [(value, place) for place, value in enumerate(snr) if value is not None]
         if points:
             values, places = zip(*points, strict=True)
-            axes.scatter(values, places, color=colour, marker=marker, s=30, label=label)
-    _name_rows(axes, [_label(row) for row in worst], "signal to noise (dB)")
+            axes.scatter(values, places, color=colour, marker=marker, s=30, label=f"{role}s")
+    labels = [f"{_short(row['name'])}  {row['weight_bits'] or '-'}/{row['activation_bits'] or '-'}" for row in worst]
+    _name_rows(axes, labels, "signal to noise (dB)")
     named = ", ".join(f"{row['name']} {_lowest(row):.1f} dB" for row in worst[:3])
     return inline(figure, f"The {len(worst)} noisiest layers, the lower of weights and inputs; first {named}")
 
 
-def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
+def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Fidelity lost by quantizing one group of layers alone (`qsam2 sensitivity`), most sensitive groups first."""
     worst: dict[str, float] = {}
     for row in rows:
         worst[row["group"]] = max(worst.get(row["group"], 0.0), row["loss"])
     groups = sorted(worst, key=lambda group: -worst[group])
-    figure = new_figure(8, 0.24 * len(groups) + 1)
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 0.24 * len(groups) + 1)
     series = list(dict.fromkeys((row["part"], row["bits"]) for row in rows))
-    for index, (part, bits) in enumerate(series):
-        style = SERIES[index % len(SERIES)]
+    for (part, bits), style in zip(series, itertools.cycle(SERIES), strict=False):
         of_series = [row for row in rows if (row["part"], row["bits"]) == (part, bits)]
         losses, places = [row["loss"] for row in of_series], [groups.index(row["group"]) for row in of_series]
         axes.scatter(losses, places, color=style["color"], marker=style["marker"], s=24, label=f"{part} at {bits} bits")
@@ -150,23 +159,21 @@ def _lowest(row: Mapping[str, Any]) -> float | None:
     return min((row[key] for key in ("weight_snr_db", "input_snr_db") if row.get(key) is not None), default=None)
 
 
-def _label(row: Mapping[str, Any]) -> str:
-    bits = f"{row['weight_bits'] or '-'}/{row['activation_bits'] or '-'}"
-    return f"{_short(row['name'])}  {bits}"
-
-
 def _short(name: str) -> str:
     return name.removeprefix("image_encoder.trunk.").removeprefix("sam_")
 
 
-def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> str:
+def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> Markup:
     """Histograms that `measure_layers` returns, of "weights" or "inputs" (`what`)."""
     down = -(-len(rows) // COLUMNS)
-    figure = new_figure(8, 2.1 * down + 0.5)
-    places = figure.subplots(down, COLUMNS, squeeze=False).flat
+    figure, grid = new_figure(8, 2.1 * down + 0.5, nrows=down, ncols=COLUMNS, squeeze=False)
+    places = grid.flat
+    beyond = []
     for row, axes in zip(rows, places, strict=False):
         first, last = row["levels"]
-        edges = _edges(row)
+        edges = np.linspace(*row["reach"], len(row["after"]) + 1)
+        outside = (edges[1:] <= first - 0.5) | (edges[:-1] >= last + 0.5)
+        beyond.append(f"{_short(row['layer'])} {np.array(row['after'])[outside].sum():.2%}")
         drawn = range(first, last + 1) if last - first < DRAWN_LEVELS else (first, last)
         axes.stairs(row["before"], edges, color=GREY, fill=True, alpha=0.6, label="float model")
         axes.stairs(row["after"], edges, color=BLUE, linewidth=1.5, label="before rounding" if what == "weights"
@@ -183,20 +190,8 @@ def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> str:
     figure.supxlabel(f"{what}, in steps of the grid", fontsize=8)
     figure.supylabel(f"share of the {what}", fontsize=8)
     figure.axes[0].legend(frameon=False, fontsize=7)
-    beyond = [f"{_short(row['layer'])} {_beyond(row):.2%}" for row in rows]
     return inline(figure, f"Histograms of the {what} of {len(rows)} layers, float and quantized, on their grids; "
                           f"shares beyond the grid: {', '.join(beyond)}")  # fmt: skip
-
-
-def _beyond(row: Mapping[str, Any]) -> float:
-    edges = _edges(row)
-    outside = (edges[1:] <= row["levels"][0] - 0.5) | (edges[:-1] >= row["levels"][1] + 0.5)
-    return float(np.array(row["after"])[outside].sum())
-
-
-def _edges(row: Mapping[str, Any]) -> np.ndarray:
-    low, high = row["reach"]
-    return np.linspace(low, high, len(row["after"]) + 1)
 
 
 def _wrapped(title: str) -> str:
@@ -227,11 +222,10 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return front
 
 
-def draw_pareto(points: Sequence[Point], cost: str) -> str:
+def draw_pareto(points: Sequence[Point], cost: str) -> Markup:
     """Labelled points and their Pareto front; `cost` names the x axis with its unit."""
     front = pareto_front(points)
-    figure = new_figure(8, 3.6)
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 3.6)
     for is_float, colour, marker, label in ((False, BLUE, "o", "quantized"), (True, ORANGE, "s", "float")):
         group = [point for point in points if point.is_float == is_float]
         if group:
@@ -246,3 +240,84 @@ def draw_pareto(points: Sequence[Point], cost: str) -> str:
     axes.legend(frameon=False, fontsize=8)
     named = ", ".join(f"{point.label} {point.score:.1f} at {point.cost:.3g}" for point in front)
     return inline(figure, f"J&F against {cost} of {len(points)} models; Pareto front: {named}")
+
+
+def draw_loss(curves: Mapping[str, Curve]) -> Markup | None:
+    """Loss of one or several runs over the steps, as SVG; None if nothing was logged."""
+    shown = {name: curve for name, curve in curves.items() if len(curve) > 1}
+    if not shown:
+        return None
+    figure, axes = new_figure(8, 3)
+    tops, parts, alone = [], [], len(shown) == 1
+    for (name, curve), style in zip(shown.items(), itertools.cycle(SERIES), strict=False):
+        steps, losses = np.array(curve).T
+        width = min(SMOOTHING, max(len(losses) // 5, 1))
+        mean = np.convolve(losses, np.ones(width) / width, mode="valid")
+        parts.append(
+            f"{'' if alone else name + ': '}from {mean[0]:.2f} to {mean[-1]:.2f} over {len(curve)} logged steps"
+        )
+        if alone:
+            name = f"mean of {width}" if width > 1 else "logged steps"
+        if alone and width > 1:
+            axes.plot(steps, losses, color=GREY, linewidth=0.6, label="logged steps")
+        line = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 2}
+        axes.plot(steps[width - 1 :], mean, **line, label=name)
+        tops.append(float(np.quantile(losses, 0.98)))
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, 1.1 * max(tops)))
+    axes.legend(frameon=False)
+    return inline(figure, "Loss " + "; ".join(parts))
+
+
+def draw_clips(curves: Mapping[str, Curve]) -> Markup | None:
+    """Learned step sizes (None without any) as multiples of their first values: the middle 80 %, `MOVED` extremes."""
+    scales = {name.removeprefix(SCALE): curve for name, curve in curves.items() if name.startswith(SCALE)}
+    scales = {name: curve for name, curve in scales.items() if len(curve) > 1 and curve[0][1] > 0}
+    if not scales:
+        return None
+    figure, axes = new_figure(8, 3.6)
+    relative = {name: [(step, value / curve[0][1]) for step, value in curve] for name, curve in scales.items()}
+    parts = []
+    for role, colour, dashes, hatch in (("weight", BLUE, "-", "//"), ("input", ORANGE, "--", "\\\\")):
+        group = [np.array(c) for name, c in relative.items() if ("weight_quantizer" in name) == (role == "weight")]
+        length = min(map(len, group), default=0)
+        if not length:
+            continue
+        values = np.stack([curve[:length, 1] for curve in group])
+        low, middle, high = np.quantile(values, [0.1, 0.5, 0.9], axis=0)
+        steps = group[0][:length, 0]
+        axes.fill_between(steps, low, high, facecolor=colour, edgecolor=colour, alpha=0.25, linewidth=0, hatch=hatch)
+        axes.plot(steps, middle, color=colour, linestyle=dashes, linewidth=2, label=f"{role}s, median of {len(group)}")
+        parts.append(f"{len(group)} of {role}s end at {middle[-1]:.2f} times their start in the median "
+                     f"({low[-1]:.2f} to {high[-1]:.2f} for 80 %)")  # fmt: skip
+    farthest = sorted(relative, key=lambda name: -abs(np.log(max(relative[name][-1][1], 1e-9))))[:MOVED]
+    for index, name in enumerate(farthest):
+        steps, moved = np.array(relative[name]).T
+        axes.plot(steps, moved, color=GREY, linewidth=0.8)
+        if index == 0:  # further names would lie on one another
+            axes.annotate(name.removesuffix("_quantizer"), (steps[-1], moved[-1]), fontsize=8, ha="right", va="bottom")
+    axes.set(xlabel="step", ylabel="step size / its first")
+    axes.legend(frameon=False, loc="best")
+    return inline(figure, "Learned clips: " + "; ".join(parts))
+
+
+def draw_memory(used: Mapping[str, Any]) -> Markup:
+    """Age of the remembered frames and number of keys read, over the frames of the video, as SVG."""
+    rows = used["frames"]
+    figure, (upper, lower) = new_figure(8, 4, nrows=2, sharex=True, height_ratios=(3, 1))
+    for reading, (colour, marker, size) in READINGS.items():
+        at = [(row["frame"], row["frame"] - int(time)) for row in rows for time, kind in row["read"].items()
+              if kind == reading]  # fmt: skip
+        if at:
+            upper.scatter(*zip(*at, strict=True), color=colour, marker=marker, s=size, label=reading, linewidths=0.8)
+    upper.set_ylabel("age of the remembered frame")
+    upper.legend(frameon=False, fontsize=8, loc="upper left", ncols=4, bbox_to_anchor=(0, 1.16))
+    frames = [row["frame"] for row in rows]
+    lower.step(frames, [row["of"] for row in rows], color=GREY, linestyle="--", where="mid", label="all")
+    lower.step(frames, [row["key_frames"] for row in rows], color=BLUE, where="mid", label="read")
+    lower.set(xlabel="frame", ylabel="frames of keys", ylim=(0, None))
+    lower.legend(frameon=False, fontsize=8, loc="lower right")
+    read, whole = sum(row["key_frames"] for row in rows), sum(row["of"] for row in rows)
+    count = {name: sum(kind == name for row in rows for kind in row["read"].values()) for name in READINGS}
+    named = ", ".join(f"{value} {name}" for name, value in count.items() if value)
+    return inline(figure, f"Memory of {len(rows)} tracked frames: {read:.0f} of {whole} frames of keys were read; "
+                          f"remembered frames: {named}")  # fmt: skip

@@ -1,8 +1,7 @@
 """Quantization error per layer (ours): signal-to-noise ratio, clipping and histograms of weights and inputs.
 
-A weight is compared with its latent value, the float tensor right before rounding. An input is measured while a sample
-passes through the quantized model. The layers with the lowest signal-to-noise ratio also get histograms, in codes of
-their own grid, beside those of the float model.
+A weight is compared with its latent value, the float tensor right before rounding, an input with what its quantizer
+makes of it while a sample passes. The noisiest layers also get histograms, in codes of their own grid.
 """
 
 from __future__ import annotations
@@ -37,15 +36,12 @@ def measure_layers(
     latent: Mapping[str, Tensor],
     run: Callable[[SAM2], object],
 ) -> dict[str, Any]:
-    """Statistics of the layers of a finalized model, as plain values.
+    """Statistics of the layers of a finalized model, as plain values. `run` passes a sample through a model.
 
     {"layers": rows of the conversion table with "weight_snr_db", "weight_clipped", "scale" (mean), "input_snr_db",
     "input_clipped"; "weights" and "inputs": histograms of the layers that lose most, before (float model) and after}.
     Signal to noise is 10 log10 of the energy over that of the difference, None without noise; clipped is a share.
-
-    Args:
-        latent: weights right before rounding, by layer.
-        run: passes a sample through a model.
+    `latent`: weights right before rounding, by layer.
     """
     weights = {}
     for name, layer, quantizer in quantized_weights(model):
@@ -118,22 +114,14 @@ def _figures(role: str, meters: Sequence[_Meter]) -> dict[str, Any]:
 
 
 def _histograms(name: str, before: _Meter, after: _Meter) -> dict[str, Any]:
-    shares = [
-        [round(float(share), 6) for share in meter.counts / meter.counts.sum().clamp(min=1)]
-        for meter in (before, after)
-    ]
-    quantizer = after.quantizer
-    return {
-        "layer": name,
-        "bits": quantizer.bits,
-        "levels": [quantizer.qmin, quantizer.qmax],
-        "reach": list(after.reach),
-        "before": shares[0],
-        "after": shares[1],
+    shares = {
+        key: [round(float(share), 6) for share in meter.counts / meter.counts.sum().clamp(min=1)]
+        for key, meter in (("before", before), ("after", after))
     }
+    q = after.quantizer
+    return {"layer": name, "bits": q.bits, "levels": [q.qmin, q.qmax], "reach": list(after.reach), **shares}
 
 
 def _noisiest(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     """Names of the measured layers, lowest signal-to-noise ratio first."""
-    measured = [row for row in rows if row.get(key) is not None]
-    return [row["name"] for row in sorted(measured, key=lambda row: row[key])]
+    return [row["name"] for row in sorted((row for row in rows if row.get(key) is not None), key=lambda row: row[key])]

@@ -1,86 +1,63 @@
-"""The page of a run: one self-contained HTML file without network access, made from the run folder alone."""
+"""A run's page, one self-contained HTML file made from the run folder alone, and its table on the terminal."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
-from qsam2.output import read_json, version, write_text
+from qsam2.output import read_json, version
 from qsam2.recipe import save_recipe
-from qsam2.recipe.quantizer_specs import QuantizerSpec
-from qsam2.report.curves import draw_clips, draw_loss
-from qsam2.report.draw import draw_histograms, draw_noise, draw_sensitivity, draw_worst
-from qsam2.report.memory_use import draw_memory
-from qsam2.report.read import MODELS, SavedRun, read_run
+from qsam2.report.draw import (
+    draw_clips,
+    draw_histograms,
+    draw_loss,
+    draw_memory,
+    draw_noise,
+    draw_sensitivity,
+    draw_worst,
+)
+from qsam2.report.read import CLIPS, LAYERS, MEMORY, MODELS, SavedRun
 
 SENSITIVITY = "sensitivity.json"
 REPORT = "report.html"
 
 
-def write_report(folder: Path) -> None:
-    """Write a run folder's `report.html`.
-
-    Raises:
-        UserError: the folder holds no run, a file of it is damaged, the disk is full.
-    """
-    write_text(folder / REPORT, render(read_run(folder)))
-
-
 def render(run: SavedRun) -> str:
     """The page as HTML. An unfinished run shows what there is and which stages are to come."""
-    metrics, layers, clips = run.metrics, run.layers, run.clips
-    scored = (metrics.get("float") or {}).get("per_object", {})
-    sensitivity = read_json(run.path / SENSITIVITY)
-    return (
-        environment()
-        .get_template("run.html.j2")
-        .render(
-            run=run,
-            recipe=run.recipe,
-            bits=bits,
-            videos=len(scored),
-            objects=sum(len(objects) for objects in scored.values()),
-            recipe_text=save_recipe(run.recipe),
-            version=version(),
-            rows=score_rows(metrics),
-            missing=run.missing_stages,
-            sizes=metrics.get("bytes", {}),
-            seconds=metrics.get("seconds", {}),
-            noise=_markup(draw_noise(layers["layers"])) if layers else None,
-            worst_layers=_markup(draw_worst(layers["layers"])) if layers else None,
-            layers=by_noise(layers["layers"]) if layers else [],
-            sensitivity=_markup(draw_sensitivity(sensitivity["groups"]))
-            if sensitivity and sensitivity["groups"]
-            else None,
-            histograms=_histograms(layers or {}),
-            clip_curves=_markup(draw_clips(run.curves)),
-            loss=_markup(draw_loss({name: curve for name, curve in run.curves.items() if name == "loss"})),
-            clips=clips,
-            media=lambda name: _data_url(name, run.media(name)),
-            memory=_markup(draw_memory(run.memory)) if run.memory else None,
-            calibrated=metrics.get("calibrated_weights"),
-            smoothed=metrics.get("smoothed"),
-            rounded=metrics.get("rounded"),
-            reconstruction=metrics.get("reconstruction"),
-        )
+    scored = (run.metrics.get("float") or {}).get("per_object", {})
+    layers, memory = run.saved(LAYERS) or {}, run.saved(MEMORY)
+    rows = layers.get("layers", [])
+    sensitivity = (read_json(run.path / SENSITIVITY) or {}).get("groups")
+    return fill(
+        "run.html.j2",
+        run=run,
+        videos=len(scored),
+        objects=sum(len(objects) for objects in scored.values()),
+        recipe_text=save_recipe(run.recipe),
+        rows=score_rows(run.metrics),
+        noise=draw_noise(rows),
+        worst_layers=draw_worst(rows),
+        # the lowest signal to noise of weights first, layers without it last
+        layers=sorted(rows, key=lambda row: (row.get("weight_snr_db") is None, row.get("weight_snr_db") or 0.0)),
+        sensitivity=draw_sensitivity(sensitivity) if sensitivity else None,
+        histograms={what: draw_histograms(layers[what], what) for what in ("weights", "inputs") if layers.get(what)},
+        clip_curves=draw_clips(run.curves),
+        loss=draw_loss({name: curve for name, curve in run.curves.items() if name == "loss"}),
+        clips=run.saved(CLIPS),
+        media=run.media,
+        memory=memory,
+        memory_chart=draw_memory(memory) if memory else None,
     )
 
 
-def environment() -> Environment:
-    """Jinja environment of the page templates; all text is escaped."""
-    return Environment(
-        loader=PackageLoader("qsam2.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def fill(template: str, **values: Any) -> str:
+    """A page of a template with its values; all text is escaped."""
+    loader, blocks = PackageLoader("qsam2.report"), {"trim_blocks": True, "lstrip_blocks": True}
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    return pages.get_template(template).render(version=version(), **values)
 
 
 def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -116,24 +93,25 @@ def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def by_noise(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of layers sorted by the weights' signal to noise, lowest first, layers without it last."""
-    return sorted(layers, key=lambda row: (row.get("weight_snr_db") is None, row.get("weight_snr_db") or 0.0))
+def results_table(metrics: dict[str, Any]) -> str:
+    """Table of a run's models: scores, difference to float with its 95 % interval, fidelity; then mIoU and bytes."""
+    blocks = {name: metrics[name] for name in MODELS if name in metrics}
+    keys = [key for key in ("J&F", "J", "F") if all(key in block for block in blocks.values())]
+    lines = ["  ".join([f"{'':10}", *(f"{key:>5}" for key in keys), f"{'difference to float':>24}", "fidelity"])]
+    for name, block in blocks.items():
+        difference = _interval(block["versus_float"]) if "versus_float" in block else ""
+        fidelity = f"{block['fidelity']:.1f}" if "fidelity" in block else ""
+        scores = (f"{block[key]:5.1f}" for key in keys)
+        lines.append("  ".join([f"{name:10}", *scores, f"{difference:>24}", f"{fidelity:>8}"]))
+    if prompts := next((block["prompts"] for block in blocks.values() if "prompts" in block), None):
+        lines.append(f"prompts: {prompts}; fidelity is the mask IoU with the float model")
+    if "versus_ptq" in metrics.get("quantized", {}):
+        lines.append(f"quantized against ptq: {_interval(metrics['quantized']['versus_ptq'])}, 95 % interval")
+    if boxes := [f"{name} {metrics[name]['box_mIoU']:.1f}" for name in MODELS if "box_mIoU" in metrics.get(name, {})]:
+        lines.append(f"mIoU of masks from a box: {', '.join(boxes)}")
+    lines.append("  ".join(f"{name} {value / 1e6:.2f} MB" for name, value in metrics["bytes"].items()))
+    return "\n".join(lines)
 
 
-def bits(spec: QuantizerSpec | None) -> str:
-    """A quantizer in words, e.g. "at 4 bits (lsq)"."""
-    return "in float" if spec is None else f"at {spec.bits} bits ({spec.method})"
-
-
-def _histograms(layers: Mapping[str, Any]) -> dict[str, Markup]:
-    return {what: Markup(draw_histograms(layers[what], what)) for what in ("weights", "inputs") if layers.get(what)}
-
-
-def _markup(svg: str | None) -> Markup | None:
-    return Markup(svg) if svg else None
-
-
-def _data_url(name: str, data: bytes | None) -> str | None:
-    kind = "video/mp4" if name.endswith(".mp4") else "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}" if data else None
+def _interval(versus: dict[str, float]) -> str:
+    return f"{versus['difference']:+.1f} ({versus['low']:+.1f} to {versus['high']:+.1f})"

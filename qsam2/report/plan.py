@@ -15,7 +15,6 @@ from qsam2.data.video import Video
 from qsam2.evaluation.own_masks import label_sources, label_videos
 from qsam2.layers.convert import conversion_table, convert
 from qsam2.loading import load_float
-from qsam2.models import SAM2
 from qsam2.recipe import Recipe, save_recipe
 from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.train.trainer import device_of
@@ -27,16 +26,15 @@ QUANTIZED_FORWARDS = 2
 
 
 def plan(recipe: Recipe) -> str:
-    """The text of `qsam2 train --dry-run`. Nothing is written.
-
-    Raises:
-        UserError: as the run itself would at its start: data, checkpoint and rules are looked at.
-    """
+    """The text of `qsam2 train --dry-run`; nothing is written. UserError where the run would fail at its start."""
     videos, sources, stills = open_val(recipe), open_train(recipe), open_stills(recipe)
     model = load_float(recipe).to(device_of(recipe.trainer))
     label_sources(sources, model, recipe.data.max_objects)
     videos = label_videos(videos, model, recipe.data.max_objects)
-    image_s, frame_s = _measure(model, _first_clip(recipe, sources, videos, model.image_size))
+    sample = _first_clip(recipe, sources, videos, model.image_size)
+    with torch.no_grad():
+        image_s = _seconds(lambda: model.forward_image(sample.clip.images[:1].to(model.device)))
+        frame_s = _seconds(lambda: run_sample(model, sample, ("mask",))) / len(sample.clip.frame_indices)
     parts = [save_recipe(recipe).rstrip()]
     if recipe.quantize is not None:
         parts.append(conversion_table(convert(model, recipe.quantize)))
@@ -58,14 +56,6 @@ def _first_clip(recipe: Recipe, sources: Sequence[Source], videos: Sequence[Vide
         recipe = recipe.model_copy(update={"calibrate": CalibrateRecipe(stills=0, clips=1)})
         sources = [Source(videos)]
     return next(CalibrationData.of(recipe, sources, image_size).clip_samples(0, 1))
-
-
-@torch.no_grad()
-def _measure(model: SAM2, sample: Sample) -> tuple[float, float]:
-    """Seconds of an image through the encoder, and of a tracked frame, its encoding included."""
-    image = sample.clip.images[:1].to(model.device)
-    image_s = _seconds(lambda: model.forward_image(image))
-    return image_s, _seconds(lambda: run_sample(model, sample, ("mask",))) / len(sample.clip.frame_indices)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -1,22 +1,22 @@
-"""Run folders as reports read them.
+"""Run folders as reports read them: with `report/`, in which a run saves layer statistics, clips and memory use.
 
-A run saves what its report needs (layer statistics, clips, memory use) in `report/` of its folder. The page is made
-from the folder alone, so that it can be made again at any time, also while the run goes on.
+Pages are made from the folder alone, so that they can be made again at any time, also while the run goes on.
 """
 
 from __future__ import annotations
 
-import json
+import base64
+import csv
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qsam2.errors import UserError
-from qsam2.output import read_json, write_bytes, write_text
+from qsam2.output import read_json
 from qsam2.recipe import Recipe, load_recipe
-from qsam2.report.curves import Curve, read_curves
-from qsam2.train.loggers import CURVES
+from qsam2.report.draw import Curve
+from qsam2.train.trainer import CURVES
 
 FOLDER = "report"
 LAYERS, CLIPS, MEMORY = "layers.json", "clips.json", "memory.json"
@@ -24,28 +24,9 @@ MODELS = ("float", "ptq", "quantized")
 """Keys of `metrics.json` that hold score blocks, in the order in which they are computed."""
 
 
-def save_json(run: Path, name: str, values: Any) -> None:
-    """Write plain values into a run folder; raises UserError if the disk is full."""
-    write_text(run / FOLDER / name, json.dumps(values))
-
-
-def save_media(run: Path, name: str, data: bytes) -> None:
-    """Write a picture or a film into a run folder; raises UserError if the disk is full."""
-    write_bytes(run / FOLDER / name, data)
-
-
-def load_json(run: Path, name: str) -> Any:
-    """Values that `save_json` wrote; None if there is no such file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    return read_json(run / FOLDER / name)
-
-
 @dataclass(frozen=True)
 class SavedRun:
-    """A run folder, read lazily; `layers`, `clips`, `memory` are None if the run saved none."""
+    """A run folder; what `report/` and the curves hold is read when it is asked for."""
 
     path: Path
     recipe: Recipe
@@ -56,44 +37,27 @@ class SavedRun:
         """The folder's name."""
         return self.path.resolve().name
 
-    @cached_property
-    def layers(self) -> dict[str, Any] | None:
-        """Output of `measure_layers`."""
-        return load_json(self.path, LAYERS)
-
-    @cached_property
-    def clips(self) -> dict[str, Any] | None:
-        """Index that `save_clips` wrote."""
-        return load_json(self.path, CLIPS)
-
-    @cached_property
-    def memory(self) -> dict[str, Any] | None:
-        """Output of `memory_use`."""
-        return load_json(self.path, MEMORY)
+    def saved(self, name: str) -> Any:
+        """Values of `LAYERS`, `CLIPS` or `MEMORY`; None if the run saved none."""
+        return read_json(self.path / FOLDER / name)
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
         """Figures that training logged, by name."""
         return read_curves(self.path / CURVES)
 
-    def media(self, name: str) -> bytes | None:
-        """Content of a picture or film; None if there is no such file."""
+    def media(self, name: str) -> str | None:
+        """A picture or film as a data URL; None if there is no such file."""
         file = self.path / FOLDER / name
-        return file.read_bytes() if file.is_file() else None
+        kind = "video/mp4" if name.endswith(".mp4") else "image/jpeg"
+        return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}" if file.is_file() else None
 
     @property
     def missing_stages(self) -> list[str]:
         """Stages of the recipe that are still to come."""
         done = self.metrics.get("seconds", {})
         left = [stage for stage in _stages(self.recipe) if stage not in done]
-        if not left and "bytes" not in self.metrics:
-            left = ["writing the model"]
-        return left
-
-    @property
-    def final(self) -> dict[str, Any] | None:
-        """The score block of the model that the run ships."""
-        return self.metrics.get("float" if self.recipe.quantize is None else "quantized")
+        return left or ([] if "bytes" in self.metrics else ["writing the model"])
 
 
 def read_run(path: Path) -> SavedRun:
@@ -114,6 +78,23 @@ def read_run(path: Path) -> SavedRun:
     if not isinstance(metrics, dict) or not isinstance(metrics.get("seconds", {}), dict):
         raise UserError(f"{path / 'metrics.json'} holds no metrics of a run: copy it again, or carry out the run anew")
     return SavedRun(path, recipe, metrics)
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """All logged figures; of steps that a resumed run repeated, the later values. UserError if a file is damaged."""
+    values: dict[str, dict[int, float]] = {}
+    versions = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    for path in versions:
+        try:
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    step = int(row["step"])
+                    for name, text in row.items():
+                        if text and name != "step":
+                            values.setdefault(name, {})[step] = float(text)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove it, the report does without") from error
+    return {name: sorted(by_step.items()) for name, by_step in values.items()}
 
 
 def _stages(recipe: Recipe) -> list[str]:

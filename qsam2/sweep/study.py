@@ -11,11 +11,11 @@ from typing import Any
 
 from qsam2.errors import UserError
 from qsam2.output import read_json
-from qsam2.report.curves import read_curves
+from qsam2.report.read import read_curves
 from qsam2.sweep.definition import STUDY, Sweep, Values, combinations, count_runs
 from qsam2.sweep.parameters import LOCAL, LOGARITHMIC, Parameter
 from qsam2.sweep.runner import Job, Plan, RunFailed, RunState
-from qsam2.train.loggers import CURVES
+from qsam2.train.trainer import CURVES
 
 try:
     import optuna

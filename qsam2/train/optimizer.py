@@ -9,7 +9,6 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import nn
 
 from qsam2.models import SAM2
@@ -27,10 +26,7 @@ def parameter_groups(
 
     Rates: `image_encoder_lr` in the image encoder, in its trunk times layer_decay^(depth from the top), position
     embeddings without that decay; `lr` elsewhere. No weight decay on names that contain "bias" and on LayerNorm.
-    Learned quantizer parameters: `quantizer_lr`, no weight decay, `QUANTIZER_EPS`.
-
-    Args:
-        quantizer_parameters: names of the learned step sizes and clips.
+    Learned step sizes and clips, named in `quantizer_parameters`: `quantizer_lr`, no weight decay, `QUANTIZER_EPS`.
     """
     undecayed = {
         f"{name}.{parameter}" if name else parameter
@@ -73,8 +69,3 @@ def cosine_share(step: int, *, max_steps: int, end: float, warmup_steps: int = 0
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return end + (1 - end) * (1 + math.cos(math.pi * min(step / max_steps, 1.0))) / 2
-
-
-def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(groups)  # not fused: Lightning cannot clip its gradients in mixed precision

@@ -1,4 +1,4 @@
-"""Training of SAM2 on clips, for pretraining and QAT alike: the Lightning module and the stage that runs it.
+"""Training of SAM2 on clips, for pretraining and QAT alike: prompts, the Lightning module and its stage.
 
 A step computes Meta's segmentation loss and, for QAT, the distance to the float model (the teacher), which gets the
 same clips and clicks.
@@ -6,16 +6,20 @@ same clips and clicks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+import training.model.sam2
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from sam2.modeling.sam.transformer import Attention
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.utils.data_utils import BatchedVideoDatapoint
 
@@ -24,13 +28,12 @@ from qsam2.data.datamodule import ClipDataModule
 from qsam2.errors import UserError
 from qsam2.layers.convert import latent_weights, quantizers
 from qsam2.models import SAM2
+from qsam2.models.replaced import replaced
 from qsam2.quantizers.kernels import choose_kernels
-from qsam2.recipe.recipe import TrainRecipe
+from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
 from qsam2.run import Run
-from qsam2.train.imagenet import ImageNetDistillation
-from qsam2.train.losses import embedding_distillation, mask_distillation, segmentation_loss
-from qsam2.train.optimizer import adamw, cosine_share, parameter_groups
-from qsam2.train.prompts import record_clicks, set_dropout, set_prompts
+from qsam2.train.losses import ImageNetDistillation, embedding_distillation, mask_distillation, segmentation_loss
+from qsam2.train.optimizer import cosine_share, parameter_groups
 from qsam2.train.trainer import LAST, build_trainer, training_options
 
 log = logging.getLogger("qsam2")
@@ -38,20 +41,70 @@ log = logging.getLogger("qsam2")
 PLAIN_ATTENTION_PX = 384
 """Largest image side on a CPU for which training materializes attention scores."""
 
+Click = tuple[Tensor, Tensor]
+"""One click per object: coordinates (objects, 1, 2) and labels (objects, 1)."""
 
-def attention_backend(device: torch.device, image_size: int) -> AbstractContextManager[None]:
+
+def attention_backend(device: torch.device, image_size: int) -> contextlib.AbstractContextManager[None]:
     """The fastest attention for training: torch's own choice, but plain matrix products for small images on a CPU.
 
     On a CPU the backward pass of torch's fused attention is slow (nano at 256 px in bf16 on one core: 2.6 s per
     training step with it, 2.3 s without). Scores of large images do not fit into memory.
     """
     small = device.type == "cpu" and image_size <= PLAIN_ATTENTION_PX
-    return sdpa_kernel([SDPBackend.MATH]) if small else nullcontext()
+    return sdpa_kernel([SDPBackend.MATH]) if small else contextlib.nullcontext()
 
 
-def multiplies_bf16() -> bool:
-    """True if oneDNN multiplies bfloat16 matrices natively on this processor."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def set_prompts(model: SAM2, prompts: PromptRecipe) -> None:
+    """Set the probabilities with which `SAM2Train` draws prompts."""
+    points = prompts.point + prompts.box
+    model.prob_to_use_pt_input_for_train = points
+    model.prob_to_use_box_input_for_train = prompts.box / points if points else 0.0
+    model.num_init_cond_frames_for_train = prompts.conditioning_frames
+    model.rand_init_cond_frames_for_train = True
+    model.num_frames_to_correct_for_train = prompts.correction_frames
+    model.rand_frames_to_correct_for_train = True
+    model.num_correction_pt_per_frame = prompts.correction_clicks
+    model.prob_to_sample_from_gt_for_train = prompts.clicks_from_ground_truth
+    model.add_all_frames_to_correct_as_cond = True
+
+
+def set_dropout(model: nn.Module, share: float) -> None:
+    """Set the dropout of all layers and attentions."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share
+        elif isinstance(module, Attention):
+            module.dropout_p = share
+
+
+@contextlib.contextmanager
+def record_clicks(replay: Sequence[Click] | None = None) -> Iterator[list[Click]]:
+    """Context manager that collects the clicks that `SAM2Train` draws, or makes it use those of `replay` in order.
+
+    Correction clicks depend on the model's errors; replaying gives a teacher the same prompts as its student.
+    """
+    draw = training.model.sam2.get_next_point
+    clicks: list[Click] = []
+
+    def get_next_point(**kwargs: Any) -> Click:
+        clicks.append(draw(**kwargs) if replay is None else replay[len(clicks)])
+        return clicks[-1]
+
+    with replaced(training.model.sam2, get_next_point=get_next_point):
+        yield clicks
+
+
+@torch.no_grad()
+def prompted_forward(model: SAM2, batch: BatchedVideoDatapoint, *, points: bool) -> list[dict[str, Any]]:
+    """Track a batch of clips in eval mode from mask prompts or (`points`) a click and one correction, always the same.
+
+    Returns the outputs of each frame, as `SAM2Train.forward` does.
+    """
+    model.prob_to_use_pt_input_for_eval = float(points)
+    model.num_correction_pt_per_frame = 1
+    model.forward_backbone_per_frame_for_eval = True  # whole clips do not fit into memory at 1024 px
+    return model(batch)
 
 
 class VideoTraining(L.LightningModule):
@@ -97,7 +150,8 @@ class VideoTraining(L.LightningModule):
         self.train()  # models come in eval mode, which Lightning keeps
         for teacher in self._teacher:
             teacher.to(self.device).train().requires_grad_(False)
-        if self.device.type == "cpu" and str(self.trainer.precision).startswith("bf16") and not multiplies_bf16():
+        is_slow = self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # natively, by oneDNN
+        if is_slow and str(self.trainer.precision).startswith("bf16"):
             log.warning(
                 "this processor multiplies no bfloat16 numbers: trainer.precision=32-true is several times faster here"
             )
@@ -148,25 +202,20 @@ class VideoTraining(L.LightningModule):
         if recipe.distill.imagenet:
             heads = list(self.imagenet.parameters())
             groups.append({"params": heads, "lr": recipe.lr, "weight_decay": 0.0, "role": "imagenet heads"})
-        optimizer = adamw(groups)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: cosine_share(
-                step, max_steps=self.max_steps, end=recipe.lr_end, warmup_steps=recipe.warmup_steps
-            ),
-        )
+        optimizer = torch.optim.AdamW(groups)  # not fused: Lightning cannot clip its gradients in mixed precision
+        share = partial(cosine_share, max_steps=self.max_steps, end=recipe.lr_end, warmup_steps=recipe.warmup_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # norms before clipping, by role: shared clipping could starve one of them
         if self.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        gradients: dict[str, list[Tensor]] = defaultdict(list)
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    squares[group["role"]] = squares[group["role"]] + parameter.grad.float().square().sum()
-        self.log_dict({f"gradient_norm/{role}": square.sqrt() for role, square in squares.items()})
+            gradients[group["role"]] += [p.grad.float() for p in group["params"] if p.grad is not None]
+        norms = {role: torch.nn.utils.get_total_norm(parts) for role, parts in gradients.items() if parts}
+        self.log_dict({f"gradient_norm/{role}": norm for role, norm in norms.items()})
         self.log("lr", optimizer.param_groups[-1]["lr"])
 
 

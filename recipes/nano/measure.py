@@ -34,8 +34,8 @@ from qsam2.loading import load_model
 from qsam2.models import SAM2, build_sam2
 from qsam2.models.sam2 import EMBEDDED
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
-from qsam2.report.curves import read_curves
 from qsam2.report.overlays import contact_sheet
+from qsam2.report.read import read_curves
 
 DAVIS, MOVING, STILLS = "davis:davis16_240p:val", "moving_objects:50:test", "coco:coco_stills"
 BANKS = {"full bank (7 frames, 16 pointers)": (7, 16), "prompted frame and the last": (2, 2), "prompted frame": (1, 2)}
@@ -172,7 +172,7 @@ def pictures(model: SAM2) -> None:
     """Truth and nano's masks on frames of three generated val videos (DAVIS's own may not be handed on)."""
     videos = open_videos(PICTURED)
     _, masks = score_videos(model, videos, EvaluateRecipe(), TrainerRecipe(), folder=Path("."))
-    sheets = [contact_sheet(video, {"nano": masks}, length=len(video)) for video in videos]
+    sheets = [contact_sheet(video, {"nano": masks}) for video in videos]
     page = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
     top = 0
     for sheet in sheets:

@@ -74,10 +74,10 @@ def test_our_engines_are_fast_models_behind_a_full_bank(monkeypatch: pytest.Monk
     exact = runs["qsam2 exact"].model
     assert isinstance(exact, FastSAM2) and not isinstance(runs["sam2"].model, FastSAM2)
     pointers = 2 * 7
-    assert exact.memory_reader.reading.keys == 7 * tokens + pointers
+    assert exact.memory_reader.keys == 7 * tokens + pointers
     shared = runs["qsam2"].model
     assert isinstance(shared, FastSAM2)
-    assert shared.memory_reader.reading.keys == 3 * tokens + pointers
+    assert shared.memory_reader.keys == 3 * tokens + pointers
 
 
 def test_left_out_engines_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

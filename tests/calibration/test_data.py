@@ -15,7 +15,7 @@ from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.calibrate import CalibrateRecipe
-from qsam2.train.prompts import prompted_forward
+from qsam2.train.video_training import prompted_forward
 
 
 def calibration_data(videos: int = 4, seed: int = 0, **amount: int) -> CalibrationData:

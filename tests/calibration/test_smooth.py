@@ -29,7 +29,7 @@ from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.train.prompts import record_clicks
+from qsam2.train.video_training import record_clicks
 
 
 def quantize(**changes: Any) -> QuantizeRecipe:

@@ -117,8 +117,8 @@ def test_a_reference_gives_the_runs_fidelity(runs: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_report_is_drawn_again_from_what_the_run_kept(name: str, runs: dict[str, Path]) -> None:
     kept = read.read_run(runs[name])
-    assert kept.missing_stages == [] and kept.clips is not None and len(kept.clips["worst"]) == 1
-    assert (kept.layers is None) == (name == "float")
+    assert kept.missing_stages == [] and len(kept.saved(read.CLIPS)["worst"]) == 1
+    assert (kept.saved(read.LAYERS) is None) == (name == "float")
     report = runs[name] / "report.html"
     written = report.read_text(encoding="utf-8")
     assert render(kept) == written and "not finished" not in written and "data:video/mp4" in written

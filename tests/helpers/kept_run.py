@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from qsam2.data.video import Video
 from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
 from qsam2.recipe import build_recipe, save_recipe
-from qsam2.report.read import LAYERS, MEMORY, SavedRun, read_run, save_json
-from qsam2.report.tracked_clips import save_clips
+from qsam2.report.overlays import save_clips
+from qsam2.report.read import CLIPS, FOLDER, LAYERS, MEMORY, SavedRun, read_run
 
 W2 = {"quantize": {"weights": {"method": "lsc", "bits": 2}}}
 QAT = {**W2, "train": {}, "trainer": {"max_steps": 7}, "memory": {"sharing": "adaptive", "frames": 3}}
@@ -81,18 +83,10 @@ def layers() -> dict[str, Any]:
         {"name": "head", "kind": "Linear", "weight_bits": None, "activation_bits": None, "reason": "the recipe's rule"},
     ]  # fmt: skip
     bell = np.exp(-(np.linspace(-4, 3, 40) ** 2))
-    histogram = {
-        "bits": 2,
-        "levels": [-2, 1],
-        "reach": [-4, 3],
-        "before": list(bell / bell.sum()),
-        "after": [0.025] * 40,
-    }
-    return {
-        "layers": rows,
-        "weights": [{"layer": "image_encoder.mlp", **histogram}],
-        "inputs": [{"layer": "stem", **histogram}],
-    }
+    grid = {"bits": 2, "levels": [-2, 1], "reach": [-4, 3]}
+    histogram = {**grid, "before": list(bell / bell.sum()), "after": [0.025] * 40}
+    weights, inputs = ([{"layer": layer, **histogram}] for layer in ("image_encoder.mlp", "stem"))
+    return {"layers": rows, "weights": weights, "inputs": inputs}
 
 
 def memory() -> dict[str, Any]:
@@ -118,6 +112,11 @@ def tracked(video: Video, *models: str) -> dict[str, dict[tuple[str, int], np.nd
     }
 
 
+def save(run: Path, name: str, values: dict[str, Any]) -> None:
+    (run / FOLDER).mkdir(exist_ok=True)
+    (run / FOLDER / name).write_text(json.dumps(values))
+
+
 def write_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] | None = METRICS) -> Path:
     """A run folder with all that a run keeps; of a recipe that quantizes also its layers."""
     recipe = build_recipe({"name": path.name, "output": str(path), **values})
@@ -134,14 +133,24 @@ def write_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] 
     models = ("float",)
     if recipe.quantize is not None:
         models += ("ptq", "quantized")
-        save_json(path, LAYERS, layers())
+        save(path, LAYERS, layers())
     if recipe.memory.sharing != "none":
-        save_json(path, MEMORY, memory())
+        save(path, MEMORY, memory())
     video = Squares()
-    save_clips(path, [video], tracked(video, *models), None)
+    save(path, CLIPS, save_clips(path / FOLDER, [video], tracked(video, *models), None))
     return path
 
 
 def kept_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] | None = METRICS) -> SavedRun:
     """The run folder of `write_run`, read."""
     return read_run(write_run(path, values, metrics))
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make room run out whenever a file is written."""
+
+    def full(file: Path, data: bytes) -> int:
+        file.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)

@@ -67,6 +67,19 @@ def track(model: Any, length: int, *, size: int = SIZE_PX, state: dict[str, Any]
     return masks
 
 
+def start(model: SAM2, images: Any, **memory: Any) -> dict[str, Any]:
+    """A state in which an object is prompted on the first frame, with memory as these keys of a recipe say."""
+    use_memory(model, MemoryRecipe(**memory))
+    state = model.init_state(images, video_size=(SIZE_PX, SIZE_PX))
+    model.add_new_mask(state, 0, 1, box(4))
+    return state
+
+
+def follow(model: SAM2, state: dict[str, Any], name: str = "", **where: Any) -> Masks:
+    """Mask logits of the frames that a state is propagated to."""
+    return {(name, index): masks for index, _, masks in model.propagate_in_video(state, **where)}
+
+
 def track_with(model: SAM2, length: int, **memory: Any) -> Masks:
     """`track` with memory as these keys of a recipe say."""
     use_memory(model, MemoryRecipe(**memory))

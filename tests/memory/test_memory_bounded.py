@@ -10,26 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_videos import SIZE_PX, box, distance, track, video
+from small_videos import SIZE_PX, box, distance, follow, start, track_with, video
 from torch import Tensor
 
 from qsam2.benchmark.remembered_frames import state_bytes
 from qsam2.errors import UserError
-from qsam2.memory.bounded import Spans
-from qsam2.memory.reader import use_memory
+from qsam2.memory.bank import Spans
 from qsam2.models import SAM2
-from qsam2.recipe.recipe import MemoryRecipe
 
 LENGTH = 24
-SIZE = (SIZE_PX, SIZE_PX)
-
-
-def start(model: SAM2, images: Any, **memory: Any) -> dict[str, Any]:
-    """A state in which an object is prompted on the first frame."""
-    use_memory(model, MemoryRecipe(**memory))
-    state = model.init_state(images, video_size=SIZE)
-    model.add_new_mask(state, 0, 1, box(4))
-    return state
+SHARED = {"cache": True, "sharing": "adaptive", "frames": 3}
 
 
 def endless(length: int) -> Iterator[Tensor]:
@@ -52,19 +42,16 @@ def test_spans_are_a_set(times: list[int]) -> None:
 # The same masks
 
 
-@pytest.mark.parametrize("memory", [{}, {"cache": True, "sharing": "adaptive", "frames": 3}])
+@pytest.mark.parametrize("memory", [{}, SHARED])
 def test_masks_are_those_of_a_state_that_grows(memory: dict[str, Any], model: SAM2) -> None:
     """Two objects, a correction and a new prompt on the way, forward and back: see `track`."""
-    use_memory(model, MemoryRecipe(**memory))
-    growing = track(model, LENGTH)
-    use_memory(model, MemoryRecipe(**memory, bounded=True))
-    assert distance(track(model, LENGTH), growing) == 0
+    growing = track_with(model, LENGTH, **memory)
+    assert distance(track_with(model, LENGTH, **memory, bounded=True), growing) == 0
 
 
 def test_tracking_again_from_the_first_prompt_gives_the_same(model: SAM2) -> None:
     state = start(model, video(LENGTH), bounded=True)
-    first, second = ({("", i): m for i, _, m in model.propagate_in_video(state)} for _ in range(2))
-    assert distance(first, second) == 0
+    assert distance(follow(model, state), follow(model, state)) == 0
 
 
 def test_an_object_can_be_removed_and_a_state_reset(model: SAM2) -> None:
@@ -74,20 +61,18 @@ def test_an_object_can_be_removed_and_a_state_reset(model: SAM2) -> None:
         model.add_new_mask(state, 0, 2, box(30))
         list(model.propagate_in_video(state, max_frame_num_to_track=15))
         assert model.remove_object(state, 1)[0] == [2]
-        masks = {("", i): m for i, _, m in model.propagate_in_video(state, start_frame_idx=15)}
+        masks = follow(model, state, start_frame_idx=15)
         model.reset_state(state)
         model.add_new_mask(state, 3, 1, box(10))
-        results.append(masks | {("again", i): m for i, _, m in model.propagate_in_video(state)})
+        results.append(masks | follow(model, state, "again"))
     assert distance(*results) == 0
 
 
 def test_a_stream_gives_the_masks_of_a_sequence(model: SAM2) -> None:
     frames = video(LENGTH)
-    sequence = {("", i): m for i, _, m in model.propagate_in_video(start(model, frames))}
-    state = start(model, iter(frames), cache=True, bounded=True)
-    stream = {("", i): m for i, _, m in model.propagate_in_video(state)}
-    assert distance(sequence, stream) < 1e-5
-    assert len(stream) == LENGTH
+    sequence = follow(model, start(model, frames))
+    stream = follow(model, start(model, iter(frames), cache=True, bounded=True))
+    assert distance(sequence, stream) < 1e-5 and len(stream) == LENGTH
 
 
 def test_a_stream_can_be_corrected_on_its_latest_frame(model: SAM2) -> None:
@@ -101,15 +86,14 @@ def test_a_stream_can_be_corrected_on_its_latest_frame(model: SAM2) -> None:
             if index == 12:
                 break
         model.add_new_points_or_box(state, 12, 1, points=[[30.0, 20.0]], labels=[1])
-        masks |= {("later", i): m for i, _, m in model.propagate_in_video(state, start_frame_idx=13)}
-        results.append(masks)
+        results.append(masks | follow(model, state, "later", start_frame_idx=13))
     assert distance(*results) == 0
 
 
 # Bytes
 
 
-@pytest.mark.parametrize("memory", [{}, {"cache": True, "sharing": "adaptive", "frames": 3}])
+@pytest.mark.parametrize("memory", [{}, SHARED])
 def test_bytes_are_constant(memory: dict[str, Any], model: SAM2) -> None:
     """From frame 31 on, where pointers near the prompted and near the current frame are apart; see `BoundedState`."""
     state = start(model, endless(44), bounded=True, **memory)
@@ -153,7 +137,7 @@ def test_forgotten_frames_cannot_be_prompted_or_read(model: SAM2) -> None:
     model.add_new_points_or_box(state, 5, 1, **click)
 
 
-def test_passed_frames_of_a_stream(model: SAM2) -> None:
+def test_frames_of_a_stream_that_are_not_there(model: SAM2) -> None:
     state = start(model, iter(video(LENGTH)))
     list(model.propagate_in_video(state))
     message = error_of(lambda: list(model.propagate_in_video(state)))
@@ -161,9 +145,6 @@ def test_passed_frames_of_a_stream(model: SAM2) -> None:
         "frame 1 of the stream has passed, 17 to 23 are kept: prompt and track frames in their order, or give the "
         "video as a sequence"
     )
-
-
-def test_frames_past_the_end_of_a_stream(model: SAM2) -> None:
     state = start(model, iter(video(3)))
     expected = "frame 5 is past the end: the stream has 3 frames"
     assert error_of(lambda: model.add_new_mask(state, 5, 1, box(4))) == expected

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_videos import SIZE_PX, box, distance, track, track_with, video
+from small_videos import SIZE_PX, follow, start, video
 from torch import Tensor
 
 from qsam2.memory.bank import HISTORY, Bank, Remembered
@@ -51,13 +51,14 @@ def runs(sets: list[KeySet], item: int = 0) -> list[tuple[int, int]]:
 
 
 def test_the_most_similar_neighbours_share() -> None:
-    sets = adaptive(bank(angles(0, 1, 40, 42, 90, 91.5)), 4, None)
+    similar = bank(angles(0, 1, 40, 42, 90, 91.5))
+    sets = adaptive(similar, 4, None)
     assert runs(sets) == [(2, 2), (3, 1), (4, 1), (6, 2)]
     assert sets[0].positions[0] == {5: 0.5, 4: 0.5}  # the mean of its slots
     assert sets[0].weights.tolist() == [[0.5], [0.5]] and [frame.time for frame in sets[0].frames] == [1, 2]
     assert sets[1].positions[0] == {3: 1.0} and sets[1].weights is None
-    assert runs(adaptive(bank(angles(0, 1, 40, 42, 90, 91.5)), 2, None)) == [(4, 4), (6, 2)]
-    assert runs(adaptive(bank(angles(0, 1, 40, 42, 90, 91.5)), 1, None)) == [(6, 6)]
+    assert runs(adaptive(similar, 2, None)) == [(4, 4), (6, 2)]
+    assert runs(adaptive(similar, 1, None)) == [(6, 6)]
 
 
 def test_a_quantile_joins_more_where_the_video_stands_still() -> None:
@@ -83,19 +84,13 @@ def test_each_object_has_its_own_runs() -> None:
 @pytest.mark.parametrize("prompted", [(3,), (2, 3)])
 def test_frames_around_a_prompted_one_are_never_joined(prompted: tuple[int, ...]) -> None:
     """Frames 1, 2, 4, 5 with 3 prompted; and 2 prompted but so far away that it is read like the others."""
-    features = angles(0, 0, 0, 0)
-    given_bank = bank(features, prompted)
+    given_bank = bank(angles(0, 0, 0, 0), prompted)
     for memory, time in zip(given_bank.recent, (1, 2, 4, 5), strict=True):
         memory.time = time
     assert runs(adaptive(given_bank, 1, None)) == ([(2, 2), (5, 2)] if prompted == (3,) else [(1, 1), (2, 1), (5, 2)])
 
 
-@given(
-    frames=st.integers(1, 6),
-    budget=st.integers(1, 6),
-    quantile=st.none() | st.floats(0, 1),
-    seed=st.integers(0, 9),
-)
+@given(st.integers(1, 6), st.integers(1, 6), st.none() | st.floats(0, 1), st.integers(0, 9))
 def test_every_frame_is_stood_for_once(frames: int, budget: int, quantile: float | None, seed: int) -> None:
     features = torch.randn(frames, 2, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
     sets = adaptive(bank(features), min(budget, frames), quantile)
@@ -110,9 +105,8 @@ def test_every_frame_is_stood_for_once(frames: int, budget: int, quantile: float
 
 def identical(model: SAM2, length: int = 8) -> dict[str, Any]:
     """A tracked object whose remembered frames after the first are all the same."""
-    state = model.init_state(video(length), video_size=(SIZE_PX, SIZE_PX))
-    model.add_new_mask(state, 0, 1, box(4))
-    list(model.propagate_in_video(state, max_frame_num_to_track=length - 2))
+    state = start(model, video(length))
+    follow(model, state, max_frame_num_to_track=length - 2)
     frames = state["output_dict_per_obj"][0]["non_cond_frame_outputs"]
     for each in frames.values():
         each["maskmem_features"] = frames[3]["maskmem_features"].clone()
@@ -153,25 +147,13 @@ def test_temporal_positions_are_matched_to_first_order(model: SAM2) -> None:
     assert 2.5 < errors[0] / errors[1] < 6
 
 
-def test_a_budget_of_the_whole_bank_is_full_attention(model: SAM2) -> None:
-    assert distance(track_with(model, 12, sharing="adaptive", frames=9), track(use(model), 12)) < CLOSE
-
-
-def use(model: SAM2) -> SAM2:
-    use_memory(model, MemoryRecipe())
-    return model
-
-
 # All ways of sharing
 
 
 def keys(model: SAM2, **memory: Any) -> int:
     """How many keys the eighth frame of a video reads."""
-    use_memory(model, MemoryRecipe(**memory))
-    state = model.init_state(video(9), video_size=(SIZE_PX, SIZE_PX))
-    model.add_new_mask(state, 0, 1, box(4))
-    list(model.propagate_in_video(state))
-    return model.memory_reader.reading.keys  # type: ignore[union-attr]
+    follow(model, start(model, video(9), **memory))
+    return model.memory_reader.keys  # type: ignore[union-attr]
 
 
 def test_keys_are_those_of_the_budget(model: SAM2) -> None:
@@ -195,22 +177,18 @@ def test_a_budget_leaves_the_latest_frame_however_many_were_prompted() -> None:
     assert len(key_sets(crowded, MemoryRecipe(sharing="oldest", frames=1))) == 4
 
 
-@pytest.mark.parametrize(
-    ("sharing", "frames", "times"),
-    [
-        ("oldest", 3, [5, 6]),
-        ("oldest", 9, [1, 2, 3, 4, 5, 6]),
-        ("stride", 2, [6]),
-        ("stride", 3, [1, 6]),
-        ("stride", 4, [1, 4, 6]),
-        ("pool", 3, [1, 2, 3, 4, 5, 6]),
-        ("sparse", 3, [1, 2, 3, 4, 5, 6]),
-        ("synthesis", 3, [5, 6]),
-    ],
-)
-def test_frames_that_are_read(sharing: Any, frames: int, times: list[int]) -> None:
-    sets = key_sets(bank(angles(0, 10, 20, 30, 40, 50)), MemoryRecipe(sharing=sharing, frames=frames))
-    assert [each.frames[-1].time for each in sets] == [0, *times]
+def test_frames_that_are_read() -> None:
+    every = [1, 2, 3, 4, 5, 6]
+    read = {
+        "oldest": {3: [5, 6], 9: every},
+        "stride": {2: [6], 3: [1, 6], 4: [1, 4, 6]},
+        "pool": {3: every},
+        "sparse": {3: every},
+        "synthesis": {3: [5, 6]},
+    }
+    for sharing, frames, times in ((key, *item) for key, budgets in read.items() for item in budgets.items()):
+        sets = key_sets(bank(angles(0, 10, 20, 30, 40, 50)), MemoryRecipe(sharing=sharing, frames=frames))
+        assert [each.frames[-1].time for each in sets] == [0, *times], (sharing, frames)
 
 
 def test_windows_divide_the_feature_map() -> None:

@@ -20,7 +20,7 @@ from qsam2.models import SAM2
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import LSQSpec
 from qsam2.recipe.recipe import MemoryRecipe, PromptRecipe
-from qsam2.train.prompts import prompted_forward, set_dropout, set_prompts
+from qsam2.train.video_training import prompted_forward, set_dropout, set_prompts
 
 FRAMES = 5
 

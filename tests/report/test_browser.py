@@ -82,13 +82,10 @@ def test_nothing_is_fetched_or_complained_of(seen: tuple[dict[str, Any], str]) -
     assert [line for line in log.splitlines() if "CONSOLE" in line] == []
 
 
-def test_no_page_is_wider_than_the_screen(seen: tuple[dict[str, Any], str]) -> None:
-    for name, page in seen[0].items():
-        assert page["needed"] <= page["width"] <= WIDTHS[name.split("-")[1]], name
-
-
-def test_charts_and_pictures_are_shown(seen: tuple[dict[str, Any], str]) -> None:
+def test_pages_fit_the_screen_and_show_charts_and_pictures(seen: tuple[dict[str, Any], str]) -> None:
     pages = seen[0]
+    for name, page in pages.items():
+        assert page["needed"] <= page["width"] <= WIDTHS[name.split("-")[1]], name
     assert len(pages["run-phone"]["charts"]) == 7 and len(pages["comparison-desktop"]["charts"]) == 3
     assert all(height > 100 for page in pages.values() for height in page["charts"])
     assert pages["run-desktop"]["pictures"] == [640] * 2

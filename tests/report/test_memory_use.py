@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
 from kept_run import Squares
 
 from qsam2.memory.reader import use_memory
-from qsam2.models import SAM2, build_sam2
-from qsam2.recipe.recipe import EvaluateRecipe, MemoryRecipe
-from qsam2.report.memory_use import draw_memory, memory_use
+from qsam2.models import SAM2
+from qsam2.recipe.recipe import MemoryRecipe
+from qsam2.report.draw import draw_memory
+from qsam2.report.stage import memory_use
 
 
-@pytest.fixture(scope="module")
-def model() -> SAM2:
-    torch.manual_seed(0)
-    return build_sam2("nano", image_size=64).eval()
-
-
-def watched(model: SAM2, sharing: str, frames: int = 6) -> dict[int, dict]:
+def watched(model: SAM2, sharing: str) -> dict[int, dict]:
     use_memory(model, MemoryRecipe.model_validate({"sharing": sharing, "frames": 3}))
-    used = memory_use(model, Squares(), EvaluateRecipe(frames=frames))
+    used = memory_use(model, Squares(), 6)
     assert used["video"] == "squares" and model.memory_reader.watch is None
     assert "frames of keys were read" in draw_memory(used)
     return {row["frame"]: row for row in used["frames"]}
 
 
-def test_adaptive_sharing_shows_who_shares(model: SAM2) -> None:
+def test_frames_that_share_that_are_left_out_or_read_in_part(model: SAM2) -> None:
     rows = watched(model, "adaptive")
     assert list(rows) == [1, 2, 3, 4, 5]  # frame 0 is given
     for frame, row in rows.items():
@@ -34,11 +27,7 @@ def test_adaptive_sharing_shows_who_shares(model: SAM2) -> None:
         assert row["read"].keys() == set(range(1, frame))
     assert set(rows[3]["read"].values()) == {"own keys"}
     assert sorted(rows[4]["read"].values()) == ["own keys", "shared keys", "shared keys"]
-
-
-def test_frames_that_are_left_out_or_read_in_part(model: SAM2) -> None:
-    assert watched(model, "oldest")[5]["read"] == {
-        1: "not read", 2: "not read", 3: "own keys", 4: "own keys",
-    }  # fmt: skip
+    oldest = watched(model, "oldest")[5]["read"]
+    assert oldest == {1: "not read", 2: "not read", 3: "own keys", 4: "own keys"}
     pooled = watched(model, "pool")[5]
     assert set(pooled["read"].values()) == {"part of its keys"} and pooled["key_frames"] <= 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import errno
 import io
 import json
 import re
@@ -14,13 +13,14 @@ from typing import Any
 
 import av
 import pytest
-from kept_run import METRICS, QAT, W2, kept_run, metrics_of, write_run
+from kept_run import METRICS, QAT, W2, fill_disk, kept_run, metrics_of, write_run
 from PIL import Image
 
+from qsam2.cli import main
 from qsam2.errors import UserError
-from qsam2.report.page import render, score_rows, write_report
+from qsam2.evaluation.scoring import headline
+from qsam2.report.page import render, results_table, score_rows
 from qsam2.report.read import read_run
-from qsam2.report.summary import results_table, score_line
 
 FLOAT_METRICS = {key: METRICS[key] for key in ("float", "bytes")} | {"seconds": {"train": 12.34, "score float": 1.0}}
 VOID = {"meta", "link", "img", "source", "br", "input", "hr"}
@@ -32,8 +32,6 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
-        self.links: list[str] = []
-        self.tags: set[str] = set()
         self.texts: list[str] = []
         self.headings: list[tuple[int, str]] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
@@ -42,13 +40,14 @@ class Page(HTMLParser):
         self.close()
         assert not self._open
         self.text = " ".join(" ".join(self.texts).split())
+        self.tags = {tag for tag, _ in self.elements}
+        fetched = ("src", "srcset", "poster", "data", "action")
+        self.links = [
+            attributes[name] or "" for _, attributes in self.elements for name in attributes if name in fetched
+        ]
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
         self.elements.append((tag, dict(attributes)))
-        self.links += [
-            value or "" for name, value in attributes if name in ("src", "srcset", "poster", "data", "action")
-        ]
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -59,7 +58,6 @@ class Page(HTMLParser):
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
         self.elements.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag: str) -> None:
@@ -76,12 +74,16 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def run_html(tmp_path_factory: pytest.TempPathFactory) -> str:
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     return render(kept_run(tmp_path_factory.mktemp("runs") / "qat"))
 
 
-def test_the_headline_has_all_models_with_their_differences(run_html: str) -> None:
-    page = Page(run_html)
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_the_headline_has_all_models_with_their_differences(page: Page) -> None:
     rows = {row[0]: row for row in page.rows[1:4]}
     assert [row[0] for row in page.rows[:4]] == ["model", "float", "ptq", "quantized"]
     assert rows["float"] == ["float", "70.0", "69.0", "71.0", "", "16.00", "0.123"]
@@ -94,12 +96,11 @@ def test_the_headline_has_all_models_with_their_differences(run_html: str) -> No
     assert "max_steps: 7" in page.text
 
 
-def test_differences_of_seconds_and_bytes() -> None:
+def test_differences_of_seconds_and_what_is_not_known() -> None:
     metrics = copy.deepcopy(METRICS)
     metrics["quantized"]["seconds_per_frame"] = 0.2234
     row = score_rows(metrics)[2]
     assert row["seconds"] == (0.2234, pytest.approx(0.1))
-    assert row["MB"] == (2.5, pytest.approx(-13.5)) and row["smaller"] == pytest.approx(6.4)
     del metrics["bytes"]
     metrics["float"]["seconds_per_frame"] = None
     row = score_rows(metrics)[2]
@@ -116,21 +117,18 @@ def test_mean_iou_of_stills_stands_in_the_headline_with_its_difference() -> None
     for row, lost in ((ptq, -10), (quantized, -20)):
         assert row["box_mIoU"][1]["difference"] == pytest.approx(lost)
     assert all("box_mIoU" not in row for row in score_rows(METRICS))
+    metrics["ptq"]["protocol"] = "fidelity"  # of data without masks
+    assert score_rows(metrics)[1]["versus_fidelity"] == metrics["ptq"]["versus_float"]
 
 
-def test_the_layers_stand_by_their_noise(run_html: str) -> None:
-    page = Page(run_html)
+def test_the_layers_stand_by_their_noise(page: Page) -> None:
     names = [row[0] for row in page.rows]
     assert names.index("image_encoder.mlp") < names.index("stem") < names.index("attention")
     assert ["image_encoder.mlp", "Linear", "2", "-", "9.5", "12.50", "-", "-", "bits"] in page.rows
     assert ["attention", "Attention", "-", "4", "-", "-", "20.0", "0.00", "bits"] in page.rows
-    labels = " ".join(str(attributes.get("aria-label")) for tag, attributes in page.elements if tag == "svg")
-    assert "Signal to noise of the weights of 2 layers: from 9.5 dB (image_encoder.mlp) to 40.0 dB" in labels
-    assert "The 3 noisiest layers" in labels
 
 
-def test_sections_of_a_run_that_has_everything(run_html: str) -> None:
-    page = Page(run_html)
+def test_sections_of_a_run_that_has_everything(page: Page) -> None:
     assert [text for _, text in page.headings] == [
         "qat", "Scores", "Where the loss is", "Weights and inputs on their grids", "Training", "Tracked clips",
         "Memory over time", "Worst frames", "Size and time", "Recipe",
@@ -139,7 +137,11 @@ def test_sections_of_a_run_that_has_everything(run_html: str) -> None:
     assert len(labels) == len(set(labels)) == 7
     assert any("1 of weights end at 7.00 times their start" in label for label in labels)
     assert any("13 of 17 frames of keys were read" in label for label in labels)
+    assert any("Signal to noise of the weights of 2 layers" in label for label in labels)
+    assert any("The 3 noisiest layers" in label for label in labels)
     assert page.text.count("to float J") == 4 and "squares, frame 1: ptq to float J" in page.text
+    for absent in ("What was fitted", "Calibrated weights", "Smoothed LayerNorms", "Rounded weights", "Reconstructed"):
+        assert absent not in page.text
 
 
 def test_a_calibrated_run_and_a_float_run(tmp_path: Path) -> None:
@@ -196,21 +198,14 @@ def test_what_calibration_and_reconstruction_fitted(tmp_path: Path) -> None:
     assert ["blocks.1", "10.00 → 10.00", "0.0 %", "nearest"] in page.rows
 
 
-def test_nothing_is_said_of_what_was_not_fitted(run_html: str) -> None:
-    for absent in ("What was fitted", "Calibrated weights", "Smoothed LayerNorms", "Rounded weights", "Reconstructed"):
-        assert absent not in Page(run_html).text
-
-
-def test_the_page_needs_nothing_but_itself(run_html: str) -> None:
-    page = Page(run_html)
+def test_the_page_needs_nothing_but_itself(page: Page, html: str) -> None:
     assert page.tags.isdisjoint({"script", "iframe", "object", "base"})
     assert all(link.startswith(("data:image/jpeg;base64,", "data:video/mp4;base64,")) for link in page.links)
-    rest = re.sub(r'data:[^"]*|xmlns(:\w+)?="[^"]*"|<!DOCTYPE svg[^>]*>', "", run_html)
+    rest = re.sub(r'data:[^"]*|xmlns(:\w+)?="[^"]*"|<!DOCTYPE svg[^>]*>', "", html)
     assert not re.search(r"https?:|//|url\((?!#)|@import", rest)
 
 
-def test_pictures_and_film_can_be_read(run_html: str) -> None:
-    page = Page(run_html)
+def test_pictures_and_film_can_be_read(page: Page) -> None:
     films = [link for link in page.links if link.startswith("data:video/mp4")]
     assert len(films) == 1
     with av.open(io.BytesIO(base64.b64decode(films[0].split(",")[1]))) as film:
@@ -224,8 +219,7 @@ def test_pictures_and_film_can_be_read(run_html: str) -> None:
             assert picture.size == (frames[0].width, frames[0].height)
 
 
-def test_the_page_can_be_read_by_all(run_html: str) -> None:
-    page = Page(run_html)
+def test_the_page_can_be_read_by_all(page: Page, html: str) -> None:
     levels = [level for level, _ in page.headings]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(new <= old + 1 for old, new in zip(levels, levels[1:], strict=False))
@@ -243,13 +237,13 @@ def test_the_page_can_be_read_by_all(run_html: str) -> None:
     assert len(ids) == len(set(ids))
     targets = {attributes["aria-labelledby"] for _, attributes in page.elements if attributes.get("aria-labelledby")}
     assert targets <= set(ids)
-    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', run_html))
+    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html))
     assert {first or second for first, second in used} <= set(ids)
 
 
-def test_colours_are_told_apart_on_both_grounds(run_html: str) -> None:
+def test_colours_are_told_apart_on_both_grounds(html: str) -> None:
     """Text has a contrast of 4.5 to 1 at least, lines of 3 to 1 (WCAG 2.2, 1.4.3 and 1.4.11)."""
-    schemes = re.findall(r":root \{([^}]*)\}", run_html)
+    schemes = re.findall(r":root \{([^}]*)\}", html)
     assert len(schemes) == 3  # light, dark, print
     for scheme in schemes:
         colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", scheme))
@@ -293,104 +287,84 @@ def test_an_unfinished_run_says_what_is_to_come(tmp_path: Path) -> None:
     assert "not finished: writing the model is to come" in Page(render(read_run(path))).text
 
 
-def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    write_run(path, {**QAT, "calibrate": {"weights": "frobenius"}}, None)
+@pytest.mark.parametrize(
+    ("values", "metrics", "says", "silent"),
+    [
+        (
+            {**QAT, "calibrate": {"weights": "frobenius"}},
+            None,  # it has just begun
+            [
+                "not finished: calibrate weights, convert, score float, calibrate, score ptq, train, score quantized",
+                "No model has been scored yet.",
+                "They are drawn when all models are scored.",
+            ],
+            "kept no",
+        ),
+        (W2, METRICS, ["kept no figures of its layers", "kept no clips"], "not finished"),  # by an older version
+    ],
+)
+def test_a_run_that_kept_nothing(tmp_path: Path, values: Any, metrics: Any, says: list[str], silent: str) -> None:
+    path = write_run(tmp_path / "run", values, metrics)
     for file in [*(path / "report").iterdir(), *path.glob("curves/*/*")]:
         file.unlink()
-    page = Page(render(read_run(path)))
-    stages = "calibrate weights, convert, score float, calibrate, score ptq, train, score quantized"
-    assert f"not finished: {stages} are to come" in page.text
-    assert "No model has been scored yet." in page.text and "They are drawn when all models are scored." in page.text
-
-
-def test_a_run_of_an_older_version_kept_less(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run", W2)
-    for file in (path / "report").iterdir():
-        file.unlink()
     text = Page(render(read_run(path))).text
-    assert "kept no figures of its layers" in text and "kept no clips" in text and "not finished" not in text
+    assert all(said in text for said in says) and silent not in text
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("file", "content", "says"),
     [
-        (lambda path: (path / "recipe.yaml").unlink(), "is no run folder, it holds no recipe.yaml: give the `output`"),
-        (
-            lambda path: (path / "recipe.yaml").write_text("name: run\nnew_key: 1\n"),
-            "holds a run of another version (unknown recipe key 'new_key'",
-        ),
-        (lambda path: (path / "metrics.json").write_text('{"seconds": {'), "metrics.json is damaged ("),
-        (lambda path: (path / "metrics.json").write_text("[1]"), "metrics.json holds no metrics of a run"),
-        (lambda path: (path / "report" / "layers.json").write_text("{"), "layers.json is damaged ("),
-        (lambda path: (path / "report" / "clips.json").write_bytes(b"\xff\xfe"), "clips.json is damaged ("),
-        (lambda path: next(path.glob("curves/*/*")).write_text("step,loss\n1,x\n"), "metrics.csv is damaged ("),
+        ("recipe.yaml", b"name: run\nnew_key: 1\n", "holds a run of another version (unknown recipe key 'new_key'"),
+        ("metrics.json", b'{"seconds": {', "metrics.json is damaged ("),
+        ("metrics.json", b"[1]", "metrics.json holds no metrics of a run"),
+        ("report/layers.json", b"{", "layers.json is damaged ("),
+        ("report/clips.json", b"\xff\xfe", "clips.json is damaged ("),
+        ("curves/version_0/metrics.csv", b"step,loss\n1,x\n", "metrics.csv is damaged ("),
     ],
 )
-def test_a_folder_that_cannot_be_used(tmp_path: Path, spoil: Any, says: str) -> None:
+def test_a_folder_that_cannot_be_used(tmp_path: Path, file: str, content: bytes, says: str) -> None:
     path = write_run(tmp_path / "run")
-    spoil(path)
+    (path / file).write_bytes(content)
     with pytest.raises(UserError) as error:
         render(read_run(path))
     assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="absent does not exist or is no folder: give run folders, as runs/demo"):
-        read_run(tmp_path / "absent")
-
-
-def test_it_is_written_into_the_run_folder_and_again(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "mine")
-    write_report(path)
-    first = (path / "report.html").read_text(encoding="utf-8")
-    assert "<title>mine - qsam2</title>" in first
-    write_report(path)
-    assert (path / "report.html").read_text(encoding="utf-8") == first
-
-
-def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_run(tmp_path / "run")
     (path / "report.html").write_text("old")
-
-    def full(file: Path, data: bytes) -> int:
-        file.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match=r"report.html could not be written: No space left on device; make room"):
-        write_report(path)
+    fill_disk(monkeypatch)
+    assert main(["report", str(path)]) == 2
+    assert "report.html could not be written: No space left on device; make room" in capsys.readouterr().err
     assert (path / "report.html").read_text() == "old" and not list(path.glob("*.tmp"))
 
 
 def test_table_on_the_terminal() -> None:
     metrics = copy.deepcopy(METRICS)
-    versus = metrics["quantized"]["versus_float"] = {"difference": -5.0, "low": -6.0, "high": -4.0}
+    metrics["quantized"]["versus_float"] = {"difference": -5.0, "low": -6.0, "high": -4.0}
     lines = results_table(metrics).splitlines()
     assert [line.split()[:4] for line in lines[1:4]] == [
         ["float", "70.0", "69.0", "71.0"],
         ["ptq", "50.0", "49.0", "51.0"],
         ["quantized", "65.0", "64.0", "66.0"],
     ]
-    assert versus and lines[3].endswith("-5.0 (-6.0 to -4.0)      88.8")
+    assert lines[3].endswith("-5.0 (-6.0 to -4.0)      88.8")
     assert len({len(line.rstrip()) for line in (lines[0], lines[2], lines[3])}) == 1  # columns end together
     assert lines[4] == "float32 16.00 MB  bfloat16 8.00 MB  packed 2.50 MB"
     assert len(results_table(FLOAT_METRICS).splitlines()) == 3
+    more = {"versus_ptq": {"difference": 3.0, "low": 1.0, "high": 5.25}, "box_mIoU": 60.0, "prompts": "own masks"}
+    metrics["quantized"] |= more
+    assert results_table(metrics).splitlines()[4:7] == [
+        "prompts: own masks; fidelity is the mask IoU with the float model",
+        "quantized against ptq: +3.0 (+1.0 to +5.2), 95 % interval",
+        "mIoU of masks from a box: quantized 60.0",
+    ]
 
 
-def test_table_compares_training_with_calibration() -> None:
-    block = {"J&F": 50.0, "J": 50.0, "F": 50.0, "versus_ptq": {"difference": 3.0, "low": 1.0, "high": 5.25}}
-    table = results_table({"quantized": block, "bytes": {}})
-    assert "quantized against ptq: +3.0 (+1.0 to +5.2), 95 % interval" in table
-
-
-@pytest.mark.parametrize(
-    ("more", "line"),
-    [
-        ({"J&F": 50.0, "J": 49.96, "F": 51.0, "fidelity": None}, "m: J&F 50.0, J 50.0, F 51.0"),
-        ({"J&F": 0.0, "J": 0.0, "F": 0.0, "fidelity": 0.0}, "m: J&F 0.0, J 0.0, F 0.0, fidelity 0.0"),
-        ({"point_mIoU": 10.0, "box_mIoU": 20.0, "fidelity": None}, "m: point_mIoU 10.0, box_mIoU 20.0"),
-    ],
-)
-def test_line_on_the_terminal(more: dict[str, Any], line: str) -> None:
-    assert score_line({"model": "m", **more}) == line
+def test_line_on_the_terminal() -> None:
+    scores = {"J&F": 0.0, "J": 49.96, "F": 51.0}
+    assert headline({**scores, "fidelity": None}) == "J&F 0.0, J 50.0, F 51.0"
+    assert headline({**scores, "fidelity": 0.0}) == "J&F 0.0, J 50.0, F 51.0, fidelity 0.0"
+    assert headline({"box_mIoU": 20.0, "point_mIoU": 10.0, "fidelity": None}) == "point_mIoU 10.0, box_mIoU 20.0"

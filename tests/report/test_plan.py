@@ -5,41 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from small_models import seeing
 
 from qsam2.cli import main
 
+SMALL = ["model.image_size=64", "trainer.accelerator=cpu"]
+TRAIN = ["debug=fast", "data.train=moving_objects:2:train", "data.val=moving_objects:1:val"]
+VAL = ["data.val=moving_objects:1:val"]
+FLOAT = "quantize: null\ntrain: null\ncalibrate: {stills: 500, clips: 500}\n"  # a float run needs no calibration data
+QAT = "quantize: {weights: {method: minmax, bits: 4}}\ntrain: {}\n"
+LAYER = "image_encoder.trunk.blocks.0.attn.qkv"
 
-def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, checkpoint = tmp_path / "recipe.yaml", tmp_path / "nano.pt"
-    recipe.write_text(f"quantize: {{weights: {{method: minmax, bits: 4}}}}\noutput: {tmp_path / 'run'}\n")
-    torch.save({"model": seeing().state_dict()}, checkpoint)
-    small = ["debug=fast", "model.image_size=64", f"model.checkpoint={checkpoint}", "trainer.accelerator=cpu"]
-    data = ["data.train=moving_objects:2:train", "data.val=moving_objects:1:val"]
-    before = sorted(tmp_path.iterdir())
-    assert main(["train", str(recipe), "--dry-run", *small, *data]) == 0
+
+@pytest.mark.parametrize(
+    ("text", "data", "said", "calibrates"),
+    [
+        (QAT, TRAIN, ["image_size: 64", LAYER, "training ", "scoring "], True),
+        (FLOAT, VAL, [" min: scoring "], False),
+    ],
+)
+def test_a_dry_run_writes_nothing(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], text: str, data: list[str], said: list[str],
+    calibrates: bool,
+) -> None:  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{text}output: {tmp_path / 'run'}\n")
+    assert main(["train", str(recipe), "--dry-run", *SMALL, f"model.checkpoint={checkpoint}", *data]) == 0
     printed = capsys.readouterr().out
-    assert "image_size: 64" in printed and "image_encoder.trunk.blocks.0.attn.qkv" in printed
-    assert " min: calibration " in printed and "scoring " in printed and str(tmp_path / "run") in printed
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_float_run_needs_no_calibration_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, checkpoint = tmp_path / "recipe.yaml", tmp_path / "nano.pt"
-    recipe.write_text(
-        f"quantize: null\ntrain: null\ncalibrate: {{stills: 500, clips: 500}}\noutput: {tmp_path / 'run'}\n"
-    )
-    torch.save({"model": seeing().state_dict()}, checkpoint)
-    small = ["model.image_size=64", f"model.checkpoint={checkpoint}", "trainer.accelerator=cpu"]
-    assert main(["train", str(recipe), "--dry-run", *small, "data.val=moving_objects:1:val"]) == 0
-    printed = capsys.readouterr().out
-    assert " min: scoring " in printed and "calibration " not in printed.split("\n\n")[-2]
+    assert all(words in printed for words in [*said, str(tmp_path / "run")])
+    assert (" min: calibration " in printed) == ("calibration " in printed.split("\n\n")[-2]) == calibrates
+    assert list(tmp_path.iterdir()) == [recipe]
 
 
 def test_a_recipe_that_cannot_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("quantize: {weights: {method: minmax, bits: 4}, rules: [{match: nothing.*, bits: 8}]}\n")
-    small = ["debug=fast", "model.image_size=64", "model.checkpoint=null", "trainer.accelerator=cpu"]
-    assert main(["train", str(recipe), "--dry-run", *small, "data.train=moving_objects:2:train"]) == 2
+    assert main(["train", str(recipe), "--dry-run", *SMALL, "model.checkpoint=null", *TRAIN[:2]]) == 2
     assert "nothing.*" in capsys.readouterr().err

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 from training.optimizer import construct_optimizer
 
@@ -15,7 +12,7 @@ from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import LSCSpec, LSQSpec
 from qsam2.recipe.recipe import TrainerRecipe, TrainRecipe
-from qsam2.train.optimizer import adamw, cosine_share, parameter_groups
+from qsam2.train.optimizer import cosine_share, parameter_groups
 from qsam2.train.video_training import VideoTraining
 
 STEPS = 8
@@ -33,17 +30,14 @@ def options(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Options
     }
 
 
-def schedule_of(module: LightningModule) -> tuple[torch.optim.Optimizer, Any]:
-    configured = module.configure_optimizers()
-    return configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-
-
 @pytest.mark.parametrize("size", ["nano", "tiny", "base_plus"])
 def test_rates_and_decay_of_all_parameters_are_metas(size: str, meta: DictConfig) -> None:
     model = build_sam2(size, image_size=64)
     theirs = construct_optimizer(model, meta.optim.optimizer, meta.optim.options, meta.optim.param_group_modifiers)
     module = VideoTraining(model, TrainRecipe(), max_steps=STEPS)
-    ours, schedule = schedule_of(module)
+    configured = module.configure_optimizers()
+    ours, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    assert meta.optim.optimizer._target_ == "torch.optim.AdamW" and type(ours) is torch.optim.AdamW
     for step in range(STEPS + 1):
         theirs.step_schedulers(min(step / STEPS, 1 - 1e-9), step)  # fvcore wants less than 1
         expected, given = options(model, theirs.optimizer), options(model, ours)
@@ -57,19 +51,17 @@ def test_rates_and_decay_of_all_parameters_are_metas(size: str, meta: DictConfig
 
 def test_clipping_is_metas(meta: DictConfig) -> None:
     assert TrainerRecipe().gradient_clip == meta.optim.gradient_clip.max_norm
-    assert meta.optim.optimizer._target_ == "torch.optim.AdamW"
-    assert type(adamw([{"params": [torch.nn.Parameter(torch.zeros(1))]}])) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize("spec", [LSCSpec(bits=4), LSQSpec(bits=4)])
 def test_quantizers_have_groups_of_their_own(spec: LSCSpec | LSQSpec, model: SAM2) -> None:
     recipe = TrainRecipe(quantizer_lr=0.5, weight_decay=0.3)
-    before = options(model, adamw(parameter_groups(model, recipe)))
+    before = options(model, torch.optim.AdamW(parameter_groups(model, recipe)))
     convert(model, QuantizeRecipe(weights=spec, activations=spec))
     learned = {f"{name}.{key}" for name, q in quantizers(model) for key, _ in q.named_parameters()}
     assert learned
     groups = parameter_groups(model, recipe, learned)
-    after = options(model, adamw(groups))
+    after = options(model, torch.optim.AdamW(groups))
     assert after.keys() == before.keys() | learned
     assert all(after[name] == (0.5, 0.0) for name in learned)
     assert {name: after[name] for name in before} == before
@@ -95,7 +87,7 @@ def test_a_learned_clip_with_a_tiny_gradient_moves_as_fast_as_the_others():
     model = torch.nn.Module()
     model.clips = torch.nn.Parameter(torch.zeros(2))
     recipe = TrainRecipe(quantizer_lr=1e-3)
-    optimizer = adamw(parameter_groups(model, recipe, ["clips"]))
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe, ["clips"]))
     for _ in range(10):
         model.clips.grad = torch.tensor([1e-2, 1e-10])
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The Lightning module while it trains: modes, prompts, randomness that follows from (seed, step)."""
+"""The Lightning module while it trains: modes, prompts, randomness of a step, and the Trainer's choices."""
 
 from __future__ import annotations
 
@@ -6,80 +6,57 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
-import qsam2.train.video_training
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
-from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
-from qsam2.train.prompts import record_clicks, set_prompts
-from qsam2.train.trainer import build_trainer
-from qsam2.train.video_training import VideoTraining
+from qsam2.recipe.recipe import PromptRecipe, TrainerRecipe, TrainRecipe
+from qsam2.train.trainer import build_trainer, choose_strategy, has_wandb_key
+from qsam2.train.video_training import VideoTraining, prompted_forward, record_clicks, set_dropout, set_prompts
 
+DRAWN = (
+    "prob_to_use_pt_input_for_train",
+    "prob_to_use_box_input_for_train",
+    "prob_to_sample_from_gt_for_train",
+    "num_frames_to_correct_for_train",
+    "rand_frames_to_correct_for_train",
+    "add_all_frames_to_correct_as_cond",
+    "num_init_cond_frames_for_train",
+    "rand_init_cond_frames_for_train",
+    "num_correction_pt_per_frame",
+)
+DDP = "ddp_find_unused_parameters_true"
 CLICKS = {"conditioning_frames": 1, "correction_frames": 1, "correction_clicks": 1}
 
 
-class Watch(Callback):
-    """Modes and prompts of every forward."""
-
-    def __init__(self) -> None:
-        self.training: set[bool] = set()
-        self.clicked: list[bool] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_index: int) -> None:
-        self.training |= {child.training for child in module.model.modules()}
-        self.training |= {child.training for teacher in module._teacher for child in teacher.modules()}
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
-        self.clicked.append(module.clicked)
-
-
-class Watched(VideoTraining):
-    """Notes what the model was prompted with."""
-
-    def training_step(self, batch: BatchedVideoDatapoint, batch_index: int) -> torch.Tensor:
-        prompt_inputs = self.model.prepare_prompt_inputs
-
-        def noted(*args: Any) -> dict[str, Any]:
-            inputs = prompt_inputs(*args)
-            self.clicked = inputs["use_pt_input"]
-            return inputs
-
-        self.model.prepare_prompt_inputs = noted  # type: ignore[method-assign]
-        try:
-            return super().training_step(batch, batch_index)
-        finally:
-            del self.model.prepare_prompt_inputs
-
-
-def fit(
-    module: VideoTraining,
-    batches: list[BatchedVideoDatapoint],
-    folder: Path,
-    *callbacks: Callback,
-    precision: str = "32-true",
-) -> None:
+def fit(module: VideoTraining, batches: list[BatchedVideoDatapoint], folder: Path, precision: str = "32-true") -> None:
     recipe = build_recipe({"trainer": {"accelerator": "cpu", "devices": 1, "precision": precision}}).trainer
-    trainer = build_trainer(recipe, folder=folder, callbacks=callbacks, max_steps=len(batches))
+    trainer = build_trainer(recipe, folder=folder, max_steps=len(batches))
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
 
 
-def test_models_train_in_training_mode_whatever_they_came_in(
-    model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path
+def test_models_train_in_training_mode_and_with_clicks_whatever_they_came_in(
+    model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = TrainRecipe(prompts={"point": 1, "box": 0, **CLICKS}, distill={"mask_logits": 1})
-    module = Watched(model.eval(), recipe, max_steps=2, teacher=copy.deepcopy(model))
-    watch = Watch()
-    fit(module, [batch, batch], tmp_path, watch)
-    assert watch.training == {True}
-    assert watch.clicked == [True, True]
+    module = VideoTraining(model.eval(), recipe, max_steps=2, teacher=copy.deepcopy(model))
+    prompt_inputs, modes, clicked = SAM2.prepare_prompt_inputs, set(), []
+
+    def noted(network: SAM2, *args: Any) -> dict[str, Any]:
+        inputs = prompt_inputs(network, *args)
+        clicked.append(inputs["use_pt_input"])
+        modes.update(child.training for each in (network, module._teacher[0]) for child in each.modules())
+        return inputs
+
+    monkeypatch.setattr(SAM2, "prepare_prompt_inputs", noted)
+    fit(module, [batch, batch], tmp_path)
+    assert modes == {True} and clicked == [True, True]
 
 
 def test_an_image_encoder_whose_rate_is_0_stays_as_it_is(
@@ -94,23 +71,15 @@ def test_an_image_encoder_whose_rate_is_0_stays_as_it_is(
     assert all(parameter.grad is None for parameter in model.image_encoder.parameters())
 
 
-@pytest.mark.parametrize(
-    ("precision", "able", "warned"), [("bf16-mixed", False, 1), ("bf16-mixed", True, 0), ("32-true", False, 0)]
-)
+@pytest.mark.parametrize(("precision", "able"), [("bf16-mixed", False), ("bf16-mixed", True), ("32-true", False)])
 def test_a_processor_without_bf16_products_is_warned_of(
-    model: SAM2,
-    batch: BatchedVideoDatapoint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    precision: str,
-    able: bool,
-    warned: int,
-) -> None:
-    monkeypatch.setattr(qsam2.train.video_training, "multiplies_bf16", lambda: able)
-    module = VideoTraining(model, TrainRecipe(), max_steps=1)
-    fit(module, [batch], tmp_path, precision=precision)
-    assert sum("trainer.precision=32-true is several times faster" in message for message in caplog.messages) == warned
+    model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, precision: str, able: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    fit(VideoTraining(model, TrainRecipe(), max_steps=1), [batch], tmp_path, precision)
+    warned = sum("trainer.precision=32-true is several times faster" in message for message in caplog.messages)
+    assert warned == (precision == "bf16-mixed" and not able)
 
 
 def test_a_student_equal_to_its_teacher_has_no_distance_from_it(model: SAM2, batch: BatchedVideoDatapoint) -> None:
@@ -125,13 +94,42 @@ def test_a_student_equal_to_its_teacher_has_no_distance_from_it(model: SAM2, bat
     for step in range(3):  # clicks are drawn at random, where the masks are wrong
         module._seed_step(step)
         module._loss(batch)
-        assert logged["loss/distill_masks"] == 0
-        assert logged["loss/distill_embeddings"] == 0
+        assert logged["loss/distill_masks"] == logged["loss/distill_embeddings"] == 0
     with torch.no_grad():
         model.memory_encoder.out_proj.weight.mul_(1.1)
     module._loss(batch)
     assert logged["loss/distill_embeddings"] == 0 < logged["loss/distill_masks"]
     assert logged["loss/distill_masks"].requires_grad
+
+
+def test_prompts_are_metas_or_of_these_shares(meta: DictConfig, model: SAM2) -> None:
+    for name in DRAWN:
+        setattr(model, name, None)
+    set_prompts(model, PromptRecipe())
+    assert {name: getattr(model, name) for name in DRAWN} == {name: meta.model[name] for name in DRAWN}
+    for point, box in ((0.0, 0.0), (0.3, 0.1), (0.0, 1.0)):
+        set_prompts(model, PromptRecipe(point=point, box=box))
+        clicked, boxed = model.prob_to_use_pt_input_for_train, model.prob_to_use_box_input_for_train
+        assert (clicked * (1 - boxed), clicked * boxed) == pytest.approx((point, box))
+
+
+def test_dropout_of_layers_and_attentions(model: SAM2) -> None:
+    set_dropout(model, 0.25)
+    layers = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    attentions = [module.dropout_p for module in model.modules() if hasattr(module, "dropout_p")]
+    assert layers and attentions and set(layers + attentions) == {0.25}
+
+
+def test_calibration_sees_the_same_prompts_again(model: SAM2, batch: BatchedVideoDatapoint) -> None:
+    runs = {}
+    for points in (False, True):
+        first, second = (prompted_forward(model, batch, points=points) for _ in range(2))
+        for ours, again in zip(first, second, strict=True):
+            assert torch.equal(ours["pred_masks"], again["pred_masks"])
+        runs[points] = [frame["multistep_point_inputs"] for frame in first]
+    assert all(step is None for frame in runs[False] for step in frame)
+    assert [len(frame) for frame in runs[True]] == [2, 1, 1]  # a click and its correction, then tracking
+    assert runs[True][0][1]["point_coords"].shape[1] == 2
 
 
 def test_clicks_of_one_forward_are_given_to_another(model: SAM2, batch: BatchedVideoDatapoint) -> None:
@@ -151,25 +149,20 @@ def test_clicks_of_one_forward_are_given_to_another(model: SAM2, batch: BatchedV
 def test_prompts_are_drawn_by_the_recipes_shares(model: SAM2, batch: BatchedVideoDatapoint) -> None:
     module = VideoTraining(model, TrainRecipe(prompts={"point": 0.3, "box": 0.3, **CLICKS}), max_steps=1)
     module.train()
-    kinds = {"mask": 0, "point": 0, "box": 0}
-    steps = 400
+    kinds, steps = [], 400
     for step in range(steps):
         module._seed_step(step)
         inputs = model.prepare_prompt_inputs({}, batch)
-        if not inputs["use_pt_input"]:
-            kinds["mask"] += 1
-        else:
-            labels = inputs["point_inputs_per_frame"][0]["point_labels"]
-            kinds["box" if 2 in labels else "point"] += 1
+        if inputs["use_pt_input"]:
+            kinds.append("box" if 2 in inputs["point_inputs_per_frame"][0]["point_labels"] else "point")
     deviation = (0.3 * 0.7 / steps) ** 0.5
-    assert kinds["point"] / steps == pytest.approx(0.3, abs=4 * deviation)
-    assert kinds["box"] / steps == pytest.approx(0.3, abs=4 * deviation)
+    for kind in ("point", "box"):
+        assert kinds.count(kind) / steps == pytest.approx(0.3, abs=4 * deviation)
 
 
 def test_a_step_is_random_by_seed_and_index_alone(model: SAM2, batch: BatchedVideoDatapoint) -> None:
     def draw(seed: int, step: int) -> tuple[float, float]:
-        module = VideoTraining(model, TrainRecipe(), seed=seed, max_steps=1)
-        module._seed_step(step)
+        VideoTraining(model, TrainRecipe(), seed=seed)._seed_step(step)
         return float(model.rng.random()), float(torch.rand(1))
 
     torch.manual_seed(1)
@@ -185,3 +178,38 @@ def test_a_loss_that_is_not_finite_stops_the_run(model: SAM2, batch: BatchedVide
     module = VideoTraining(model, TrainRecipe(prompts={"point": 0, "box": 0, **CLICKS}), max_steps=1)
     with pytest.raises(UserError, match=r"^the loss is nan at step 0; lower train.lr$"):
         fit(module, [batch], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "strategy"),
+    [
+        ({}, 0, "auto"),
+        ({}, 1, "auto"),
+        ({}, 4, DDP),
+        ({"accelerator": "cpu"}, 4, "auto"),
+        ({"devices": 1}, 4, "auto"),
+        ({"devices": 2, "accelerator": "cpu"}, 0, DDP),
+        ({"num_nodes": 2}, 1, DDP),
+        ({"devices": 2, "strategy": "fsdp"}, 4, "fsdp"),
+    ],
+)
+def test_several_devices_get_ddp_that_allows_unused_parameters(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, object], gpus: int, strategy: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert choose_strategy(TrainerRecipe.model_validate(given)) == strategy
+
+
+def test_a_key_of_weights_and_biases_is_found_where_wandb_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    assert not has_wandb_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not has_wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert has_wandb_key()
