@@ -27,7 +27,7 @@ from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.recipe.reconstruct import ReconstructRecipe
 from qsam2.reconstruction import block_by_block
-from qsam2.reconstruction.capture import Call
+from qsam2.reconstruction.blocks import Call
 from qsam2.reconstruction.fit_block import fit_block, target_variances
 from qsam2.reconstruction.rounding import LearnedStep, SoftRounding, learned_steps, soft_roundings
 
