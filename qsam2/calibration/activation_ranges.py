@@ -60,10 +60,8 @@ def find_sam2_ranges(model: SAM2, data: CalibrationData, *, progress: bool = Tru
 
     First the image encoder, on the stills and three distant frames of each clip. Then, on these clips, the modules that
     fill the memory bank: prompt encoder, mask decoder and memory encoder. Last the memory attention, on whole clips,
-    every other one from points, with a bank filled by the quantized model.
-
-    Raises:
-        UserError: see `find_ranges`; names the sample.
+    every other one from points, with a bank filled by the quantized model. Raises as `find_ranges`, with the sample's
+    name.
     """
     set_state(model, QuantizerState.FLOAT)
     features = ImageFeatures(model, FEATURES_BYTES)  # of the quantized image encoder, once it has its ranges

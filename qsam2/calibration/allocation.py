@@ -89,9 +89,7 @@ def allocatable(model: nn.Module, quantize: QuantizeRecipe) -> dict[str, nn.Modu
 def solve(costs: Costs, sizes: Mapping[str, int], average_bits: float) -> dict[str, int]:
     """Bits of least total cost in the budget: exact solution of a mixed-integer program (HiGHS through SciPy).
 
-    Args:
-        costs: of each layer at each allowed number of bits.
-        sizes: number of weights of each layer.
+    `costs` are those of each layer at each allowed number of bits, `sizes` the numbers of weights.
     """
     chosen = [(name, bits) for name, by_bits in costs.items() for bits in by_bits]
     cost = np.array([costs[name][bits] for name, bits in chosen])
@@ -132,10 +130,7 @@ def allocate(layers: Mapping[str, nn.Module], costs: Costs, average_bits: float)
 def importance(
     layers: Mapping[str, nn.Module], run: Callable[[Sample], object], samples: Iterable[Sample]
 ) -> dict[str, float]:
-    """S_l = mean_ij |W_ij| |X_j|_2 of each layer, j its input features or channels (Mix-QSAM2).
-
-    Raises as `watch_inputs`.
-    """
+    """S_l = mean_ij |W_ij| |X_j|_2 per layer, j its inputs or channels (Mix-QSAM2); raises as `watch_inputs`."""
     energy: dict[str, Tensor] = {}
 
     def record(name: str, x: Tensor) -> None:

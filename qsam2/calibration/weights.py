@@ -82,10 +82,7 @@ def calibrate_weights(run: Run) -> None:
 
 
 def choose_layers(model: nn.Module, quantize: QuantizeRecipe, patterns: Sequence[str]) -> dict[str, nn.Linear]:
-    """Linear layers of a float model that match a pattern and whose weights the recipe quantizes.
-
-    Raises as `choose_quantized`.
-    """
+    """Linear layers of a float model that the recipe quantizes, by patterns; raises as `choose_quantized`."""
     linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
     quantized = {name: quantize.plan(name).weights is not None for name in linear}
     chosen = choose_quantized("calibrate.weights.layers", patterns, quantized, "linear layer", "layers")
@@ -118,11 +115,7 @@ def calibrate_layers(
     *,
     progress: bool = True,
 ) -> dict[str, CalibratedLayer]:
-    """Replace weights and bias of each layer in place, see `calibrate_layer`. Empties `inputs`.
-
-    Raises:
-        UserError: a layer's weights hold NaN or infinity.
-    """
+    """Replace weights and bias of each layer in place, see `calibrate_layer`. Empties `inputs`."""
     rows = {}
     for name, layer in tqdm(layers.items(), "calibrate weights", disable=not progress):
         spec = quantize.plan(name).weights
@@ -147,6 +140,9 @@ def calibrate_layer(
     Candidates are quantized by the recipe's spec of this layer. The error of quantized inputs counts as noise,
     uncorrelated between inputs and with them. The bias keeps the mean output on the fitted half; a layer without bias
     is fitted about zero. Strength 0 is a candidate, so that no layer gets worse on the held-out half.
+
+    Raises:
+        UserError: the weights hold NaN or infinity.
     """
     device = inputs.fit.mean.device
     weight = layer.weight.detach().to(device).double()
@@ -263,8 +259,8 @@ def output_error(difference: Tensor, shift: Tensor, moments: Moments) -> float:
 
 def output_energy(weight: Tensor, moments: Moments, centred: bool) -> float:
     """E |W x|^2, about the mean or about zero; 1 if that is 0, so that errors can be relative to it."""
-    mean = weight @ moments.mean if centred else weight.new_zeros(len(weight))
-    return output_error(weight, mean, moments) or 1.0
+    mean = weight @ moments.mean
+    return output_error(weight, mean if centred else torch.zeros_like(mean), moments) or 1.0
 
 
 def _max_over_std(weight: Tensor) -> float:

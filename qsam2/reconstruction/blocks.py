@@ -143,12 +143,8 @@ def capture(
 ) -> dict[str, list[Call]]:
     """Inputs of the blocks of a quantized model, and outputs of the float model's blocks on the same samples.
 
-    Calls are kept on the CPU, within `budget_bytes`.
-
-    Args:
-        float_blocks: the blocks' modules in the float model.
-        run: `run(quantized, sample)` passes a sample through one of the two models.
-        one_call: `run` calls each block once, so that the rest of the forward is skipped.
+    Calls are kept on the CPU, within `budget_bytes`. `run(quantized, sample)` passes a sample through one of the two
+    models; with `one_call` it calls each block once, so that the rest of the forward is skipped.
 
     Raises:
         UserError: a block was not reached, or its inputs or targets hold NaN or infinity.

@@ -118,8 +118,7 @@ def scale_loss(scale: Scale, model: SAM2, teacher: SAM2, sample: Sample, step: i
 
     frame: squared error of the image embeddings over their variance; short: that of memory features and of features
     after memory attention; long: that of object pointers, plus the Kullback-Leibler divergence of masks and object
-    scores.
-    Prompts alternate between masks and clicks.
+    scores. Prompts alternate between masks and clicks.
     """
     if scale == "frame":
         image = sample.clip.images[step % len(sample.clip.images)][None].to(model.device)
@@ -158,11 +157,8 @@ def fit_video(
     """Fit all activation steps of a calibrated model in place; its rounded weights stay.
 
     Returns the mean loss over the first clips, from masks and from clicks, before and after; steps that are no better
-    are dropped. None, with the model unchanged, if `stopped()` became True meanwhile.
-
-    Args:
-        samples: for the scales whose weight is above zero.
-        stopped: returns True once Ctrl-C was pressed.
+    are dropped. None, with the model unchanged, if `stopped()` became True meanwhile. `samples` are for the scales
+    whose weight is above zero.
     """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 

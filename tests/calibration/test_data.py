@@ -23,11 +23,6 @@ def model() -> SAM2:
     return build_sam2("nano", image_size=64)
 
 
-def test_the_defaults_are_32_stills_and_8_clips() -> None:
-    amount = CalibrateRecipe()
-    assert (amount.stills, amount.clips, amount.num_frames) == (32, 8, 8)
-
-
 def test_each_half_has_half_of_the_clips_and_half_of_the_stills() -> None:
     data = calibration_data(stills=4, clips=4)
     labels = [sample.label.split(" (")[0] for sample in data.samples()]
@@ -38,6 +33,8 @@ def test_each_half_has_half_of_the_clips_and_half_of_the_stills() -> None:
     odd = [sample.tracked for sample in calibration_data(stills=3, clips=3).samples()]
     assert len(odd) == 6 and True in odd[:3] and True in odd[3:], "odd numbers leave a clip to each half"
     assert [sample.tracked for sample in calibration_data(stills=0, clips=2).samples()] == [True, True]
+    default = CalibrateRecipe()
+    assert (default.stills, default.clips, default.num_frames) == (32, 8, 8)
 
 
 def test_it_follows_from_the_seed_and_stills_are_no_frames_of_the_clips() -> None:
@@ -71,19 +68,15 @@ def test_frames_far_apart(frames: int, kept: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_features_are_those_of_forward_image(model: SAM2) -> None:
-    (sample, *_) = calibration_data(num_frames=3).clip_samples()
-    found, expected = encode(model, sample), model.forward_image(sample.clip.images)
-    for key in ("backbone_fpn", "vision_pos_enc"):
-        assert len(found[key]) == len(expected[key]) == 3
-        for ours, theirs in zip(found[key], expected[key], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_features_of_frames_are_found_once_within_the_budget(model: SAM2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_those_of_forward_image_found_once_within_the_budget(model: SAM2, monkeypatch) -> None:
     first, second = calibration_data(num_frames=5).clip_samples()
     samples = far_apart(first), first, second, far_apart(second)
     wanted = [encode(model, sample) for sample in samples]
+    together = model.forward_image(first.clip.images)
+    for key in ("backbone_fpn", "vision_pos_enc"):
+        assert len(wanted[1][key]) == len(together[key]) == 3
+        for ours, theirs in zip(wanted[1][key], together[key], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     a_frame = sum(level[:1].nbytes for level in wanted[0]["backbone_fpn"])
     forward, seen = model.forward_image, []
     monkeypatch.setattr(model, "forward_image", lambda image: seen.append(len(image)) or forward(image))

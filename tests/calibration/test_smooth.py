@@ -25,6 +25,7 @@ from qsam2.calibration.smooth import (
 )
 from qsam2.data.calibration_data import Sample
 from qsam2.data.clips import collate_clips
+from qsam2.layers.hooks import hooked, nested_tensors
 from qsam2.models import SAM2, build_sam2
 from qsam2.train.prompts import record_clicks
 
@@ -48,24 +49,22 @@ def readers_by_graph(model: SAM2, sample: Sample) -> dict[str, set[str]]:
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.LayerNorm, LayerNorm2d)):
             layer.register_forward_hook(lambda _, __, out, name=name: norms.setdefault(name, []).append(out.grad_fn))
-    roots: list[Any] = []
+    outputs: list[Any] = []
+    model.num_correction_pt_per_frame = 1
     with torch.enable_grad():
-        for points in (0.0, 1.0):
-            model.prob_to_use_pt_input_for_eval, model.num_correction_pt_per_frame = points, 1
+        for model.prob_to_use_pt_input_for_eval in (0.0, 1.0):
             for out in model(collate_clips([sample.clip])):
                 for key in ("multistep_pred_masks_high_res", "multistep_object_score_logits", "multistep_pred_ious"):
-                    found = out[key]
-                    roots += [each.grad_fn for each in ([found] if isinstance(found, Tensor) else found)]
-    users: dict[Any, list[Any]] = {}
-    seen = set()
+                    outputs += nested_tensors(out[key])
+    roots, users = {tensor.grad_fn for tensor in outputs} - {None}, {}
+    seen = set(roots)
     while roots:
         node = roots.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
         for parent, _ in node.next_functions:
-            users.setdefault(parent, []).append(node)
-            roots.append(parent)
+            if parent is not None:
+                users.setdefault(parent, []).append(node)
+                roots |= {parent} - seen
+                seen.add(parent)
     weights = {layer.weight: name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
 
     def linear(node: Any) -> str | None:
@@ -73,16 +72,13 @@ def readers_by_graph(model: SAM2, sample: Sample) -> dict[str, set[str]]:
         for factor, _ in node.next_functions:
             while factor is not None and factor.name().startswith(("TBackward", *VIEWS)):
                 factor = factor.next_functions[0][0]
-            if getattr(factor, "variable", None) is not None and factor.variable in weights:
-                return weights[factor.variable]
+            if (variable := getattr(factor, "variable", None)) is not None and variable in weights:
+                return weights[variable]
         return None
 
     def ends(node: Any) -> Iterator[str | None]:
         for user in users.get(node, []):
-            if user.name().startswith(VIEWS):
-                yield from ends(user)
-            else:
-                yield linear(user)
+            yield from ends(user) if user.name().startswith(VIEWS) else [linear(user)]
 
     found = {name: {end for node in nodes for end in ends(node)} for name, nodes in norms.items()}
     return {name: readers for name, readers in found.items() if readers and None not in readers}
@@ -139,22 +135,20 @@ def test_the_function_stays(size: str, nano: SAM2) -> None:
         assert (row.alpha, row.error) == (0.5, None) and row.range_over_mean[1] < row.range_over_mean[0]
     for name in layers:
         assert not torch.equal(layers[name].weight, model.get_submodule(name).weight)
+
+    def logits(network: SAM2) -> list[Tensor]:
+        """Image features, and the masks and scores of a tracked clip."""
+        found = list(encode(network, sample)["backbone_fpn"])
+        with hooked({"": network.sam_mask_decoder}, lambda _, __, ___, out: found.extend(out[:2])):
+            run_sample(network, sample)
+        return found
+
     with record_clicks() as clicks:
-        expected = list(logits(model, sample))
+        expected = logits(model)
     with record_clicks(clicks):  # one pixel's sign, which rounding may turn, could move a click
-        found = list(logits(smoothed, sample))
+        found = logits(smoothed)
     for one, other in zip(expected, found, strict=True):
         assert float((one - other).abs().max() / one.abs().max()) < 1e-5
-
-
-def logits(model: SAM2, sample: Sample) -> Iterator[Tensor]:
-    """Image features, and the masks of a tracked clip."""
-    yield from encode(model, sample)["backbone_fpn"]
-    found: list[Tensor] = []
-    hook = model.sam_mask_decoder.register_forward_hook(lambda _, __, out: found.extend((out[0], out[1])))
-    run_sample(model, sample)
-    hook.remove()
-    yield from found
 
 
 # One norm

@@ -56,30 +56,23 @@ def test_order_groups_and_scales(model: nn.Module) -> None:
     assert scale["sam_mask_decoder.transformer.layers.0"] == scale["obj_ptr_proj"] == "long"
 
 
-def test_adaround_captures_the_layers_of_a_block_together(model: nn.Module) -> None:
-    block = "image_encoder.trunk.blocks.1"
-    found = groups(model, method="adaround", blocks=[block])
-    layers = ["attn.qkv", "attn.proj", "mlp.layers.0", "mlp.layers.1", "proj"]
-    assert found == [[f"{block}.{layer}" for layer in layers]]
-
-
-def test_patterns_choose_blocks(model: nn.Module) -> None:
+def test_patterns_choose_blocks_and_adaround_captures_the_layers_of_one_together(model: nn.Module) -> None:
     assert groups(model, blocks="memory_attention.*") == [["memory_attention.layers.0"], ["memory_attention.layers.1"]]
     assert groups(model, blocks=["obj_ptr_proj", "memory_encoder"]) == [["memory_encoder"], ["obj_ptr_proj"]]
+    block = "image_encoder.trunk.blocks.1"
+    layers = ["attn.qkv", "attn.proj", "mlp.layers.0", "mlp.layers.1", "proj"]
+    assert groups(model, method="adaround", blocks=[block]) == [[f"{block}.{layer}" for layer in layers]]
 
 
-def test_a_pattern_without_a_block_names_the_nearest(model: nn.Module) -> None:
+def test_a_pattern_without_a_quantized_block_is_refused(model: nn.Module) -> None:
     message = r"reconstruct.blocks: 'memory_atention.\*' matches no block; nearest names: memory_attention.layers.\d"
     with pytest.raises(UserError, match=message):
         groups(model, blocks=["memory_atention.*"])
-
-
-def test_what_is_kept_in_float_cannot_be_reconstructed() -> None:
-    model = converted_nano(rules=[{"match": "memory_attention.*", "keep_float": True}])
-    assert not [name for group in groups(model) for name in group if name.startswith("memory_attention")]
+    partly_float = converted_nano(rules=[{"match": "memory_attention.*", "keep_float": True}])
+    assert not [name for group in groups(partly_float) for name in group if name.startswith("memory_attention")]
     message = r"'memory_attention.\*' matches only blocks whose weights the recipe keeps in float: remove it"
     with pytest.raises(UserError, match=message):
-        groups(model, blocks=["memory_attention.*"])
+        groups(partly_float, blocks=["memory_attention.*"])
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -159,12 +152,9 @@ def take(models: tuple[Stack, Stack], name: str, samples: list[Tensor], budget: 
 def test_inputs_are_quantized_targets_are_float(models: tuple[Stack, Stack]) -> None:
     model, teacher = models
     samples = [torch.randn(3, 2) for _ in range(4)]
-    for name, before in (("second", "first"), ("last", None)):
-        calls = take(models, name, samples)
-        for call, x in zip(calls, samples, strict=True):
-            given, wanted = (m.first(x) for m in (model, teacher))
-            if before is None:
-                given, wanted = model.second(given), teacher.second(wanted)
+    for name, before in (("second", [nn.Identity()] * 2), ("last", [m.second for m in models])):
+        for call, x in zip(take(models, name, samples), samples, strict=True):
+            given, wanted = (after(network.first(x)) for after, network in zip(before, models, strict=True))
             assert torch.equal(call.args[0], given) and call.kwargs == {}
             assert torch.equal(call.targets[0], teacher.get_submodule(name)(wanted))
     assert not model.second._forward_hooks and not teacher.second._forward_hooks
@@ -200,15 +190,12 @@ def test_targets_larger_than_inputs_thin_both() -> None:
     assert torch.equal(calls[1].targets[0], model(samples[4]))
 
 
-def test_a_block_that_nothing_reaches_is_named(models: tuple[Stack, Stack]) -> None:
+def test_a_block_that_is_not_reached_or_not_finite_is_named(models: tuple[Stack, Stack]) -> None:
     with pytest.raises(UserError, match="calibration samples did not reach second: give more clips, or leave it out"):
         take(models, "second", [])
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused(models: tuple[Stack, Stack], value: float) -> None:
-    with pytest.raises(UserError, match="inputs or float outputs of second contain NaN or infinity"):
-        take(models, "second", [torch.full((1, 2), value)])
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="inputs or float outputs of second contain NaN or infinity"):
+            take(models, "second", [torch.full((1, 2), value)])
 
 
 def test_models_that_take_different_ways_are_refused(models: tuple[Stack, Stack]) -> None:
