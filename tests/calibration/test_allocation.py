@@ -97,16 +97,12 @@ def test_importance_is_that_of_its_equation(build: Callable[[], nn.Module], shap
     x = np.stack([np.moveaxis(batch.numpy(), -1 if len(shape) == 3 else 1, -1) for batch in batches])
     norms = np.sqrt((x.reshape(-1, x.shape[-1]).astype(float) ** 2).sum(axis=0))
     weight = np.abs(layer.weight.detach().numpy().astype(float))
-    terms = []
-    for index in np.ndindex(weight.shape):
-        if isinstance(layer, nn.ConvTranspose2d):
-            channel = index[0]
-        elif isinstance(layer, nn.Conv2d):  # an output's inputs are those of its group
-            channel = index[0] // (layer.out_channels // layer.groups) * weight.shape[1] + index[1]
-        else:
-            channel = index[1]
-        terms.append(weight[index] * norms[channel])
-    assert found == pytest.approx(np.mean(terms), rel=1e-6)  # squares are of single precision
+    groups = getattr(layer, "groups", 1)
+    channel = np.arange(len(weight))[:, None]
+    if not isinstance(layer, nn.ConvTranspose2d):  # an output's inputs are those of its group
+        channel = channel // (len(weight) // groups) * weight.shape[1] + np.arange(weight.shape[1])
+    expected = (weight.reshape(*weight.shape[:2], -1) * norms[channel][..., None]).mean()
+    assert found == pytest.approx(expected, rel=1e-6)  # squares are of single precision
 
 
 def test_groups_are_the_parts_of_sam2() -> None:

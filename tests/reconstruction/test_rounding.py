@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import numpy as np
@@ -89,12 +90,10 @@ def test_hard_weights_are_their_own_integers_next_to_the_weight(seed: int, name:
         soft.v.copy_(10 * torch.randn(soft.v.shape, generator=generator))
     hard, quantizer = soft.hard(torch.float32), soft.quantizer
     codes = quantizer.to_int(hard)
-    assert torch.equal(quantizer.dequantize(codes), hard)
-    assert torch.equal(quantizer(hard), hard)
+    assert torch.equal(quantizer.dequantize(codes), hard) and torch.equal(quantizer(hard), hard)
     assert quantizer.qmin <= codes.min() and codes.max() <= quantizer.qmax
     inside = (weight >= soft.low * soft.scale) & (weight <= soft.high * soft.scale)
-    steps = ((hard - weight).abs() / soft.scale)[inside]
-    assert (steps < 1 + 1e-4).all()
+    assert (((hard - weight).abs() / soft.scale)[inside] < 1 + 1e-4).all()
     assert torch.allclose(hard, soft(weight), atol=1e-5) == bool(((soft.h == 0) | (soft.h == 1)).all())
 
 
@@ -110,17 +109,14 @@ def test_gradient_reaches_v_by_the_chain_rule() -> None:
     assert torch.allclose(soft.v.grad, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("channel_dim", [0, 1])
-def test_regularization_is_that_of_adaround_a_channel(channel_dim: int) -> None:
-    _, soft = rounding(SPECS["minmax a channel"], channel_dim)
-    nn.init.normal_(soft.v)
-    h = soft.h.detach().double().numpy()
-    for beta in (20.0, 2.0):
+def test_regularization_is_that_of_adaround_a_channel_and_alone_drives_rounding_to_the_nearest() -> None:
+    for channel_dim, beta in itertools.product((0, 1), (20.0, 2.0)):
+        _, soft = rounding(SPECS["minmax a channel"], channel_dim)
+        nn.init.normal_(soft.v)
+        h = soft.h.detach().double().numpy()
         expected = (1 - np.abs(2 * h - 1) ** beta).sum() / h.shape[channel_dim]
         assert float(soft.regularization(beta)) == pytest.approx(expected, rel=1e-5)
 
-
-def test_regularization_alone_drives_rounding_to_the_nearest() -> None:
     weight, soft = rounding(SPECS["minmax a channel"])
     optimizer = torch.optim.Adam([soft.v], lr=0.1)
     for step in range(100):
