@@ -2,28 +2,36 @@
 
 The ranges of a part of SAM2 are found with all earlier parts quantized, so that quantizers observe the inputs they will
 have. `find_ranges` calibrates one part, `find_sam2_ranges` all of them in order.
+
+`HierarchicalData` aggregates ranges from frames to clips to the whole set (after Q-MiniSAM2; the aggregation is ours):
+the range of a clip is what at least two of its frames reach, which excludes single outliers but not a drift of many
+frames; the range of the set is that of its widest clip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from qsam2.calibration.forward import PROMPTS, ImageFeatures, Prompt, encode, run_sample
-from qsam2.calibration.range_hierarchy import HierarchicalData
+from qsam2.calibration.forward import PROMPTS, ImageFeatures, encode, run_sample
 from qsam2.data.calibration_data import CalibrationData, Sample, far_apart
 from qsam2.errors import UserError
 from qsam2.layers.convert import latent_weights, quantized_weights, quantizers, set_state
+from qsam2.layers.hooks import hooked
 from qsam2.models import SAM2
 from qsam2.output import listed
 from qsam2.quantizers import QuantizerState
 from qsam2.run import Run
 
 Batch = TypeVar("Batch")
+PASSES = 2
+"""Passes over each clip: from masks and from clicks."""
 FEATURES_BYTES = 2e9
 """Memory for image features shared by two stages of calibration: 120 frames at 1024 px."""
 
@@ -52,22 +60,30 @@ def find_sam2_ranges(model: SAM2, data: CalibrationData, *, progress: bool = Tru
 
     First the image encoder, on the stills and three distant frames of each clip. Then, on these clips, the modules that
     fill the memory bank: prompt encoder, mask decoder and memory encoder. Last the memory attention, on whole clips,
-    every other one from points, with a bank filled by the quantized model.
-
-    Raises:
-        UserError: see `find_ranges`; names the sample.
+    every other one from points, with a bank filled by the quantized model. Raises as `find_ranges`, with the sample's
+    name.
     """
     set_state(model, QuantizerState.FLOAT)
-    stages: tuple[tuple[str, Callable[[str], bool], Callable[[Sample], object]], ...] = (
-        ("image encoder", in_image_encoder, lambda sample: encode(model, far_apart(sample))),
-        ("memory encoder and mask decoder", _fills_the_bank, lambda sample: track(far_apart(sample), PROMPTS)),
-        ("memory attention", _in_memory_attention, lambda sample: track(sample, (_prompt(sample),))),
-    )
     features = ImageFeatures(model, FEATURES_BYTES)  # of the quantized image encoder, once it has its ranges
 
-    def track(sample: Sample, prompts: Sequence[Prompt]) -> None:
-        run_sample(model, sample, prompts, features)
+    def in_memory_attention(name: str) -> bool:
+        return name.startswith("memory_attention.")
 
+    def fills_the_bank(name: str) -> bool:
+        return not in_image_encoder(name) and not in_memory_attention(name)
+
+    def fill_bank(sample: Sample) -> None:
+        run_sample(model, far_apart(sample), PROMPTS, features)
+
+    def attend(sample: Sample) -> None:
+        prompt = PROMPTS[sample.clip.index % 2]  # a memory does not depend on whether a click or a box made it
+        run_sample(model, sample, (prompt,), features)
+
+    stages: tuple[tuple[str, Callable[[str], bool], Callable[[Sample], object]], ...] = (
+        ("image encoder", in_image_encoder, lambda sample: encode(model, far_apart(sample))),
+        ("memory encoder and mask decoder", fills_the_bank, fill_bank),
+        ("memory attention", in_memory_attention, attend),
+    )
     for what, part, run in stages:
         samples, count = data.clip_samples(), len(data.clips)
         if part is in_image_encoder:
@@ -77,30 +93,17 @@ def find_sam2_ranges(model: SAM2, data: CalibrationData, *, progress: bool = Tru
         find_ranges(model, run, tqdm(samples, f"ranges, {what}", count, disable=not progress), part)
 
 
-def _prompt(sample: Sample) -> Prompt:
-    return PROMPTS[sample.clip.index % 2]  # a memory does not depend on whether a click or a box made it
-
-
-def _in_memory_attention(name: str) -> bool:
-    return name.startswith("memory_attention.")
-
-
-def _fills_the_bank(name: str) -> bool:
-    return not in_image_encoder(name) and not _in_memory_attention(name)
-
-
 @torch.no_grad()
 def find_ranges(
     model: nn.Module,
     run: Callable[[Batch], object],
     batches: Iterable[Batch],
     part: Callable[[str], bool] = lambda name: True,
-) -> int:
+) -> None:
     """Find the ranges of all quantizers in a part of the model (chosen by name) and switch them to QUANTIZE.
 
     `run` passes one batch through the model, in its current mode (train, eval). Meanwhile nothing in the part is
-    quantized: its activation ranges are all set at the end. Returns the number of batches. In a distributed run all
-    ranks call it.
+    quantized: its activation ranges are all set at the end. In a distributed run all ranks call it.
 
     Raises:
         UserError: a batch or a weight holds NaN or infinity, or no batch reached some quantizer.
@@ -129,4 +132,73 @@ def find_ranges(
         )
     for layer, quantizer in weights:
         quantizer.initialize_from(layer.weight)
-    return count
+
+
+class RangeHierarchy:
+    """Range of one activation, aggregated from frames to clips to the set."""
+
+    def __init__(self) -> None:
+        self.lower, self.upper = math.inf, -math.inf
+        self._calls: list[tuple[int, int, float, float]] = []
+
+    def add(self, image: int, tracked: int, lower: float, upper: float) -> None:
+        """Include the extremes of one call, with the numbers of its image and of its tracked frame."""
+        self._calls.append((image, tracked, lower, upper))
+
+    def end_clip(self, length: int = 0) -> None:
+        """End a clip of `length` tracked frames, tracked any number of times: all calls since the last one."""
+        lowest: dict[tuple[int, int], float] = {}
+        highest: dict[tuple[int, int], float] = {}
+        for image, tracked, lower, upper in self._calls:
+            frame = image, tracked % length if length else tracked
+            lowest[frame] = min(lower, lowest.get(frame, lower))
+            highest[frame] = max(upper, highest.get(frame, upper))
+        if self._calls:
+            second = min(len(lowest), 2) - 1
+            self.lower = min(self.lower, sorted(lowest.values())[second])
+            self.upper = max(self.upper, sorted(highest.values(), reverse=True)[second])
+        self._calls = []
+
+
+class HierarchicalData(CalibrationData):
+    """Calibration data after whose last sample observed ranges are limited to those of a `RangeHierarchy`.
+
+    All stills together count as one clip.
+    """
+
+    def __init__(self, model: SAM2, data: CalibrationData) -> None:
+        self.model, self.data = model, data
+        self.stills, self.clips = data.stills, data.clips
+
+    def samples(self) -> Iterator[Sample]:
+        return self._watched(self.data.samples())
+
+    def clip_samples(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+        return self._watched(self.data.clip_samples(start, stop))
+
+    def _watched(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        observing = [q for _, q in quantizers(self.model) if q.state is QuantizerState.OBSERVE]
+        clips, stills = ([RangeHierarchy() for _ in observing] for _ in range(2))
+        ranges, passed = clips, Counter[str]()
+
+        def count(module: str, *_: object) -> None:
+            passed[module] += 1
+
+        def record(index: str, args: tuple[Tensor, ...], _: object) -> None:
+            lower, upper = (float(bound) for bound in args[0].aminmax())
+            ranges[int(index)].add(passed["image_encoder"], passed["memory_encoder"], lower, upper)
+
+        with (
+            hooked({str(index): quantizer for index, quantizer in enumerate(observing)}, record, before=True),
+            hooked({"image_encoder": self.model.image_encoder}, count, before=True),
+            hooked({"memory_encoder": self.model.memory_encoder}, count),  # the last module of a tracked frame
+        ):
+            for sample in samples:
+                ranges, passed["memory_encoder"] = clips if sample.tracked else stills, 0
+                yield sample
+                if sample.tracked:
+                    for hierarchy in clips:
+                        hierarchy.end_clip(passed["memory_encoder"] // PASSES)
+        for quantizer, of_clips, of_stills in zip(observing, clips, stills, strict=True):
+            of_stills.end_clip()
+            quantizer.limit_observed(min(of_clips.lower, of_stills.lower), max(of_clips.upper, of_stills.upper))

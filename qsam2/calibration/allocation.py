@@ -13,7 +13,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,19 +41,6 @@ GROUP = re.compile(
 UNMEASURED = "quantize.allocate.sensitivity: {file} {problem}; run qsam2 sensitivity on this model and give its JSON"
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """Bits of each layer, and their mean over all weights."""
-
-    bits: dict[str, int]
-    average_bits: float
-
-    def resolve(self, quantize: QuantizeRecipe, reason: str) -> QuantizeRecipe:
-        """Recipe with a rule for each layer instead of the budget."""
-        rules = (Rule(match=name, weight_bits=bits, reason=reason) for name, bits in self.bits.items())
-        return quantize.model_copy(update={"rules": (*quantize.rules, *rules), "allocate": None})
-
-
 def allocate_bits(run: Run) -> None:
     """Stage: give each layer its bits under the recipe's budget, as rules of the run's recipe."""
     quantize, folder = run.recipe.quantize, run.folder
@@ -64,7 +50,7 @@ def allocate_bits(run: Run) -> None:
     by = "importance" if budget.sensitivity is None else "measured sensitivity"
     before = folder.metrics.get("allocated_bits")
     if before is not None:  # a resumed run keeps its bits
-        allocation = Allocation(before["layers"], before["average"])
+        bits = before["layers"]
     elif not layers:
         raise UserError("quantize.allocate: rules decide on all layers, none is left to allocate; remove a rule")
     else:
@@ -74,16 +60,17 @@ def allocate_bits(run: Run) -> None:
                 clips = run.calibration.clip_samples()
                 shown = tqdm(clips, "importance", len(run.calibration.clips), disable=run.silent)
                 measured = importance(layers, lambda sample: run_sample(run.model, sample), shown)
-                costs = importance_costs(measured, budget.choices)
+                costs = {name: {b: value * 2.0**-b for b in budget.choices} for name, value in measured.items()}
             else:
                 costs = measured_costs(budget.sensitivity, layers, budget.choices)
-            allocation = allocate(layers, costs, budget.average_bits)
-        counts = Counter(allocation.bits.values())
-        summary = ", ".join(f"{counts[bits]} at {bits}" for bits in sorted(counts))
-        log.info("%.2f bits on average: %s bits", allocation.average_bits, summary)
-        folder.record("allocated_bits", {"by": by, "average": allocation.average_bits, "layers": allocation.bits})
-    resolved = allocation.resolve(quantize, f"allocated by {by}")
-    run.recipe = run.recipe.model_copy(update={"quantize": resolved})
+            bits, average_bits = allocate(layers, costs, budget.average_bits)
+        counts = Counter(bits.values())
+        summary = ", ".join(f"{counts[width]} at {width}" for width in sorted(counts))
+        log.info("%.2f bits on average: %s bits", average_bits, summary)
+        folder.record("allocated_bits", {"by": by, "average": average_bits, "layers": bits})
+    rules = [Rule(match=name, weight_bits=bits[name], reason=f"allocated by {by}") for name in bits]
+    quantize = quantize.model_copy(update={"rules": (*quantize.rules, *rules), "allocate": None})
+    run.recipe = run.recipe.model_copy(update={"quantize": quantize})
 
 
 def group_of(layer: str) -> str:
@@ -102,9 +89,7 @@ def allocatable(model: nn.Module, quantize: QuantizeRecipe) -> dict[str, nn.Modu
 def solve(costs: Costs, sizes: Mapping[str, int], average_bits: float) -> dict[str, int]:
     """Bits of least total cost in the budget: exact solution of a mixed-integer program (HiGHS through SciPy).
 
-    Args:
-        costs: of each layer at each allowed number of bits.
-        sizes: number of weights of each layer.
+    `costs` are those of each layer at each allowed number of bits, `sizes` the numbers of weights.
     """
     chosen = [(name, bits) for name, by_bits in costs.items() for bits in by_bits]
     cost = np.array([costs[name][bits] for name, bits in chosen])
@@ -126,27 +111,26 @@ def solve(costs: Costs, sizes: Mapping[str, int], average_bits: float) -> dict[s
     return {name: bits for (name, bits), taken in zip(chosen, result.x, strict=True) if taken > 0.5}
 
 
-def allocate(layers: Mapping[str, nn.Module], costs: Costs, average_bits: float) -> Allocation:
-    """Bits of least cost in the budget; costs are per layer, or per group, whose layers share bits."""
+def allocate(layers: Mapping[str, nn.Module], costs: Costs, average_bits: float) -> tuple[dict[str, int], float]:
+    """Bits of least cost in the budget, and their mean over all weights.
+
+    Costs are per layer, or per group, whose layers share bits.
+    """
     key = {name: name if name in costs else group_of(name) for name in layers}
-    sizes: dict[str, int] = dict.fromkeys(costs, 0)
-    count = {name: _weight(layer).numel() for name, layer in layers.items()}
+    count = {name: layer.get_parameter("weight").numel() for name, layer in layers.items()}
+    sizes: Counter[str] = Counter()
     for name in layers:
         sizes[key[name]] += count[name]
-    solution = solve({name: costs[name] for name, size in sizes.items() if size}, sizes, average_bits)
+    solution = solve({name: cost for name, cost in costs.items() if name in sizes}, sizes, average_bits)
     bits = {name: solution[key[name]] for name in layers}
-    return Allocation(bits, sum(bits[name] * count[name] for name in layers) / sum(count.values()))
+    return bits, sum(bits[name] * count[name] for name in layers) / sum(count.values())
 
 
 @torch.no_grad()
 def importance(
     layers: Mapping[str, nn.Module], run: Callable[[Sample], object], samples: Iterable[Sample]
 ) -> dict[str, float]:
-    """S_l = mean_ij |W_ij| |X_j|_2 of each layer, j its input features or channels (Mix-QSAM2).
-
-    Raises:
-        UserError: see `watch_inputs`.
-    """
+    """S_l = mean_ij |W_ij| |X_j|_2 per layer, j its inputs or channels (Mix-QSAM2); raises as `watch_inputs`."""
     energy: dict[str, Tensor] = {}
 
     def record(name: str, x: Tensor) -> None:
@@ -158,12 +142,7 @@ def importance(
     with watch_inputs(layers, record, remedy="give more clips, or bits for these layers by a rule"):
         for sample in samples:
             run(sample)
-    return {name: float((_by_input(layer) * energy[name].sqrt()).mean()) for name, layer in layers.items()}
-
-
-def importance_costs(importances: Mapping[str, float], choices: Sequence[int]) -> Costs:
-    """Costs S_l 2^-b from importances S_l."""
-    return {name: {bits: value * 2.0**-bits for bits in choices} for name, value in importances.items()}
+    return {name: float((_mean_by_input(layer) * energy[name].sqrt()).mean()) for name, layer in layers.items()}
 
 
 def measured_costs(file: Path, layers: Iterable[str], choices: Sequence[int]) -> Costs:
@@ -203,20 +182,10 @@ def _filled(measured: Mapping[int, float], choices: Sequence[int]) -> dict[int, 
     return dict(zip(filled, falling.tolist(), strict=True))
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight
-
-
-def _by_input(layer: nn.Module) -> Tensor:
-    """|W| as (outputs, inputs): the mean over a convolution's taps; a grouped one has the inputs of its group."""
-    weight = _weight(layer).detach().double().abs()
-    if isinstance(layer, nn.Linear):
-        return weight
-    taps = weight.flatten(2).mean(dim=2)
+def _mean_by_input(layer: nn.Module) -> Tensor:
+    """Mean of |W| over the weights that one input channel or feature is multiplied by, (inputs,)."""
+    weight = layer.get_parameter("weight").detach().double().abs()
     if isinstance(layer, nn.ConvTranspose2d):
-        return taps.T
-    assert isinstance(layer, nn.Conv2d)
-    if layer.groups == 1:
-        return taps
-    return taps.view(layer.groups, -1, taps.shape[1]).transpose(0, 1).flatten(1)
+        return weight.flatten(1).mean(dim=1)
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1  # an output reads the inputs of its group
+    return weight.reshape(groups, -1, weight.shape[1], weight[0, 0].numel()).mean(dim=(1, 3)).flatten()

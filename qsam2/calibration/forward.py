@@ -20,11 +20,7 @@ Features = dict[str, Any]
 
 
 def encode(model: SAM2, sample: Sample) -> Features:
-    """Image features of a sample, computed frame by frame to bound memory.
-
-    Raises:
-        UserError: an error of the model, with the sample's name.
-    """
+    """Image features of a sample, computed frame by frame to bound memory; raises as `run_sample`."""
     return ImageFeatures(model).of(sample)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 
 from qsam2.layers.hooks import Half, gather_halves
 from qsam2.layers.weight import QuantizedLayer
-from qsam2.quantizers import Quantizer, QuantizerState
+from qsam2.quantizers import QuantizerState, build_quantizer
+from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.quantizer_specs import QuantizerSpec
 
 Sample = TypeVar("Sample")
 CHUNK = 8192
@@ -29,64 +30,56 @@ def gather_inputs(
     run: Callable[[Sample], object],
     samples: Iterable[Sample],
     count: int,
-    quantizers: Mapping[str, Quantizer] | None = None,
+    quantize: QuantizeRecipe | None = None,
 ) -> dict[str, LayerInputs]:
     """Statistics of each layer's inputs, in one pass: the first `count // 2` samples fit, the others are held out.
 
-    `run` passes one sample through the model that the layers belong to. `quantizers` are those of the inputs of float
-    layers, if these are to be quantized; they are calibrated on the first half. In a distributed run all ranks see all
-    samples.
-
-    Raises:
-        UserError: see `gather_halves`.
+    Inputs of float layers are quantized as `quantize` says, calibrated on the first half. In a distributed run all
+    ranks see all samples. `run` passes one sample through the model; raises as `gather_halves`.
     """
-    statistics = {name: LayerInputs.of(layer, (quantizers or {}).get(name)) for name, layer in layers.items()}
+    specs = {name: quantize.plan(name).activations if quantize else None for name in layers}
+    statistics = {name: LayerInputs(name, layer, specs[name]) for name, layer in layers.items()}
 
     def record(half: Half, name: str, x: Tensor) -> None:
-        statistics[name].add(layers[name], x, half)
+        statistics[name].add(half, x)
 
     gather_halves(layers, record, run, samples, count, remedy=REMEDY)
     return statistics
 
 
-@dataclass
 class LayerInputs:
     """Moments of a layer's inputs on two disjoint halves of the samples, and the noise of quantizing them.
 
-    `noise` (n,): mean (q(x) - x)^2 of each input, 0 without q. q is a quantized layer's own quantizer, or `quantizer`
-    with the range of the first half and the noise of the other.
+    The layer is linear or an ungrouped convolution. `noise` (n,): mean (q(x) - x)^2 of each input, 0 without q. q is a
+    quantized layer's own quantizer; that of a float layer has the range of the first half and the noise of the other.
     """
 
-    fit: Moments
-    held_out: Moments
-    noise: Tensor
-    quantizer: Quantizer | None = field(default=None, repr=False)
-    noisy_rows: int = 0
-
-    @classmethod
-    def of(cls, layer: nn.Module, quantizer: Quantizer | None) -> LayerInputs:
-        """Empty statistics of a linear layer or an ungrouped convolution."""
-        device = _weight(layer).device
+    def __init__(self, name: str, layer: nn.Module, spec: QuantizerSpec | None = None) -> None:
+        self.layer = layer
+        weight = layer.get_parameter("weight")
+        self.quantizer = layer.input_quantizer if isinstance(layer, QuantizedLayer) else None
+        if spec is not None:
+            self.quantizer = (
+                build_quantizer(spec, "activation", name=f"{name}.input_quantizer").to(weight.device).eval()
+            )
+            self.quantizer.state = QuantizerState.OBSERVE
+        size, device = weight[0].numel(), weight.device
         place = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        size = _weight(layer)[0].numel()
-        if quantizer is not None:
-            quantizer.to(device).eval().state = QuantizerState.OBSERVE
-        noise = torch.zeros(size, dtype=torch.float64, device=place)
-        return cls(Moments(size, place), Moments(size, place), noise, quantizer)
+        self.fit, self.held_out = Moments(size, place), Moments(size, place)
+        self.noise = torch.zeros(size, dtype=torch.float64, device=place)
+        self.noisy_rows = 0
 
-    def add(self, layer: nn.Module, x: Tensor, half: Half) -> None:
+    def add(self, half: Half, x: Tensor) -> None:
         """Add the finite input of one call of the layer to a half."""
-        rows = input_rows(layer, x)
-        moments = self.fit if half == "fit" else self.held_out
-        moments.add(rows)
-        quantizer = layer.input_quantizer if isinstance(layer, QuantizedLayer) else self.quantizer
+        rows, quantizer = input_rows(self.layer, x), self.quantizer
+        (self.fit if half == "fit" else self.held_out).add(rows)
         if quantizer is None or not len(rows):
             return
         if half == "held_out" and quantizer.state is QuantizerState.OBSERVE:
             quantizer.finish_observing()
         quantized = quantizer(x)
         if quantizer.state is QuantizerState.QUANTIZE:
-            error = (input_rows(layer, quantized) - rows).square().mean(dim=0).to(self.noise.device).double()
+            error = (input_rows(self.layer, quantized) - rows).square().mean(dim=0).to(self.noise.device).double()
             self.noisy_rows += len(rows)
             self.noise += (error - self.noise) * (len(rows) / self.noisy_rows)
 
@@ -106,6 +99,10 @@ class Moments:
     def covariance(self) -> Tensor:
         """E (x - mean)(x - mean)^T, (n, n)."""
         return self.scatter / self.count
+
+    def second_moment(self, *, centred: bool) -> Tensor:
+        """Second moment (n, n) about the mean or about zero, for a layer without a bias to absorb the mean."""
+        return self.covariance if centred else self.covariance + torch.outer(self.mean, self.mean)
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -133,9 +130,4 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 def gram_bytes(layers: Iterable[nn.Module]) -> int:
     """Size in bytes of the matrices that `gather_inputs` holds: two of float64 per layer."""
-    return sum(2 * 8 * _weight(layer)[0].numel() ** 2 for layer in layers)
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight
+    return sum(2 * 8 * layer.get_parameter("weight")[0].numel() ** 2 for layer in layers)

@@ -7,9 +7,9 @@ ranges of the channels, which share one activation quantizer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from sam2.modeling.memory_attention import MemoryAttentionLayer
@@ -35,7 +35,6 @@ ROWS = 32
 class SmoothedNorm:
     """Result for one LayerNorm. Errors: of its quantized readers' outputs over their energy, held-out half."""
 
-    name: str
     readers: tuple[str, ...]
     alpha: float | None
     """None if no smoothing is best."""
@@ -43,10 +42,6 @@ class SmoothedNorm:
     """Largest over mean of the channels' max|x|, before and after smoothing."""
     error: tuple[float, float] | None
     """Error without and with smoothing; None if only one alpha is given."""
-
-    def figures(self) -> dict[str, Any]:
-        """Values for `metrics.json`."""
-        return {key: value for key, value in vars(self).items() if key != "name"}
 
 
 @dataclass
@@ -66,12 +61,17 @@ def smooth_norms(run: Run) -> None:
     norms, data = norms_and_readers(run.model, quantize), run.calibration
     with run.folder.stage("smooth", f"SmoothQuant, {len(norms)} norms"):
         run.prepare_inference()
-        readers = reader_layers(run.model, (name for names in norms.values() for name in names))
+        names = [name for readers in norms.values() for name in readers]
+        layers = {name: cast("nn.Linear", run.model.get_submodule(name)) for name in names}
         shown = tqdm(data.samples(), "gather inputs", len(data), disable=run.silent)
-        inputs = gather_reader_inputs(readers, lambda sample: run_sample(run.model, sample), shown, len(data))
-        rows = list(smooth(run.model, norms, inputs, quantize, alphas))
-    log.info("SmoothQuant: %d of %d norms are smoothed", sum(row.alpha is not None for row in rows), len(rows))
-    run.folder.record("smoothed", {row.name: row.figures() for row in rows})
+        inputs = gather_reader_inputs(layers, lambda sample: run_sample(run.model, sample), shown, len(data))
+        rows = {}
+        for name, readers in norms.items():
+            norm = cast("nn.LayerNorm", run.model.get_submodule(name))
+            rows[name] = smooth_norm(norm, {reader: layers[reader] for reader in readers}, inputs, quantize, alphas)
+    smoothed = sum(row.alpha is not None for row in rows.values())
+    log.info("SmoothQuant: %d of %d norms are smoothed", smoothed, len(rows))
+    run.folder.record("smoothed", {name: vars(row) for name, row in rows.items()})
 
 
 def norms_and_readers(model: SAM2, quantize: QuantizeRecipe) -> dict[str, list[str]]:
@@ -107,20 +107,11 @@ def norms_and_readers(model: SAM2, quantize: QuantizeRecipe) -> dict[str, list[s
     }
 
 
-def reader_layers(model: SAM2, names: Iterable[str]) -> dict[str, nn.Linear]:
-    """Linear layers by name."""
-    return {name: cast("nn.Linear", model.get_submodule(name)) for name in names}
-
-
 @torch.no_grad()
 def gather_reader_inputs(
     layers: Mapping[str, nn.Linear], run: Callable[[Sample], object], samples: Iterable[Sample], count: int
 ) -> dict[str, ReaderInputs]:
-    """Inputs of layers in one pass over `count` samples; the first half of them fits, the others are held out.
-
-    Raises:
-        UserError: see `gather_halves`.
-    """
+    """Inputs of layers in one pass over `count` samples in two halves; raises as `gather_halves`."""
     inputs = {name: ReaderInputs(layer.weight.new_zeros(layer.in_features)) for name, layer in layers.items()}
 
     def record(half: Half, name: str, x: Tensor) -> None:
@@ -133,22 +124,8 @@ def gather_reader_inputs(
     return inputs
 
 
-def smooth(
-    model: SAM2,
-    norms: Mapping[str, Sequence[str]],
-    inputs: Mapping[str, ReaderInputs],
-    quantize: QuantizeRecipe,
-    alphas: Sequence[float],
-) -> Iterator[SmoothedNorm]:
-    """Smooth each norm and its readers in place, see `smooth_norm`."""
-    for norm, readers in norms.items():
-        layer = cast("nn.LayerNorm", model.get_submodule(norm))
-        yield smooth_norm(norm, layer, reader_layers(model, readers), inputs, quantize, alphas)
-
-
 @torch.no_grad()
 def smooth_norm(
-    name: str,
     norm: nn.LayerNorm,
     readers: Mapping[str, nn.Linear],
     inputs: Mapping[str, ReaderInputs],
@@ -180,12 +157,10 @@ def smooth_norm(
     norm.bias.div_(scales)
     for layer in readers.values():
         layer.weight.mul_(scales)
-    spread = _range_over_mean(largest), _range_over_mean(largest / scales)
-    return SmoothedNorm(name, tuple(readers), chosen, spread, errors)
-
-
-def _range_over_mean(largest: Tensor) -> float:
-    return float(largest.max() / largest.mean().clamp(min=1e-30))
+    before, after = (
+        float(channels.max() / channels.mean().clamp(min=1e-30)) for channels in (largest, largest / scales)
+    )
+    return SmoothedNorm(tuple(readers), chosen, (before, after), errors)
 
 
 def smoothing_scales(largest: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:

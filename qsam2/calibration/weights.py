@@ -1,34 +1,41 @@
 """Weight calibration: new weights for linear layers, of least quantized output error on held-out data.
 
-Candidates of several strengths (`frobenius`: Q-SAM2's ridge, AHCQ-SAM's ACNR) are fitted on one half of the calibration
-samples and compared on the other (ours).
+`ridge` (Q-SAM2, arXiv 2506.09782) lessens the Frobenius norm where the inputs hardly vary; `acnr` (AHCQ-SAM) raises
+small singular values. Candidates of several strengths are fitted on one half of the calibration samples and compared on
+the other (ours).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from qsam2.calibration.forward import encode, run_sample
-from qsam2.calibration.frobenius import Spectrum, acnr, ridge
 from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs, gram_bytes
 from qsam2.errors import UserError
 from qsam2.layers.convert import nearest_names
 from qsam2.output import listed
-from qsam2.quantizers import Quantizer, build_quantizer
+from qsam2.quantizers import build_quantizer
 from qsam2.recipe.calibrate import FrobeniusRecipe, WeightCalibration
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import QuantizerSpec
 from qsam2.run import Run
 
 log = logging.getLogger("qsam2")
+ROUNDING = 1e-13
+"""Eigenvalues below this share of the largest are zero up to the rounding of float32 inputs."""
+PULL = 0.003
+"""The paper's lambda: strength of the pull of singular values to their mean."""
+DAMPING = 0.001
+"""The paper's beta: strength of the damping by the activations' quantization error."""
+LEADING = 0.8
+"""Share of the energy whose singular values stay unchanged."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,6 @@ class CalibratedLayer:
     `strength` is rho (frobenius) or the number of steps (acnr), 0 if the weights are unchanged.
     """
 
-    name: str
     bits: int
     strength: float
     inputs: int
@@ -55,10 +61,6 @@ class CalibratedLayer:
     errors: dict[float, float]
     """Quantized error for each strength."""
 
-    def figures(self) -> dict[str, Any]:
-        """Values for `metrics.json`."""
-        return {key: value for key, value in vars(self).items() if key != "name"}
-
 
 def calibrate_weights(run: Run) -> None:
     """Stage: replace weights of linear layers by those of least quantized error on the calibration data, in place."""
@@ -71,58 +73,62 @@ def calibrate_weights(run: Run) -> None:
     with run.folder.stage("calibrate weights", what):
         run.prepare_inference()
         shown = tqdm(data.samples(), "gather inputs", len(data), disable=run.silent)
-        quantizers = input_quantizers(layers, quantize)
-        inputs = gather_inputs(layers, lambda sample: forward(run.model, sample), shown, len(data), quantizers)
-        rows = calibrate_layers(layers, inputs, quantize, method)
-        calibrated = list(tqdm(rows, "calibrate weights", len(layers), disable=run.silent))
-    changed = sum(row.strength > 0 for row in calibrated)
+        inputs = gather_inputs(layers, lambda sample: forward(run.model, sample), shown, len(data), quantize)
+        calibrated = calibrate_layers(layers, inputs, quantize, method, progress=not run.silent)
+    changed = sum(row.strength > 0 for row in calibrated.values())
     log.info("%s: %d of %d layers have new weights", method.method, changed, len(calibrated))
-    figures = {row.name: row.figures() for row in calibrated}
+    figures = {name: vars(row) for name, row in calibrated.items()}
     run.folder.record("calibrated_weights", {"method": method.method, "layers": figures})
 
 
-def choose_layers(model: nn.Module, quantize: QuantizeRecipe, patterns: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """Linear layers of a float model that match a pattern and whose weights the recipe quantizes.
+def choose_layers(model: nn.Module, quantize: QuantizeRecipe, patterns: Sequence[str]) -> dict[str, nn.Linear]:
+    """Linear layers of a float model that the recipe quantizes, by patterns; raises as `choose_quantized`."""
+    linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
+    quantized = {name: quantize.plan(name).weights is not None for name in linear}
+    chosen = choose_quantized("calibrate.weights.layers", patterns, quantized, "linear layer", "layers")
+    return {name: linear[name] for name in chosen}
+
+
+def choose_quantized(
+    key: str, patterns: Sequence[str], quantized: Mapping[str, bool], one: str, several: str
+) -> list[str]:
+    """Names that match one of a recipe key's patterns and whose weights are quantized, in order.
 
     Raises:
-        UserError: a pattern matches no linear layer, or none that is quantized.
+        UserError: a pattern matches no name, or none whose weights are quantized.
     """
-    linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
-    quantized = [name for name in linear if quantize.plan(name).weights is not None]
     for pattern in patterns:
-        where = f"calibrate.weights.layers: {pattern!r} matches"
-        if not any(fnmatchcase(name, pattern) for name in linear):
-            raise UserError(f"{where} no linear layer; {nearest_names(pattern, linear)}")
-        if not any(fnmatchcase(name, pattern) for name in quantized):
-            raise UserError(f"{where} only layers whose weights the recipe keeps in float: remove it, or their rule")
-    return {name: linear[name] for name in quantized if any(fnmatchcase(name, pattern) for pattern in patterns)}
-
-
-def input_quantizers(names: Iterable[str], quantize: QuantizeRecipe) -> dict[str, Quantizer]:
-    """Quantizers for the inputs of layers, by name, if the recipe quantizes them."""
-    specs = {name: quantize.plan(name).activations for name in names}
-    return {
-        name: build_quantizer(spec, "activation", name=f"{name}.input_quantizer")
-        for name, spec in specs.items()
-        if spec is not None
-    }
+        matched = [name for name in quantized if fnmatchcase(name, pattern)]
+        where = f"{key}: {pattern!r} matches"
+        if not matched:
+            raise UserError(f"{where} no {one}; {nearest_names(pattern, quantized)}")
+        if not any(quantized[name] for name in matched):
+            raise UserError(f"{where} only {several} whose weights the recipe keeps in float: remove it, or their rule")
+    return [name for name in quantized if quantized[name] and any(fnmatchcase(name, p) for p in patterns)]
 
 
 def calibrate_layers(
-    layers: Mapping[str, nn.Linear], inputs: dict[str, LayerInputs], quantize: QuantizeRecipe, method: WeightCalibration
-) -> Iterator[CalibratedLayer]:
-    """Replace weights and bias of each layer in place, see `calibrate_layer`. Empties `inputs`.
-
-    Raises:
-        UserError: a layer's weights hold NaN or infinity.
-    """
-    rows = []
-    for name, layer in layers.items():
+    layers: Mapping[str, nn.Linear],
+    inputs: dict[str, LayerInputs],
+    quantize: QuantizeRecipe,
+    method: WeightCalibration,
+    *,
+    progress: bool = True,
+) -> dict[str, CalibratedLayer]:
+    """Replace weights and bias of each layer in place, see `calibrate_layer`. Empties `inputs`."""
+    rows = {}
+    for name, layer in tqdm(layers.items(), "calibrate weights", disable=not progress):
         spec = quantize.plan(name).weights
         assert spec is not None
-        rows.append(calibrate_layer(name, layer, inputs.pop(name), spec, method))
-        yield rows[-1]
-    _report_singular(rows)
+        rows[name] = calibrate_layer(name, layer, inputs.pop(name), spec, method)
+    # the output of a LayerNorm always lacks one direction
+    singular = [f"{name} {row.rank} of {row.inputs}" for name, row in rows.items() if row.rank < row.inputs - 1]
+    if singular:
+        log.warning(
+            "the inputs of %d layers vary in few directions on the calibration data (%s): more clips may help",
+            *(len(singular), listed(singular)),
+        )
+    return rows
 
 
 @torch.no_grad()
@@ -134,12 +140,15 @@ def calibrate_layer(
     Candidates are quantized by the recipe's spec of this layer. The error of quantized inputs counts as noise,
     uncorrelated between inputs and with them. The bias keeps the mean output on the fitted half; a layer without bias
     is fitted about zero. Strength 0 is a candidate, so that no layer gets worse on the held-out half.
+
+    Raises:
+        UserError: the weights hold NaN or infinity.
     """
     device = inputs.fit.mean.device
     weight = layer.weight.detach().to(device).double()
     if not weight.isfinite().all():
         raise UserError(f"weight of {name} contains NaN or infinity: check the checkpoint")
-    spectrum = Spectrum.of(inputs.fit, centred=layer.bias is not None)
+    spectrum = Spectrum(inputs.fit, centred=layer.bias is not None)
     strengths = method.strengths
     if isinstance(method, FrobeniusRecipe):
         candidates = ridge(weight, spectrum, strengths)
@@ -151,14 +160,15 @@ def calibrate_layer(
     errors = []
     for candidate in candidates:
         shift = refit_bias(weight, candidate, inputs.fit.mean, layer.bias)
-        quantized = _quantize(quantizer, candidate)
+        single = candidate.float()
+        quantizer.to(single.device).initialize_from(single)
+        quantized = quantizer(single).double()
         noise = float(quantized.square().sum(dim=0) @ inputs.noise)
         errors.append((output_error(weight - quantized, shift, held_out) + noise) / scale)
     best = min(range(len(errors)), key=errors.__getitem__)  # the weakest among equals
     new = candidates[best]
     shift = refit_bias(weight, new, inputs.fit.mean, layer.bias)
     row = CalibratedLayer(
-        name=name,
         bits=spec.bits,
         strength=strengths[best],
         inputs=layer.in_features,
@@ -176,6 +186,65 @@ def calibrate_layer(
     return row
 
 
+class Spectrum:
+    """Eigenvalues (n,) ascending and eigenvectors (n, n) of a layer's second moment (`Moments.second_moment`)."""
+
+    def __init__(self, moments: Moments, *, centred: bool) -> None:
+        values, self.vectors = torch.linalg.eigh(moments.second_moment(centred=centred))
+        self.values = values.clamp(min=0)
+        # the scatter of a constant input is the rounding of its mean
+        least = ROUNDING * torch.maximum(self.values[-1], ROUNDING * moments.mean.square().sum())
+        self.rank = int((self.values > least).sum())
+
+    @property
+    def condition_number(self) -> float:
+        """Ratio of the largest eigenvalue to the smallest above zero; 1 if there is none."""
+        return float(self.values[-1] / self.values[-self.rank]) if self.rank else 1.0
+
+
+def ridge(weight: Tensor, spectrum: Spectrum, rhos: Sequence[float]) -> list[Tensor]:
+    """Minimisers of E |(W - W^) x|^2 + lambda |W^|^2 for each rho, lambda = rho * mean of the Gram's diagonal.
+
+    Q-SAM2's closed form W C (C + lambda I)^-1, C the (centred: ours) Gram matrix over the count, scales W along
+    eigenvector k by s_k / (s_k + lambda). rho = 0 and constant inputs give W itself, also if C is singular (ours; the
+    limit would remove the directions in which the inputs do not vary).
+
+    Args:
+        weight: (m, n) float64.
+    """
+    if not spectrum.rank:
+        return [weight for _ in rhos]
+    rotated = weight @ spectrum.vectors
+    mean = spectrum.values.mean()
+    shrunk = (spectrum.values / (spectrum.values + rho * mean) if rho else None for rho in rhos)
+    return [weight if factor is None else (rotated * factor) @ spectrum.vectors.T for factor in shrunk]
+
+
+def acnr(weight: Tensor, noise: Tensor, steps: Sequence[float]) -> list[Tensor]:
+    """W after each number of proximal steps; W itself for 0.
+
+    sigma <- max(sigma, (sigma + 2 lambda t) / (1 + 2 lambda + 2 beta c)) for all but the leading singular values, t the
+    mean of all, c the activations' quantization error along the direction, here (ours) of uncorrelated inputs. From the
+    authors' code; without its threshold on the condition number, since 0 steps are a candidate.
+
+    Args:
+        weight: (m, n) float64.
+        noise: (n,) mean squared quantization error of each input.
+    """
+    left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
+    along = right.square() @ noise  # (min(m, n),)
+    results = {0: weight}
+    for step in range(1, int(max(steps)) + 1):
+        energy, order = sigma.square().sort(descending=True)
+        leading = energy.cumsum(0) <= LEADING * energy.sum()
+        leading[int(leading.sum().clamp(max=len(leading) - 1))] = True  # and the one that crosses the share
+        raised = (sigma + 2 * PULL * sigma.mean()) / (1 + 2 * PULL + 2 * DAMPING * along)
+        sigma = torch.where(leading[order.argsort()], sigma, torch.maximum(sigma, raised))
+        if step in steps:
+            results[step] = (left * sigma) @ right
+    return [results[int(step)] for step in steps]
+
+
 def refit_bias(weight: Tensor, new: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
     """Change (m,) of the bias that keeps the mean output, (W - W^) mean; 0 without a bias."""
     shift = (weight - new) @ mean
@@ -190,26 +259,9 @@ def output_error(difference: Tensor, shift: Tensor, moments: Moments) -> float:
 
 def output_energy(weight: Tensor, moments: Moments, centred: bool) -> float:
     """E |W x|^2, about the mean or about zero; 1 if that is 0, so that errors can be relative to it."""
-    mean = weight @ moments.mean if centred else weight.new_zeros(len(weight))
-    return output_error(weight, mean, moments) or 1.0
-
-
-def _quantize(quantizer: Quantizer, weight: Tensor) -> Tensor:
-    single = weight.float()
-    quantizer.to(single.device).initialize_from(single)
-    return quantizer(single).double()
-
-
-def _report_singular(rows: Sequence[CalibratedLayer]) -> None:
-    # the output of a LayerNorm always lacks one direction
-    singular = [f"{row.name} {row.rank} of {row.inputs}" for row in rows if row.rank < row.inputs - 1]
-    if singular:
-        log.warning(
-            "the inputs of %d layers vary in few directions on the calibration data (%s): more clips may help",
-            *(len(singular), listed(singular)),
-        )
+    mean = weight @ moments.mean
+    return output_error(weight, mean if centred else torch.zeros_like(mean), moments) or 1.0
 
 
 def _max_over_std(weight: Tensor) -> float:
-    std = float(weight.std())
-    return float(weight.abs().max()) / std if std else 0.0
+    return float(weight.abs().max() / weight.std().clamp(min=torch.finfo(weight.dtype).tiny))

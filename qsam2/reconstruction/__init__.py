@@ -1,5 +1,5 @@
 """Block reconstruction: soft rounding and learned activation steps, fitted block by block to the float model.
 
-`reconstruct` goes through the `blocks`; for each, `capture` records calls and `fit_block` fits `rounding`. Optionally
-`fit_video` then fits the steps of all blocks on data of three `time_scales`.
+`block_by_block` goes through the `blocks` and their captured calls; `fit_block` fits the `rounding` of each. Optionally
+`fit_video` then fits the steps of all blocks on data of three time scales.
 """

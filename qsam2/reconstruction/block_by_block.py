@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
@@ -27,18 +27,14 @@ from qsam2.data.calibration_data import CalibrationData, Sample
 from qsam2.layers.convert import quantizers
 from qsam2.models import SAM2
 from qsam2.recipe.calibrate import ReconstructRecipe
-from qsam2.reconstruction.blocks import Block, Scale, find_blocks
-from qsam2.reconstruction.capture import capture
+from qsam2.reconstruction.blocks import Group, Scale, capture, find_blocks
 from qsam2.reconstruction.fit_block import ReconstructedBlock, fit_block
-from qsam2.reconstruction.fit_video import fit_video, track_clip
-from qsam2.reconstruction.time_scales import time_scales
+from qsam2.reconstruction.fit_video import fit_video, time_scales, track_clip
 from qsam2.run import Run
 from qsam2.train.trainer import SafeCheckpointIO
 
 GIGABYTE = 1e9
 SMALLEST = 1e-9
-STORED = "reconstruction"
-"""Folder of finished blocks in a run's `checkpoints/`."""
 log = logging.getLogger("qsam2")
 
 
@@ -60,27 +56,40 @@ def reconstruct_blocks(run: Run) -> None:
         _interruptible() as stopped,
     ):
         run.prepare_inference()
-        result = _reconstruct(run, run.teacher, recipe, stopped)
-    log.log(logging.INFO if result.complete else logging.WARNING, "%s", result.summary)
-    run.folder.record("reconstruction", result.figures())
+        reconstruction = Reconstruction(run, run.teacher, recipe, stopped)
+        with contextlib.suppress(_Stopped):
+            reconstruction.fit()
+    log.log(logging.INFO if reconstruction.complete else logging.WARNING, "%s", reconstruction.summary)
+    figures = {
+        "complete": reconstruction.complete,
+        "total": reconstruction.total,
+        "blocks": [asdict(block) for block in reconstruction.blocks],
+        "video": reconstruction.losses,
+    }
+    run.folder.record("reconstruction", figures)
 
 
-@dataclass
 class Reconstruction:
-    """Result for a model."""
+    """The reconstruction of a run's model, and its result."""
 
-    total: int
-    """Blocks to reconstruct."""
-    fits_video: bool = False
-    """True if the recipe fits steps on video after the blocks."""
-    blocks: list[ReconstructedBlock] = field(default_factory=list)
-    video: tuple[float, float] | None = None
-    """Loss on video before and after the fit."""
+    def __init__(self, run: Run, teacher: SAM2, recipe: ReconstructRecipe, stopped: Callable[[], bool]) -> None:
+        self.run, self.teacher, self.recipe, self.stopped = run, teacher, recipe, stopped
+        video = recipe.video
+        self.data = dict.fromkeys(get_args(Scale), run.calibration) if video is None else time_scales(run)
+        self.scales: list[Scale] = [scale for scale in self.data if video is None or getattr(video, scale) > 0]
+        self.groups = [group for group in find_blocks(run.model, recipe) if group.scale in self.scales]
+        self.total = sum(len(group.blocks) for group in self.groups)
+        self.fits_video = video is not None and video.iterations > 0
+        self.blocks: list[ReconstructedBlock] = []
+        self.losses: tuple[float, float] | None = None
+        """Loss on video before and after the fit."""
+        self.features: dict[bool, ImageFeatures] = {}
+        """Of the clips in the quantized (True) and float model; no block that is fitted on clips changes them."""
 
     @property
     def complete(self) -> bool:
         """False after Ctrl-C: the remaining blocks are rounded to the nearest."""
-        return len(self.blocks) == self.total and (self.video is not None or not self.fits_video)
+        return len(self.blocks) == self.total and (self.losses is not None or not self.fits_video)
 
     @property
     def summary(self) -> str:
@@ -92,94 +101,55 @@ class Reconstruction:
             f"{len(self.blocks)} of {self.total} blocks reconstructed, "
             f"{len(better)} are better than nearest rounding, their error x {ratio:.2f} (geometric mean)"
         )
-        if self.video is not None:
-            text += f"; loss on video {self.video[0]:.4f} -> {self.video[1]:.4f}"
+        if self.losses is not None:
+            text += f"; loss on video {self.losses[0]:.4f} -> {self.losses[1]:.4f}"
         return text if self.complete else f"{text}; STOPPED EARLY, the other blocks are rounded to the nearest"
 
-    def figures(self) -> dict[str, Any]:
-        """Values for `metrics.json`."""
-        return {
-            "complete": self.complete,
-            "total": self.total,
-            "blocks": [asdict(block) for block in self.blocks],
-            "video": self.video,
-        }
-
-
-def _reconstruct(run: Run, teacher: SAM2, recipe: ReconstructRecipe, stopped: Callable[[], bool]) -> Reconstruction:
-    video = recipe.video
-    data = dict.fromkeys(get_args(Scale), run.calibration) if video is None else time_scales(run)
-    scales = [scale for scale in data if video is None or getattr(video, scale) > 0]
-    groups = [group for group in find_blocks(run.model, recipe) if group[0].scale in scales]
-    result = Reconstruction(sum(len(group) for group in groups), video is not None and video.iterations > 0)
-    samples: Sequence[Tensor | Sample] = ()
-    source: tuple[CalibrationData, bool] | None = None
-    with (
-        tqdm(total=result.total + result.fits_video, desc="reconstruct", disable=run.silent) as bar,
-        contextlib.suppress(_Stopped),
-    ):
-        session = _Session(run, teacher, recipe, stopped, bar)
-        for index, group in enumerate(groups):
-            modules, file = {block.name: block.module for block in group}, session.file(f"{index:03d}")
-            if (stored := _load(file, modules)) is not None:
-                result.blocks += [ReconstructedBlock(**row) for row in stored]
-                bar.update(len(stored))
-                continue
-            frames = group[0].scale == "frame"
-            if source != (data[group[0].scale], frames):
-                source = (data[group[0].scale], frames)
-                samples = _frames(source[0]) if frames else list(source[0].clip_samples())
-                session.clear_features()
-            for row in session.fit_group(group, samples, seed=_seed(run.recipe.seed, index)):
-                result.blocks.append(row)
-                bar.update()
-            _save(file, modules, [asdict(row) for row in result.blocks[-len(group) :]])
-        if result.fits_video:
-            result.video = session.fit_video({scale: list(data[scale].clip_samples()) for scale in scales})
-            bar.update()
-    return result
-
-
-@dataclass(frozen=True)
-class _Session:
-    """State shared by all blocks of a run."""
-
-    run: Run
-    teacher: SAM2
-    recipe: ReconstructRecipe
-    stopped: Callable[[], bool]
-    bar: Any
-    features: dict[bool, ImageFeatures] = field(default_factory=dict)
-    """Features of the clips in the quantized (True) and float model; no block that is fitted on clips changes them."""
-
-    def file(self, name: str) -> Path:
-        """File of a finished block, or of the fit on video."""
-        return self.run.folder.path / "checkpoints" / STORED / f"{name}.ckpt"
-
-    def clear_features(self) -> None:
-        """Drop the features of former clips."""
+    def fit(self) -> None:
+        """Fit or load one group of blocks after another, then the steps on video."""
+        samples: Sequence[Tensor | Sample] = ()
+        source: tuple[CalibrationData, bool] | None = None
         budget = self.recipe.cache_gb * GIGABYTE / 2
-        self.features.update({True: ImageFeatures(self.run.model, budget), False: ImageFeatures(self.teacher, budget)})
+        with tqdm(total=self.total + self.fits_video, desc="reconstruct", disable=self.run.silent) as bar:
+            for index, group in enumerate(self.groups):
+                file = self._file(f"{index:03d}")
+                if (stored := _load(file, group.blocks)) is not None:
+                    self.blocks += [ReconstructedBlock(**row) for row in stored]
+                    bar.update(len(stored))
+                    continue
+                data, frames = self.data[group.scale], group.scale == "frame"
+                if source != (data, frames):
+                    source = (data, frames)
+                    if frames:  # all of stills and clips, (1, 3, S, S) each
+                        samples = [image for sample in data.samples() for image in sample.clip.images.split(1)]
+                    else:
+                        samples = list(data.clip_samples())
+                    networks = {True: self.run.model, False: self.teacher}
+                    self.features = {key: ImageFeatures(network, budget) for key, network in networks.items()}
+                self._fit_group(group, samples, _seed(self.run.recipe.seed, index), bar)
+                _save(file, group.blocks, [asdict(row) for row in self.blocks[-len(group.blocks) :]])
+            if self.fits_video:
+                bar.set_postfix_str("steps on " + ", ".join(self.scales))
+                self._fit_video()
+                bar.update()
 
-    def fit_group(
-        self, group: Sequence[Block], samples: Sequence[Tensor | Sample], seed: int
-    ) -> Iterator[ReconstructedBlock]:
+    def _fit_group(self, group: Group, samples: Sequence[Tensor | Sample], seed: int, bar: tqdm[Any]) -> None:
         """Capture the calls of a group's blocks, then fit one after another."""
-        self.bar.set_postfix_str(f"{group[0].name}: inputs")
+        bar.set_postfix_str(f"{next(iter(group.blocks))}: inputs")
         calls = capture(
-            {block.name: block.module for block in group},
-            {block.name: self.teacher.get_submodule(block.name) for block in group},
-            self.forward,
+            group.blocks,
+            {name: self.teacher.get_submodule(name) for name in group.blocks},
+            self._forward,
             samples,
             budget_bytes=self.recipe.cache_gb * GIGABYTE,
-            one_call=group[0].scale == "frame",
+            one_call=group.scale == "frame",
         )
-        for number, block in enumerate(group):
-            self.bar.set_postfix_str(block.name)
+        for number, (name, block) in enumerate(group.blocks.items()):
+            bar.set_postfix_str(name)
             row = fit_block(
-                block.name,
-                block.module,
-                calls.pop(block.name),
+                name,
+                block,
+                calls.pop(name),
                 self.recipe,
                 self.run.recipe.trainer,
                 folder=self.run.folder.path,
@@ -189,9 +159,10 @@ class _Session:
             )
             if row is None:
                 raise _Stopped
-            yield row
+            self.blocks.append(row)
+            bar.update()
 
-    def forward(self, quantized: bool, sample: Tensor | Sample) -> None:
+    def _forward(self, quantized: bool, sample: Tensor | Sample) -> None:
         """Pass a frame, or a clip twice, through the quantized or the float model."""
         if self.stopped():
             raise _Stopped
@@ -203,31 +174,29 @@ class _Session:
         for points in (False, True):
             track_clip(network, sample, features, points=points)
 
-    def fit_video(self, samples: Mapping[Scale, Sequence[Sample]]) -> tuple[float, float]:
-        """See `qsam2.reconstruction.fit_video`."""
-        self.bar.set_postfix_str("steps on " + ", ".join(samples))
+    def _fit_video(self) -> None:
+        file = self._file("video")
         activations = {name: q for name, q in quantizers(self.run.model) if q.role == "activation"}
-        if (stored := _load(self.file("video"), activations)) is not None:
-            return stored[0], stored[1]
+        if (stored := _load(file, activations)) is not None:
+            self.losses = stored[0], stored[1]
+            return
         assert self.recipe.video is not None
-        losses = fit_video(
+        self.losses = fit_video(
             self.run.model,
             self.teacher,
-            samples,
+            {scale: list(self.data[scale].clip_samples()) for scale in self.scales},
             self.recipe.video,
             self.run.recipe.trainer,
             folder=self.run.folder.path,
             stopped=self.stopped,
         )
-        if losses is None:
+        if self.losses is None:
             raise _Stopped
-        _save(self.file("video"), activations, list(losses))
-        return losses
+        _save(file, activations, list(self.losses))
 
-
-def _frames(data: CalibrationData) -> list[Tensor]:
-    """All frames of stills and clips, (1, 3, S, S) each."""
-    return [image for sample in data.samples() for image in sample.clip.images.split(1)]
+    def _file(self, name: str) -> Path:
+        """File of a finished group of blocks, or of the fit on video."""
+        return self.run.folder.path / "checkpoints" / "reconstruction" / f"{name}.ckpt"
 
 
 class _Stopped(Exception):

@@ -1,4 +1,4 @@
-"""Reconstruction of one block as training: a Lightning module fits its rounding and steps (BRECQ, arXiv 2102.05426).
+"""Reconstruction of one block: a Lightning module fits its rounding and steps (BRECQ, arXiv 2102.05426).
 
 minimise E (output - float output)^2 / variance + regularization of the rounding. Errors relative to the variance of
 each output (ours) make one regularization weight suit all blocks.
@@ -6,7 +6,7 @@ each output (ours) make one regularization weight suit all blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from qsam2.errors import UserError
-from qsam2.recipe.calibrate import ReconstructRecipe
+from qsam2.recipe.calibrate import HierarchyRecipe, ReconstructRecipe
 from qsam2.recipe.recipe import TrainerRecipe
-from qsam2.reconstruction.capture import Call, output_tensors
+from qsam2.reconstruction.blocks import Call, output_tensors
 from qsam2.reconstruction.rounding import (
     beta_at,
     flipped_share,
@@ -50,51 +50,59 @@ class ReconstructedBlock:
     """Share of weights that are not rounded to the nearest level."""
 
 
-class BlockReconstruction(L.LightningModule):
-    """Fits the soft rounding and the learned steps of one softened block to the float block's outputs."""
+class Fit(L.LightningModule):
+    """Trains the soft roundings and learned steps of a network by a loss of (batch, step); the rest is frozen.
+
+    The rate of the roundings is constant, that of the steps falls to 0 as a cosine.
+    """
 
     def __init__(
         self,
-        block: nn.Module,
-        recipe: ReconstructRecipe,
-        variances: Sequence[Tensor],
-        image_size: int,
+        network: nn.Module,
+        loss: Callable[[Any, int], Tensor],
+        recipe: ReconstructRecipe | HierarchyRecipe,
         stopped: Callable[[], bool],
     ) -> None:
         super().__init__()
-        self.block = block
-        self.recipe = recipe
-        self.variances = variances
-        self.image_size = image_size
-        self.roundings = soft_roundings(block)
-        self.stopped = stopped
+        self.network, self.loss, self.recipe, self.stopped = network, loss, recipe, stopped
+        self.roundings = [rounding.v for rounding in soft_roundings(network)]
+        self.steps = [step.log_scale for step in learned_steps(network)]
 
-    def training_step(self, batch: list[Call], batch_index: int) -> Tensor:
+    def run(self, trainer_recipe: TrainerRecipe, folder: Path, batches: Iterable[Any], *, silent: bool = False) -> None:
+        """Fit the network in place, on the device where it is."""
+        device = next(self.network.parameters()).device
+        learned = {id(parameter) for parameter in (*self.roundings, *self.steps)}
+        frozen = [p for p in self.network.parameters() if p.requires_grad and id(p) not in learned]
+        options: dict[str, Any] = {"max_steps": self.recipe.iterations, "limit_val_batches": 0}
+        trainer = build_trainer(trainer_recipe, folder=folder, silent=silent, enable_checkpointing=False, **options)
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            trainer.fit(self, batches)
+        finally:
+            self.network.to(device)  # Lightning leaves it on the CPU
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
         if self.stopped():
             self.trainer.should_stop = True
-        with attention_backend(self.device, self.image_size):
-            error = torch.stack([block_error(self.block, call, self.variances) for call in batch]).mean()
-        loss = error
-        beta = beta_at(batch_index / self.recipe.iterations, self.recipe.warmup)
-        if beta is not None:
-            penalty = torch.stack([rounding.regularization(beta) for rounding in self.roundings]).sum()
-            loss = error + self.recipe.regularization * penalty
+        loss = self.loss(batch, batch_index)
         if not torch.isfinite(loss):
-            raise UserError(f"reconstruct: the loss is {float(loss)} at step {batch_index}; lower reconstruct.lr")
+            of_blocks = isinstance(self.recipe, ReconstructRecipe)
+            key, rate = ("reconstruct", "reconstruct.lr") if of_blocks else ("reconstruct.video", "its step_lr")
+            raise UserError(f"{key}: the loss is {float(loss)} at step {batch_index}; lower {rate}")
         return loss
 
     def configure_optimizers(self) -> Any:
+        rate = self.recipe.lr if isinstance(self.recipe, ReconstructRecipe) else 0.0
         groups = [
-            {"params": [rounding.v for rounding in self.roundings], "lr": self.recipe.lr},
-            {
-                "params": [step.log_scale for step in learned_steps(self.block)],
-                "lr": self.recipe.step_lr,
-                "eps": QUANTIZER_EPS,
-            },
+            {"params": self.roundings, "lr": rate},
+            {"params": self.steps, "lr": self.recipe.step_lr, "eps": QUANTIZER_EPS},
         ]
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        optimizer = torch.optim.Adam(groups)
         shares = [lambda _: 1.0, lambda step: cosine_share(step, max_steps=self.recipe.iterations, end=0.0)]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares[: len(optimizer.param_groups)])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -142,30 +150,32 @@ def fit_block(
 
     None, with the block unchanged, if `stopped()` became True meanwhile.
     """
-    options: dict[str, Any] = {"max_steps": recipe.iterations, "limit_val_batches": 0, "enable_checkpointing": False}
-    trainer = build_trainer(trainer_recipe, folder=folder, silent=True, **options)
-    device = trainer.strategy.root_device
+    device = next(block.parameters()).device
     variances = target_variances(calls)
     nearest = mean_error(block, calls, variances, device)
     before = {key: tensor.clone() for key, tensor in block.state_dict().items()}
-    trainable = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    count = recipe.iterations * recipe.batch_size
+    sampler = RandomSampler(calls, replacement=True, num_samples=count, generator=torch.Generator().manual_seed(seed))
+
+    def loss(batch: list[Call], step: int) -> Tensor:
+        with attention_backend(device, image_size):
+            error = torch.stack([block_error(block, call, variances) for call in batch]).mean()
+        beta = beta_at(step / recipe.iterations, recipe.warmup)
+        if beta is None:
+            return error
+        penalties = [rounding.regularization(beta) for rounding in soft_roundings(block)]
+        return error + recipe.regularization * torch.stack(penalties).sum()
 
     torch.manual_seed(seed)
-    block.requires_grad_(False)
     soften_weights(block)
     if recipe.method != "adaround":
         learn_steps(block, drop=recipe.drop if recipe.method == "qdrop" else 0.0)
-    module = BlockReconstruction(block, recipe, variances, image_size, stopped)
-    count = recipe.iterations * recipe.batch_size
-    sampler = RandomSampler(calls, replacement=True, num_samples=count, generator=torch.Generator().manual_seed(seed))
+    batches: Any = DataLoader(calls, recipe.batch_size, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
     try:
-        trainer.fit(module, DataLoader(calls, recipe.batch_size, sampler=sampler, collate_fn=list))  # type: ignore[arg-type]
+        Fit(block, loss, recipe, stopped).run(trainer_recipe, folder, batches, silent=True)
     finally:
-        block.to(device)  # Lightning leaves it on the CPU
         flipped = flipped_share(block)
         harden(block)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
     fitted = mean_error(block, calls, variances, device)
     kept = fitted < nearest and not stopped()
     if not kept:

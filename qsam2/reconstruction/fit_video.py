@@ -1,7 +1,8 @@
 """Activation steps fitted to video at three time scales at once (hierarchy-based video quantization, Q-MiniSAM2).
 
-minimise sum over scales of weight * loss(scale), see `scale_loss`. The paper's abstract gives the idea; the scales,
-their losses and the choice of steps as parameters are ours.
+minimise sum over scales of weight * loss(scale), see `scale_loss`, on frames, successive frames and whole videos, see
+`time_scales`. The paper's abstract gives the idea; the scales, their losses and the choice of steps as parameters are
+ours.
 """
 
 from __future__ import annotations
@@ -10,27 +11,65 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qsam2.data.calibration_data import Sample
-from qsam2.data.clips import collate_clips
-from qsam2.errors import UserError
+from qsam2.data.calibration_data import CalibrationData, Sample
+from qsam2.data.clips import Source, annotated_frames, collate_clips
+from qsam2.data.video import Video
 from qsam2.layers.hooks import hooked
 from qsam2.models import SAM2
 from qsam2.recipe.calibrate import HierarchyRecipe
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.reconstruction.blocks import Scale
-from qsam2.reconstruction.rounding import harden, learn_steps, learned_steps
+from qsam2.reconstruction.fit_block import Fit
+from qsam2.reconstruction.rounding import harden, learn_steps
+from qsam2.run import Run
 from qsam2.train.losses import embedding_distillation, mask_distillation
-from qsam2.train.optimizer import QUANTIZER_EPS, cosine_share
-from qsam2.train.trainer import build_trainer
 from qsam2.train.video_training import attention_backend
 
 JUDGED = 4
 """Steps whose mean loss judges a fit: the first clips of each scale."""
+
+
+class SpreadVideo(Video):
+    """Video of `num_frames` frames, evenly spread over the annotated frames of another."""
+
+    def __init__(self, video: Video, num_frames: int) -> None:
+        annotated = annotated_frames(video)
+        positions = np.linspace(0, len(annotated) - 1, min(num_frames, len(annotated))).round().astype(int)
+        self._video = video
+        self._frames = [annotated[int(position)] for position in positions]
+        self.name, self.size = video.name, video.size
+        self.frame_names = [video.frame_names[index] for index in self._frames]
+
+    def frame(self, index: int) -> np.ndarray:
+        return self._video.frame(self._frames[index])
+
+    def masks(self, index: int) -> dict[int, np.ndarray] | None:
+        return self._video.masks(self._frames[index])
+
+
+def time_scales(run: Run) -> dict[Scale, CalibrationData]:
+    """Data of each scale: the run's stills and clips; clips of successive frames; clips spread over whole videos.
+
+    All clips have `calibrate.num_frames` frames; there are at most as many spread clips as videos.
+    """
+    amount = run.recipe.calibrate
+    spread = [
+        Source([SpreadVideo(video, amount.num_frames) for video in source.videos], source.weight)
+        for source in run.sources
+    ]
+    spread_clips = min(amount.clips, sum(len(source.videos) for source in run.sources))
+
+    def draw(sources: Sequence[Source], clips: int) -> CalibrationData:
+        only_clips = amount.model_copy(update={"clips": clips, "stills": 0})
+        size = {"image_size": run.model.image_size, "max_objects": run.recipe.data.max_objects}
+        return CalibrationData(sources, only_clips, **size, max_stride=1, seed=run.recipe.seed)
+
+    return {"frame": run.calibration, "short": draw(run.sources, amount.clips), "long": draw(spread, spread_clips)}
 
 
 class Tracked(NamedTuple):
@@ -79,8 +118,7 @@ def scale_loss(scale: Scale, model: SAM2, teacher: SAM2, sample: Sample, step: i
 
     frame: squared error of the image embeddings over their variance; short: that of memory features and of features
     after memory attention; long: that of object pointers, plus the Kullback-Leibler divergence of masks and object
-    scores.
-    Prompts alternate between masks and clicks.
+    scores. Prompts alternate between masks and clicks.
     """
     if scale == "frame":
         image = sample.clip.images[step % len(sample.clip.images)][None].to(model.device)
@@ -106,61 +144,6 @@ def _divergence(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     return mask_distillation(student, teacher) / len(outputs)
 
 
-class VideoReconstruction(L.LightningModule):
-    """Fits the learned steps of a hard-rounded model to the weighted sum of the losses of all scales.
-
-    Args:
-        samples: for the scales whose weight is above zero.
-        stopped: returns True once Ctrl-C was pressed.
-    """
-
-    def __init__(
-        self,
-        model: SAM2,
-        teacher: SAM2,
-        recipe: HierarchyRecipe,
-        samples: Mapping[Scale, Sequence[Sample]],
-        stopped: Callable[[], bool],
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self._teacher = [teacher]  # in a list, so that it is not part of the module's state
-        self.recipe = recipe
-        self.samples = samples
-        self.stopped = stopped
-
-    def loss(self, step: int) -> Tensor:
-        """Weighted sum over the scales, each with its samples in turn."""
-        with attention_backend(self.device, self.model.image_size):
-            losses = [
-                getattr(self.recipe, scale)
-                * scale_loss(scale, self.model, self._teacher[0], samples[step % len(samples)], step)
-                for scale, samples in self.samples.items()
-            ]
-        return torch.stack(losses).sum()
-
-    def training_step(self, step: int, batch_index: int) -> Tensor:
-        if self.stopped():
-            self.trainer.should_stop = True
-        loss = self.loss(step)
-        if not torch.isfinite(loss):
-            raise UserError(f"reconstruct.video: the loss is {float(loss)} at step {step}; lower its step_lr")
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        steps = [step.log_scale for step in learned_steps(self.model)]
-        optimizer = torch.optim.Adam(steps, lr=self.recipe.step_lr, eps=QUANTIZER_EPS)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: cosine_share(step, max_steps=self.recipe.iterations, end=0.0)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    @torch.no_grad()
-    def judge(self) -> float:
-        """Mean loss over the first clips, from masks and from clicks."""
-        return float(torch.stack([self.loss(step) for step in range(JUDGED)]).mean())
-
-
 def fit_video(
     model: SAM2,
     teacher: SAM2,
@@ -173,27 +156,31 @@ def fit_video(
 ) -> tuple[float, float] | None:
     """Fit all activation steps of a calibrated model in place; its rounded weights stay.
 
-    Returns the loss before and after, see `judge`; steps that are no better are dropped. None, with the model
-    unchanged, if `stopped()` became True meanwhile.
+    Returns the mean loss over the first clips, from masks and from clicks, before and after; steps that are no better
+    are dropped. None, with the model unchanged, if `stopped()` became True meanwhile. `samples` are for the scales
+    whose weight is above zero.
     """
-    options: dict[str, Any] = {"max_steps": recipe.iterations, "limit_val_batches": 0, "enable_checkpointing": False}
-    trainer = build_trainer(trainer_recipe, folder=folder, **options)
-    device = trainer.strategy.root_device
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    model.requires_grad_(False)
+    def loss(step: int, _: int = 0) -> Tensor:
+        """Weighted sum over the scales, each with its samples in turn."""
+        with attention_backend(model.device, model.image_size):
+            losses = [
+                getattr(recipe, scale) * scale_loss(scale, model, teacher, clips[step % len(clips)], step)
+                for scale, clips in samples.items()
+            ]
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def judge() -> float:
+        return float(torch.stack([loss(step) for step in range(JUDGED)]).mean())
+
     learn_steps(model)
-    module = VideoReconstruction(model, teacher, recipe, samples, stopped)
-    first = module.judge()
-    try:
-        trainer.fit(module, DataLoader(range(recipe.iterations), batch_size=None))  # type: ignore[arg-type]
-    finally:
-        model.to(device)  # Lightning leaves it on the CPU
-    last = module.judge()
+    first = judge()
+    batches: Any = DataLoader(range(recipe.iterations), batch_size=None)  # type: ignore[arg-type]
+    Fit(model, loss, recipe, stopped).run(trainer_recipe, folder, batches)
+    last = judge()
     harden(model)
-    for parameter in trainable:
-        parameter.requires_grad_(True)
     if stopped() or not last < first:
         model.load_state_dict(before)
     return None if stopped() else (first, min(first, last))

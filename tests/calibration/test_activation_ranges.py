@@ -1,23 +1,30 @@
-"""Range calibration: what is set, from what, in which order, and every message."""
+"""Range calibration: what is set, from what, in which order, aggregated over clips, and every message."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_calibration import calibration_data, converted_nano, quantize
 from torch import Tensor, nn
 
-from qsam2.calibration.activation_ranges import find_ranges, find_sam2_ranges, in_image_encoder
-from qsam2.data.calibration_data import CalibrationData
-from qsam2.data.clips import Source
-from qsam2.data.synthetic.moving_objects import moving_objects
+from qsam2.calibration.activation_ranges import (
+    HierarchicalData,
+    RangeHierarchy,
+    find_ranges,
+    find_sam2_ranges,
+    in_image_encoder,
+)
 from qsam2.errors import UserError
 from qsam2.layers.convert import convert, quantizers, set_state
-from qsam2.models import SAM2, build_sam2
-from qsam2.quantizers import QuantizerState
-from qsam2.recipe.calibrate import CalibrateRecipe
-from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.quantizers import QuantizerState, build_quantizer
+from qsam2.recipe.quantizer_specs import MinMaxSpec
+
+QUANTIZE = {QuantizerState.QUANTIZE}
 
 
 class Stack(nn.Module):
@@ -35,47 +42,44 @@ class Stack(nn.Module):
 def stack(**changes: Any) -> Stack:
     torch.manual_seed(0)
     model = Stack()
-    spec = {"method": "minmax", "bits": 4}
-    convert(model, QuantizeRecipe.model_validate({"weights": spec, "activations": spec, **changes}))
+    convert(model, quantize(**changes))
     return model
 
 
-def batches(count: int = 3) -> list[Tensor]:
-    return list(torch.randn(count, 5, 4, generator=torch.Generator().manual_seed(0)))
+def batches() -> list[Tensor]:
+    return list(torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)))
+
+
+def states(model: nn.Module) -> set[QuantizerState]:
+    return {quantizer.state for _, quantizer in quantizers(model)}
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
-def test_ranges_are_those_of_float_data_over_all_batches(mode):
-    model, float_model = stack(), Stack()
+@pytest.mark.parametrize("training", [False, True])
+def test_ranges_are_those_of_float_data_over_all_batches_and_nothing_else_changes(mode, training) -> None:
+    model, float_model, x = stack().train(training), Stack(), torch.cat(batches())
     float_model.load_state_dict(model.state_dict(), strict=False)
+    before = model(x)
 
     def run(batch: Tensor) -> None:
         with mode():
             model(batch)
 
-    assert find_ranges(model, run, iter(batches())) == 3
-    assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
-    x = torch.cat(batches())
+    find_ranges(model, run, iter(batches()))
+    assert states(model) == QUANTIZE
+    assert all(module.training == training for module in model.modules())
     inputs = {"first": x, "second": float_model.first(x).relu(), "spare": float_model(x, spare=False)}
     for name, seen in inputs.items():
-        quantizer = model.get_submodule(name).input_quantizer
+        layer, weight = model.get_submodule(name), getattr(float_model, name).weight.detach()
         span = seen.max().clamp(min=0) - seen.min().clamp(max=0)
-        torch.testing.assert_close(quantizer.scale, (span / 15).detach().view(1))
-        weight = getattr(float_model, name).weight.detach()
-        expected = weight.abs().amax(dim=1) / 7
-        torch.testing.assert_close(model.get_submodule(name).weight_quantizer.scale, expected)
-
-
-def test_the_model_quantizes_afterwards_and_weights_are_unchanged():
-    model, x = stack(), batches()[0]
-    before, weights = model(x), {name: p.clone() for name, p in model.named_parameters()}
-    find_ranges(model, model, batches())
+        torch.testing.assert_close(layer.input_quantizer.scale, (span / 15).detach().view(1))
+        torch.testing.assert_close(layer.weight_quantizer.scale, weight.abs().amax(dim=1) / 7)
+        assert torch.equal(layer.weight, weight)
     assert not torch.equal(model(x), before)
-    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("state", [QuantizerState.QUANTIZE, QuantizerState.FROZEN])
-def test_a_second_calibration_forgets_the_first(state):
+def test_a_second_calibration_forgets_the_first(state) -> None:
     model, fresh = stack(), stack()
     find_ranges(model, lambda batch: model(100 * batch), batches())
     set_state(model, state)
@@ -85,143 +89,154 @@ def test_a_second_calibration_forgets_the_first(state):
         assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.zero_point, theirs.zero_point), name
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_the_mode_of_the_model_is_kept(training):
-    model = stack().train(training)
-    find_ranges(model, model, batches())
-    assert all(module.training == training for module in model.modules())
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_batch_that_is_not_finite_names_the_layer(bad):
-    data = batches()
+def test_values_that_are_not_finite_name_the_layer(bad) -> None:
+    data, model = batches(), stack()
     data[1][2, 3] = bad
-    model = stack()
     with pytest.raises(UserError, match="at first.input_quantizer"):
         find_ranges(model, model, data)
-
-
-def test_a_weight_that_is_not_finite_names_the_layer():
-    model = stack()
     with torch.no_grad():
-        model.spare.weight[0, 0] = float("nan")
+        model.spare.weight[0, 0] = bad
     with pytest.raises(UserError, match="spare.weight_quantizer"):
         find_ranges(model, lambda batch: model(batch, spare=False) is model.spare(torch.ones(1, 2)), batches())
 
 
-def test_layers_that_no_batch_reached_are_named():
+def test_layers_that_no_batch_reached_are_named_and_many_are_counted() -> None:
     model = stack()
     with pytest.raises(UserError, match=r"3 calibration batches did not reach spare.input_quantizer: .* by a rule"):
         find_ranges(model, lambda batch: model(batch, spare=False), batches())
-
-
-def test_without_batches_unreached_layers_are_counted():
-    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(7))
-    convert(model, QuantizeRecipe.model_validate({"activations": {"method": "minmax", "bits": 4}}))
+    many = nn.ModuleList(nn.Linear(2, 2) for _ in range(7))
+    convert(many, quantize(weights=None))
     with pytest.raises(UserError, match="0 calibration batches did not reach 0.input.*2.input_quantizer and 4 more:"):
-        find_ranges(model, lambda batch: None, [])
+        find_ranges(many, lambda batch: None, [])
 
 
-def test_weights_alone_need_no_batches():
-    model = stack(activations=None)
-    assert find_ranges(model, model, []) == 0
-    assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
+def test_weights_alone_need_no_batches(monkeypatch) -> None:
     model = stack(rules=[{"match": "first", "keep_float": True}])
-    assert find_ranges(model, model, [], lambda name: name.startswith("first.")) == 0
+    find_ranges(model, model, [], lambda name: name.startswith("first."))
+    model = stack(activations=None)
+    find_ranges(model, model, [])
+    assert states(model) == QUANTIZE
+    model = converted_nano(activations=None)
+    monkeypatch.setattr(model, "forward_image", None)
+    find_sam2_ranges(model, calibration_data(), progress=False)
+    assert states(model) == QUANTIZE
 
 
 # Part by part
 
 
-def test_only_the_part_is_calibrated_and_the_rest_stays_as_it_is():
-    model = stack().eval()
-    find_ranges(model, model, batches())
-    kept = {name: quantizer.scale.clone() for name, quantizer in quantizers(model)}
-    find_ranges(model, lambda batch: model(2 * batch), batches(), lambda name: name.startswith("second."))
-    for name, quantizer in quantizers(model):
-        assert quantizer.state is QuantizerState.QUANTIZE
-        assert torch.equal(quantizer.scale, kept[name]) == (name != "second.input_quantizer")
-
-
-def test_a_part_sees_what_the_quantized_rest_gives():
+def test_a_part_sees_what_the_quantized_rest_gives_and_the_rest_stays_as_it_is() -> None:
     model, x = stack().eval(), torch.cat(batches())
     find_ranges(model, model, batches(), lambda name: name.startswith("first."))
     first = model.first(x).relu()
     assert not torch.equal(first, torch.nn.functional.linear(x, model.first.weight, model.first.bias).relu())
     find_ranges(model, lambda batch: model(batch, spare=False), batches(), lambda name: name.startswith("second."))
     torch.testing.assert_close(model.second.input_quantizer.scale, (first.max() / 15).detach().view(1))
-    assert {q.state for name, q in quantizers(model) if name.startswith("spare")} == {QuantizerState.FLOAT}
+    assert states(model.spare) == {QuantizerState.FLOAT}
+
+    find_ranges(model, model, batches())
+    kept = {name: quantizer.scale.clone() for name, quantizer in quantizers(model)}
+    find_ranges(model, lambda batch: model(2 * batch), batches(), lambda name: name.startswith("second."))
+    assert states(model) == QUANTIZE
+    for name, quantizer in quantizers(model):
+        assert torch.equal(quantizer.scale, kept[name]) == (name != "second.input_quantizer")
 
 
-class Watch:
-    """A SAM2 that is calibrated: which quantizers observe and quantize while each part is called."""
+def test_the_quantized_model_fills_the_bank_that_memory_attention_is_calibrated_on(monkeypatch) -> None:
+    model = converted_nano()
+    tracked: list[tuple[int, bool]] = []  # frames, and whether from points, of each clip
+    seen: list[dict[str, set[QuantizerState]]] = []
+    images: list[int] = []
+    forward_tracking, forward_image = model.forward_tracking, model.forward_image
 
-    def __init__(self, model: SAM2, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.seen: list[dict[str, set[QuantizerState]]] = []
-        self.tracked: list[tuple[int, bool]] = []
-        """Frames, and whether from points, of each clip that is tracked."""
-        self.model = model
-        forward_tracking = model.forward_tracking
+    def watch(features: Any, batch: Any) -> Any:
+        by_part: dict[str, set[QuantizerState]] = {}
+        for name, quantizer in quantizers(model):
+            part = "image_encoder" if in_image_encoder(name) else name.split(".")[0]
+            by_part.setdefault(part, set()).add(quantizer.state)
+        seen.append(by_part)
+        tracked.append((batch.num_frames, features["use_pt_input"]))
+        return forward_tracking(features, batch)
 
-        def watched(features: Any, batch: Any) -> Any:
-            states: dict[str, set[QuantizerState]] = {}
-            for name, quantizer in quantizers(model):
-                part = "image_encoder" if in_image_encoder(name) else name.split(".")[0]
-                states.setdefault(part, set()).add(quantizer.state)
-            self.seen.append(states)
-            self.tracked.append((batch.num_frames, features["use_pt_input"]))
-            return forward_tracking(features, batch)
-
-        monkeypatch.setattr(model, "forward_tracking", watched)
-
-
-def sam2(**changes: Any) -> SAM2:
-    torch.manual_seed(0)
-    model = build_sam2("nano", image_size=64)
-    spec = {"method": "minmax", "bits": 4}
-    convert(model, QuantizeRecipe.model_validate({"weights": spec, "activations": spec, **changes}))
-    return model
-
-
-def data(**amount: int) -> CalibrationData:
-    given = CalibrateRecipe.model_validate({"stills": 1, "clips": 1, "num_frames": 5, **amount})
-    sources = [Source(list(moving_objects("train", 2)))]
-    return CalibrationData(sources, given, image_size=64, max_objects=1, max_stride=1, seed=0)
-
-
-def test_the_quantized_model_fills_the_bank_that_memory_attention_is_calibrated_on(monkeypatch):
-    model = sam2()
-    watch = Watch(model, monkeypatch)
-    find_sam2_ranges(model, data(clips=2), progress=False)
-    assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
-    assert watch.tracked == [(3, False), (3, True), (3, True)] * 2 + [(5, False), (5, True)]
-    fills, attends = watch.seen[0], watch.seen[6]
-    quantized, observing = {QuantizerState.QUANTIZE}, {QuantizerState.OBSERVE, QuantizerState.FLOAT}
-    assert fills["image_encoder"] == attends["image_encoder"] == quantized
-    assert fills["memory_encoder"] == fills["sam_mask_decoder"] == observing  # activations, weights
-    assert attends["memory_encoder"] == attends["sam_mask_decoder"] == attends["obj_ptr_proj"] == quantized
+    monkeypatch.setattr(model, "forward_tracking", watch)
+    monkeypatch.setattr(model, "forward_image", lambda image: images.append(len(image)) or forward_image(image))
+    find_sam2_ranges(model, calibration_data(2, num_frames=5), progress=False)
+    assert images == [1] * (2 + 2 * (3 + 3 + 2)), "stills, then three frames of each clip; these are encoded once more"
+    assert states(model) == QUANTIZE
+    assert tracked == [(3, False), (3, True), (3, True)] * 2 + [(5, False), (5, True)]
+    fills, attends = seen[0], seen[6]
+    observing = {QuantizerState.OBSERVE, QuantizerState.FLOAT}  # activations, weights
+    assert fills["image_encoder"] == attends["image_encoder"] == QUANTIZE
+    assert fills["memory_encoder"] == fills["sam_mask_decoder"] == observing
+    assert attends["memory_encoder"] == attends["sam_mask_decoder"] == attends["obj_ptr_proj"] == QUANTIZE
     assert fills["memory_attention"] == {QuantizerState.FLOAT} and attends["memory_attention"] == observing
 
 
-def test_the_image_encoder_sees_stills_and_clips(monkeypatch):
-    model, seen = sam2(), []
-    forward_image = model.forward_image
-    monkeypatch.setattr(model, "forward_image", lambda image: seen.append(len(image)) or forward_image(image))
-    find_sam2_ranges(model, data(stills=2), progress=False)
-    assert seen == [1] * ((2 + 3) + 3 + 2), "three frames of the clip are not encoded again"
-
-
-def test_a_model_with_float_activations_is_not_run(monkeypatch):
-    model = sam2(activations=None)
-    monkeypatch.setattr(model, "forward_image", None)
-    find_sam2_ranges(model, data(), progress=False)
-    assert {quantizer.state for _, quantizer in quantizers(model)} == {QuantizerState.QUANTIZE}
-
-
-def test_nan_in_a_sample_names_layer_and_sample():
-    model, given = sam2(), data()
+def test_nan_in_a_sample_names_layer_and_sample() -> None:
+    model = converted_nano()
     with torch.no_grad():
         model.image_encoder.trunk.blocks[0].norm1.bias[0] = float("nan")
     message = r"^calibration sample clip 0 \(.+\): .*NaN or infinity at image_encoder.trunk.blocks.0.attn.qkv"
     with pytest.raises(UserError, match=message):
-        find_sam2_ranges(model, given, progress=False)
+        find_sam2_ranges(model, calibration_data(), progress=False)
+
+
+# From frames to clips to the set
+
+
+def hierarchy(*clips: list[float]) -> RangeHierarchy:
+    """Of clips whose frame t reaches from minus to plus the t-th value."""
+    found = RangeHierarchy()
+    for clip in clips:
+        for index, value in enumerate(clip):
+            found.add(index, 0, -value, value)
+        found.end_clip()
+    return found
+
+
+@settings(max_examples=50)
+@example([[1.0, 1.1, 9.0, 1.2]])  # an odd frame does not count
+@example([[1.0, 1.0], [1.0, 2.0, 3.0, 4.0]])  # a drift does
+@example([[5.0], [1.0, 1.0]])  # so does a single frame
+@example([[]])
+@given(st.lists(st.lists(st.floats(0, 1e6), max_size=6), max_size=4))
+def test_the_set_is_as_wide_as_its_widest_clip_which_reaches_what_two_of_its_frames_do(clips: list[list[float]]):
+    found = hierarchy(*clips)
+    assert found.upper == max((sorted(clip)[-2:][0] for clip in clips if clip), default=-math.inf) == -found.lower
+    assert found.upper == hierarchy(*clips[::-1]).upper
+
+
+def test_calls_of_a_frame_belong_together_in_both_passes() -> None:
+    found = RangeHierarchy()
+    for call, value in enumerate([1.0, 2.0, 1.0, 1.0, 8.0, 1.0]):  # frames 0 1 2 from masks, then from clicks
+        found.add(0, call, 0.0, value)
+    found.add(0, 1, 0.0, 9.0)
+    found.end_clip(length=3)
+    assert found.upper == 1.0  # 8 and 9 are one frame's
+
+
+def test_observed_ranges_can_be_limited() -> None:
+    quantizer = build_quantizer(MinMaxSpec(bits=8), "activation", name="here")
+    quantizer.state = QuantizerState.OBSERVE
+    quantizer(torch.tensor([-5.0, 0.5, 9.0]))
+    quantizer.limit_observed(-1.0, 3.0)
+    quantizer.finish_observing()
+    scale, zero_point = quantizer.scale, quantizer.zero_point
+    assert float(scale * (255 - zero_point)) == pytest.approx(3.0, abs=0.02)
+    assert float(-scale * zero_point) == pytest.approx(-1.0, abs=0.02)
+    with pytest.raises(UserError, match="here: is QUANTIZE, limits apply in OBSERVE only"):
+        quantizer.limit_observed(-1.0, 1.0)
+
+
+def test_calibration_by_hierarchy_is_no_wider() -> None:
+    model = converted_nano(weights=None, activations={"method": "minmax", "bits": 8, "range": "minmax"})
+    data, found = calibration_data(3, clips=1, num_frames=3), []
+    by_hierarchy = HierarchicalData(model, data)
+    for samples in (data, by_hierarchy):
+        find_sam2_ranges(model, samples, progress=False)
+        found.append({name: float(q.scale) for name, q in quantizers(model) if name.startswith("image_encoder.")})
+    assert len(by_hierarchy) == len(data)
+    ratios = [found[1][name] / scale for name, scale in found[0].items()]
+    assert max(ratios) <= 1.001 and min(ratios) < 0.95
+    assert not model.image_encoder._forward_pre_hooks and not model.memory_encoder._forward_hooks

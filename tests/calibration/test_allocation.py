@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,15 @@ from torch import nn
 from qsam2.calibration.allocation import (
     allocatable,
     allocate,
+    allocate_bits,
     group_of,
     importance,
-    importance_costs,
     measured_costs,
     solve,
 )
 from qsam2.errors import UserError
 from qsam2.models import build_sam2
+from qsam2.recipe import build_recipe
 from qsam2.recipe.quantize import QuantizeRecipe
 
 CHOICES = (2, 3, 4, 6)
@@ -56,20 +58,23 @@ def test_no_combination_in_the_budget_costs_less(layers: list[tuple[int, list[fl
 
 def test_the_important_layer_gets_the_bits() -> None:
     layers: dict[str, nn.Module] = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}
-    found = allocate(layers, importance_costs({"a": 100.0, "b": 1.0}, (2, 4, 6)), 4.0)
-    assert found.bits == {"a": 6, "b": 2} and found.average_bits == 4.0
-    quantize = QuantizeRecipe.model_validate({"weights": {"method": "minmax", "bits": 4}, "allocate": {}})
-    resolved = found.resolve(quantize, "allocated")
-    assert resolved.allocate is None
-    rules = resolved.rules
-    assert [(rule.match, rule.weight_bits, rule.activation_bits) for rule in rules] == [("a", 6, None), ("b", 2, None)]
+    costs = {name: {bits: value * 2.0**-bits for bits in (2, 4, 6)} for name, value in {"a": 100.0, "b": 1.0}.items()}
+    bits, average = allocate(layers, costs, 4.0)
+    assert bits == {"a": 6, "b": 2} and average == 4.0
+    recipe = build_recipe({"quantize": {"weights": {"method": "minmax", "bits": 4}, "allocate": {}}})
+    folder = SimpleNamespace(metrics={"allocated_bits": {"layers": bits}})
+    run: Any = SimpleNamespace(recipe=recipe, folder=folder, model=nn.ModuleDict(layers))
+    allocate_bits(run)
+    assert run.recipe.quantize.allocate is None
+    rules = [(rule.match, rule.weight_bits, rule.activation_bits) for rule in run.recipe.quantize.rules]
+    assert rules == [("a", 6, None), ("b", 2, None)]
 
 
 def test_layers_of_a_group_share_its_bits() -> None:
     names = [f"memory_attention.layers.{index}.linear{part}" for index in (0, 1) for part in (1, 2)]
     layers: dict[str, nn.Module] = {name: nn.Linear(4, 4) for name in names}
     costs = {"memory_attention.layers.0": {2: 9.0, 6: 0.0}, "memory_attention.layers.1": {2: 1.0, 6: 0.0}}
-    assert list(allocate(layers, costs, 4.0).bits.values()) == [6, 6, 2, 2]
+    assert list(allocate(layers, costs, 4.0)[0].values()) == [6, 6, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -92,62 +97,46 @@ def test_importance_is_that_of_its_equation(build: Callable[[], nn.Module], shap
     x = np.stack([np.moveaxis(batch.numpy(), -1 if len(shape) == 3 else 1, -1) for batch in batches])
     norms = np.sqrt((x.reshape(-1, x.shape[-1]).astype(float) ** 2).sum(axis=0))
     weight = np.abs(layer.weight.detach().numpy().astype(float))
-    terms = []
-    for index in np.ndindex(weight.shape):
-        if isinstance(layer, nn.ConvTranspose2d):
-            channel = index[0]
-        elif isinstance(layer, nn.Conv2d):  # an output's inputs are those of its group
-            channel = index[0] // (layer.out_channels // layer.groups) * weight.shape[1] + index[1]
-        else:
-            channel = index[1]
-        terms.append(weight[index] * norms[channel])
-    assert found == pytest.approx(np.mean(terms), rel=1e-6)  # squares are of single precision
+    groups = getattr(layer, "groups", 1)
+    channel = np.arange(len(weight))[:, None]
+    if not isinstance(layer, nn.ConvTranspose2d):  # an output's inputs are those of its group
+        channel = channel // (len(weight) // groups) * weight.shape[1] + np.arange(weight.shape[1])
+    expected = (weight.reshape(*weight.shape[:2], -1) * norms[channel][..., None]).mean()
+    assert found == pytest.approx(expected, rel=1e-6)  # squares are of single precision
 
 
 def test_groups_are_the_parts_of_sam2() -> None:
     quantize = QuantizeRecipe.model_validate({"weights": {"method": "minmax", "bits": 4}})
     names = allocatable(build_sam2("nano"), quantize)
-    groups = dict.fromkeys(group_of(name) for name in names)
-    assert list(groups) == [
-        *(f"image_encoder.trunk.blocks.{index}" for index in range(9)),
-        *("image_encoder.neck", "memory_attention.layers.0", "memory_attention.layers.1", "memory_encoder"),
-        *(
-            "sam_prompt_encoder",
-            "sam_mask_decoder.transformer",
-            "sam_mask_decoder",
-            "obj_ptr_proj",
-            "obj_ptr_tpos_proj",
-        ),
-    ]
+    blocks = [f"image_encoder.trunk.blocks.{index}" for index in range(9)]
+    attention = [f"memory_attention.layers.{index}" for index in range(2)]
+    decoder = ["sam_prompt_encoder", "sam_mask_decoder.transformer", "sam_mask_decoder"]
+    expected = [*blocks, "image_encoder.neck", *attention, "memory_encoder", *decoder, "obj_ptr_proj"]
+    assert list(dict.fromkeys(group_of(name) for name in names)) == [*expected, "obj_ptr_tpos_proj"]
     assert not any(quantize.rule_for(name) for name in names)
 
 
-def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
+def write(folder: Path, losses: dict[int, float]) -> Path:
+    """A measurement of the group g."""
+    rows = [{"group": "g", "part": "weights", "bits": bits, "loss": loss} for bits, loss in losses.items()]
+    rows.append({"group": "g", "part": "activations", "bits": 4, "loss": 99.0})
     file = folder / "sensitivity.json"
     file.write_text(json.dumps({"groups": rows}))
     return file
 
 
-def test_costs_between_and_beyond_what_was_measured(tmp_path: Path) -> None:
-    rows = [{"group": "g", "part": "weights", "bits": bits, "loss": loss} for bits, loss in ((3, 8.0), (5, 2.0))]
-    rows.append({"group": "g", "part": "activations", "bits": 4, "loss": 99.0})
-    costs = measured_costs(write(tmp_path, rows), ["g.a", "g.b"], (2, 3, 4, 5, 6, 8))
+def test_costs_between_and_beyond_what_was_measured_never_rise(tmp_path: Path) -> None:
+    costs = measured_costs(write(tmp_path, {3: 8.0, 5: 2.0}), ["g.a", "g.b"], (2, 3, 4, 5, 6, 8))
     assert costs == {"g": pytest.approx({2: 32.0, 3: 8.0, 4: 4.0, 5: 2.0, 6: 0.5, 8: 0.03125})}
-
-
-def test_more_bits_never_cost_more(tmp_path: Path) -> None:
-    rows = [
-        {"group": "g", "part": "weights", "bits": bits, "loss": loss} for bits, loss in ((2, 1.0), (4, 3.0), (6, -1))
-    ]
-    costs = list(measured_costs(write(tmp_path, rows), ["g.a"], (2, 4, 6))["g"].values())
-    assert costs == sorted(costs, reverse=True) and costs[0] == pytest.approx(3.0) and costs[-1] > 0
+    noisy = list(measured_costs(write(tmp_path, {2: 1.0, 4: 3.0, 6: -1.0}), ["g.a"], (2, 4, 6))["g"].values())
+    assert noisy == sorted(noisy, reverse=True) and noisy[0] == pytest.approx(3.0) and noisy[-1] > 0
 
 
 def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
     missing = tmp_path / "none.json"
     with pytest.raises(UserError, match=r"none\.json cannot be read \(No such file.*; run qsam2 sensitivity on this"):
         measured_costs(missing, ["g.a"], CHOICES)
-    file = write(tmp_path, [{"group": "g", "part": "weights", "bits": 4, "loss": 1.0}])
+    file = write(tmp_path, {4: 1.0})
     with pytest.raises(UserError, match=r"sensitivity\.json lacks h; run qsam2 sensitivity"):
         measured_costs(file, ["g.a", "h.a"], CHOICES)
     for text in ("[]", "{", '{"groups": [{"group": "g"}]}', '{"groups": 3}'):

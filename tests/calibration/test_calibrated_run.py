@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from qsam2.formats.packed import load_packed
 from qsam2.models import load_sam2
 from qsam2.pipeline import begin, run_recipe
 from qsam2.recipe import Recipe, build_recipe
-from qsam2.run import Run, RunFolder
+from qsam2.run import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -38,19 +39,17 @@ def recipe(folder: Path, *overrides: str) -> Recipe:
     return build_recipe({**VALUES, "output": str(folder)}, overrides)
 
 
-def encoder_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def linear_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: layer.weight for name, layer in model.named_modules() if type(layer) is nn.Linear}
 
 
 def calibrated(given: Recipe) -> tuple[nn.Module, RunFolder, set[str]]:
     """The model after the stage, the run's folder, and the names of the layers whose weights it changed."""
-    folder = RunFolder(given)
-    run = begin(given, folder)
-    model = run.model
-    before = copy.deepcopy(encoder_weights(model))
+    run = begin(given, RunFolder(given))
+    before = copy.deepcopy(linear_weights(run.model))
     calibrate_weights(run)
-    after = encoder_weights(model)
-    return model, folder, {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    after = linear_weights(run.model)
+    return run.model, run.folder, {name for name, weight in after.items() if not torch.equal(weight, before[name])}
 
 
 def test_a_run_says_what_became_of_each_layer(tmp_path: Path) -> None:
@@ -80,18 +79,14 @@ def test_weights_scales_ranges_and_rounding_combine(tmp_path: Path) -> None:
 
 
 def test_the_float_reference_is_the_model_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stop(Exception):
-        pass
-
-    def score(run: Run, model: nn.Module, name: str, *_: Any) -> None:
-        expected = encoder_weights(load_sam2("nano_heavy", image_size=64))
-        assert name == "float"
-        assert all(torch.equal(weight, expected[key]) for key, weight in encoder_weights(model).items())
-        raise Stop
-
-    monkeypatch.setattr(stages, "score", score)
-    with pytest.raises(Stop):
+    scored = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(stages, "score", scored)
+    with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(tmp_path, *BLOCK_0))
+    _, model, name, *_ = scored.call_args.args
+    expected = linear_weights(load_sam2("nano_heavy", image_size=64))
+    assert name == "float"
+    assert all(torch.equal(weight, expected[key]) for key, weight in linear_weights(model).items())
 
 
 def test_acnr_and_layers_beyond_the_image_encoder(tmp_path: Path) -> None:
@@ -102,15 +97,12 @@ def test_acnr_and_layers_beyond_the_image_encoder(tmp_path: Path) -> None:
     assert all(row["quantized_error"][1] <= row["quantized_error"][0] for row in rows.values())
 
 
-def test_it_is_the_same_each_time(tmp_path: Path) -> None:
+def test_it_is_the_same_each_time_and_without_it_nothing_changes(tmp_path: Path) -> None:
     given = recipe(tmp_path, "calibrate.weights.method=frobenius", "calibrate.weights.layers=['*.blocks.3.*']")
     (one, _, changed), (two, _, _) = calibrated(given), calibrated(given)
     assert changed and all(".blocks.3." in name for name in changed)
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
-
-
-def test_without_it_nothing_changes(tmp_path: Path) -> None:
-    _, folder, changed = calibrated(recipe(tmp_path))
+    _, folder, changed = calibrated(recipe(tmp_path / "without"))
     assert not changed and "calibrated_weights" not in folder.metrics
 
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
+from small_calibration import calibration_data
 
 from qsam2.calibration.forward import ImageFeatures, encode, run_sample
-from qsam2.data.calibration_data import CalibrationData, Sample, far_apart
-from qsam2.data.clips import Source, collate_clips
-from qsam2.data.synthetic.moving_objects import moving_objects
+from qsam2.data.calibration_data import Sample, far_apart
+from qsam2.data.clips import collate_clips
 from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.calibrate import CalibrateRecipe
 from qsam2.train.video_training import prompted_forward
-
-
-def calibration_data(videos: int = 4, seed: int = 0, **amount: int) -> CalibrationData:
-    sources = [Source(list(moving_objects("train", videos)))]
-    given = CalibrateRecipe.model_validate({"stills": 4, "clips": 4, "num_frames": 2, **amount})
-    return CalibrationData(sources, given, image_size=64, max_objects=2, max_stride=1, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -30,33 +23,22 @@ def model() -> SAM2:
     return build_sam2("nano", image_size=64)
 
 
-def test_the_defaults_are_32_stills_and_8_clips() -> None:
-    amount = CalibrateRecipe()
-    assert (amount.stills, amount.clips, amount.num_frames) == (32, 8, 8)
-
-
 def test_each_half_has_half_of_the_clips_and_half_of_the_stills() -> None:
-    data = calibration_data()
+    data = calibration_data(stills=4, clips=4)
     labels = [sample.label.split(" (")[0] for sample in data.samples()]
     halves = ["clip 0", "clip 1", "still 0", "still 1"], ["clip 2", "clip 3", "still 2", "still 3"]
     assert labels == [*halves[0], *halves[1]] and len(data) == 8
     assert [sample.label for sample in data.clip_samples()] == [f"clip {k} ({data.clips[k].name})" for k in range(4)]
-    for sample in data.samples():
-        assert sample.tracked == (len(sample.clip.images) == 2)
-
-
-def test_odd_numbers_leave_a_clip_to_each_half() -> None:
-    data = calibration_data(stills=3, clips=3)
-    tracked = [sample.tracked for sample in data.samples()]
-    assert len(tracked) == 6 and True in tracked[:3] and True in tracked[3:]
-
-
-def test_no_stills_are_fine() -> None:
+    assert all(sample.tracked == (len(sample.clip.images) == 2) for sample in data.samples())
+    odd = [sample.tracked for sample in calibration_data(stills=3, clips=3).samples()]
+    assert len(odd) == 6 and True in odd[:3] and True in odd[3:], "odd numbers leave a clip to each half"
     assert [sample.tracked for sample in calibration_data(stills=0, clips=2).samples()] == [True, True]
+    default = CalibrateRecipe()
+    assert (default.stills, default.clips, default.num_frames) == (32, 8, 8)
 
 
 def test_it_follows_from_the_seed_and_stills_are_no_frames_of_the_clips() -> None:
-    one, two, other = ([*calibration_data(seed=seed).samples()] for seed in (0, 0, 1))
+    one, two, other = ([*calibration_data(stills=4, clips=4, seed=seed).samples()] for seed in (0, 0, 1))
     assert all(torch.equal(a.clip.images, b.clip.images) for a, b in zip(one, two, strict=True))
     assert not all(torch.equal(a.clip.images, b.clip.images) for a, b in zip(one, other, strict=True))
     frames = {(s.clip.name, s.clip.frame_indices[0]) for s in one if s.tracked}
@@ -72,7 +54,6 @@ def test_it_follows_from_the_seed_and_stills_are_no_frames_of_the_clips() -> Non
     ],
 )
 def test_fewer_than_asked_for(asked: dict[str, Any], message: str) -> None:
-    assert len(moving_objects("train", 1)[0]) == 40
     with pytest.raises(UserError, match=f"^{message}$"):
         calibration_data(1, **asked)
 
@@ -87,28 +68,22 @@ def test_frames_far_apart(frames: int, kept: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_features_are_those_of_forward_image(model: SAM2) -> None:
-    (sample, *_) = calibration_data(num_frames=3).clip_samples()
-    found, expected = encode(model, sample), model.forward_image(sample.clip.images)
+def test_features_are_those_of_forward_image_found_once_within_the_budget(model: SAM2, monkeypatch) -> None:
+    first, second = calibration_data(num_frames=5).clip_samples()
+    samples = far_apart(first), first, second, far_apart(second)
+    wanted = [encode(model, sample) for sample in samples]
+    together = model.forward_image(first.clip.images)
     for key in ("backbone_fpn", "vision_pos_enc"):
-        assert len(found[key]) == len(expected[key]) == 3
-        for ours, theirs in zip(found[key], expected[key], strict=True):
+        assert len(wanted[1][key]) == len(together[key]) == 3
+        for ours, theirs in zip(wanted[1][key], together[key], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_features_of_frames_are_found_once_within_the_budget(model: SAM2, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = (sample for sample, _ in zip(calibration_data(num_frames=5).clip_samples(), range(2), strict=False))
-    assert first.label != second.label
-    wanted = [encode(model, sample) for sample in (far_apart(first), first, second, far_apart(second))]
     a_frame = sum(level[:1].nbytes for level in wanted[0]["backbone_fpn"])
     forward, seen = model.forward_image, []
     monkeypatch.setattr(model, "forward_image", lambda image: seen.append(len(image)) or forward(image))
     features = ImageFeatures(model, 6 * a_frame)
-    for sample, expected, encoded in zip(
-        (far_apart(first), first, second, far_apart(second)), wanted, (3, 2, 5, 2), strict=True
-    ):
+    for sample, expected, encoded in zip(samples, wanted, (3, 2, 5, 2), strict=True):
         found = features.of(sample)
-        assert sum(seen) == encoded and set(seen) == {1}, "of the second clip one frame has room"
+        assert seen == [1] * encoded, "of the second clip one frame has room"
         for key in ("backbone_fpn", "vision_pos_enc"):
             assert all(map(torch.equal, found[key], expected[key]))
         seen.clear()
@@ -119,35 +94,26 @@ def test_features_of_frames_are_found_once_within_the_budget(model: SAM2, monkey
     assert not seen
 
 
-def outputs(model: SAM2, run: Any) -> list[torch.Tensor]:
-    """Mask logits of all frames that `run` tracks."""
-    found: list[torch.Tensor] = []
-    step = model.track_step
+def test_a_clip_is_tracked_as_from_prompts_and_a_still_only_encoded(
+    model: SAM2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, found, step = calibration_data(num_frames=3, max_objects=2), [], model.track_step
 
     def record(*args: Any, **kwargs: Any) -> Any:
         out = step(*args, **kwargs)
         found.append(out["pred_masks_high_res"])
         return out
 
-    model.track_step = record  # type: ignore[method-assign]
-    run()
-    return found
-
-
-def test_a_clip_is_tracked_as_from_prompts_and_a_still_only_encoded(model: SAM2) -> None:
-    data = calibration_data(num_frames=3)
+    monkeypatch.setattr(model, "track_step", record)
     sample = next(data.clip_samples())
-    batch = collate_clips([sample.clip])
-    twin = copy.deepcopy(model)
-    ours = outputs(twin, lambda: run_sample(twin, sample, ("mask", "click")))
-    twin = copy.deepcopy(model)
-    theirs = outputs(twin, lambda: [prompted_forward(twin, batch, points=points) for points in (False, True)])
-    assert len(ours) == len(theirs) == 6
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    still = next(sample for sample in data.samples() if not sample.tracked)
-    twin = copy.deepcopy(model)
-    assert outputs(twin, lambda: run_sample(twin, still)) == []
+    run_sample(model, sample, ("mask", "click"))
+    for points in (False, True):
+        prompted_forward(model, collate_clips([sample.clip]), points=points)
+    assert len(found) == 12
+    for ours, theirs in zip(found[:6], found[6:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    run_sample(model, next(sample for sample in data.samples() if not sample.tracked))
+    assert len(found) == 12
 
 
 def test_a_box_is_the_same_each_time(model: SAM2, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_calibration import quantize
 from torch import Tensor, nn
 
 from qsam2.calibration import gram
 from qsam2.calibration.gram import Moments, gather_inputs, gram_bytes
 from qsam2.models.sam2 import model_config
-from qsam2.quantizers import build_quantizer
-from qsam2.recipe.quantizer_specs import MinMaxSpec
 
 
 def rows(count: int, size: int = 5, seed: int = 0, mean: float = 0.0) -> Tensor:
@@ -21,15 +20,12 @@ def rows(count: int, size: int = 5, seed: int = 0, mean: float = 0.0) -> Tensor:
 
 
 class Pair(nn.Module):
-    """Two linear layers; the second is reached only when asked for."""
-
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(5, 3), nn.Linear(3, 2)
 
-    def forward(self, x: Tensor, both: bool = True) -> Tensor:
-        x = self.first(x)
-        return self.second(x) if both else x
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
 
     def layers(self) -> dict[str, nn.Linear]:
         return {"first": self.first, "second": self.second}
@@ -43,7 +39,9 @@ def test_streamed_is_one_shot(counts: list[int], mean: float, seed: int) -> None
     reference = x.double().numpy()
     assert moments.count == len(x)
     np.testing.assert_allclose(moments.mean.numpy(), reference.mean(0), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(moments.covariance.numpy(), np.cov(reference.T, bias=True), rtol=1e-8, atol=1e-12)
+    covariance, about_zero = (moments.second_moment(centred=centred).numpy() for centred in (True, False))
+    np.testing.assert_allclose(covariance, np.cov(reference.T, bias=True), rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(about_zero, reference.T @ reference / len(x), rtol=1e-8, atol=1e-12)
 
 
 def test_small_variance_about_a_large_mean_survives_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,20 +68,24 @@ def test_each_half_sees_its_samples_and_nothing_else() -> None:
     assert not any(layer._forward_pre_hooks for layer in model.layers().values())
 
 
-def test_noise_is_what_quantized_inputs_lose() -> None:
+def test_noise_is_what_inputs_lose_that_are_quantized_as_the_recipe_says() -> None:
     model, samples = Pair(), [rows(50, seed=index) for index in range(4)]
-    quantizer = build_quantizer(MinMaxSpec(bits=4), "activation", name="first.input_quantizer")
-    found = gather_inputs(model.layers(), model, samples, 4, {"first": quantizer})
+    found = gather_inputs(model.layers(), model, samples, 4, quantize(rules=[{"match": "second", "keep_float": True}]))
     fit, x = torch.cat(samples[:2]).numpy(), torch.cat(samples[2:]).numpy()
     step = (fit.max() - fit.min()) / 15
     zero = np.round(-fit.min() / step)
     quantized = (np.clip(np.round(x / step) + zero, 0, 15) - zero) * step
     np.testing.assert_allclose(found["first"].noise.numpy(), ((quantized - x) ** 2).mean(0), rtol=1e-3)
-    assert not found["second"].noise.any()
+    assert found["second"].quantizer is None and not found["second"].noise.any()
+    found = gather_inputs(
+        model.layers(), model, samples, 4, quantize(rules=[{"match": "second", "activation_bits": 8}])
+    )
+    assert {name: each.quantizer.bits for name, each in found.items()} == {"first": 4, "second": 8}
+    found = gather_inputs(model.layers(), model, samples, 4, quantize(activations=None))
+    assert [each.quantizer for each in found.values()] == [None, None]
 
 
-def test_the_largest_model_fits() -> None:
-    """Two float64 matrices a layer: 5.6 GB for the 240 million weights of `large`, of 16 GB."""
+def test_two_float64_matrices_a_layer_of_the_largest_model_fit() -> None:
     trunk = model_config("large").image_encoder.trunk
     sizes: list[int] = []
     for stage, blocks in enumerate(trunk.stages):

@@ -8,10 +8,12 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_calibration import quantize
 from torch import nn
 
 from qsam2 import pipeline
@@ -24,19 +26,13 @@ from qsam2.pipeline import run_recipe
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.calibrate import ReconstructRecipe
-from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.reconstruction import block_by_block
-from qsam2.reconstruction.capture import Call
+from qsam2.reconstruction.blocks import Call
 from qsam2.reconstruction.fit_block import fit_block, target_variances
 from qsam2.reconstruction.rounding import LearnedStep, SoftRounding, learned_steps, soft_roundings
 
 CPU = TrainerRecipe(accelerator="cpu", devices=1)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def correlated(count: int) -> list[torch.Tensor]:
@@ -50,8 +46,7 @@ def pair() -> tuple[nn.Module, nn.Module]:
     """A quantized block and its float twin."""
     twin = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)).eval()
     block = copy.deepcopy(twin)
-    recipe = {"weights": {"method": "minmax", "bits": 3}, "activations": {"method": "minmax", "bits": 6}}
-    convert(block, QuantizeRecipe.model_validate(recipe))
+    convert(block, quantize(3, activations={"method": "minmax", "bits": 6}))
     find_ranges(block, block, correlated(4))
     return block, twin
 
@@ -93,34 +88,21 @@ def test_a_fit_is_better_on_data_it_has_not_seen(pair: Any, method: str, tmp_pat
 def test_the_error_is_that_of_the_block_over_the_variance_of_its_output(pair: Any, tmp_path: Path) -> None:
     block, twin = pair
     given = calls(twin, correlated(3))
-    outputs = torch.cat([call.targets[0] for call in given])
-    assert float(target_variances(given)[0]) == pytest.approx(float(outputs.var(unbiased=False)), rel=1e-5)
-    expected = error(block, given) / 3 / float(outputs.var(unbiased=False))
+    variance = float(torch.cat([call.targets[0] for call in given]).var(unbiased=False))
+    assert float(target_variances(given)[0]) == pytest.approx(variance, rel=1e-5)
+    expected = error(block, given) / 3 / variance
     assert fit(block, given, tmp_path, iterations=1).error[0] == pytest.approx(expected, rel=1e-5)
+    assert target_variances([Call((), {}, (torch.ones(3),))]) == [torch.tensor(1.0)], "constant: no division by zero"
 
 
-def test_a_constant_output_counts_without_dividing_by_zero() -> None:
-    assert target_variances([Call((), {}, (torch.ones(3),))]) == [torch.tensor(1.0)]
-
-
-def test_a_fit_that_does_not_help_is_not_kept(pair: Any, tmp_path: Path) -> None:
+def test_a_block_is_as_before_if_its_fit_does_not_help_or_is_stopped(pair: Any, tmp_path: Path) -> None:
     block, twin = pair
-    before = copy.deepcopy(block.state_dict())
+    before, asked = copy.deepcopy(block.state_dict()), iter([False] * 3)
     row = fit(block, calls(twin, correlated(4)), tmp_path, iterations=3, lr=100.0)
     assert not row.kept and row.error[0] == row.error[1] and row.flipped == 0.0
     assert all(torch.equal(tensor, before[key]) for key, tensor in block.state_dict().items())
     assert {q.state for _, q in quantizers(block)} == {QuantizerState.QUANTIZE}
-
-
-def test_a_block_that_was_stopped_is_as_before(pair: Any, tmp_path: Path) -> None:
-    block, twin = pair
-    before = copy.deepcopy(block.state_dict())
-    asked: list[int] = []
-
-    def stopped() -> bool:
-        asked.append(1)
-        return len(asked) > 3
-
+    stopped = lambda: next(asked, True)  # noqa: E731
     assert fit(block, calls(twin, correlated(4)), tmp_path, stopped=stopped, iterations=10**6) is None
     assert all(torch.equal(tensor, before[key]) for key, tensor in block.state_dict().items())
     assert not soft_roundings(block) and not learned_steps(block)
@@ -135,6 +117,7 @@ def test_a_loss_that_is_not_finite_says_what_to_do(pair: Any, tmp_path: Path) ->
 
 # Whole runs
 
+BLOCKS = ["image_encoder.trunk.blocks.0", "memory_encoder", "memory_attention.layers.0", "obj_ptr_proj"]
 VALUES: dict[str, Any] = {
     "debug": "fast",
     "model": {"size": "nano", "image_size": 64},
@@ -143,14 +126,9 @@ VALUES: dict[str, Any] = {
         "weights": {"method": "minmax", "bits": 3, "range": "minmax"},
         "activations": {"method": "minmax", "bits": 4, "range": "minmax"},
     },
-    "reconstruct": {
-        "method": "qdrop",
-        "iterations": 4,
-        "blocks": ["image_encoder.trunk.blocks.0", "memory_encoder", "memory_attention.layers.0", "obj_ptr_proj"],
-    },
+    "reconstruct": {"method": "qdrop", "iterations": 4, "blocks": BLOCKS},
     "trainer": {"accelerator": "cpu", "devices": 1},
 }
-BLOCKS = ["image_encoder.trunk.blocks.0", "memory_encoder", "memory_attention.layers.0", "obj_ptr_proj"]
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
@@ -168,9 +146,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, caches: list[ImageFeatures])
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            block_by_block, "ImageFeatures", lambda *given: caches.append(ImageFeatures(*given)) or caches[-1]
-        )
+        kept = lambda *given: caches.append(ImageFeatures(*given)) or caches[-1]  # noqa: E731
+        patch.setattr(block_by_block, "ImageFeatures", kept)
         run_recipe(recipe(folder))
     return folder
 
@@ -180,28 +157,33 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return load_file(folder / "model.safetensors"), metrics["reconstruction"]
 
 
-def test_a_run_reconstructs_its_blocks_and_says_so(whole: Path) -> None:
+def test_a_run_reconstructs_its_blocks_and_packs_the_fitted_integers(whole: Path) -> None:
     _, figures = results(whole)
-    assert [row["name"] for row in figures["blocks"]] == BLOCKS
+    rows = {row["name"]: row for row in figures["blocks"]}
+    assert list(rows) == BLOCKS
     assert figures["complete"] and figures["total"] == 4 and figures["video"] is None
-    for row in figures["blocks"]:
+    for row in rows.values():
         assert row["error"][1] <= row["error"][0] and row["kept"] == (row["error"][1] < row["error"][0])
-    assert any(row["kept"] for row in figures["blocks"])
+    assert any(row["kept"] for row in rows.values())
     assert "reconstruct" in json.loads((whole / "metrics.json").read_text())["seconds"]
 
-
-def test_the_packed_model_holds_the_fitted_integers(whole: Path) -> None:
     model, _ = load_model(whole)
     assert not [m for m in model.modules() if isinstance(m, (SoftRounding, LearnedStep))]
     assert {q.state for _, q in quantizers(model)} == {QuantizerState.FROZEN}
-    _, figures = results(whole)
     stored = sorted((whole / "checkpoints" / "reconstruction").iterdir())
     assert [file.name for file in stored] == [f"00{index}.ckpt" for index in range(4)]
     for file in stored:
         for name, state in torch.load(file, weights_only=True)["state"].items():
-            if next(row for row in figures["blocks"] if row["name"] == name)["kept"]:
+            if rows[name]["kept"]:
                 for key, layer, _ in quantized_weights(model.get_submodule(name)):
                     assert torch.equal(layer.weight, state[f"{key}.weight".lstrip(".")]), name
+
+
+def test_clips_are_encoded_once_for_all_tracking_blocks(whole: Path, caches: list[ImageFeatures]) -> None:
+    frames, clips = caches[:2], caches[2:]  # of the quantized and the float model: three groups share those of clips
+    assert len(clips) == 2 and not any(features._cache for features in frames)
+    assert all(len(features._cache) > 1 and features.left_bytes < 2e9 for features in clips)
+    assert all(features.left_bytes == 2e9 for features in frames), "half of reconstruct.cache_gb"
 
 
 def test_a_run_that_was_killed_goes_on_behind_its_last_block(
@@ -219,6 +201,7 @@ def test_a_run_that_was_killed_goes_on_behind_its_last_block(
         return fit_block(name, *args, **more)
 
     monkeypatch.setattr(block_by_block, "fit_block", fit_and_count)
+    monkeypatch.setattr(block_by_block, "ImageFeatures", lambda model, _: ImageFeatures(model, 0.0))
     with pytest.raises(Killed):
         run_recipe(recipe(tmp_path))
     assert not (tmp_path / "model.safetensors").exists()
@@ -226,23 +209,8 @@ def test_a_run_that_was_killed_goes_on_behind_its_last_block(
     run_recipe(recipe(tmp_path))
     assert fitted == BLOCKS[2:]
     (ours, figures), (theirs, expected) = results(tmp_path), results(whole)
-    assert figures == expected
+    assert figures == expected, "features that are encoded anew change nothing"
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-
-
-def test_clips_are_encoded_once_for_all_tracking_blocks(
-    whole: Path, caches: list[ImageFeatures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frames, clips = caches[:2], caches[2:]  # of the quantized and the float model: three groups share those of clips
-    assert len(clips) == 2 and not any(features._cache for features in frames)
-    assert all(len(features._cache) > 1 and features.left_bytes < 2e9 for features in clips)
-    assert all(features.left_bytes == 2e9 for features in frames), "half of reconstruct.cache_gb"
-
-    monkeypatch.setattr(block_by_block, "ImageFeatures", lambda model, _: ImageFeatures(model, 0.0))
-    run_recipe(recipe(tmp_path))
-    (tensors, figures), (expected_tensors, expected) = results(tmp_path), results(whole)
-    assert figures == expected
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected_tensors.items())
 
 
 def test_ctrl_c_leaves_a_usable_model_that_says_so(
@@ -276,14 +244,10 @@ def test_video_fits_steps_to_all_scales_and_resumes(tmp_path: Path, monkeypatch:
         assert not learned_steps(model)
         return losses
 
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(block_by_block, "fit_video", fit_once)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "score_calibrated", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_recipe(recipe(tmp_path, *overrides))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "score_calibrated", Mock(side_effect=KeyboardInterrupt))
+        run_recipe(recipe(tmp_path, *overrides))
     figures = run_recipe(recipe(tmp_path, *overrides))["reconstruction"]
     assert seen == [["frame", "short", "long"]]
     assert figures["complete"] and figures["video"][1] <= figures["video"][0] < float("inf")
