@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from training.loss_fns import MultiStepMultiMasksAndIous
 
-from qsam2.quantizers.observers import all_reduce_sum, world_size
+from qsam2.quantizers.observers import all_reduce, world_size
 from qsam2.recipe.recipe import LossRecipe
 
 
@@ -41,7 +41,7 @@ def mask_distillation(student: list[dict[str, Any]], teacher: list[dict[str, Any
         student, teacher: outputs per frame, with `pred_masks`: logits (objects, 1, H/4, W/4).
     """
     first = student[0]["pred_masks"]
-    objects = all_reduce_sum(torch.tensor(float(len(first)), device=first.device)) / world_size()
+    objects = all_reduce(torch.tensor(float(len(first)), device=first.device)) / world_size()
     total = torch.zeros((), device=first.device)
     for frame, teacher_frame in zip(student, teacher, strict=True):
         logits = frame["pred_masks"].clamp(-32, 32)  # -1024 in sam2 if an object is absent

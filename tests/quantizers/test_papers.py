@@ -12,11 +12,11 @@ import torch
 from cases import activation_quantizer, weight_quantizer
 from torch import Tensor
 
-from qsam2.quantizers.entropy import least_divergence_ratio
+from qsam2.quantizers.clips import PACTQuantizer
 from qsam2.quantizers.grid import Grid
-from qsam2.quantizers.lsq_plus import LSQPlusQuantizer
+from qsam2.quantizers.lsq import LSQPlusQuantizer
 from qsam2.quantizers.observers import Distribution
-from qsam2.quantizers.pact import PACTQuantizer
+from qsam2.quantizers.ranges import least_divergence_ratio
 from qsam2.recipe.quantizer_specs import (
     DoReFaSpec,
     EntropySpec,
@@ -251,7 +251,7 @@ def test_entropy_clips_a_tail_as_its_equation_says(tail: str, bits: int, symmetr
     x = TAILS[tail]()
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     grid = Grid(bits, symmetric, False)
-    found = least_divergence_ratio(Distribution.of(x, None), grid, lambda ratio: (low * ratio, high * ratio))
+    found = least_divergence_ratio(Distribution.of(x, None), grid)
     values, levels = x.numpy().astype(float), reference.Levels(bits, symmetric, False)
     bounds = [(float(low * step / 100), float(high * step / 100)) for step in range(100, 0, -1)]
     losses = np.array([reference.divergence(values, *each, levels) for each in bounds])

@@ -119,7 +119,7 @@ def test_codes_of_the_grids(bits: int) -> None:
 
 
 def test_an_unresolved_spec_makes_no_grid() -> None:
-    with pytest.raises(ValueError, match="call for_role first"):
+    with pytest.raises(AssertionError, match="call for_role first"):
         Grid.of(LSQSpec(bits=4))
 
 

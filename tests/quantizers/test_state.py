@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qsam2.errors import UserError
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
-from qsam2.quantizers.registry import QUANTIZERS
+from qsam2.quantizers.base import QUANTIZERS
 from qsam2.recipe.quantizer_specs import LSQSpec, MinMaxSpec, PACTSpec, QuantizerSpec, methods
 
 SPECS = list(methods().values())
