@@ -170,25 +170,8 @@ def test_kernels_see_what_statistics_sum(
     assert without.total is None and without.square is None
 
 
-@pytest.mark.parametrize(
-    ("mode", "compiled_ms", "taken"), [("auto", 1.0, True), ("auto", 9.0, False), ("on", 9.0, True)]
-)
-def test_the_faster_is_chosen_and_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str, compiled_ms: float, taken: bool
-) -> None:
-    monkeypatch.setattr(kernels, "_forward_backward", lambda k, x: ((x,), 5.0 if k is EAGER else compiled_ms))
-    with caplog.at_level(logging.INFO, "qsam2"):
-        assert choose_kernels(mode, 1000, CPU) is taken
-    assert fake_quant._chosen is (compiled_kernels() if taken else EAGER)
-    name = "compiled" if taken else "eager"
-    assert caplog.messages[-1].startswith(f"fake quantization: {name} (compiled {compiled_ms:.1f} ms, eager 5.0 ms")
-
-
-@pytest.mark.parametrize(("mode", "steps"), [("off", 10**6), ("auto", kernels.MIN_STEPS - 1)])
-def test_short_runs_and_off_measure_nothing(monkeypatch: pytest.MonkeyPatch, mode: str, steps: int) -> None:
-    monkeypatch.setattr(kernels, "_forward_backward", lambda *_: pytest.fail("measured"))
-    assert not choose_kernels(mode, steps, CPU)
-    assert fake_quant._chosen is EAGER
+def timed(compiled_ms: float) -> Any:
+    return lambda chosen, x: ((x,), 5.0 if chosen is EAGER else compiled_ms)
 
 
 def broken(chosen: Kernels, x: Tensor) -> tuple[tuple[Tensor, ...], float]:
@@ -201,17 +184,27 @@ def halved(chosen: Kernels, x: Tensor) -> tuple[tuple[Tensor, ...], float]:
 
 
 @pytest.mark.parametrize(
-    ("measured", "said"),
-    [(broken, "torch.compile failed: no working C++ compiler found"), (halved, "the compiled kernels compute some")],
+    ("mode", "steps", "measured", "said"),
+    [
+        ("auto", 1000, timed(1.0), "compiled (compiled 1.0 ms, eager 5.0 ms on"),
+        ("auto", 1000, timed(9.0), "eager (compiled 9.0 ms, eager 5.0 ms on"),
+        ("on", 1000, timed(9.0), "compiled (compiled 9.0 ms, eager 5.0 ms on"),
+        ("on", 1000, broken, "eager, torch.compile failed: no working C++ compiler found"),
+        ("on", 1000, halved, "eager, the compiled kernels compute something else"),
+        ("off", 10**6, lambda *_: pytest.fail("measured"), None),
+        ("auto", kernels.MIN_STEPS - 1, lambda *_: pytest.fail("measured"), None),
+    ],
 )
-def test_kernels_that_fail_or_compute_something_else_are_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, measured: Any, said: str
+def test_the_faster_kernels_are_chosen_if_they_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: Any, steps: int, measured: Any, said: Any
 ) -> None:
     monkeypatch.setattr(kernels, "_forward_backward", measured)
-    assert not choose_kernels("on", 1000, CPU)
-    assert fake_quant._chosen is EAGER
-    (line,) = caplog.messages
-    assert line.startswith(f"fake quantization: eager, {said}") and "more" not in line
+    taken = said is not None and said.startswith("compiled")
+    with caplog.at_level(logging.INFO, "qsam2"):
+        assert choose_kernels(mode, steps, CPU) is taken
+    assert fake_quant._chosen is (compiled_kernels() if taken else EAGER)
+    if said is not None:
+        assert caplog.messages[-1].startswith(f"fake quantization: {said}") and "more" not in caplog.text
 
 
 def test_small_tensors_and_inference_stay_eager() -> None:
