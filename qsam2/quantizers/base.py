@@ -71,8 +71,8 @@ class Quantizer(nn.Module):
         self._state = QuantizerState.FLOAT
         self._calibrated = False
         self._observer: Observer | None = None
+        # scale and zero point of this optimizer step, and the `_learned` that they were computed from
         self._shared: tuple[Tensor, Tensor, object] | None = None
-        """Scale and zero point of this optimizer step, and the `_learned` that they were computed from."""
         for flag in ("state_code", "is_calibrated", *(["is_mid_rise"] if spec.grid == "least_error" else [])):
             self.register_buffer(flag, torch.tensor(0, dtype=torch.uint8))
         for buffer in ("frozen_scale", "frozen_zero_point", *self.statistics):

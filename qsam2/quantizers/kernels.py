@@ -44,7 +44,8 @@ def compiled_kernels() -> Kernels:
     """Kernels through `torch.compile`, compiled at their first call, which raises without a working compiler."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     passes = (quantize_pass, gradient_pass, dequantize_pass)
-    return Kernels(*(torch.compile(kernel, dynamic=True, fullgraph=True) for kernel in passes), MIN_ELEMENTS)
+    quantize, gradients, dequantize = (torch.compile(kernel, dynamic=True, fullgraph=True) for kernel in passes)
+    return Kernels(quantize, gradients, dequantize, MIN_ELEMENTS)
 
 
 @functools.cache

@@ -238,7 +238,7 @@ def in_blocks(kernel: Callable[..., P], x: Tensor, *arguments: Any) -> P:
                     result[:, rows, columns] = of_block
                 else:
                     result[:, rows] += of_block
-    return type(part)(*whole)
+    return part._make(whole)
 
 
 def _cut(value: Any, shape: torch.Size, rows: slice, columns: slice) -> Any:
