@@ -1,22 +1,25 @@
-"""Base class of all quantizers, for weights and activations: one state, one grid, one fake-quantization operation."""
+"""Base class of all quantizers, for weights and activations: one state, one grid, one fake-quantization operation.
+
+A method registers its class with the type of its spec; `build_quantizer` looks it up.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from qsam2.errors import UserError
-from qsam2.quantizers.fake_quant import broadcast_shape, fake_quantize
+from qsam2.quantizers.fake_quant import OnSums, broadcast_shape, fake_quantize
 from qsam2.quantizers.grid import Grid
-from qsam2.quantizers.mse import least_error_grid
 from qsam2.quantizers.observers import Distribution, Observer
 from qsam2.quantizers.passes import to_levels
+from qsam2.quantizers.ranges import least_error_grid
 from qsam2.quantizers.step_cache import clear_after_backward, hidden_from_checkpointing
 from qsam2.recipe.quantizer_specs import QuantizerSpec, Role
 
@@ -30,19 +33,6 @@ class QuantizerState(Enum):
     FROZEN = 3
 
 
-class SharedRange(NamedTuple):
-    """Scale and zero point of one optimizer step, and the parameters (with versions) they were computed from."""
-
-    scale: Tensor
-    zero_point: Tensor
-    source: tuple[tuple[nn.Parameter, int], ...]
-
-    def is_of(self, source: tuple[tuple[nn.Parameter, int], ...]) -> bool:
-        """True if `source` holds the same parameters, unchanged since."""
-        pairs = zip(self.source, source, strict=True)
-        return all(old is new and old_version == version for (old, old_version), (new, version) in pairs)
-
-
 class Quantizer(nn.Module):
     """Quantizes a weight or an activation; starts in FLOAT.
 
@@ -50,10 +40,13 @@ class Quantizer(nn.Module):
     (in training mode running statistics are updated). FROZEN: fake-quantizes with the stored scale and zero point only.
     All tensors have their final shapes from the start: `scale`, `zero_point` are (num_channels,), (1,) per tensor.
 
-    A method implements `_initialize` and `_scale_and_zero_point`; `_update_statistics`, `_transform` and
-    `learned_parameters` are optional. Errors of calibration are UserErrors that give the quantizer's `name`.
+    A method names its buffers in `statistics`, adds its learned parameters, and implements `_initialize` and
+    `_scale_and_zero_point`; `_update_statistics`, `_on_sums` and `_transform` are optional. Errors of calibration are
+    UserErrors that give the quantizer's `name`.
     """
 
+    statistics: ClassVar[tuple[str, ...]] = ()
+    """Buffers (C,) of the method, which `_initialize` sets."""
     residual_gradient: ClassVar[bool] = True
     """True if the gradient of a learned step includes the rounding of unclipped values (LSQ), False as in PACT."""
 
@@ -78,13 +71,12 @@ class Quantizer(nn.Module):
         self._state = QuantizerState.FLOAT
         self._calibrated = False
         self._observer: Observer | None = None
-        self._shared: SharedRange | None = None
-        self.register_buffer("state_code", torch.tensor(self._state.value, dtype=torch.uint8))
-        self.register_buffer("is_calibrated", torch.tensor(0, dtype=torch.uint8))
-        self.register_buffer("frozen_scale", torch.ones(self.num_channels))
-        self.register_buffer("frozen_zero_point", torch.zeros(self.num_channels))
-        if spec.grid == "least_error":
-            self.register_buffer("is_mid_rise", torch.tensor(0, dtype=torch.uint8))
+        # scale and zero point of this optimizer step, and the `_learned` that they were computed from
+        self._shared: tuple[Tensor, Tensor, object] | None = None
+        for flag in ("state_code", "is_calibrated", *(["is_mid_rise"] if spec.grid == "least_error" else [])):
+            self.register_buffer(flag, torch.tensor(0, dtype=torch.uint8))
+        for buffer in ("frozen_scale", "frozen_zero_point", *self.statistics):
+            self.register_buffer(buffer, torch.ones(self.num_channels))
 
     # Implemented by a method
 
@@ -100,13 +92,9 @@ class Quantizer(nn.Module):
         """Update statistics from x before it is quantized: weights on each forward, activations in training mode."""
 
     @property
-    def needs_sums(self) -> bool:
-        """True if an activation quantizer in training mode wants `_update_from_sums` called for each tensor."""
-        return False
-
-    def _update_from_sums(self, sums: Tensor, count: int) -> None:
-        """Update statistics from the sums of x and x^2 (2, C) over `count` elements; see `needs_sums`."""
-        raise NotImplementedError
+    def _on_sums(self) -> OnSums | None:
+        """What to call, in training mode, with the sums of x and x^2 of an activation."""
+        return None
 
     def _transform(self, x: Tensor) -> Tensor:
         """Transform a weight before it is quantized (identity by default), in float32 or wider."""
@@ -114,7 +102,7 @@ class Quantizer(nn.Module):
 
     def learned_parameters(self) -> list[nn.Parameter]:
         """Learned steps and clips, which get their own optimizer group."""
-        return []
+        return list(self.parameters())
 
     # Grid
 
@@ -143,8 +131,8 @@ class Quantizer(nn.Module):
     def _current(self) -> tuple[Tensor, Tensor]:
         if self._state is QuantizerState.FROZEN:
             return self.frozen_scale, self.frozen_zero_point
-        if self._shared is not None and self.training and self._shared.is_of(self._learned()):
-            return self._shared.scale, self._shared.zero_point
+        if self._shared is not None and self.training and self._shared[2] == self._learned():
+            return self._shared[:2]
         return self._scale_and_zero_point()
 
     def _range_of_step(self) -> tuple[Tensor, Tensor]:
@@ -152,22 +140,22 @@ class Quantizer(nn.Module):
 
         All frames and clicks of a step share one range, and recomputed (checkpointed) calls get the same one.
         """
-        learned = self._learned()
-        shares = self.role == "activation" and self.training and learned and torch.is_grad_enabled()
+        shares = self.role == "activation" and self.training and torch.is_grad_enabled()
         if self._state is QuantizerState.FROZEN or not shares or torch.compiler.is_compiling():
             return self._current()
-        if self._shared is None or not self._shared.is_of(learned):
+        learned = self._learned()
+        if self._shared is None or self._shared[2] != learned:
             with hidden_from_checkpointing():
                 scale, zero_point = self._scale_and_zero_point()
             if not scale.requires_grad:
                 return scale, zero_point
-            self._shared = SharedRange(scale, zero_point, learned)
+            self._shared = scale, zero_point, learned
             clear_after_backward(scale, self, "_shared")
-        return self._shared.scale, self._shared.zero_point
+        return self._shared[:2]
 
-    def _learned(self) -> tuple[tuple[nn.Parameter, int], ...]:
-        """Learned parameters with their versions."""
-        return tuple((param, param._version) for param in self._parameters.values() if param is not None)
+    def _learned(self) -> tuple[tuple[int, int], ...]:
+        """Identities of the learned parameters, which a shared range keeps alive by its graph, and their versions."""
+        return tuple((id(param), param._version) for param in self._parameters.values() if param is not None)
 
     # State
 
@@ -187,9 +175,8 @@ class Quantizer(nn.Module):
             if self._state is QuantizerState.OBSERVE:
                 raise UserError(f"quantizer {self._label}: is observing, call finish_observing() before {state.name}")
             if not self._calibrated:
-                raise UserError(
-                    f"quantizer {self._label}: has no range yet and cannot be {state.name}, calibrate it first"
-                )
+                problem = f"has no range yet and cannot be {state.name}, calibrate it first"
+                raise UserError(f"quantizer {self._label}: {problem}")
         if state is QuantizerState.FROZEN and self._state is not QuantizerState.FROZEN:
             with torch.no_grad():
                 scale, zero_point = self._scale_and_zero_point()
@@ -287,30 +274,31 @@ class Quantizer(nn.Module):
             # LSQ's N counts the features of one sample, so that the batch size and the number of ranks do not matter
             num_samples=1 if self.role == "weight" else max(len(x), 1),
             with_codes=with_codes and not torch.compiler.is_compiling(),
-            on_sums=self._update_from_sums if updates and self.needs_sums and self.role == "activation" else None,
+            on_sums=self._on_sums if updates and self.role == "activation" else None,
         )
         return quantized.to(x.dtype)
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:
         """Codes qmin..qmax of x with the current scale, int32. `dequantize(to_int(x), x.dtype)` equals forward(x)."""
-        self._need_range("to_int")
         self._check_channels(x)
+        scale, zero_point = self._broadcast(x.ndim, "to_int")
         if self._state is QuantizerState.QUANTIZE:
             x = self._transform(x)
-        scale, zero_point = self._broadcast(x.ndim)
         levels = to_levels(x, scale, self.qmin - zero_point, self.qmax - zero_point, self.grid.mid_rise)
         return levels.add_(zero_point).to(torch.int32)
 
     @torch.no_grad()
     def dequantize(self, codes: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Values scale * (codes - zero_point), in `dtype` (default: that of the scale)."""
-        self._need_range("dequantize")
-        scale, zero_point = self._broadcast(codes.ndim)
-        compute = torch.promote_types(dtype or scale.dtype, scale.dtype)
-        return (codes.to(compute) - zero_point).mul_(scale).to(dtype or scale.dtype)
+        scale, zero_point = self._broadcast(codes.ndim, "dequantize")
+        dtype = dtype or scale.dtype
+        return (codes.to(torch.promote_types(dtype, scale.dtype)) - zero_point).mul_(scale).to(dtype)
 
-    def _broadcast(self, ndim: int) -> tuple[Tensor, Tensor]:
+    def _broadcast(self, ndim: int, operation: str) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, aligned with the channels of a tensor; UserError if there are none yet."""
+        if not self._calibrated:
+            raise UserError(f"quantizer {self._label}: {operation} needs a range, calibrate it first")
         shape = broadcast_shape(self.num_channels, ndim, self.channel_dim)
         scale, zero_point = self._current()
         return scale.view(shape), zero_point.view(shape)
@@ -324,10 +312,6 @@ class Quantizer(nn.Module):
     @property
     def _observed_dim(self) -> int | None:
         return self.channel_dim if self.per_channel else None
-
-    def _need_range(self, operation: str) -> None:
-        if not self._calibrated:
-            raise UserError(f"quantizer {self._label}: {operation} needs a range, calibrate it first")
 
     def _check_channels(self, x: Tensor) -> None:
         if self.per_channel and x.shape[self.channel_dim] != self.num_channels:
@@ -367,3 +351,35 @@ def _in_backward() -> bool:
     Without a shared range (see `step_cache`), such a forward uses statistics that later calls of the step have updated.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+QUANTIZERS: dict[type[QuantizerSpec], type[Quantizer]] = {}
+
+
+def register(spec_type: type[QuantizerSpec]) -> Callable[[type[Quantizer]], type[Quantizer]]:
+    """Class decorator: `@register(LSQSpec)` makes `build_quantizer` use the class for that spec."""
+
+    def add(quantizer_type: type[Quantizer]) -> type[Quantizer]:
+        QUANTIZERS[spec_type] = quantizer_type
+        return quantizer_type
+
+    return add
+
+
+def build_quantizer(
+    spec: QuantizerSpec, role: Role, *, num_channels: int | None = None, channel_dim: int = 0, name: str = ""
+) -> Quantizer:
+    """The quantizer of a spec for a weight or activation called `name`, in state FLOAT.
+
+    Per channel, `num_channels` is the size of dimension `channel_dim`; per tensor both are ignored.
+    """
+    if type(spec) not in QUANTIZERS:
+        known = ", ".join(sorted(s.model_fields["method"].default for s in QUANTIZERS))
+        raise UserError(f"quantizer {name}: no method for {type(spec).__name__}, choose one of: {known}")
+    try:
+        spec = spec.for_role(role)
+    except ValueError as error:
+        raise UserError(f"quantizer {name}: {error}") from error
+    if spec.granularity == "channel" and num_channels is None:
+        raise UserError(f"quantizer {name}: granularity=channel is not possible here, use granularity=tensor")
+    return QUANTIZERS[type(spec)](spec, role, num_channels=num_channels or 1, channel_dim=channel_dim, name=name)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +35,9 @@ from qsam2.quantizers.passes import (
     Layout,
     Quantized,
     dequantize_pass,
-    gradients_in_blocks,
-    quantize_in_blocks,
+    gradient_pass,
+    in_blocks,
+    quantize_pass,
     to_levels,
 )
 
@@ -54,7 +55,7 @@ class Kernels(NamedTuple):
     """Smaller tensors use the eager kernels."""
 
 
-EAGER = Kernels(quantize_in_blocks, gradients_in_blocks, dequantize_pass, min_elements=0)
+EAGER = Kernels(partial(in_blocks, quantize_pass), partial(in_blocks, gradient_pass), dequantize_pass, min_elements=0)
 _chosen = EAGER
 
 
@@ -68,16 +69,15 @@ def _kernels(x: Tensor) -> Kernels:
     return _chosen if x.numel() >= _chosen.min_elements else EAGER
 
 
-@dataclass(frozen=True)
-class _Options:
-    """Arguments of `fake_quantize` that are not tensors."""
+class _Options(NamedTuple):
+    """Arguments of `fake_quantize` that are not tensors, in its order."""
 
     qmin: int
     qmax: int
     channel_dim: int
     mid_rise: bool
-    identity: bool
-    exact: bool
+    identity_gradient: bool
+    exact_gradient: bool
     residual_gradient: bool
     num_samples: int
     with_codes: bool
@@ -94,15 +94,13 @@ class _FakeQuantize(torch.autograd.Function):
         scale, zero_point = scale.view(1, -1, 1), zero_point.view(1, -1, 1)
         low, high = options.qmin - zero_point, options.qmax - zero_point
         keep: Keep = "nothing"
-        if not options.exact and learned:
+        if not options.exact_gradient and learned:
             keep = "residual"
-        elif not options.exact and not options.identity:
+        elif not options.exact_gradient and not options.identity_gradient:
             keep = "mask"
-        flat = ctx.layout.flat(x)
-        quantized = _kernels(x).quantize(
-            flat, scale, low, high, options.mid_rise, keep, options.with_codes, options.on_sums is not None
-        )
-        ctx.save_for_backward(x if options.exact else quantized.byte, scale, low, high)
+        flags = options.mid_rise, keep, options.with_codes, options.on_sums is not None
+        quantized = _kernels(x).quantize(ctx.layout.flat(x), scale, low, high, *flags)
+        ctx.save_for_backward(x if options.exact_gradient else quantized.byte, scale, low, high)
         if options.on_sums is not None and quantized.total is not None and quantized.square is not None:
             sums = torch.stack([quantized.total.view(-1), quantized.square.view(-1)])
             options.on_sums(sums, x.numel() // scale.numel())
@@ -118,22 +116,13 @@ class _FakeQuantize(torch.autograd.Function):
         saved, scale, low, high = ctx.saved_tensors
         options, learned, layout = ctx.options, ctx.learned, ctx.layout
         needs_x = ctx.needs_input_grad[0]
-        if not learned and options.identity:
+        if not learned and options.identity_gradient:
             return grad, None, None, None
-        if not learned and not options.exact:
+        if not learned and not options.exact_gradient:
             return layout.back(layout.flat(grad) * saved), None, None, None
-        gradients = _kernels(grad).gradients(
-            layout.flat(saved) if options.exact else saved,
-            layout.flat(grad),
-            scale,
-            low,
-            high,
-            options.mid_rise,
-            options.exact,
-            needs_x and not options.identity,
-            learned,
-            options.residual_gradient,
-        )
+        flat = layout.flat(saved) if options.exact_gradient else saved
+        flags = options.exact_gradient, needs_x and not options.identity_gradient, learned, options.residual_gradient
+        gradients = _kernels(grad).gradients(flat, layout.flat(grad), scale, low, high, options.mid_rise, *flags)
         grad_x = grad_scale = grad_zero_point = None
         if needs_x:
             grad_x = grad if gradients.x is None else layout.back(gradients.x)
@@ -165,13 +154,10 @@ class Codes(NamedTuple):
 
 def dequantize(codes: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     """Quantized tensor of `Codes`, in their shape and layout."""
-    layout = Layout.of(codes, scale.numel(), _varying_dim(scale))
+    varying_dim = next((dim for dim, size in enumerate(scale.shape) if size > 1), 0)
+    layout = Layout.of(codes, scale.numel(), varying_dim)
     out = _kernels(codes).dequantize(layout.flat(codes), scale.view(1, -1, 1), low.view(1, -1, 1), dtype)
     return layout.back(out)
-
-
-def _varying_dim(scale: Tensor) -> int:
-    return next((dim for dim, size in enumerate(scale.shape) if size > 1), 0)
 
 
 def gradient_scale(elements: int, largest_level: float) -> float:
@@ -214,27 +200,15 @@ def fake_quantize(
         with_codes: if a graph is built, the result carries its `Codes`.
         on_sums: called with the sums of x and x^2, computed in the same pass.
     """
+    shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
-        options = _Options(
-            qmin=qmin,
-            qmax=qmax,
-            channel_dim=channel_dim,
-            mid_rise=mid_rise,
-            identity=identity_gradient,
-            exact=exact_gradient,
-            residual_gradient=residual_gradient,
-            num_samples=num_samples,
-            with_codes=with_codes,
-            on_sums=on_sums,
-        )
+        gradient = identity_gradient, exact_gradient, residual_gradient
+        options = _Options(qmin, qmax, channel_dim, mid_rise, *gradient, num_samples, with_codes, on_sums)
         out, codes = _FakeQuantize.apply(x, scale, zero_point, options)
         if codes is not None:
-            shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
-            scale, zero_point = scale.detach().view(shape), zero_point.detach().view(shape)
-            out.qsam2_codes = Codes(codes, scale, qmin - zero_point)
+            out.qsam2_codes = Codes(codes, scale.detach().view(shape), (qmin - zero_point.detach()).view(shape))
         return out
     if on_sums is not None:
         on_sums(*sums(x, channel_dim if scale.numel() > 1 else None))
-    shape = broadcast_shape(scale.numel(), x.ndim, channel_dim)
     scale, zero_point = scale.view(shape), zero_point.view(shape)
     return to_levels(x, scale, qmin - zero_point, qmax - zero_point, mid_rise).mul_(scale).to(x.dtype)

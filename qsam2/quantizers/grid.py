@@ -41,8 +41,7 @@ class Grid:
     @classmethod
     def of(cls, spec: QuantizerSpec) -> Grid:
         """Grid of a spec that `for_role` has resolved."""
-        if spec.symmetric is None or spec.grid == "auto":
-            raise ValueError(f"spec is not resolved, call for_role first: {spec}")
+        assert spec.symmetric is not None and spec.grid != "auto", f"spec is not resolved, call for_role first: {spec}"
         return cls(spec.bits, spec.symmetric, spec.grid == "mid_rise")
 
     @property

@@ -87,10 +87,10 @@ class Observer:
 
     def distribution(self, device: torch.device) -> Distribution | None:
         """Distribution over all ranks, on `device`; None if a channel has no values. Every rank must call it."""
-        extremes = all_reduce_max(torch.stack([-self.minimum, self.maximum]).to(device))
-        sums = all_reduce_sum(self.sums.to(device))
+        extremes = all_reduce(torch.stack([-self.minimum, self.maximum]).to(device), maximum=True)
+        sums = all_reduce(self.sums.to(device))
         self._raise_reach(torch.maximum(*extremes.cpu()))
-        counts = all_reduce_sum(self.counts.to(device))
+        counts = all_reduce(self.counts.to(device))
         if (sums[0] == 0).any():
             return None
         mean, square, absolute = sums[1:] / sums[0]
@@ -146,7 +146,7 @@ def extremes(x: Tensor, channel_dim: int | None, *, over_ranks: bool) -> tuple[T
         maximum = torch.full((rows.shape[0],), -math.inf, device=x.device)
         minimum = -maximum
     if over_ranks:
-        negated, maximum = all_reduce_max(torch.stack([-minimum, maximum]))
+        negated, maximum = all_reduce(torch.stack([-minimum, maximum]), maximum=True)
         minimum = -negated
     return minimum, maximum
 
@@ -164,7 +164,7 @@ def moments(sums: Tensor, count: int, *, over_ranks: bool) -> Tensor:
     if not over_ranks:
         return sums / count
     counts = torch.full_like(sums[:1], count)
-    sums = all_reduce_sum(torch.cat([sums, counts]))
+    sums = all_reduce(torch.cat([sums, counts]))
     return sums[:2] / sums[2]
 
 
@@ -215,17 +215,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum over ranks; x itself in a single process. Every rank must call it equally often."""
-    return _all_reduce(x, dist.ReduceOp.SUM) if world_size() > 1 else x
-
-
-def all_reduce_max(x: Tensor) -> Tensor:
-    """Maximum over ranks; x itself in a single process. Every rank must call it equally often."""
-    return _all_reduce(x, dist.ReduceOp.MAX) if world_size() > 1 else x
-
-
-def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+def all_reduce(x: Tensor, *, maximum: bool = False) -> Tensor:
+    """Sum or maximum over ranks; x itself in a single process. Every rank must call it equally often."""
+    if world_size() == 1:
+        return x
     reduced = x.clone()
-    dist.all_reduce(reduced, op=op)
+    dist.all_reduce(reduced, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
     return reduced

@@ -8,9 +8,9 @@ and products of signs, since clamp and masks take 5 to 30 times as long.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,11 +66,7 @@ class Layout:
     def back(self, flat: Tensor) -> Tensor:
         """Inverse of `flat`, for a contiguous tensor."""
         ordered = flat.view(self.shape)
-        return (
-            ordered
-            if self.order is None
-            else ordered.permute([self.order.index(dim) for dim in range(len(self.order))])
-        )
+        return ordered if self.order is None else ordered.permute([self.order.index(i) for i in range(ordered.ndim)])
 
 
 def to_rows(x: Tensor, channel_dim: int | None) -> Tensor:
@@ -100,12 +96,7 @@ def _row_length(ordered: Tensor) -> int:
 
 def to_levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
     """Grid values in steps, in the dtype that x and scale promote to; `scale`, `low`, `high` broadcast to x."""
-    return _levels_(x / scale, low, high, mid_rise)
-
-
-def _levels_(t: Tensor, low: Tensor, high: Tensor, mid_rise: bool) -> Tensor:
-    """Round and clip t in place."""
-    return _clip_(_round_(t, mid_rise), low, high)
+    return _clip_(_round_(x / scale, mid_rise), low, high)
 
 
 def _round_(t: Tensor, mid_rise: bool) -> Tensor:
@@ -167,7 +158,7 @@ def quantize_pass(
         if keep == "mask":
             clipped = _clip_to_edges(t, low, high, mid_rise)
             byte = torch.eq(clipped, t, out=clipped).to(torch.int8)
-        levels = _levels_(t, low, high, mid_rise)
+        levels = _clip_(_round_(t, mid_rise), low, high)
     codes = (levels - low).to(torch.uint8) if with_codes else None
     return Quantized(levels.mul_(scale).to(x.dtype), byte, codes, total, square)
 
@@ -223,66 +214,38 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum((0, 2), keepdim=True)
 
 
-def quantize_in_blocks(
-    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mid_rise: bool, keep: Keep, with_codes: bool, with_sums: bool
-) -> Quantized:
-    """`quantize_pass`, block by block."""
-    x = x.contiguous()
-    blocks, options = _blocks(x), (mid_rise, keep, with_codes, with_sums)
+P = TypeVar("P", Quantized, Gradients)
+
+
+def in_blocks(kernel: Callable[..., P], x: Tensor, *arguments: Any) -> P:
+    """Result of a pass over x (outer, C, inner) and tensors of its shape or (1, C, 1), computed block by block."""
+    x, *arguments = (value.contiguous() if isinstance(value, Tensor) else value for value in (x, *arguments))
+    blocks = _blocks(x)
     if len(blocks) == 1:
-        return quantize_pass(x, scale, low, high, *options)
-    sums = torch.zeros_like(scale, dtype=torch.promote_types(x.dtype, torch.float32)) if with_sums else None
-    whole = Quantized(
-        torch.empty_like(x),
-        None if keep == "nothing" else torch.empty_like(x, dtype=torch.int8),
-        torch.empty_like(x, dtype=torch.uint8) if with_codes else None,
-        sums,
-        None if sums is None else sums.clone(),
-    )
+        return kernel(x, *arguments)
+    whole: list[Tensor | None] = []
     for rows, columns in blocks:
-        at = (slice(None), rows, columns)
-        part = quantize_pass(x[at], scale[:, rows], low[:, rows], high[:, rows], *options)
-        _assemble(whole, part, at, tensors=3)
-    return whole
+        block = x[:, rows, columns]
+        part = kernel(block, *(_cut(value, x.shape, rows, columns) for value in arguments))
+        if not whole:  # sums start at zero
+            whole = [
+                t if t is None else t.new_empty(x.shape) if t.shape == block.shape else t.new_zeros(1, x.shape[1], 1)
+                for t in part
+            ]
+        for result, of_block in zip(whole, part, strict=True):
+            if result is not None and of_block is not None:
+                if result.shape == x.shape:
+                    result[:, rows, columns] = of_block
+                else:
+                    result[:, rows] += of_block
+    return part._make(whole)
 
 
-def gradients_in_blocks(
-    saved: Tensor,
-    grad: Tensor,
-    scale: Tensor,
-    low: Tensor,
-    high: Tensor,
-    mid_rise: bool,
-    exact: bool,
-    needs_x: bool,
-    learned: bool,
-    residual_gradient: bool,
-) -> Gradients:
-    """`gradient_pass`, block by block."""
-    grad = grad.contiguous()
-    blocks, options = _blocks(grad), (mid_rise, exact, needs_x, learned, residual_gradient)
-    if len(blocks) == 1:
-        return gradient_pass(saved, grad, scale, low, high, *options)
-    sums = torch.zeros_like(scale) if learned else None
-    whole = Gradients(torch.empty_like(grad) if needs_x else None, sums, None if sums is None else sums.clone())
-    for rows, columns in blocks:
-        at = (slice(None), rows, columns)
-        part = gradient_pass(saved[at], grad[at], scale[:, rows], low[:, rows], high[:, rows], *options)
-        _assemble(whole, part, at, tensors=1)
-    return whole
-
-
-def _assemble(
-    whole: Iterable[Tensor | None], part: Iterable[Tensor | None], at: tuple[slice, slice, slice], *, tensors: int
-) -> None:
-    """Put a block's results into the whole: the first `tensors` are tensors, the others sums per channel."""
-    for index, (result, of_block) in enumerate(zip(whole, part, strict=True)):
-        if result is None or of_block is None:
-            continue
-        if index < tensors:
-            result[at] = of_block
-        else:
-            result[:, at[1]] += of_block
+def _cut(value: Any, shape: torch.Size, rows: slice, columns: slice) -> Any:
+    """View of a block of a tensor of this shape, or of the rows of one per channel; a flag itself."""
+    if not isinstance(value, Tensor):
+        return value
+    return value[:, rows, columns] if value.shape == shape else value[:, rows]
 
 
 def _blocks(x: Tensor) -> list[tuple[slice, slice]]:

@@ -12,7 +12,7 @@ from training.loss_fns import MultiStepMultiMasksAndIous
 from qsam2.data.transforms import MEAN, STD
 from qsam2.errors import UserError
 from qsam2.models import SAM2
-from qsam2.quantizers.observers import all_reduce_sum, world_size
+from qsam2.quantizers.observers import all_reduce, world_size
 from qsam2.recipe.recipe import LossRecipe
 
 BLOCKS = {2: 24, 4: 40, 10: 112, 15: 320}
@@ -45,7 +45,7 @@ def mask_distillation(student: list[dict[str, Any]], teacher: list[dict[str, Any
     `pred_masks`: logits (objects, 1, H/4, W/4).
     """
     first = student[0]["pred_masks"]
-    objects = all_reduce_sum(torch.tensor(float(len(first)), device=first.device)) / world_size()
+    objects = all_reduce(torch.tensor(float(len(first)), device=first.device)) / world_size()
     total = torch.zeros((), device=first.device)
     for frame, teacher_frame in zip(student, teacher, strict=True):
         logits = frame["pred_masks"].clamp(-32, 32)  # -1024 in sam2 if an object is absent

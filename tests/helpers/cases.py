@@ -115,3 +115,8 @@ def activation_quantizer(spec: QuantizerSpec, *batches: Tensor, **kwargs: int) -
     quantizer = build_quantizer(spec, "activation", name="a", **kwargs)
     calibrate(quantizer, *batches)
     return quantizer
+
+
+def calibrated(spec: QuantizerSpec, role: str, x: Tensor) -> Quantizer:
+    """A weight's or activation's quantizer, calibrated on x."""
+    return weight_quantizer(spec, x) if role == "weight" else activation_quantizer(spec, x)

@@ -7,20 +7,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cases import activation_quantizer
 from torch import Tensor
 
-from qsam2.quantizers import QuantizerState, build_quantizer
-from qsam2.recipe.quantizer_specs import (
-    EntropySpec,
-    LSCSpec,
-    LSQPlusSpec,
-    LSQSpec,
-    MinMaxSpec,
-    PACTSpec,
-    QuantizerSpec,
-)
+from qsam2.recipe.quantizer_specs import EntropySpec, LSCSpec, LSQPlusSpec, LSQSpec, MinMaxSpec, PACTSpec
 
-SPECS: list[QuantizerSpec] = [
+SPECS = [
     MinMaxSpec(bits=4, momentum=0.9),
     MinMaxSpec(bits=4, range="percentile", percentile=99.0),
     EntropySpec(bits=4),
@@ -44,10 +36,7 @@ def statistics(run: list[Tensor]) -> list[dict[str, Tensor]]:
     """The first batch is for calibration, the others for training."""
     ends = []
     for spec in SPECS:
-        quantizer = build_quantizer(spec, "activation", num_channels=4, channel_dim=1, name="a")
-        quantizer.state = QuantizerState.OBSERVE
-        quantizer(run[0])
-        quantizer.finish_observing()
+        quantizer = activation_quantizer(spec, run[0], num_channels=4, channel_dim=1)
         for batch in run[1:]:
             quantizer.train()(batch)
         quantizer.freeze()

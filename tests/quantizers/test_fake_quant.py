@@ -1,246 +1,204 @@
-"""The fake-quantization operation against a NumPy reference, forward and backward."""
+"""The fake-quantization operation against the NumPy reference; its codes, what it saves, and how it reads memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import reference
 import torch
+from cases import activation_quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import Levels
+from torch import Tensor
 
-from qsam2.quantizers import grid, passes
-from qsam2.quantizers.fake_quant import fake_quantize
-from qsam2.quantizers.grid import Grid
+from qsam2.quantizers.fake_quant import Codes, dequantize, fake_quantize
+from qsam2.quantizers.passes import SHORTEST_ROW, Layout, to_rows
+from qsam2.recipe.quantizer_specs import LSQSpec
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EPS = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 
-@dataclass
-class Case:
-    grid: Grid
-    x: torch.Tensor
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-    channel_dim: int
-    identity: bool
-
-    def run(self, exact: bool = True) -> torch.Tensor:
-        return fake_quantize(
-            self.x,
-            self.scale,
-            self.zero_point,
-            self.grid.qmin,
-            self.grid.qmax,
-            channel_dim=self.channel_dim,
-            mid_rise=self.grid.mid_rise,
-            identity_gradient=self.identity,
-            exact_gradient=exact,
-        )
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    kind = draw(st.sampled_from(["mid_tread", "mid_rise", "affine"]))
-    chosen = Grid(draw(st.integers(2, 8)), kind != "affine", kind == "mid_rise")
-    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
-    channel_dim = draw(st.integers(-len(shape), len(shape) - 1))
-    channels = shape[channel_dim] if draw(st.booleans()) else 1
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    dtype = draw(st.sampled_from(DTYPES))
+@settings(max_examples=150)
+@given(st.data())
+def test_forward_and_backward_agree_with_numpy(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["mid_tread", "mid_rise", "affine"]))
+    levels = Levels(data.draw(st.integers(2, 8)), kind != "affine", kind == "mid_rise")
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    dim = data.draw(st.one_of(st.none(), st.integers(-len(shape), len(shape) - 1)))
+    identity, dtype = data.draw(st.booleans()), data.draw(st.sampled_from(list(EPS)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    channels = 1 if dim is None else shape[dim]
     scale = 0.01 + torch.rand(channels, generator=generator)
+    zero_point = torch.full((channels,), -0.5 * levels.mid_rise)
     if kind == "affine":
-        zero_point = torch.randint(chosen.qmin, chosen.qmax + 1, (channels,), generator=generator).float()
-    else:
-        zero_point = torch.full((channels,), -0.5 if chosen.mid_rise else 0.0)
-    # from well below qmin to well above qmax, so that both clips occur
-    reach = 2**chosen.bits * scale.max()
-    x = (reach * (2 * torch.rand(shape, generator=generator) - 1)).to(dtype)
-    if draw(st.booleans()):
+        zero_point = torch.randint(levels.last + 1, (channels,), generator=generator).float()
+    # from well below the first level to well above the last, so that both clips occur
+    x = (2**levels.bits * scale.max() * (2 * torch.rand(shape, generator=generator) - 1)).to(dtype)
+    if data.draw(st.booleans()):
         x = x.repeat_interleave(2, dim=-1)[..., ::2]  # not contiguous
-    return Case(chosen, x, scale, zero_point, channel_dim, draw(st.booleans()))
+    before = x.clone()
 
+    def rows(values: Tensor) -> np.ndarray:
+        rows = values.reshape(1, -1) if dim is None else values.movedim(dim, 0).reshape(channels, -1)
+        return rows.detach().double().numpy()
 
-def numpy_reference(case: Case, grad: np.ndarray) -> dict[str, np.ndarray]:
-    """Element by element, straight from the definitions; float64."""
-    x = case.x.detach().double().numpy()
-    channel_dim = case.channel_dim % x.ndim
-    channels = case.scale.numel()
-    scales, zero_points = case.scale.detach().double().numpy(), case.zero_point.detach().double().numpy()
-    out, grad_x, unsure = np.zeros_like(x), np.zeros_like(x), np.zeros(x.shape, dtype=bool)
-    grad_scale, grad_zero_point = np.zeros(channels), np.zeros(channels)
-    half = 0.5 if case.grid.mid_rise else 0.0
-    step_gain = 1.0 / np.sqrt(x.size / channels * (case.grid.qmax + half))
-    for index in np.ndindex(*x.shape):
-        c = index[channel_dim] if channels > 1 else 0
-        s, z = scales[c], zero_points[c]
-        values = [(q - z) * s for q in range(case.grid.qmin, case.grid.qmax + 1)]
-        nearest = min(values, key=lambda value: abs(value - x[index]))
-        out[index] = nearest
-        below, above = x[index] < values[0] - half * s, x[index] > values[-1] + half * s
-        cell = abs(x[index] / s - np.floor(x[index] / s) - 0.5 + half)
-        edge = min(abs(x[index] - values[0] + half * s), abs(x[index] - values[-1] - half * s)) / s
-        unsure[index] = min(cell, abs(cell - 1.0), edge) < 1e-4
-        if below or above:
-            grad_x[index] = grad[index] if case.identity else 0.0
-            grad_scale[c] += grad[index] * nearest / s * step_gain
-            grad_zero_point[c] += grad[index] * -s * step_gain
-        else:
-            grad_x[index] = grad[index]
-            grad_scale[c] += grad[index] * (nearest - x[index]) / s * step_gain
-    return {"out": out, "x": grad_x, "scale": grad_scale, "zero_point": grad_zero_point, "unsure": unsure}
+    def run(x: Tensor, scale: Tensor, zero_point: Tensor, exact: bool) -> Tensor:
+        options = {"mid_rise": levels.mid_rise, "identity_gradient": identity, "exact_gradient": exact}
+        out = fake_quantize(x, scale, zero_point, levels.first, levels.last, channel_dim=dim or 0, **options)
+        assert out.dtype == dtype and out.shape == x.shape and torch.equal(x, before)
+        return out
 
-
-def close(actual: torch.Tensor, expected: np.ndarray, tolerance: float) -> None:
-    np.testing.assert_allclose(actual.detach().double().numpy(), expected, rtol=tolerance, atol=tolerance)
-
-
-@settings(max_examples=150, deadline=None)
-@given(cases())
-def test_forward_is_the_nearest_grid_value(case: Case) -> None:
-    expected = numpy_reference(case, np.zeros(case.x.shape))
-    actual = case.run()
-    assert actual.dtype == case.x.dtype and actual.shape == case.x.shape
-    sure = torch.from_numpy(~expected["unsure"])
-    close(actual[sure], expected["out"][sure.numpy()], EPS[case.x.dtype])
-    quantum = case.scale.max().item() * (1 + 1e-6) + EPS[case.x.dtype] * np.abs(expected["out"])
-    assert (np.abs(actual.double().numpy() - expected["out"]) <= quantum).all()
-
-
-@settings(max_examples=150, deadline=None)
-@given(cases(), st.integers(0, 1000))
-def test_backward_agrees_with_numpy(case: Case, seed: int) -> None:
-    grad = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(seed)).to(case.x.dtype)
-    # An element on a tie or an edge may fall to either side: it takes no part.
-    grad[torch.from_numpy(numpy_reference(case, np.zeros(case.x.shape))["unsure"])] = 0.0
-    expected = numpy_reference(case, grad.double().numpy())
-    gradients = {}
+    # an element on a tie or an edge may fall to either side: it takes no part in the gradients
+    steps = rows(x) / scale.double().numpy()[:, None]
+    unsure = np.abs(np.abs(2 * steps - np.floor(2 * steps) - 0.5) - 0.5) < 2e-4
+    upstream = torch.randn(shape, generator=generator).to(dtype)
+    aligned = torch.from_numpy(unsure).reshape(x.shape if dim is None else x.movedim(dim, 0).shape)
+    upstream[aligned if dim is None else aligned.movedim(0, dim)] = 0.0
+    grid = scale.double().numpy(), zero_point.double().numpy(), levels
+    expected = reference.quantize(rows(x), *grid)
+    gradients = reference.gradients(rows(x), rows(upstream), *grid, samples=1, identity=identity, residual=True)
+    size = max(np.abs(gradients.scale).max(), 1.0)
+    # one byte per element: at most half of 1/252 of a step is lost of each residual
+    lost = upstream.abs().sum().item() / np.sqrt(x.numel() / channels * levels.largest) / 504
     for exact in (True, False):
-        for tensor in (case.x, case.scale, case.zero_point):
-            tensor.grad = None
-            tensor.requires_grad_()
-        case.run(exact).backward(grad)
-        assert case.x.grad is not None and case.scale.grad is not None and case.zero_point.grad is not None
-        gradients[exact] = case.x.grad.clone(), case.scale.grad.clone(), case.zero_point.grad.clone()
-        close(gradients[exact][0], expected["x"], 1e-6)
-        close(gradients[exact][2], expected["zero_point"], 1e-5)
-    size = max(np.abs(expected["scale"]).max(), 1.0)
-    close(gradients[True][1] / size, expected["scale"] / size, 1e-6)
-    # One byte an element: at most half of 1/252 of a step is lost of each residual.
-    per_step = case.x.numel() / case.scale.numel()
-    gain = 1.0 / np.sqrt(per_step * case.grid.largest_level)
-    lost = np.abs(gradients[False][1].double().numpy() - expected["scale"])
-    assert (lost <= grad.abs().sum().item() * gain / 504 + 1e-5 * size).all()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_gradcheck_of_bounds_with_rounding_taken_out(
-    monkeypatch: pytest.MonkeyPatch, symmetric: bool, channels: int
-) -> None:
-    monkeypatch.setattr(passes, "_round_", lambda t, mid_rise: t)
-    monkeypatch.setattr(grid, "round_through", lambda x, low, high: x)
-    chosen = Grid(3, symmetric, mid_rise=False)
-    x = 3 * torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    lower, upper = -1.0 - torch.rand(channels, dtype=torch.float64), 1.1 + torch.rand(channels, dtype=torch.float64)
-    gain = 1.0 / np.sqrt(x.numel() / channels * chosen.largest_level)
-
-    def quantize(x: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
-        scale, zero_point = (
-            value / gain - (value / gain - value).detach() for value in chosen.from_bounds(lower, upper)
-        )  # undoes LSQ's scaling of gradients
-        return fake_quantize(x, scale, zero_point, chosen.qmin, chosen.qmax)
-
-    assert torch.autograd.gradcheck(
-        quantize, (x.requires_grad_(), lower.requires_grad_(), upper.requires_grad_()), eps=1e-7
-    )
-
-
-def test_pact_gradients_reach_the_bounds() -> None:
-    """Two-sided PACT: a bound gets the sum of the gradients of what it clips (rounding apart)."""
-    chosen = Grid(8, symmetric=False, mid_rise=False)
-    lower, upper = torch.tensor([-1.0], requires_grad=True), torch.tensor([1.0], requires_grad=True)
-    x = torch.tensor([-5.0, -4.0, 0.0, 7.0])
-    fake_quantize(x, *chosen.from_bounds(lower, upper), chosen.qmin, chosen.qmax).sum().backward()
-    gain = 1.0 / np.sqrt(4 * 255)
-    assert lower.grad is not None and upper.grad is not None
-    assert lower.grad.item() / gain == pytest.approx(2.0, abs=0.02)
-    assert upper.grad.item() / gain == pytest.approx(1.0, abs=0.02)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_two_bit_mid_rise_has_no_zero_and_four_levels(dtype: torch.dtype) -> None:
-    chosen = Grid(2, symmetric=True, mid_rise=True)
-    scale, zero_point = chosen.from_bounds(torch.tensor([-2.0]), torch.tensor([1.0]))
-    x = torch.linspace(-3, 3, 101).to(dtype)
-    out = fake_quantize(x, scale, zero_point, chosen.qmin, chosen.qmax, mid_rise=True)
-    assert out.unique().tolist() == [-1.5, -0.5, 0.5, 1.5]
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, scale, zero_point)]
+        out = run(*leaves, exact)
+        assert torch.equal(out, run(x, scale, zero_point, exact))
+        error = np.abs(rows(out) - expected)
+        quantum = scale.max().item() * (1 + 1e-6)
+        assert (error <= EPS[dtype] * (1 + np.abs(expected)) + quantum * unsure).all()
+        out.backward(upstream)
+        of_x, of_scale, of_zero_point = (leaf.grad for leaf in leaves)
+        np.testing.assert_allclose(rows(of_x), gradients.x, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(of_zero_point.numpy(), gradients.zero_point, rtol=1e-5, atol=1e-5)
+        assert (np.abs(of_scale.numpy() - gradients.scale) <= (0 if exact else lost) + 1e-5 * size).all()
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (1,)])
-def test_scalars_and_empty_tensors(shape: tuple[int, ...]) -> None:
-    x = torch.full(shape, 0.3, requires_grad=True)
-    scale = torch.tensor([0.25], requires_grad=True)
-    for exact in (True, False):
-        out = fake_quantize(x, scale, torch.zeros(1), -8, 7, exact_gradient=exact)
-        out.sum().backward()
-        assert out.shape == shape
-        assert torch.equal(out, torch.full(shape, 0.25))
+@pytest.mark.parametrize("exact", [True, False])
+def test_scalars_and_empty_tensors(shape: tuple[int, ...], exact: bool) -> None:
+    x, scale = torch.full(shape, 0.3, requires_grad=True), torch.tensor([0.25], requires_grad=True)
+    out = fake_quantize(x, scale, torch.zeros(1), -8, 7, exact_gradient=exact)
+    out.sum().backward()
+    assert torch.equal(out, torch.full(shape, 0.25))
 
 
 def test_nan_is_not_hidden() -> None:
-    x = torch.tensor([1.0, float("nan"), float("inf"), -float("inf")])
+    x = torch.tensor([float("nan"), 1.0, float("inf"), -float("inf")])
     out = fake_quantize(x, torch.tensor([0.5]), torch.zeros(1), -8, 7)
-    assert out.tolist()[0] == 1.0 and out[1].isnan()
-    assert out.tolist()[2:] == [3.5, -4.0]
+    assert out[0].isnan() and out[1:].tolist() == [1.0, 3.5, -4.0]
 
 
-def saved_bytes(run: object) -> list[torch.Tensor]:
-    saved: list[torch.Tensor] = []
+@pytest.mark.parametrize(
+    ("exact", "learned", "identity", "bytes_per_element"),
+    [(False, True, False, 1), (False, False, False, 1), (False, False, True, 0), (True, True, False, 4)],
+)
+def test_what_is_saved_for_the_backward_pass(
+    exact: bool, learned: bool, identity: bool, bytes_per_element: int
+) -> None:
+    x, scale, saved = torch.randn(64, 64, requires_grad=True), torch.full((1,), 0.1, requires_grad=learned), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        fake_quantize(x, scale, torch.zeros(1), -8, 7, exact_gradient=exact, identity_gradient=identity)
+    assert sum(tensor.nbytes for tensor in saved) <= bytes_per_element * x.numel() + 64
+    if exact:  # a weight is in memory anyway
+        assert [t.data_ptr() for t in saved if t.numel() == x.numel()] == [x.data_ptr()]
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor)
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()  # type: ignore[operator]
-    return saved
+# Codes
 
 
+@settings(max_examples=150)
+@given(
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    granularity=st.sampled_from(["tensor", "channel"]),
+    dtype=st.sampled_from(list(EPS)),
+    order=st.permutations(range(3)),
+    seed=st.integers(0, 10**6),
+)
+def test_codes_are_the_quantized_tensor(
+    bits: int, symmetric: bool, granularity: str, dtype: torch.dtype, order: list[int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(3, 4, 5, generator=generator) + 0.3).to(dtype).permute(order)
+    spec = LSQSpec(bits=bits, symmetric=symmetric, granularity=granularity)
+    quantizer = activation_quantizer(spec, x, num_channels=x.shape[-1], channel_dim=-1)
+    out = quantizer(x.detach().requires_grad_(), with_codes=True)
+    codes = Codes.of(out)
+    assert codes is not None and codes.codes.dtype == torch.uint8 and int(codes.codes.max()) < 2**bits
+    assert codes.codes.shape == x.shape and torch.equal(dequantize(*codes, out.dtype), out)
+
+
+def test_codes_are_given_only_where_a_graph_needs_them() -> None:
+    x = torch.randn(6, 8, requires_grad=True)
+    quantizer = activation_quantizer(LSQSpec(bits=4), x.detach())
+    with torch.no_grad():
+        assert Codes.of(quantizer(x, with_codes=True)) is None
+    assert Codes.of(quantizer(x)) is None and Codes.of(x) is None
+
+
+# Layouts
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows, columns": lambda x: x.permute(0, 1, 2, 4, 3),
+    "turned": lambda x: x.permute(2, 0, 1, 4, 3),
+    "of heads": lambda x: x.transpose(1, 2),
+    "a slice of a product": lambda x: x[:, :, 1].transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("learned", [True, False])
-def test_activation_saves_one_byte_an_element(learned: bool) -> None:
-    x = torch.randn(64, 64, requires_grad=True)
-    scale = torch.tensor([0.1], requires_grad=learned)
-    saved = saved_bytes(lambda: fake_quantize(x, scale, torch.zeros(1), -8, 7, exact_gradient=False))
-    assert sum(tensor.numel() * tensor.element_size() for tensor in saved) <= x.numel() + 64
+def test_a_view_gives_what_its_copy_gives(view: Callable[[Tensor], Tensor], exact: bool, learned: bool) -> None:
+    x = view(torch.randn(2, 7, 3, 2, 32))
+    for upstream in (torch.randn(x.shape), view(torch.randn(2, 7, 3, 2, 32))):  # laid out as the copy and as the view
+        found = []
+        for leaf in (x.detach().requires_grad_(), x.contiguous().requires_grad_()):
+            scale = torch.tensor([0.4], requires_grad=learned)
+            out = fake_quantize(leaf, scale, torch.zeros(1), -3, 3, exact_gradient=exact)
+            out.backward(upstream)
+            assert out.stride() == leaf.stride() or x.numel() < 2 * 7 * 3 * 2 * 32
+            found.append((out, leaf.grad, scale.grad if learned else torch.zeros(1)))
+        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+        torch.testing.assert_close(found[0][2], found[1][2])
 
 
-def test_identity_gradient_without_a_learned_step_saves_nothing_of_the_activation() -> None:
-    x = torch.randn(64, 64, requires_grad=True)
-    scale = torch.tensor([0.1])
-    saved = saved_bytes(
-        lambda: fake_quantize(x, scale, torch.zeros(1), -8, 7, identity_gradient=True, exact_gradient=False)
-    )
-    assert sum(tensor.numel() * tensor.element_size() for tensor in saved) <= 64
+def test_a_tensor_is_read_where_it_lies_if_its_rows_are_long_and_even() -> None:
+    x = torch.randn(2, 9, 3, 4, 16)
+    turned = x.permute(0, 2, 1, 4, 3)
+    assert to_rows(turned, None).data_ptr() == x.data_ptr()
+    heads = [part.transpose(1, 2) for part in x.unbind(2)]  # as Hiera's queries, keys and values
+    rows = torch.randn(4, 6, 40)
+    odd = (rows[..., ::2], rows[..., : SHORTEST_ROW - 1], rows[:, :5, :39], rows[:1].expand(4, 6, 40), rows[:, :, :1])
+    for view, shape in ((turned, (1, 1, x.numel())), *((h, (18, 1, 64)) for h in heads), *((o, None) for o in odd)):
+        layout = Layout.of(view, 1, 0)
+        flat = layout.flat(view)
+        assert layout.view == (shape or (1, 1, view.numel()))
+        assert shape is None or flat.data_ptr() == view.data_ptr()
+        assert torch.equal(layout.back(flat.contiguous()), view)
 
 
-def test_weight_is_saved_by_reference() -> None:
-    weight = torch.randn(64, 64, requires_grad=True)
-    scale = torch.rand(64).add(0.1).requires_grad_()
-    saved = saved_bytes(lambda: fake_quantize(weight, scale, torch.zeros(64), -8, 7))
-    large = [tensor for tensor in saved if tensor.numel() == weight.numel()]
-    assert [tensor.data_ptr() for tensor in large] == [weight.data_ptr()]
-
-
-def test_forward_does_not_change_its_input() -> None:
-    x = torch.randn(4, 5)
-    before = x.clone()
-    for requires_grad in (False, True):
-        for exact in (True, False):
-            scale = torch.ones(1, requires_grad=requires_grad)
-            out = fake_quantize(x, scale, torch.zeros(1), -8, 7, exact_gradient=exact)
-            if requires_grad:
-                out.sum().backward()
-            assert torch.equal(x, before)
+@settings(max_examples=200)
+@given(
+    sizes=st.lists(st.integers(0, 4), min_size=3, max_size=3),
+    last=st.integers(0, 80),
+    order=st.permutations(range(4)),
+    slices=st.lists(
+        st.sampled_from([slice(None), slice(0, 1), slice(1, None), slice(None, None, 2)]), min_size=4, max_size=4
+    ),
+    expand=st.booleans(),
+)
+def test_every_layout_comes_back(
+    sizes: list[int], last: int, order: list[int], slices: list[slice], expand: bool
+) -> None:
+    x = torch.randn(*sizes, last)[tuple(slices)].permute(order)
+    x = x.unsqueeze(2).expand(-1, -1, 3, -1, -1) if expand else x
+    layout = Layout.of(x, 1, 0)
+    flat = layout.flat(x)
+    assert flat.shape == layout.view and flat.numel() == x.numel()
+    assert torch.equal(layout.back(flat.contiguous()), x)

@@ -16,12 +16,12 @@ from torch import Tensor
 from qsam2.quantizers import fake_quant, kernels, passes
 from qsam2.quantizers.fake_quant import EAGER, Codes, Kernels, dequantize, fake_quantize, use_kernels
 from qsam2.quantizers.kernels import choose_kernels, compiled_kernels
+from qsam2.quantizers.observers import sums
 from qsam2.quantizers.passes import Layout
 
 pytestmark = pytest.mark.slow  # compiles
 
 CPU = torch.device("cpu")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -99,17 +99,12 @@ def test_compiled_agrees_with_eager(
     check()
 
 
-def test_compiled_rounds_half_to_even(compiled: Kernels) -> None:
-    x = torch.arange(-16, 17) / 2.0
-    assert torch.equal(run(compiled, x, torch.ones(1))[0], x.round().clamp(-9, 6))
-
-
-def test_compiled_keeps_nan_and_shape_of_expanded_and_permuted_tensors(compiled: Kernels) -> None:
-    x = torch.randn(5, 1, 3).expand(5, 4, 3).transpose(0, 2).clone(memory_format=torch.preserve_format)
+def test_compiled_rounds_half_to_even_and_keeps_nan_and_shape(compiled: Kernels) -> None:
+    x = (torch.arange(-16, 17) / 2.0).view(3, 1, 11).expand(3, 4, 11).transpose(0, 2)
+    x = x.clone(memory_format=torch.preserve_format)
     x[0, 0, 0] = math.nan
-    ours, theirs = (run(kernels, x, torch.tensor([0.1])) for kernels in (compiled, EAGER))
-    assert ours[0][0, 0, 0].isnan()
-    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0, equal_nan=True)
+    out = run(compiled, x, torch.ones(1))[0]
+    torch.testing.assert_close(out, x.round().clamp(-9, 6), rtol=0, atol=0, equal_nan=True)
 
 
 def test_sizes_and_ranks_are_dynamic(compiled: Kernels) -> None:
@@ -140,72 +135,78 @@ def test_compiled_codes_are_the_eager_ones(compiled: Kernels, mid_rise: bool) ->
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("options", [{}, {"exact_gradient": False}, {"learned": False, "exact_gradient": False}])
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], per_channel: bool) -> None:
-    x, scale = torch.randn(7, 50), torch.rand(7 if per_channel else 1) + 0.1
-    whole = run(EAGER, x, scale, **options)
-    for block in (8, 60):  # more than 4 blocks; a row in several, several rows in one
+    for shape in ((7, 50), (9, 1), (7, 61)):  # of the last one a block is a column
+        x, scale = torch.randn(shape), torch.rand(shape[0] if per_channel else 1) + 0.1
+        monkeypatch.setattr(passes, "BLOCK", 2**18)
+        whole = run(EAGER, x, scale, **options)
+        for block in (2, 8, 60):  # more than 4 blocks; a row in several, several rows in one
+            monkeypatch.setattr(passes, "BLOCK", block)
+            flat = Layout.of(x, scale.numel(), 0).flat(x)
+            assert len(passes._blocks(flat)) > 1 or x.numel() <= 4 * block
+            parts = run(EAGER, x, scale, **options)
+            assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
+            for part, expected in zip(parts[2:], whole[2:], strict=True):
+                torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_kernels_see_what_statistics_sum(
+    compiled: Kernels, monkeypatch: pytest.MonkeyPatch, per_channel: bool, dtype: torch.dtype
+) -> None:
+    x = (torch.randn(40, 5, 33) + 2.0).to(dtype)
+    dim, channels = (1, 5) if per_channel else (None, 1)
+    expected, count = sums(x.double(), dim)
+    view = (40, 5, 33) if per_channel else (1, 1, x.numel())
+    one = torch.ones(1, channels, 1)
+    assert count == x.numel() // channels
+    for block in (2**18, 100):
         monkeypatch.setattr(passes, "BLOCK", block)
-        assert len(passes._blocks(Layout.of(x, scale.numel(), 0).flat(x))) > 1
-        parts = run(EAGER, x, scale, **options)
-        assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
-        for part, expected in zip(parts[2:], whole[2:], strict=True):
-            torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
+        for chosen in (EAGER, compiled):
+            found = chosen.quantize(x.view(view), one, -8 * one, 7 * one, False, "residual", False, True)
+            for ours, theirs in zip((found.total, found.square), expected, strict=True):
+                torch.testing.assert_close(ours.view(-1).double(), theirs, rtol=1e-5, atol=1e-3)
+    without = EAGER.quantize(x.view(view), one, -8 * one, 7 * one, False, "residual", False, False)
+    assert without.total is None and without.square is None
 
 
-def fake_times(monkeypatch: pytest.MonkeyPatch, eager: float, compiled: float) -> None:
-    def measured(chosen: Kernels, x: Tensor) -> tuple[tuple[Tensor, ...], float]:
-        return (x,), eager if chosen is EAGER else compiled
+def timed(compiled_ms: float) -> Any:
+    return lambda chosen, x: ((x,), 5.0 if chosen is EAGER else compiled_ms)
 
-    monkeypatch.setattr(kernels, "_forward_backward", measured)
+
+def broken(chosen: Kernels, x: Tensor) -> tuple[tuple[Tensor, ...], float]:
+    use_kernels(chosen)
+    raise RuntimeError("no working C++ compiler found\nmore")
+
+
+def halved(chosen: Kernels, x: Tensor, measure: Any = kernels._forward_backward) -> tuple[tuple[Tensor, ...], float]:
+    results, ms = measure(EAGER, x)
+    return (results if chosen is EAGER else (*results[:2], results[2] / 2)), ms
 
 
 @pytest.mark.parametrize(
-    ("mode", "compiled_ms", "taken"), [("auto", 1.0, True), ("auto", 9.0, False), ("on", 9.0, True)]
+    ("mode", "steps", "measured", "said"),
+    [
+        ("auto", 1000, timed(1.0), "compiled (compiled 1.0 ms, eager 5.0 ms on"),
+        ("auto", 1000, timed(9.0), "eager (compiled 9.0 ms, eager 5.0 ms on"),
+        ("on", 1000, timed(9.0), "compiled (compiled 9.0 ms, eager 5.0 ms on"),
+        ("on", 1000, broken, "eager, torch.compile failed: no working C++ compiler found"),
+        ("on", 1000, halved, "eager, the compiled kernels compute something else"),
+        ("off", 10**6, lambda *_: pytest.fail("measured"), None),
+        ("auto", kernels.MIN_STEPS - 1, lambda *_: pytest.fail("measured"), None),
+    ],
 )
-def test_the_faster_is_chosen_and_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str, compiled_ms: float, taken: bool
+def test_the_faster_kernels_are_chosen_if_they_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: Any, steps: int, measured: Any, said: Any
 ) -> None:
-    fake_times(monkeypatch, 5.0, compiled_ms)
-    with caplog.at_level(logging.INFO, "qsam2"):
-        assert choose_kernels(mode, 1000, CPU) is taken
-    assert fake_quant._chosen is (compiled_kernels() if taken else EAGER)
-    name = "compiled" if taken else "eager"
-    assert caplog.messages[-1].startswith(f"fake quantization: {name} (compiled {compiled_ms:.1f} ms, eager 5.0 ms")
-
-
-@pytest.mark.parametrize(("mode", "steps"), [("off", 10**6), ("auto", kernels.MIN_STEPS - 1)])
-def test_short_runs_and_off_measure_nothing(monkeypatch: pytest.MonkeyPatch, mode: str, steps: int) -> None:
-    monkeypatch.setattr(kernels, "_forward_backward", lambda *_: pytest.fail("measured"))
-    assert not choose_kernels(mode, steps, CPU)
-    assert fake_quant._chosen is EAGER
-
-
-def test_kernels_that_compute_something_else_are_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    monkeypatch.setattr(kernels, "_forward_backward", measured)
     monkeypatch.setattr(kernels, "ACTIVATION", (64, 64))
-    _forward_backward = kernels._forward_backward
-
-    def halved(chosen: Kernels, x: Tensor) -> tuple[tuple[Tensor, ...], float]:
-        results, ms = _forward_backward(EAGER, x)
-        return (results if chosen is EAGER else (*results[:2], results[2] / 2)), ms
-
-    monkeypatch.setattr(kernels, "_forward_backward", halved)
-    assert not choose_kernels("on", 1000, CPU)
-    assert fake_quant._chosen is EAGER
-    assert "compute something else" in caplog.messages[-1]
-
-
-def test_without_a_compiler_it_is_eager_and_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(chosen: Kernels, x: Tensor) -> float:
-        use_kernels(chosen)
-        raise RuntimeError("no working C++ compiler found\nmore")
-
-    monkeypatch.setattr(kernels, "_forward_backward", fail)
-    assert not choose_kernels("on", 1000, CPU)
-    assert fake_quant._chosen is EAGER
-    assert caplog.messages == ["fake quantization: eager, torch.compile failed: no working C++ compiler found"]
+    taken = said is not None and said.startswith("compiled")
+    with caplog.at_level(logging.INFO, "qsam2"):
+        assert choose_kernels(mode, steps, CPU) is taken
+    assert fake_quant._chosen is (compiled_kernels() if taken else EAGER)
+    if said is not None:
+        assert caplog.messages[-1].startswith(f"fake quantization: {said}") and "more" not in caplog.text
 
 
 def test_small_tensors_and_inference_stay_eager() -> None:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import activation_quantizer, weight_quantizer
+from cases import calibrated
 from torch import Tensor, nn
 
 from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.errors import UserError
 from qsam2.layers.audit import audit
 from qsam2.layers.convert import convert, finalize
-from qsam2.quantizers import Quantizer
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import QuantizerSpec, Role, methods
 
@@ -32,10 +31,6 @@ ODD: dict[str, Callable[[], Tensor]] = {
     "huge": lambda: 1e25 * torch.randn(4, 5),
     "tiny": lambda: 1e-30 * torch.randn(4, 5),
 }
-
-
-def calibrated(spec: QuantizerSpec, role: Role, x: Tensor) -> Quantizer:
-    return weight_quantizer(spec, x) if role == "weight" else activation_quantizer(spec, x)
 
 
 @every_method
@@ -58,30 +53,19 @@ def test_layout_changes_nothing_and_all_stays_finite(spec: QuantizerSpec, role: 
 
 
 @every_method
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_quantized_in_float32(spec: QuantizerSpec, role: Role, dtype: torch.dtype) -> None:
-    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_quantization_is_in_float32(spec: QuantizerSpec, role: Role, dtype: torch.dtype, autocast: bool) -> None:
+    x = torch.randn(4, 50).to(dtype)
     quantizer = calibrated(spec, role, x).eval()
     assert quantizer.scale.dtype == torch.float32
-    for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            given = x.detach().requires_grad_()
-            out = quantizer(given)
-            assert out.dtype == dtype and torch.equal(out, quantizer(x.float()).to(dtype))
-        out.sum().backward()
-        assert given.grad is not None and given.grad.dtype == dtype
-        assert all(
-            parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in quantizer.parameters()
-        )
-
-
-@every_method
-def test_float32_under_autocast_stays_float32(spec: QuantizerSpec, role: Role) -> None:
-    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    quantizer = calibrated(spec, role, x).eval()
-    expected = quantizer(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(quantizer(x), expected)
+    expected, leaf = quantizer(x.float()).to(dtype), x.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = quantizer(leaf)
+    assert out.dtype == dtype and torch.equal(out, expected)
+    out.sum().backward()
+    assert leaf.grad is not None and leaf.grad.dtype == dtype
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in quantizer.parameters())
 
 
 @every_method
@@ -96,28 +80,17 @@ def test_empty(spec: QuantizerSpec, role: Role) -> None:
         out = quantizer(x)
         out.sum().backward()
         assert out.shape == x.shape and quantizer.to_int(x).shape == x.shape
-        assert all(
-            parameter.grad is not None and parameter.grad.isfinite().all() for parameter in quantizer.parameters()
-        )
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in quantizer.parameters())
     assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
-
-
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.conv, self.up = nn.Linear(6, 8), nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 2, 2, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 4, 6) to (B, 2, 4, 12)."""
-        return self.up(self.conv(self.first(x).view(-1, 2, 4, 4)))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("method", methods())
 def test_from_conversion_to_the_audit(method: str, bits: int) -> None:
     """After training, a finalized weight is its own dequantized integers, and the one that was trained with."""
-    torch.manual_seed(0)
-    spec_type, model, x = methods()[method], Layers(), torch.randn(4, 4, 6)
+    spec_type, x = methods()[method], torch.randn(4, 4, 6)
+    layers = nn.Linear(6, 8), nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 2, 2, stride=2)
+    model = nn.Sequential(layers[0], nn.Flatten(), nn.Unflatten(1, (2, 4, 4)), *layers[1:])
     recipe = QuantizeRecipe.model_validate({f"{role}s": {"method": method, "bits": bits} for role in spec_type.roles})
     rows = convert(model, recipe)
     find_ranges(model, model, [x])
@@ -129,10 +102,9 @@ def test_from_conversion_to_the_audit(method: str, bits: int) -> None:
     model.eval()
     trained = model(x)
     finalize(model)
-    report = audit(model, rows, recipe, lambda: model(x)) if "weight" in spec_type.roles else None
-    assert report is None or report.quantized_weights == sum(
-        layer.weight.numel() for layer in (model.first, model.conv, model.up)
-    )
+    if "weight" in spec_type.roles:
+        report = audit(model, rows, recipe, lambda: model(x))
+        assert report.quantized_weights == sum(layer.weight.numel() for layer in layers)
     torch.testing.assert_close(model(x), trained)
     again = {name: value.clone() for name, value in model.state_dict().items()}
     finalize(model)  # changes nothing

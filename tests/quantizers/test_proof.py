@@ -36,14 +36,12 @@ def expected_grid(case: Case) -> tuple[Array, Array]:
     """Scale and zero point (C,), the latter not rounded."""
     if case.method in MID_RISE:
         return weight_statistics(case)
-    if case.method in ("lsq", "seq"):
-        return np.exp(case.learned["log_scale"]), case.found[1]
-    if case.method == "lsq_plus":
+    if "offset" in case.learned:
         scale = np.exp(case.learned["log_scale"])
-        if case.levels.symmetric:
-            return scale, np.full_like(scale, -0.5 * case.levels.mid_rise)
         beta = case.learned["offset"] * (2**case.levels.bits - 1) * first_grid(case)[0]
         return scale, case.levels.zero(beta, scale)
+    if "log_scale" in case.learned:
+        return np.exp(case.learned["log_scale"]), case.found[1]
     if case.method == "pact":
         clips = np.exp(case.learned["log_clips"])
         return case.levels.cover(-clips[0], clips[-1])
@@ -52,10 +50,8 @@ def expected_grid(case: Case) -> tuple[Array, Array]:
     if case.method == "minmax" and case.quantizer.role == "weight":
         # the kept fraction of each end is that of the first weight, the ends are those of this one
         lower, upper, low, high = first_bounds(case)
-        kept = [
-            np.clip(np.divide(b, e, out=np.ones_like(b), where=e != 0), 0, 1) for b, e in ((lower, low), (upper, high))
-        ]
-        now = case.rows(case.x)
+        ends, now = ((lower, low), (upper, high)), case.rows(case.x)
+        kept = [np.clip(np.divide(bound, end, out=np.ones_like(end), where=end != 0), 0, 1) for bound, end in ends]
         return case.levels.cover(now.min(axis=1) * kept[0], now.max(axis=1) * kept[1])
     return first_grid(case)
 
@@ -131,21 +127,12 @@ def searched_ratio(case: Case, values: Array, low: Array, high: Array) -> Array:
     if spec.range == "mse":
         loss = np.array([reference.clipping_error(values, *each, case.levels) for each in grids])
     else:
-        channels = range(len(values))
-        loss = np.array(
-            [
-                [reference.divergence(values[c], each[0][c], each[1][c], case.levels) for c in channels]
-                for each in bounds
-            ]
-        )
-    return RATIOS[best(loss, [scale for scale, _ in grids], case)]
-
-
-def best(loss: Array, scales: list[Array], case: Case) -> Array:
-    """Index (C,) of the least loss; among those that float32 cannot tell apart, that of what the quantizer found."""
+        rows = [zip(values, *each, strict=True) for each in bounds]
+        loss = np.array([[reference.divergence(*row, case.levels) for row in of_ratio] for of_ratio in rows])
+    # among those that float32 cannot tell apart, that of what the quantizer found
     equal = loss <= loss.min(axis=0) * (1 + 1e-4) + 1e-12
-    distance = np.abs(np.log(np.array(scales) / case.found[0]))
-    return np.where(equal, distance, np.inf).argmin(axis=0)
+    distance = np.abs(np.log(np.array([scale for scale, _ in grids]) / case.found[0]))
+    return RATIOS[np.where(equal, distance, np.inf).argmin(axis=0)]
 
 
 def first_grid(case: Case) -> tuple[Array, Array]:
@@ -154,9 +141,8 @@ def first_grid(case: Case) -> tuple[Array, Array]:
     rows, bits = case.first_rows(), case.levels.bits
     if spec.range == "mean_abs":
         scale = 2 * np.abs(rows).mean(axis=1) / np.sqrt(case.levels.largest)
-        lower = rows.min(axis=1)
         symmetric = np.full_like(scale, -0.5 * case.levels.mid_rise)
-        return scale, symmetric if case.levels.symmetric else case.levels.zero(lower, scale)
+        return scale, symmetric if case.levels.symmetric else case.levels.zero(rows.min(axis=1), scale)
     if spec.range == "three_sigma":
         lower, upper = rows.mean(axis=1) - 3 * rows.std(axis=1), rows.mean(axis=1) + 3 * rows.std(axis=1)
         if case.quantizer.role == "weight":
@@ -236,28 +222,17 @@ def on_exact_residuals(case: Case, seed: int) -> Tensor:
 
 def expected_learned(case: Case, of: reference.Gradients, scale: Array, zero_point: Array) -> dict[str, Array]:
     """Gradients of the learned parameters from those of scale and zero point, by the chain rule."""
-    n = case.levels.cells
-    if case.method in ("lsq", "seq"):
-        return {"log_scale": of.scale * scale}
-    if case.method == "lsq_plus":
-        if case.levels.symmetric:
-            return {"log_scale": of.scale * scale}
-        first_range: Tensor = case.quantizer.first_range  # type: ignore[assignment]
-        beta = case.learned["offset"] * first_range.numpy()  # zero_point = [-beta / scale]
-        return {
-            "log_scale": of.scale * scale + of.zero_point * beta / scale,
-            "offset": of.zero_point * -first_range.numpy() / scale,
-        }
-    if case.method == "pact":
+    n, of_log = case.levels.cells, of.scale * scale  # of what the scale is proportional to
+    if "offset" in case.learned:
+        first_range = case.quantizer.first_range.numpy()  # type: ignore[operator]
+        beta = case.learned["offset"] * first_range  # zero_point = [-beta / scale]
+        return {"log_scale": of_log + of.zero_point * beta / scale, "offset": of.zero_point * -first_range / scale}
+    if case.method == "pact" and not case.levels.symmetric:
         clips = np.exp(case.learned["log_clips"])
-        if case.levels.symmetric:  # scale is proportional to the clip
-            return {"log_clips": (of.scale * scale)[None]}
         lower = of.scale / n + of.zero_point * (1 / scale - clips[0] / (scale**2 * n))
         upper = of.scale / n - of.zero_point * clips[0] / (scale**2 * n)
         return {"log_clips": np.stack([lower, upper]) * clips}
-    if case.method == "lsc":  # scale is proportional to alpha
-        return {"log_alpha": of.scale * scale}
-    return {}
+    return {name: of_log[None] if name == "log_clips" else of_log for name in case.learned}
 
 
 @EXTENT
@@ -283,16 +258,8 @@ def test_backward(method: str, extent: int) -> None:
         weight = case.quantizer.role == "weight"
         upstream = torch.from_numpy(np.random.default_rng(draw).normal(size=tuple(x.shape)))
         upstream = upstream * to_tensor(~unsure, case)
-        expected = reference.gradients(
-            squashed,
-            case.rows(upstream),
-            scale,
-            zero_point,
-            case.levels,
-            samples=1 if weight else len(x),
-            identity=identity,
-            residual=method != "pact",
-        )
+        options = {"samples": 1 if weight else len(x), "identity": identity, "residual": method != "pact"}
+        expected = reference.gradients(squashed, case.rows(upstream), scale, zero_point, case.levels, **options)
         out.backward(upstream)
         slope = 1 - squashed**2 if method == "dorefa" else 1.0
         assert x.grad is not None
@@ -343,17 +310,16 @@ def test_gradcheck_with_rounding_taken_out(
         scale, zero_point = quantizer.scale[:, None], quantizer.zero_point[:, None]
         low, high = quantizer.qmin - zero_point, quantizer.qmax - zero_point
         where = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
-        inside = low + (high - low) * where
-        steps = (
-            inside if method in ("statsq", "dorefa") else torch.cat([inside, low - 0.9 - where, high + 0.9 + where], 1)
-        )
+        steps = low + (high - low) * where
+        if method not in ("statsq", "dorefa"):
+            steps = torch.cat([steps, low - 0.9 - where, high + 0.9 + where], 1)
         x = (steps * scale).expand(3, -1).clone()
         x = x.atanh() if method == "dorefa" else x
-        names = [name for name, _ in quantizer.named_parameters()]
+        learned = {name: value.detach().clone().requires_grad_() for name, value in quantizer.named_parameters()}
 
-        def quantize(x: Tensor, *learned: Tensor, quantizer: Quantizer = quantizer, names: list[str] = names) -> Tensor:
-            given = dict(zip(names, learned, strict=True))
-            return torch.func.functional_call(quantizer, given, (x,))
+        def quantize(
+            x: Tensor, *values: Tensor, quantizer: Quantizer = quantizer, names: Any = tuple(learned)
+        ) -> Tensor:
+            return torch.func.functional_call(quantizer, dict(zip(names, values, strict=True)), (x,))
 
-        learned = [parameter.detach().clone().requires_grad_() for parameter in quantizer.parameters()]
-        assert torch.autograd.gradcheck(quantize, (x.requires_grad_(), *learned), eps=1e-7, atol=1e-5)
+        assert torch.autograd.gradcheck(quantize, (x.requires_grad_(), *learned.values()), eps=1e-7, atol=1e-5)

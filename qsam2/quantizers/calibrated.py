@@ -1,40 +1,35 @@
-"""Quantization by min and max of the tensor.
+"""Methods whose range calibration finds: `minmax`, `percentile`, `mse` and `entropy`; nothing is learned.
 
-Weights: min w, max w of each forward. Activations: exponential moving averages of the batches' min and max,
-m <- momentum * m + (1 - momentum) * batch (common practice in quantization-aware training).
+`minmax` follows the tensor. Weights: min w, max w of each forward. Activations: exponential moving averages of the
+batches' min and max, m <- momentum * m + (1 - momentum) * batch (common practice in quantization-aware training).
 Ours: with `range` percentile or mse, the bounds are the fractions of min and max that were best at calibration.
+
+The others keep the range that the search of their name determined (see `ranges`): that of activations on the
+calibration data, that of a weight on its values then, per channel. In training, weights change on a fixed grid.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from qsam2.quantizers.base import Quantizer
+from qsam2.quantizers.base import Quantizer, register
 from qsam2.quantizers.observers import Distribution, extremes, update_running
 from qsam2.quantizers.ranges import initial_bounds
-from qsam2.quantizers.registry import register
-from qsam2.recipe.quantizer_specs import MinMaxSpec, Role
+from qsam2.recipe.quantizer_specs import EntropySpec, MinMaxSpec, MSESpec, PercentileSpec
 
 
 @register(MinMaxSpec)
 class MinMaxQuantizer(Quantizer):
     """Running min and max (C,), and the fraction of each that the range keeps."""
 
+    statistics = ("minimum", "maximum", "kept_minimum", "kept_maximum")
+
     spec: MinMaxSpec
     minimum: Tensor
     maximum: Tensor
     kept_minimum: Tensor
     kept_maximum: Tensor
-
-    def __init__(self, spec: MinMaxSpec, role: Role, **kwargs: Any) -> None:
-        super().__init__(spec, role, **kwargs)
-        self.register_buffer("minimum", -torch.ones(self.num_channels))
-        self.register_buffer("maximum", torch.ones(self.num_channels))
-        self.register_buffer("kept_minimum", torch.ones(self.num_channels))
-        self.register_buffer("kept_maximum", torch.ones(self.num_channels))
 
     def _initialize(self, observed: Distribution) -> None:
         lower, upper = initial_bounds(observed, self.spec, self.grid)
@@ -57,3 +52,24 @@ class MinMaxQuantizer(Quantizer):
 def _kept(bound: Tensor, extreme: Tensor) -> Tensor:
     """Fraction bound / extreme (C,); 1 if the extreme is zero or a symmetric bound exceeds it."""
     return torch.where(extreme == 0, 1.0, bound / extreme).clamp(0.0, 1.0)
+
+
+@register(PercentileSpec)
+@register(MSESpec)
+@register(EntropySpec)
+class StaticQuantizer(Quantizer):
+    """Fixed scale and zero point (C,)."""
+
+    statistics = ("fixed_scale", "fixed_zero_point")
+
+    spec: PercentileSpec | MSESpec | EntropySpec
+    fixed_scale: Tensor
+    fixed_zero_point: Tensor
+
+    def _initialize(self, observed: Distribution) -> None:
+        scale, zero_point = self.grid.from_bounds(*initial_bounds(observed, self.spec, self.grid))
+        self.fixed_scale.copy_(scale)
+        self.fixed_zero_point.copy_(zero_point)
+
+    def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        return self.fixed_scale, self.fixed_zero_point
