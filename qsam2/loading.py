@@ -73,7 +73,7 @@ def _load_float(values: dict[str, Any], overrides: Sequence[str]) -> tuple[SAM2,
 
 
 def _load_packed(path: Path, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
-    values = packed.read_header(path).recipe
+    values = packed.read_header(path)["recipe"]
     recipe = build_recipe(values, overrides)
     own = build_recipe(values)
     if fixed := [key for key in ("model", "quantize") if getattr(recipe, key) != getattr(own, key)]:

@@ -18,6 +18,7 @@ from qsam2.layers.attention import (
     QuantMultiScaleAttention,
     QuantRoPEAttention,
     axial_rotary_table,
+    rotary_table,
     rotate,
 )
 
@@ -138,7 +139,7 @@ def test_q_k_v_are_quantized_after_rotary_encoding(excluded):
     heads = converted._separate_heads(converted.k_proj(memory), 2)
     seen = quantizers[1].seen
     assert torch.equal(seen[:, :, 32:], heads[:, :, 32:]), "object pointers are not rotated"
-    torch.testing.assert_close(seen[:, :, 16:32], rotate(heads[:, :, 16:32], *converted.rotary_table(16)))
+    torch.testing.assert_close(seen[:, :, 16:32], rotate(heads[:, :, 16:32], *rotary_table(converted, 16)))
 
 
 @pytest.mark.parametrize("which", range(3))

@@ -12,10 +12,6 @@ from numpy.typing import NDArray
 Filter = Literal["linear", "cubic"]
 
 
-def _linear(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.maximum(1 - np.abs(x), 0)
-
-
 def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Keys' kernel with a = -1/2, which is Pillow's."""
     x = np.abs(x)
@@ -23,7 +19,7 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 KERNELS: dict[Filter, tuple[Callable[[NDArray[np.float64]], NDArray[np.float64]], float]] = {
-    "linear": (_linear, 1.0),
+    "linear": (lambda x: np.maximum(1 - np.abs(x), 0), 1.0),
     "cubic": (_cubic, 2.0),
 }
 """{filter: (kernel, half its width in pixels)}."""
