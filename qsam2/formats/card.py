@@ -41,6 +41,8 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
     """The card as plain values, the content of `card.json`."""
     calibrate = recipe.calibrate
     protocol = metrics.get("quantized", {}).get("protocol", recipe.evaluate.protocol)
+    models = [name for name in ("float", "ptq", "quantized") if name in metrics]
+    scores = {name: {key: metrics[name][key] for key in HEADLINE if key in metrics[name]} for name in models}
     without_masks = any(is_unlabelled(spec) for spec in (*recipe.data.train, recipe.data.scored))
     return {
         "name": recipe.name,
@@ -65,11 +67,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         },
         "evaluation": {"data": recipe.data.scored, "protocol": protocol, "evaluator": f"qsam2 {version()}"},
         **({"prompts": OWN_MASKS} if without_masks else {}),
-        "scores": {
-            name: {key: metrics[name][key] for key in HEADLINE if key in metrics[name]}
-            for name in ("float", "ptq", "quantized")
-            if name in metrics
-        },
+        "scores": scores,
         "bytes": metrics.get("bytes"),
         "format": "packed integers in safetensors, see docs/packed.md",
         "float_layers": {

@@ -53,7 +53,13 @@ def audit(
         AuditError: any of these conditions is violated.
     """
     modules = dict(model.named_modules())
-    problems = [*_bits_violations(modules, rows), *_quantizer_violations(model)]
+    problems = []
+    for row in rows:
+        table = row.weight_bits, row.activation_bits
+        bits = _bits(modules[row.name]) if row.name in modules else None
+        if bits != table:
+            problems.append(f"{row.name}: the table says bits {table}, the model has {bits}")
+    problems += _quantizer_violations(model)
     if not problems:  # integers of weights can be computed with valid quantizers only
         problems += _weight_violations(model)
     float_values, unexplained = _float_values(modules, rows)
@@ -62,7 +68,11 @@ def audit(
         deciding = {id(quantize.rule_for(row.name)) for row in rows}
         problems += [f"rule {rule.match!r} decides on no layer" for rule in quantize.rules if id(rule) not in deciding]
     if forward is not None and not problems:
-        problems += _repeats(forward)
+        first, second = (list(nested_tensors(forward())) for _ in range(2))
+        if len(first) != len(second) or not first:
+            problems.append(f"forward gave {len(first)}, then {len(second)} tensors")
+        elif not all(torch.equal(one, other) for one, other in zip(first, second, strict=True)):
+            problems.append("two forwards differ (or hold NaN)")
     if problems:
         raise AuditError("\n  ".join([f"audit found {len(problems)} violations:", *problems]))
     on_grids = sum(layer.weight.numel() for _, layer, _ in quantized_weights(model))
@@ -70,14 +80,6 @@ def audit(
         f"audit passed: {len(list(quantizers(model)))} quantizers frozen, {on_grids:,} weights on their grids, "
         f"{float_values:,} values in float"
     )
-
-
-def _bits_violations(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> Iterator[str]:
-    """Layers whose bits differ from those of their row."""
-    for row in rows:
-        bits = _bits(modules[row.name]) if row.name in modules else None
-        if bits != (row.weight_bits, row.activation_bits):
-            yield f"{row.name}: the table says bits {(row.weight_bits, row.activation_bits)}, the model has {bits}"
 
 
 def _bits(layer: nn.Module) -> tuple[int | None, int | None]:
@@ -142,11 +144,3 @@ def _float_values(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLaye
             else:
                 problems.append(f"{path}: is in float and no rule keeps it")
     return values, problems
-
-
-def _repeats(forward: Callable[[], object]) -> Iterator[str]:
-    first, second = (list(nested_tensors(forward())) for _ in range(2))
-    if len(first) != len(second) or not first:
-        yield f"forward gave {len(first)}, then {len(second)} tensors"
-    elif not all(torch.equal(one, other) for one, other in zip(first, second, strict=True)):
-        yield "two forwards differ (or hold NaN)"

@@ -1,8 +1,4 @@
-"""Conversion: float layers become quantized layers, in place and by rules; after training they are finalized.
-
-`convert` replaces layers, `finalize` replaces their weights by dequantized integers. Between the two, quantizers are
-calibrated and trained.
-"""
+"""Conversion: float layers become quantized ones, in place and by rules; calibrated and trained, they are finalized."""
 
 from __future__ import annotations
 
@@ -151,12 +147,11 @@ def _check_rules(quantize: QuantizeRecipe, names: list[str]) -> None:
     """Raise UserError unless every rule of the recipe decides on some layer."""
     deciding = {id(quantize.rule_for(name)) for name in names}
     for index, rule in enumerate(quantize.rules):
-        if id(rule) in deciding:
-            continue
-        where = f"quantize.rules.{index}: match={rule.match!r}"
-        if any(fnmatchcase(name, rule.match) for name in names):
-            raise UserError(f"{where} decides on no layer, earlier rules match them all: put it first or remove it")
-        raise UserError(f"{where} matches no layer; {nearest_names(rule.match, names)}")
+        if id(rule) not in deciding:
+            problem = f"matches no layer; {nearest_names(rule.match, names)}"
+            if any(fnmatchcase(name, rule.match) for name in names):
+                problem = "decides on no layer, earlier rules match them all: put it first or remove it"
+            raise UserError(f"quantize.rules.{index}: match={rule.match!r} {problem}")
 
 
 def nearest_names(pattern: str, names: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +30,11 @@ class ImageEncoder(nn.Module):
     (1, C, h, h); inputs of the mask decoder at strides 4 (1, C/8, 4h, 4h) and 8 (1, C/4, 2h, 2h).
     """
 
-    no_memory: Tensor
-
     def __init__(self, model: SAM2) -> None:
         super().__init__()
         self.encoder = model.image_encoder
         self.conv_s0, self.conv_s1 = model.sam_mask_decoder.conv_s0, model.sam_mask_decoder.conv_s1
-        self.register_buffer("no_memory", model.no_mem_embed.detach().view(1, -1, 1, 1))
+        self.no_memory = nn.Buffer(model.no_mem_embed.detach().view(1, -1, 1, 1))
         trunk, side = model.image_encoder.trunk, model.image_size // 4
         position = trunk._get_pos_embed((side, side)).detach()
         trunk._get_pos_embed = lambda _: position  # one image size: interpolated once, not per frame
@@ -53,9 +52,6 @@ class MemoryAttention(nn.Module):
     content of empty ones is ignored but must be finite. Temporal positions belong to slots.
     """
 
-    positions: Tensor
-    memory_positions: Tensor
-
     def __init__(self, model: SAM2) -> None:
         super().__init__()
         self.attention, self.position_projection = model.memory_attention, model.obj_ptr_tpos_proj
@@ -65,10 +61,10 @@ class MemoryAttention(nn.Module):
         self.positions_of_pointers = model.add_tpos_enc_to_obj_ptrs
         features = torch.zeros(1, model.hidden_dim, side, side)
         positions = model.image_encoder.neck.position_encoding(features)
-        self.register_buffer("positions", _tokens(positions).clone())
+        self.positions = nn.Buffer(_tokens(positions).clone())
         memory_positions = model.memory_encoder.position_encoding(torch.zeros(1, model.mem_dim, side, side))
         temporal = model.maskmem_tpos_enc.detach().flatten(1).flip(0)  # (slots, M), the prompted frame's first
-        self.register_buffer("memory_positions", _tokens(memory_positions)[:, None] + temporal[None, :, None])
+        self.memory_positions = nn.Buffer(_tokens(memory_positions)[:, None] + temporal[None, :, None])
 
     def forward(
         self,
@@ -107,14 +103,12 @@ class MemoryEncoder(nn.Module):
     mask as 0 and 1, as `sam2` does on prompted frames -> memory of the frame (1, M, h, h).
     """
 
-    no_object: Tensor | None
-
     def __init__(self, model: SAM2) -> None:
         super().__init__()
         self.encoder, self.image_size = model.memory_encoder, model.image_size
         self.scale, self.bias = model.sigmoid_scale_for_mem_enc, model.sigmoid_bias_for_mem_enc
         no_object = model.no_obj_embed_spatial
-        self.register_buffer("no_object", None if no_object is None else no_object.detach().view(1, -1, 1, 1))
+        self.no_object = None if no_object is None else nn.Buffer(no_object.detach().view(1, -1, 1, 1))
 
     def forward(self, features: Tensor, mask: Tensor, object_score: Tensor, binarize: Tensor) -> Tensor:
         logits = F.interpolate(mask, size=(self.image_size,) * 2, mode="bilinear", align_corners=False)
@@ -147,14 +141,11 @@ class MaskDecoder(nn.Module):
     IoU (1, 4); the object score (1, 1), above 0 if it is visible; the four object pointers (1, 4, C).
     """
 
-    position: Tensor
-    no_object: Tensor
-
     def __init__(self, model: SAM2) -> None:
         super().__init__()
         self.decoder, self.pointer_projection = model.sam_mask_decoder, model.obj_ptr_proj
-        self.register_buffer("position", model.sam_prompt_encoder.get_dense_pe().detach())
-        self.register_buffer("no_object", model.no_obj_ptr.detach().view(1, 1, -1))
+        self.position = nn.Buffer(model.sam_prompt_encoder.get_dense_pe().detach())
+        self.no_object = nn.Buffer(model.no_obj_ptr.detach().view(1, 1, -1))
 
     def forward(
         self, features: Tensor, stride_4: Tensor, stride_8: Tensor, prompt: Tensor, dense_prompt: Tensor
@@ -175,8 +166,8 @@ class Graph:
     module: nn.Module
     inputs: Mapping[str, Tensor]
     outputs: tuple[str, ...]
-    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    """Names of dynamic dimensions, by input."""
+    dynamic: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
+    """Dynamic dimensions (`torch.export.Dim`) by input."""
 
 
 def build_graphs(model: SAM2) -> dict[str, Graph]:
@@ -198,6 +189,7 @@ def build_graphs(model: SAM2) -> dict[str, Graph]:
         "pointer_mask": yes.expand(1, pointers),
     }
     points = {"points": zeros(1, 2, 2), "labels": torch.ones(1, 2, dtype=torch.int32)}
+    count = torch.export.Dim("points")
     fine = {
         "stride_4": zeros(1, channels // 8, 4 * side, 4 * side),
         "stride_8": zeros(1, channels // 4, 2 * side, 2 * side),
@@ -221,13 +213,13 @@ def build_graphs(model: SAM2) -> dict[str, Graph]:
             PromptEncoder(model),
             {**points, "mask": zeros(1, 1, size, size), "has_mask": yes},
             ("prompt", "dense_prompt"),
-            {"points": {1: "points"}, "labels": {1: "points"}},
+            {"points": {1: count}, "labels": {1: count}},
         ),
         "mask_decoder": Graph(
             MaskDecoder(model),
             {"features": features, **fine, "prompt": zeros(1, 3, channels), "dense_prompt": dense_prompt},
             ("masks", "ious", "object_score", "pointers"),
-            {"prompt": {1: "prompt_tokens"}},
+            {"prompt": {1: torch.export.Dim("prompt_tokens")}},
         ),
     }
 

@@ -71,9 +71,6 @@ class ActivationGrid(nn.Module):
 class WeightCodes(nn.Module):
     """Replaces the quantizer of a weight: returns the stored integers, dequantized; its input is ignored."""
 
-    scale: Tensor
-    zero_point: Tensor | None
-
     def __init__(self, quantizer: Quantizer, layer: QuantizedLayer) -> None:
         super().__init__()
         self.axis, channels = layer.channel_dim, layer.weight.shape[layer.channel_dim]
@@ -87,8 +84,8 @@ class WeightCodes(nn.Module):
         dtype = torch.int16 if bits > 8 else torch.int8 if quantizer.grid.symmetric else torch.uint8
         self.codes_name = FOUR_BITS if bits <= 4 else "codes"
         self.register_buffer(self.codes_name, codes.to(dtype))
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
+        self.scale = nn.Buffer(scale)
+        self.zero_point = None if zero_point is None else nn.Buffer(zero_point)
 
     def forward(self, weight: Tensor) -> Tensor:
         return torch.ops.qsam2.dequantize(getattr(self, self.codes_name), self.scale, self.zero_point, self.axis)

@@ -55,6 +55,12 @@ class OnnxTracker:
         UserError: ONNX Runtime is missing, or a file is missing, damaged or of another version.
     """
 
+    model: dict[str, Any]
+    run_graph: RunGraph
+    objects: dict[Hashable, TrackedObject] = {}  # `start` gives each tracker its own
+    _frame_idx: int | None = None
+    _no_prompt: list[Floats] | None = None
+
     def __init__(
         self,
         folder: str | Path,
@@ -76,19 +82,13 @@ class OnnxTracker:
             name: onnxruntime.InferenceSession(_read_graph(folder, name, model), options, list(providers))
             for name in GRAPHS
         }
-        self._set_up(model, lambda name, inputs: sessions[name].run(None, inputs))
-
-    def _set_up(self, model: dict[str, Any], run: RunGraph) -> None:
-        self.model, self.run_graph = model, run
-        self.objects: dict[Hashable, TrackedObject] = {}
-        self._frame_idx: int | None = None
-        self._no_prompt: list[Floats] | None = None
+        self.model, self.run_graph = model, lambda name, inputs: sessions[name].run(None, inputs)
 
     @classmethod
     def of_graphs(cls, model: dict[str, Any], run: RunGraph) -> OnnxTracker:
         """A tracker with another implementation of the graphs; `model` is the content of `model.json`."""
         tracker = cls.__new__(cls)
-        tracker._set_up(model, run)
+        tracker.model, tracker.run_graph = model, run
         return tracker
 
     @property
@@ -137,10 +137,9 @@ class OnnxTracker:
         if (prompt is None) == (mask is None):
             raise UserError("add needs points, a box (or both), or a mask alone; give one kind of prompt")
         picture = self._picture
-        if mask is not None:
+        if prompt is None:
             logits, pointer, score = self._use_mask(picture, np.asarray(mask))
         else:
-            assert prompt is not None
             features, choices = picture["features_without_memory"], self._has_choices(prompt[0].shape[1])
             logits, pointer, score = self._decode(features, picture, self._prompt(*prompt), choices=choices)
         self.objects[object_id] = TrackedObject(

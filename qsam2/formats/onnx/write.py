@@ -97,17 +97,13 @@ def graph_bytes(graph: Graph) -> bytes:
     import onnx
 
     graph.module(*graph.inputs.values())  # fills sam2's caches of position encodings before tracing
-    dims = {name: torch.export.Dim(name) for sizes in graph.dynamic.values() for name in sizes.values()}
-    shapes = {
-        name: {dim: dims[size] for dim, size in graph.dynamic.get(name, {}).items()} or None for name in graph.inputs
-    }
     with _quiet():
         program = torch.onnx.export(
             graph.module.eval(),
             kwargs=dict(graph.inputs),
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=shapes,
+            dynamic_shapes={name: graph.dynamic.get(name) for name in graph.inputs},
             opset_version=OPSET,
             dynamo=True,
             custom_translation_table=translations(),
@@ -115,10 +111,9 @@ def graph_bytes(graph: Graph) -> bytes:
         )
     assert program is not None
     narrow(program.model)
-    for node in program.model.graph:  # names of source files, most of the bytes
-        node.metadata_props.clear()
-    for value in (*program.model.graph.initializers.values(), *program.model.graph.inputs):
-        value.metadata_props.clear()
+    nodes = program.model.graph
+    for item in (*nodes, *nodes.initializers.values(), *nodes.inputs):
+        item.metadata_props.clear()  # names of source files, most of the bytes
     proto = program.model_proto
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
