@@ -254,7 +254,7 @@ def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def _checksum(parts: Mapping[str, str] | Mapping[str, Tensor]) -> str:
+def _checksum(parts: Mapping[str, str | Tensor]) -> str:
     """CRC-32 over all names and contents, sorted by name, as a decimal number."""
     checksum = 0
     for name, part in sorted(parts.items()):

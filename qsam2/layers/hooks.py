@@ -81,7 +81,8 @@ def gather_halves(
     """
     count = max(count, 2)
     remaining, passed = iter(samples), 0
-    for half, size in (("fit", count // 2), ("held_out", None)):
+    halves: tuple[tuple[Half, int | None], ...] = (("fit", count // 2), ("held_out", None))
+    for half, size in halves:
         with watch_inputs(layers, partial(record, half), remedy=remedy):
             for sample in itertools.islice(remaining, size):
                 run(sample)

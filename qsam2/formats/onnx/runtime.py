@@ -189,13 +189,8 @@ class OnnxTracker:
     def _prompt(self, points: Floats, labels: NDArray[np.int32], mask: Floats | None = None) -> list[Floats]:
         """The prompt and the dense prompt, the mask (S, S) included."""
         size = self.model["image_size"]
-        shown = np.zeros((size, size), np.float32) if mask is None else mask
-        inputs = {
-            "points": points,
-            "labels": labels,
-            "mask": shown[None, None],
-            "has_mask": np.array([mask is not None]),
-        }
+        shown, has_mask = np.zeros((size, size), np.float32) if mask is None else mask, np.array([mask is not None])
+        inputs = {"points": points, "labels": labels, "mask": shown[None, None], "has_mask": has_mask}
         return self.run_graph("prompt_encoder", inputs)
 
     def _decode(

@@ -51,7 +51,7 @@ def export_onnx(
     graphs = build_graphs(model)
     with writing(folder):
         (folder / "model.json").unlink(missing_ok=True)  # absent until all files are of one model
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for name, graph in tqdm(graphs.items(), "ONNX graphs", disable=not progress):
         data = graph_bytes(graph)
         write_bytes(folder / f"{name}.onnx", data)
