@@ -30,28 +30,24 @@ RECIPE = QuantizeRecipe.model_validate(
 
 
 @pytest.fixture(scope="module")
-def _calibrated(pristine: SAM2) -> Converted:
+def stages(pristine: SAM2) -> tuple[Converted, Converted]:
+    """A calibrated model and a finalized one, with their rows."""
     model = copy.deepcopy(pristine)
     rows = convert(model, RECIPE)
     find_ranges(model, lambda _: track_video(model), [0])
-    return model, rows
-
-
-@pytest.fixture(scope="module")
-def _finalized(_calibrated: Converted) -> Converted:
-    model, rows = copy.deepcopy(_calibrated)
+    calibrated = copy.deepcopy(model)
     finalize(model)
-    return model, rows
+    return (calibrated, rows), (model, rows)
 
 
 @pytest.fixture
-def calibrated(_calibrated: Converted) -> Converted:
-    return copy.deepcopy(_calibrated)
+def calibrated(stages: tuple[Converted, Converted]) -> Converted:
+    return copy.deepcopy(stages[0])
 
 
 @pytest.fixture
-def finalized(_finalized: Converted) -> Converted:
-    return copy.deepcopy(_finalized)
+def finalized(stages: tuple[Converted, Converted]) -> Converted:
+    return copy.deepcopy(stages[1])
 
 
 def test_finalizing_keeps_outputs_and_parameters_and_twice_changes_nothing(calibrated):
@@ -193,8 +189,7 @@ def _violate(model: SAM2, violation: str) -> str:
 
 @pytest.mark.parametrize("violation", VIOLATIONS)
 def test_each_planted_violation_is_refused(finalized, violation):
-    model, rows = finalized
-    x = torch.randn(3, 64)
+    (model, rows), x = finalized, torch.randn(3, 64)
     audit(model, rows, RECIPE, lambda: model.obj_ptr_proj(x))
     message = _violate(model, violation)
     with pytest.raises(AuditError, match=message):
@@ -206,10 +201,9 @@ def test_a_block_that_was_soft_passes_when_it_is_hard_and_finalized(calibrated):
     block = model.image_encoder.trunk.blocks[0]
     soften_weights(block)
     learn_steps(block, drop=0.5)
-    with torch.no_grad():
-        for module in block.modules():
-            if isinstance(module, SoftRounding):
-                module.v.add_(torch.randn_like(module.v))
+    for module in block.modules():
+        if isinstance(module, SoftRounding):
+            module.v.data.add_(torch.randn_like(module.v))
     harden(block)
     finalize(model)
     audit(model, rows, RECIPE, lambda: track_video(model))

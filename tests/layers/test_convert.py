@@ -37,10 +37,6 @@ def calibrated(pristine: SAM2) -> SAM2:
     return model
 
 
-def bits(rows, name: str) -> tuple[int | None, int | None]:
-    return next((row.weight_bits, row.activation_bits) for row in rows if row.name == name)
-
-
 @pytest.mark.parametrize(
     "run, training", [(segment_image, False), (track_video, False), (train_forward, False), (train_forward, True)]
 )
@@ -119,10 +115,11 @@ def test_the_first_rule_wins_and_leaves_out_bits_are_the_recipes(model):
         {"match": "mask_downsample", "bits": 3},
     )
     rows = convert(model, recipe(*rules))
-    assert bits(rows, "image_encoder.trunk.blocks.0.attn.qkv") == (2, 4)
-    assert bits(rows, "image_encoder.trunk.blocks.1.attn.qkv") == (6, 5)
-    assert bits(rows, "image_encoder.neck.convs.0.conv") == (None, None)
-    assert bits(rows, "mask_downsample") == (3, 3), "before the default rules"
+    bits = {row.name: (row.weight_bits, row.activation_bits) for row in rows}
+    assert bits["image_encoder.trunk.blocks.0.attn.qkv"] == (2, 4)
+    assert bits["image_encoder.trunk.blocks.1.attn.qkv"] == (6, 5)
+    assert bits["image_encoder.neck.convs.0.conv"] == (None, None)
+    assert bits["mask_downsample"] == (3, 3), "before the default rules"
     assert type(model.image_encoder.neck.convs[0].conv) is nn.Conv2d
     assert next(row.reason for row in rows if row.name == "image_encoder.neck.convs.3.conv") == "a test"
 
