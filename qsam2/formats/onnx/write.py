@@ -52,7 +52,9 @@ def export_onnx(
     with writing(folder):
         (folder / "model.json").unlink(missing_ok=True)  # absent until all files are of one model
     files: dict[str, dict[str, Any]] = {}
-    for name, graph in tqdm(graphs.items(), "ONNX graphs", disable=not progress):
+    bar = tqdm(graphs.items(), "ONNX graphs", disable=not progress)
+    for name, graph in bar:
+        bar.set_postfix_str(name)
         data = graph_bytes(graph)
         write_bytes(folder / f"{name}.onnx", data)
         files[f"{name}.onnx"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
