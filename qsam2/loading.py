@@ -66,7 +66,7 @@ def _load_float(values: dict[str, Any], overrides: Sequence[str]) -> tuple[SAM2,
 
 
 def _load_packed(path: Path, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
-    values = packed.read_header(path).recipe
+    values = packed.read_header(path)["recipe"]
     recipe, own = build_recipe(values, overrides), build_recipe(values)
     if fixed := [key for key in ("model", "quantize") if getattr(recipe, key) != getattr(own, key)]:
         raise UserError(f"{path} is a quantized model: {', '.join(fixed)} cannot be changed by an override")

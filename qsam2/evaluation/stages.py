@@ -50,7 +50,7 @@ def score(run: Run, model: SAM2, name: str, reference: Predictions | None = None
     recipe, folder = run.recipe, run.folder
     if reference is not None:
         image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.device)
-        log.info("%s", audit(model, run.layers, recipe.quantize, lambda: model.forward_image(image)).summary)
+        log.info("%s", audit(model, run.layers, recipe.quantize, lambda: model.forward_image(image)))
     with folder.stage(f"score {name}", f"{len(run.videos)} videos"):
         if reference is None and model.memory_reader is None:  # cached scores are of models that read memory as sam2
             block, predictions = score_float(model, run.videos, recipe.evaluate, recipe.trainer, folder=folder.path)

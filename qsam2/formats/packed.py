@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +43,6 @@ GROUP = 8
 """Values packed together: 8 values of b bits are b bytes, which fit into an int64."""
 MAX_SHOWN = 200
 """Characters of untrusted text that a message shows."""
-
-
-@dataclass(frozen=True)
-class PackedHeader:
-    """Header of a packed file: recipe and `extra` as plain values, descriptions of the quantized weights."""
-
-    recipe: dict[str, Any]
-    extra: dict[str, Any]
-    weights: dict[str, dict[str, Any]]
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -108,34 +98,63 @@ def save_packed(
             raise RuntimeError(f"{name} is {quantizer.state.name}: finalize the model before it is packed")
     tensors = {**_grids(model), **_float_tensors(model)}
     for name, layer, quantizer in quantized_weights(model):
-        tensors[f"{name}.weight.packed"] = _packed(name, layer.weight, quantizer)
+        codes = quantizer.to_int(layer.weight)
+        if not torch.equal(quantizer.dequantize(codes, layer.weight.dtype), layer.weight):
+            raise RuntimeError(f"{name}.weight is not its own integers: finalize the model before it is packed")
+        tensors[f"{name}.weight.packed"] = pack_bits(codes - quantizer.qmin, quantizer.bits)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "extra": json.dumps(extra or {}),
         "recipe": json.dumps(recipe),
         "weights": json.dumps(_descriptions(model)),
     }
-    checksums = {"crc32": str(_checksum(_bytes(tensors))), "header_crc32": str(_checksum(_encoded(header)))}
+    checksums = {"crc32": _checksum(tensors), "header_crc32": _checksum(header)}
     write_tensors(Path(path), tensors, {"format": FORMAT, "version": str(VERSION), **checksums, **header})
 
 
 def save_weights(path: Path, model: SAM2, recipe: dict[str, Any]) -> None:
     """Write a float model's state dict; `qsam2.loading.load_model` and `model.checkpoint=PATH` read it.
 
-    Raises:
-        UserError: the file could not be written; no part of it is left.
+    Raises UserError if the file could not be written; no part of it is left.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_tensors(path, state, {"format": FLOAT_FORMAT, "recipe": json.dumps(recipe)})
 
 
-def read_header(path: str | Path) -> PackedHeader:
-    """Header of a packed file; its tensors are not read.
+def read_header(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Header of a packed file as plain values, by the keys of `HEADER`; its tensors are not read.
 
     Raises:
         UserError: the file does not exist, is no packed model, is damaged, or has another version.
     """
-    return _header(Path(path), _metadata(Path(path)))
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"packed model {path} does not exist; give the file that a run or `qsam2 export` wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:MAX_SHOWN]
+        raise UserError(
+            f"{path} cannot be read as a packed model ({reason}): truncated or another kind of file"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is no packed model of qsam2: give the file that a run or `qsam2 export` wrote")
+    if (version := metadata.get("version")) != str(VERSION):
+        raise UserError(
+            f"packed model {path} has format version {str(version)[:MAX_SHOWN]!r}, this qsam2 reads {VERSION}: "
+            "update qsam2, or export the model again"
+        )
+    texts = {key: metadata[key] for key in HEADER if key in metadata}
+    if metadata.get("header_crc32") != _checksum(texts):
+        raise _damaged(path)
+    try:
+        values = {key: json.loads(texts[key]) for key in HEADER}
+    except (KeyError, ValueError, RecursionError) as error:
+        raise _damaged(path) from error
+    if not all(isinstance(value, dict) for value in values.values()):
+        raise _damaged(path)
+    return values
 
 
 @torch.no_grad()
@@ -151,19 +170,17 @@ def load_packed(path: str | Path, model: nn.Module) -> list[ConvertedLayer]:
     path = Path(path)
     header, tensors = read_header(path), _tensors(path)
     try:
-        rows = convert(model, QuantizeRecipe.model_validate(header.recipe.get("quantize")))
+        rows = convert(model, QuantizeRecipe.model_validate(header["recipe"].get("quantize")))
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
         raise UserError(f"packed model {path} was made by a recipe that this version refuses: {problem}") from error
-    if header.weights != _descriptions(model):
+    if header["weights"] != _descriptions(model):
         raise UserError(f"packed model {path} does not fit the model: other layers, shapes or bits; check model.size")
     floats = _float_tensors(model)
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in {**floats, **_grids(model)}.items()}
     for name, layer, quantizer in quantized_weights(model):
-        expected[f"{name}.weight.packed"] = (
-            torch.Size([packed_size(layer.weight.numel(), quantizer.bits)]),
-            torch.uint8,
-        )
+        size = packed_size(layer.weight.numel(), quantizer.bits)
+        expected[f"{name}.weight.packed"] = torch.Size([size]), torch.uint8
     stored = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     if differing := sorted({name for name, _ in expected.items() ^ stored.items()}):
         raise UserError(
@@ -176,7 +193,14 @@ def load_packed(path: str | Path, model: nn.Module) -> list[ConvertedLayer]:
         scale, zero_point = tensors[f"{name}.scale"], tensors[f"{name}.zero_point"]
         if not _is_grid(quantizer, scale, zero_point):
             raise UserError(f"packed model {path} is damaged: {name} has a scale or zero point that none can have")
-        _freeze_at(quantizer, scale, zero_point)
+        state = {
+            "frozen_scale": scale,
+            "frozen_zero_point": zero_point.expand_as(scale),
+            "is_calibrated": torch.tensor(1),
+            "state_code": torch.tensor(QuantizerState.FROZEN.value),
+            "is_mid_rise": torch.tensor(_lie_between_codes(zero_point)),  # used only if calibration chooses the grid
+        }
+        quantizer.load_state_dict(state, strict=False)
     for name, layer, quantizer in quantized_weights(model):
         weight = layer.weight
         codes = unpack_bits(tensors[f"{name}.weight.packed"], quantizer.bits, weight.numel()) + quantizer.qmin
@@ -187,9 +211,8 @@ def load_packed(path: str | Path, model: nn.Module) -> list[ConvertedLayer]:
 
 def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without quantized weights and quantizers."""
-    left_out = [f"{name}." for name, _ in quantizers(model)] + [
-        f"{name}.weight" for name, _, _ in quantized_weights(model)
-    ]
+    left_out = [f"{name}." for name, _ in quantizers(model)]
+    left_out += [f"{name}.weight" for name, _, _ in quantized_weights(model)]
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(left_out))}
 
 
@@ -218,24 +241,6 @@ def _lie_between_codes(zero_points: Tensor) -> bool:
     return bool((zero_points - zero_points.floor() == 0.5).all())
 
 
-def _freeze_at(quantizer: Quantizer, scale: Tensor, zero_point: Tensor) -> None:
-    state = {
-        "frozen_scale": scale,
-        "frozen_zero_point": zero_point.expand_as(scale),
-        "is_calibrated": torch.tensor(1),
-        "state_code": torch.tensor(QuantizerState.FROZEN.value),
-        "is_mid_rise": torch.tensor(_lie_between_codes(zero_point)),  # used only if calibration chooses the grid
-    }
-    quantizer.load_state_dict(state, strict=False)
-
-
-def _packed(name: str, weight: Tensor, quantizer: Quantizer) -> Tensor:
-    codes = quantizer.to_int(weight)
-    if not torch.equal(quantizer.dequantize(codes, weight.dtype), weight):
-        raise RuntimeError(f"{name}.weight is not its own integers: finalize the model before it is packed")
-    return pack_bits(codes - quantizer.qmin, quantizer.bits)
-
-
 def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {
         name: {
@@ -249,54 +254,13 @@ def _descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def _checksum(parts: Mapping[str, Any]) -> int:
-    """CRC-32 over all names and contents (bytes), sorted by name."""
+def _checksum(parts: Mapping[str, str | Tensor]) -> str:
+    """CRC-32 over all names and contents, sorted by name, as a decimal number."""
     checksum = 0
-    for name in sorted(parts):
-        checksum = zlib.crc32(parts[name], zlib.crc32(name.encode(), checksum))
-    return checksum
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: tensor.reshape(-1).view(torch.uint8).numpy().data for name, tensor in tensors.items()}
-
-
-def _encoded(texts: Mapping[str, str]) -> dict[str, bytes]:
-    return {name: text.encode() for name, text in texts.items()}
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """Metadata of a packed file, after checking format and version."""
-    if not path.is_file():
-        raise UserError(f"packed model {path} does not exist; give the file that a run or `qsam2 export` wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except UNREADABLE as error:
-        raise UserError(
-            f"{path} cannot be read as a packed model ({_one_line(error)}): truncated or another kind of file"
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is no packed model of qsam2: give the file that a run or `qsam2 export` wrote")
-    if (version := metadata.get("version")) != str(VERSION):
-        raise UserError(
-            f"packed model {path} has format version {str(version)[:MAX_SHOWN]!r}, this qsam2 reads {VERSION}: "
-            "update qsam2, or export the model again"
-        )
-    return metadata
-
-
-def _header(path: Path, metadata: Mapping[str, str]) -> PackedHeader:
-    texts = {key: metadata[key] for key in HEADER if key in metadata}
-    if metadata.get("header_crc32") != str(_checksum(_encoded(texts))):
-        raise _damaged(path)
-    try:
-        values = {key: json.loads(texts[key]) for key in HEADER}
-    except (KeyError, ValueError, RecursionError) as error:
-        raise _damaged(path) from error
-    if not all(isinstance(value, dict) for value in values.values()):
-        raise _damaged(path)
-    return PackedHeader(**values)
+    for name, part in sorted(parts.items()):
+        content = part.encode() if isinstance(part, str) else part.reshape(-1).view(torch.uint8).numpy().data
+        checksum = zlib.crc32(content, zlib.crc32(name.encode(), checksum))
+    return str(checksum)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -304,7 +268,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             checksum = file.metadata().get("crc32")
-        actual = str(_checksum(_bytes(tensors)))
+        actual = _checksum(tensors)
     except UNREADABLE as error:
         raise _damaged(path) from error
     if checksum != actual:
@@ -314,7 +278,3 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _damaged(path: Path) -> UserError:
     return UserError(f"packed model {path} is damaged (its checksum or header is wrong): copy or export it again")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:MAX_SHOWN]

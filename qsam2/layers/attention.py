@@ -27,7 +27,7 @@ RotaryTable = tuple[Tensor, Tensor]
 """Cosines and sines (tokens, channels / 2)."""
 
 
-def axial_rotary_table(dim: int, width: int, height: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+def axial_rotary_table(dim: int, width: int, height: int, theta: float) -> RotaryTable:
     """Cosines and sines, each (width * height, dim / 2) float32: half of the channels encode x, the others y.
 
     Axial rotary encoding of Heo et al. (arXiv 2403.13298), with SAM2's frequencies.
@@ -68,23 +68,15 @@ class QuantizedAttention(nn.Module):
     v_quantizer: Quantizer | None
 
     @classmethod
-    def from_float(
-        cls,
-        attention: nn.Module,
-        q_quantizer: Quantizer | None = None,
-        k_quantizer: Quantizer | None = None,
-        v_quantizer: Quantizer | None = None,
-    ) -> QuantizedAttention:
-        """Quantized version of `attention`; it shares the projections and all attributes."""
+    def from_float(cls, attention: nn.Module, *quantizers: Quantizer | None) -> QuantizedAttention:
+        """Quantized version of `attention` with quantizers of q, k and v (or none at all); it shares all attributes."""
         module: Any = recast(cls, attention)
-        module.q_quantizer, module.k_quantizer, module.v_quantizer = q_quantizer, k_quantizer, v_quantizer
+        module.q_quantizer, module.k_quantizer, module.v_quantizer = quantizers or (None, None, None)
         return module
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
         """softmax(Q(q) Q(k)^T / sqrt(C)) Q(v) of (B, heads, tokens, C) tensors."""
-        q = q if self.q_quantizer is None else self.q_quantizer(q)
-        k = k if self.k_quantizer is None else self.k_quantizer(k)
-        v = v if self.v_quantizer is None else self.v_quantizer(v)
+        q, k, v = quantize_part(q, self, "q"), quantize_part(k, self, "k"), quantize_part(v, self, "v")
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
 
 
@@ -117,91 +109,56 @@ class QuantAttention(QuantizedAttention, Attention):
     num_heads: int
     dropout_p: float
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, tokens, C) each; returns (B, tokens of q, C)."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
+        """(B, tokens, C) each; returns (B, tokens of q, C). The last `num_k_exclude_rope` keys are object pointers."""
         q = split_heads(self.q_proj(q), self.num_heads)  # (B, heads, tokens, C/heads)
         k = split_heads(self.k_proj(k), self.num_heads)
         v = split_heads(self.v_proj(v), self.num_heads)
+        q, k = self.with_positions(q, k, num_k_exclude_rope)
         out = self.attend(q, k, v, dropout_p=self.dropout_p if self.training else 0.0)
         return self.out_proj(join_heads(out))
 
+    def with_positions(self, q: Tensor, k: Tensor, pointers: int) -> tuple[Tensor, Tensor]:
+        """q and k (B, heads, tokens, C / heads) as they are compared: here they hold their positions already."""
+        return q, k
 
-class QuantRoPEAttention(QuantizedAttention, RoPEAttention):
+
+class QuantRoPEAttention(QuantAttention, RoPEAttention):
     """Rotary attention of the memory attention; q and k are quantized after rotary encoding.
 
     The table of the model's feature size is a buffer outside the state dict; that of another square size is computed on
     each call.
     """
 
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    out_proj: nn.Linear
-    num_heads: int
-    dropout_p: float
-    internal_dim: int
     rope_k_repeat: bool
-    rotary_theta: float
     rotary_cos: Tensor
     rotary_sin: Tensor
 
     @classmethod
-    def from_float(
-        cls,
-        attention: nn.Module,
-        q_quantizer: Quantizer | None = None,
-        k_quantizer: Quantizer | None = None,
-        v_quantizer: Quantizer | None = None,
-    ) -> QuantizedAttention:
+    def from_float(cls, attention: nn.Module, *quantizers: Quantizer | None) -> QuantizedAttention:
         """See the base class; the complex table becomes two real ones."""
-        module: Any = super().from_float(attention, q_quantizer, k_quantizer, v_quantizer)
+        module: Any = super().from_float(attention, *quantizers)
         device = module.q_proj.weight.device
-        module.rotary_theta = module.compute_cis.keywords["theta"]
         module.register_buffer("rotary_cos", module.freqs_cis.real.to(device, copy=True), persistent=False)
         module.register_buffer("rotary_sin", module.freqs_cis.imag.to(device, copy=True), persistent=False)
-        del module.freqs_cis, module.compute_cis
+        del module.freqs_cis
         return module
 
-    def rotary_table(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for a number of query tokens.
-
-        Raises:
-            ValueError: it is neither the model's own number nor a square; SAM2 would give wrong positions.
-        """
-        if tokens == self.rotary_cos.shape[0]:
-            return self.rotary_cos, self.rotary_sin
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            own = self.rotary_cos.shape[0]
-            raise ValueError(f"rotary attention got {tokens} query tokens: give {own} or a square number")
-        cos, sin = axial_rotary_table(self.internal_dim // self.num_heads, side, side, self.rotary_theta)
-        return cos.to(self.rotary_cos.device), sin.to(self.rotary_cos.device)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
-        """(B, tokens, C) each; the last `num_k_exclude_rope` keys (object pointers) are not rotated.
-
-        Returns (B, tokens of q, C).
+    def with_positions(self, q: Tensor, k: Tensor, pointers: int) -> tuple[Tensor, Tensor]:
+        """Rotated q and k; the last `pointers` keys are not rotated.
 
         Raises:
             ValueError: there are not as many keys to rotate as queries or, with `rope_k_repeat`, a multiple of them.
         """
-        q = split_heads(self.q_proj(q), self.num_heads)  # (B, heads, N, C/heads)
-        k = split_heads(self.k_proj(k), self.num_heads)
-        v = split_heads(self.v_proj(v), self.num_heads)
-
-        cos, sin = self.rotary_table(q.shape[-2])
-        queries, rotated = q.shape[-2], k.shape[-2] - num_k_exclude_rope
-        if rotated % queries or not (self.rope_k_repeat or rotated in (0, queries)):
-            repeat = self.rope_k_repeat
+        table = rotary_table(self, q.shape[-2])
+        queries, rotated, repeat = q.shape[-2], k.shape[-2] - pointers, self.rope_k_repeat
+        if rotated % queries or not (repeat or rotated in (0, queries)):
             raise ValueError(
                 f"rotary attention got {queries} queries, {rotated} keys to rotate, rope_k_repeat={repeat}"
             )
-        q = rotate(q, cos, sin)
         if rotated:
-            k = torch.cat((rotate(k[:, :, :rotated], cos, sin), k[:, :, rotated:]), dim=2)
-
-        out = self.attend(q, k, v, dropout_p=self.dropout_p if self.training else 0.0)
-        return self.out_proj(join_heads(out))
+            k = torch.cat((rotate(k[:, :, :rotated], *table), k[:, :, rotated:]), dim=2)
+        return rotate(q, *table), k
 
 
 def quantizer_of(attention: nn.Module, part: str) -> Quantizer | None:
@@ -221,18 +178,20 @@ def is_quantizing(quantizer: Quantizer) -> bool:
 
 
 def rotary_table(attention: RoPEAttention, tokens: int) -> RotaryTable:
-    """Cosines and sines for a square of `tokens` tokens, of a float or a quantized attention."""
-    if isinstance(attention, QuantRoPEAttention):
-        return attention.rotary_table(tokens)
-    side, theta = round(tokens**0.5), attention.compute_cis.keywords["theta"]
-    device = attention.k_proj.weight.device
+    """Cosines and sines for a number of query tokens, of a float or a quantized attention.
+
+    Raises:
+        ValueError: it is neither the model's own number nor a square; SAM2 would give wrong positions.
+    """
+    own = attention.rotary_cos.shape[0] if isinstance(attention, QuantRoPEAttention) else None
+    if tokens == own:
+        return attention.rotary_cos, attention.rotary_sin
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"rotary attention got {tokens} query tokens: give {own} or a square number")
+    theta, device = attention.compute_cis.keywords["theta"], attention.q_proj.weight.device
     cos, sin = axial_rotary_table(attention.internal_dim // attention.num_heads, side, side, theta)
     return cos.to(device), sin.to(device)
-
-
-def project_keys_values(attention: RoPEAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, heads, tokens, C / heads), neither rotated nor quantized."""
-    return split_heads(attention.k_proj(k), attention.num_heads), split_heads(attention.v_proj(v), attention.num_heads)
 
 
 def projects_values_last(attention: RoPEAttention) -> bool:
@@ -241,7 +200,8 @@ def projects_values_last(attention: RoPEAttention) -> bool:
     There the narrow memory features are attended to and projected afterwards: fewer channels, fewer multiplications.
     """
     plain = type(attention.v_proj) is nn.Linear and quantizer_of(attention, "v") is None
-    return plain and attention.num_heads == 1 and not torch.is_grad_enabled() and _on_cpu(attention.v_proj.weight)
+    on_cpu = attention.v_proj.weight.device.type == "cpu"
+    return plain and on_cpu and attention.num_heads == 1 and not torch.is_grad_enabled()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
@@ -256,14 +216,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_
         bias: (B, 1, 1, tokens of k), added to the scores.
     """
     fused_is_slow = v.shape[-1] < q.shape[-1] or q.dtype == torch.bfloat16
-    if not fused_is_slow or dropout_p or torch.is_grad_enabled() or not _on_cpu(q):
+    if not fused_is_slow or dropout_p or torch.is_grad_enabled() or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
-    scale = 1 / math.sqrt(q.shape[-1])
+    scale, bias_of = 1 / math.sqrt(q.shape[-1]), [None] * len(q) if bias is None else bias[:, 0]
     with torch.autocast(q.device.type, enabled=False):
         items = [
-            _attend_head(
-                q[item, head] * scale, k[item, head], v[item, head].to(q.dtype), None if bias is None else bias[item, 0]
-            )
+            _attend_head(q[item, head] * scale, k[item, head], v[item, head].to(q.dtype), bias_of[item])
             for item in range(len(q))
             for head in range(q.shape[1])
         ]
@@ -284,7 +242,3 @@ def _attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor
             columns += bias
         parts.append(rows.softmax(dim=-1) @ v)
     return torch.cat(parts)
-
-
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,55 +16,23 @@ from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import ConvertedLayer, QuantizeRecipe
 
-FLOAT_MODULES = {nn.LayerNorm: "normalisation", LayerNorm2d: "normalisation", nn.Embedding: "small embedding table"}
-FLOAT_PARAMETERS = {
-    "image_encoder.trunk.pos_embed": "position embedding",
-    "image_encoder.trunk.pos_embed_window": "position embedding",
-    "maskmem_tpos_enc": "position embedding",
-    "no_mem_pos_enc": "position embedding",
-    "no_mem_embed": "one embedded token",
-    "no_obj_ptr": "one embedded token",
-    "no_obj_embed_spatial": "one embedded token",
-    "memory_encoder.fuser.layers.*.gamma": "one scale per channel",
-}
-"""Parameters that always stay in float, by module type and by name, with reasons."""
+FLOAT_MODULES = (nn.LayerNorm, LayerNorm2d, nn.Embedding)
+"""Modules that always stay in float: normalisation, small embedding tables."""
+FLOAT_PARAMETERS = (
+    "image_encoder.trunk.pos_embed",
+    "image_encoder.trunk.pos_embed_window",
+    "maskmem_tpos_enc",
+    "no_mem_pos_enc",
+    "no_mem_embed",
+    "no_obj_ptr",
+    "no_obj_embed_spatial",
+    "memory_encoder.fuser.layers.*.gamma",
+)
+"""Other parameters that always stay in float: position embeddings, single tokens, one scale per channel."""
 
 
 class AuditError(RuntimeError):
     """The model differs from its conversion table, which is a fault of the program. Names all violations."""
-
-
-@dataclass(frozen=True)
-class FloatPart:
-    """A parameter in float: its name, number of values, and the reason."""
-
-    name: str
-    values: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """Result of a passed audit."""
-
-    quantized_weights: int
-    """Number of weight values on integer grids."""
-    quantizers: int
-    float_parts: tuple[FloatPart, ...]
-
-    @property
-    def summary(self) -> str:
-        """The result in one line."""
-        kept = sum(part.values for part in self.float_parts)
-        return (
-            f"audit passed: {self.quantizers} quantizers frozen, {self.quantized_weights:,} weights on their grids, "
-            f"{kept:,} values in float"
-        )
-
-    def __str__(self) -> str:
-        lines = [f"{self.summary}:"]
-        lines += [f"  {part.name} ({part.values:,}): {part.reason}" for part in self.float_parts]
-        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -74,8 +41,8 @@ def audit(
     rows: Sequence[ConvertedLayer],
     quantize: QuantizeRecipe | None = None,
     forward: Callable[[], object] | None = None,
-) -> AuditReport:
-    """Check a finalized model against its conversion table.
+) -> str:
+    """Check a finalized model against its conversion table; returns what was found, in one line.
 
     All quantizers are frozen and calibrated; every weight equals its own dequantized integers exactly, with at most
     2^bits levels per channel, and the layer computes with it; bits are those of the table; everything in float is kept
@@ -86,44 +53,49 @@ def audit(
         AuditError: any of these conditions is violated.
     """
     modules = dict(model.named_modules())
-    problems = [*_bits_violations(modules, rows), *_quantizer_violations(model)]
+    problems = []
+    for row in rows:
+        table = row.weight_bits, row.activation_bits
+        bits = _bits(modules[row.name]) if row.name in modules else None
+        if bits != table:
+            problems.append(f"{row.name}: the table says bits {table}, the model has {bits}")
+    problems += _quantizer_violations(model)
     if not problems:  # integers of weights can be computed with valid quantizers only
         problems += _weight_violations(model)
-    float_parts, unexplained = _float_parts(modules, rows)
+    float_values, unexplained = _float_values(modules, rows)
     problems += unexplained
     if quantize is not None:
         deciding = {id(quantize.rule_for(row.name)) for row in rows}
         problems += [f"rule {rule.match!r} decides on no layer" for rule in quantize.rules if id(rule) not in deciding]
     if forward is not None and not problems:
-        problems += _repeats(forward)
+        first, second = (list(nested_tensors(forward())) for _ in range(2))
+        if len(first) != len(second) or not first:
+            problems.append(f"forward gave {len(first)}, then {len(second)} tensors")
+        elif not all(torch.equal(one, other) for one, other in zip(first, second, strict=True)):
+            problems.append("two forwards differ (or hold NaN)")
     if problems:
         raise AuditError("\n  ".join([f"audit found {len(problems)} violations:", *problems]))
-    values = sum(layer.weight.numel() for _, layer, _ in quantized_weights(model))
-    return AuditReport(values, sum(1 for _ in quantizers(model)), tuple(float_parts))
-
-
-def _bits_violations(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> Iterator[str]:
-    """Layers whose bits differ from those of their row."""
-    for row in rows:
-        bits = _bits(modules[row.name]) if row.name in modules else None
-        if bits != (row.weight_bits, row.activation_bits):
-            yield f"{row.name}: the table says bits {(row.weight_bits, row.activation_bits)}, the model has {bits}"
+    on_grids = sum(layer.weight.numel() for _, layer, _ in quantized_weights(model))
+    return (
+        f"audit passed: {len(list(quantizers(model)))} quantizers frozen, {on_grids:,} weights on their grids, "
+        f"{float_values:,} values in float"
+    )
 
 
 def _bits(layer: nn.Module) -> tuple[int | None, int | None]:
     """Bits of weights and activations; -1 if q, k and v differ or another module is in a quantizer's place."""
+
+    def bits_of(quantizer: nn.Module | None) -> int | None:
+        if quantizer is None:
+            return None
+        return quantizer.bits if isinstance(quantizer, Quantizer) else -1
+
     if isinstance(layer, QuantizedLayer):
-        return _bits_of(layer.weight_quantizer), _bits_of(layer.input_quantizer)
+        return bits_of(layer.weight_quantizer), bits_of(layer.input_quantizer)
     if isinstance(layer, QuantizedAttention):
-        bits = {_bits_of(quantizer) for quantizer in (layer.q_quantizer, layer.k_quantizer, layer.v_quantizer)}
+        bits = {bits_of(quantizer) for quantizer in (layer.q_quantizer, layer.k_quantizer, layer.v_quantizer)}
         return None, bits.pop() if len(bits) == 1 else -1
     return None, None
-
-
-def _bits_of(quantizer: nn.Module | None) -> int | None:
-    if quantizer is None:
-        return None
-    return quantizer.bits if isinstance(quantizer, Quantizer) else -1
 
 
 def _quantizer_violations(model: nn.Module) -> Iterator[str]:
@@ -153,38 +125,22 @@ def _most_levels(weight: Tensor, channel_dim: int) -> int:
     return int((ordered.diff(dim=1) != 0).sum(dim=1).max()) + 1
 
 
-def _float_parts(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> tuple[list[FloatPart], list[str]]:
-    """Parameters in float (except biases of quantized layers) with their reasons, and violations: those without one."""
-    reasons = {
-        row.name: row.reason if row.activation_bits is None else "the recipe leaves weights in float"
-        for row in rows
-        if row.weight_bits is None
-    }
-    quantized = {row.name for row in rows} - reasons.keys()
-    parts, problems = [], []
+def _float_values(modules: Mapping[str, nn.Module], rows: Sequence[ConvertedLayer]) -> tuple[int, list[str]]:
+    """Number of values in float (without biases of quantized layers), and violations: parameters without a reason."""
+    kept = {row.name for row in rows if row.weight_bits is None}
+    quantized = {row.name for row in rows} - kept
+    values, problems = 0, []
     for name, module in modules.items():
         if isinstance(module, Quantizer) or name in quantized:
             continue
-        if isinstance(module, (*QUANT_LAYERS, *QUANT_ATTENTIONS)) and name not in reasons:
+        if isinstance(module, (*QUANT_LAYERS, *QUANT_ATTENTIONS)) and name not in kept:
             problems.append(f"{name}: {type(module).__name__} is not in the conversion table")
             continue
+        has_reason = name in kept or type(module) in FLOAT_MODULES
         for key, parameter in module.named_parameters(recurse=False):
             path = f"{name}.{key}".lstrip(".")
-            reason = reasons.get(name) or FLOAT_MODULES.get(type(module)) or _parameter_reason(path)
-            if reason is None:
-                problems.append(f"{path}: is in float and no rule keeps it")
+            if has_reason or any(fnmatchcase(path, pattern) for pattern in FLOAT_PARAMETERS):
+                values += parameter.numel()
             else:
-                parts.append(FloatPart(path, parameter.numel(), reason))
-    return parts, problems
-
-
-def _parameter_reason(path: str) -> str | None:
-    return next((reason for pattern, reason in FLOAT_PARAMETERS.items() if fnmatchcase(path, pattern)), None)
-
-
-def _repeats(forward: Callable[[], object]) -> Iterator[str]:
-    first, second = (list(nested_tensors(forward())) for _ in range(2))
-    if len(first) != len(second) or not first:
-        yield f"forward gave {len(first)}, then {len(second)} tensors"
-    elif not all(torch.equal(one, other) for one, other in zip(first, second, strict=True)):
-        yield "two forwards differ (or hold NaN)"
+                problems.append(f"{path}: is in float and no rule keeps it")
+    return values, problems

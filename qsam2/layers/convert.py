@@ -1,17 +1,14 @@
-"""Conversion: float layers become quantized layers, in place and by rules; after training they are finalized.
-
-`convert` replaces layers, `finalize` replaces their weights by dequantized integers. Between the two, quantizers are
-calibrated and trained.
-"""
+"""Conversion: float layers become quantized ones, in place and by rules; calibrated and trained, they are finalized."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from sam2.modeling.backbones.hieradet import MultiScaleAttention
@@ -24,7 +21,6 @@ from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantizedLaye
 from qsam2.output import aligned
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.recipe.quantize import ConvertedLayer, LayerPlan, QuantizeRecipe
-from qsam2.recipe.quantizer_specs import QuantizerSpec
 from qsam2.run import Run
 
 QUANT_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
@@ -38,9 +34,6 @@ QUANT_ATTENTIONS: dict[type[nn.Module], type[QuantizedAttention]] = {
     RoPEAttention: QuantRoPEAttention,
 }
 log = logging.getLogger("qsam2")
-NO_ACTIVATIONS = "the recipe leaves activations in float"
-NEAREST = 3
-"""Layer names in the message on a pattern without a match."""
 
 
 def convert_layers(run: Run) -> None:
@@ -63,22 +56,19 @@ def convert(model: nn.Module, quantize: QuantizeRecipe) -> list[ConvertedLayer]:
     """
     if any(isinstance(module, (QuantizedLayer, QuantizedAttention)) for module in model.modules()):
         raise ValueError("the model is converted already: give a float model")
-    layers = {
-        name: module for name, module in model.named_modules() if type(module) in {**QUANT_LAYERS, **QUANT_ATTENTIONS}
-    }
+    kinds = {**QUANT_LAYERS, **QUANT_ATTENTIONS}
+    layers = {name: module for name, module in model.named_modules() if type(module) in kinds}
     _check_rules(quantize, list(layers))
     rows = []
     for name, layer in layers.items():
         plan = quantize.plan(name)
-        kind = type(layer).__name__
-        is_attention = type(layer) in QUANT_ATTENTIONS
-        weights = None if is_attention else plan.weights
-        if weights is not None or plan.activations is not None:
-            build = _quantized_attention if is_attention else _quantized_layer
-            model.set_submodule(name, build(name, layer, plan))
-        weight_bits, activation_bits = (spec.bits if spec else None for spec in (weights, plan.activations))
-        reason = NO_ACTIVATIONS if is_attention and quantize.activations is None else plan.reason
-        rows.append(ConvertedLayer(name, kind, weight_bits, activation_bits, reason))
+        if type(layer) in QUANT_ATTENTIONS:
+            reason = plan.reason if quantize.activations else "the recipe leaves activations in float"
+            plan = replace(plan, weights=None, reason=reason)
+        if plan.weights is not None or plan.activations is not None:
+            model.set_submodule(name, _quantized(name, layer, plan))
+        weight_bits, activation_bits = (spec.bits if spec else None for spec in (plan.weights, plan.activations))
+        rows.append(ConvertedLayer(name, type(layer).__name__, weight_bits, activation_bits, plan.reason))
     return rows
 
 
@@ -135,45 +125,36 @@ def conversion_table(rows: Sequence[ConvertedLayer]) -> str:
     return aligned(cells)
 
 
-def _quantized_layer(name: str, layer: nn.Module, plan: LayerPlan) -> QuantizedLayer:
-    quantized = QUANT_LAYERS[type(layer)].from_float(layer)
+def _quantized(name: str, layer: Any, plan: LayerPlan) -> QuantizedLayer | QuantizedAttention:
+    # a new module is in training mode, in which the statistics of a quantizer would change
+    def activation_quantizer(part: str) -> Quantizer | None:
+        if plan.activations is None:
+            return None
+        return build_quantizer(plan.activations, "activation", name=f"{name}.{part}_quantizer").train(layer.training)
+
+    if type(layer) in QUANT_ATTENTIONS:
+        return QUANT_ATTENTIONS[type(layer)].from_float(layer, *map(activation_quantizer, "qkv"))
+    twin, weight_quantizer = QUANT_LAYERS[type(layer)], None
     if plan.weights is not None:
-        quantized.weight_quantizer = build_quantizer(
-            plan.weights,
-            "weight",
-            num_channels=quantized.weight.shape[quantized.channel_dim],
-            channel_dim=quantized.channel_dim,
-            name=f"{name}.weight_quantizer",
+        channels, of_weight = layer.weight.shape[twin.channel_dim], f"{name}.weight_quantizer"
+        weight_quantizer = build_quantizer(
+            plan.weights, "weight", num_channels=channels, channel_dim=twin.channel_dim, name=of_weight
         ).train(layer.training)
-    if plan.activations is not None:
-        quantized.input_quantizer = _activation_quantizer(f"{name}.input_quantizer", layer, plan.activations)
-    return quantized
-
-
-def _quantized_attention(name: str, attention: nn.Module, plan: LayerPlan) -> QuantizedAttention:
-    assert plan.activations is not None
-    built = (_activation_quantizer(f"{name}.{part}_quantizer", attention, plan.activations) for part in "qkv")
-    return QUANT_ATTENTIONS[type(attention)].from_float(attention, *built)
-
-
-def _activation_quantizer(name: str, layer: nn.Module, spec: QuantizerSpec) -> Quantizer:
-    # a new module is in training mode, in which its statistics would change
-    return build_quantizer(spec, "activation", name=name).train(layer.training)
+    return twin.from_float(layer, weight_quantizer, activation_quantizer("input"))
 
 
 def _check_rules(quantize: QuantizeRecipe, names: list[str]) -> None:
     """Raise UserError unless every rule of the recipe decides on some layer."""
     deciding = {id(quantize.rule_for(name)) for name in names}
     for index, rule in enumerate(quantize.rules):
-        if id(rule) in deciding:
-            continue
-        where = f"quantize.rules.{index}: match={rule.match!r}"
-        if any(fnmatchcase(name, rule.match) for name in names):
-            raise UserError(f"{where} decides on no layer, earlier rules match them all: put it first or remove it")
-        raise UserError(f"{where} matches no layer; {nearest_names(rule.match, names)}")
+        if id(rule) not in deciding:
+            problem = f"matches no layer; {nearest_names(rule.match, names)}"
+            if any(fnmatchcase(name, rule.match) for name in names):
+                problem = "decides on no layer, earlier rules match them all: put it first or remove it"
+            raise UserError(f"quantize.rules.{index}: match={rule.match!r} {problem}")
 
 
 def nearest_names(pattern: str, names: Iterable[str]) -> str:
     """Part of a message on a pattern that matches nothing: the names nearest to it."""
-    nearest = get_close_matches(pattern.strip("*."), list(names), n=NEAREST, cutoff=0.0)
+    nearest = get_close_matches(pattern.strip("*."), list(names), n=3, cutoff=0.0)
     return f"nearest names: {', '.join(nearest)} (* stands for anything)"

@@ -1,8 +1,7 @@
-"""Watching layers: one way to record what passes through them while samples run through their model.
+"""Watching layers: recording what passes through them while samples run through their model.
 
-A statistic of calibration is a function of (layer, input). `watch_inputs` calls it on each forward, refuses NaN and
-checks that every layer was reached; `gather_halves` does so for the samples that fit a statistic and for those held out
-to judge it. `hooked` is the mechanism below both, for whole calls with their outputs.
+`hooked` records whole calls; `watch_inputs` checks what a statistic of calibration reads; `gather_halves` does so for
+the samples that fit a statistic and for those held out to judge it.
 """
 
 from __future__ import annotations
@@ -26,16 +25,13 @@ Half = Literal["fit", "held_out"]
 def hooked(modules: Mapping[str, nn.Module], record: Callable[..., None], *, before: bool = False) -> Iterator[None]:
     """Context manager: `record(name, args, kwargs, output)` after each forward, or without `output` before it."""
 
-    def hook(name: str) -> Callable[..., None]:
-        def on_call(_: nn.Module, *call: Any) -> None:
-            record(name, *call)
-
-        return on_call
+    def on_call(name: str, _: nn.Module, *call: Any) -> None:
+        record(name, *call)
 
     handles = []
     for name, module in modules.items():
         register: Callable[..., Any] = module.register_forward_pre_hook if before else module.register_forward_hook
-        handles.append(register(hook(name), with_kwargs=True))
+        handles.append(register(partial(on_call, name), with_kwargs=True))
     try:
         yield
     finally:

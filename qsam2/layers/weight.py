@@ -67,17 +67,18 @@ class QuantizedLayer(nn.Module):
             return weight
         if torch.compiler.is_compiling():
             return quantizer(weight)
-        tensors = [weight, *_own_tensors(quantizer)]
+        # parameters() and buffers() look for duplicates, which would dominate the time of a cached call
+        own = (t for inner in quantizer.modules() for t in (*inner._parameters.values(), *inner._buffers.values()))
+        tensors = [weight, *(tensor for tensor in own if tensor is not None)]
         needs_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
+        def source() -> tuple[object, ...]:
+            return dtype, quantizer.training, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
         cached = self._cached
-        if (
-            cached is None
-            or cached.source != _source(tensors, dtype, quantizer.training)
-            or needs_graph > cached.has_graph
-        ):
+        if cached is None or cached.source != source() or needs_graph > cached.has_graph:
             # an inference tensor could not be used in a later training step
             with torch.inference_mode(False), torch.set_grad_enabled(needs_graph), hidden_from_checkpointing():
                 quantized = quantizer(weight).to(dtype)
@@ -85,8 +86,7 @@ class QuantizedLayer(nn.Module):
                 clear_after_backward(quantized, self, "_cached")
             elif torch.equal(quantized, weight):
                 quantized = weight.detach()  # a finalized weight needs no second copy
-            cached = CachedWeight(quantized, _source(tensors, dtype, quantizer.training), needs_graph)
-            self._cached = cached
+            self._cached = cached = CachedWeight(quantized, source(), needs_graph)
         return cached.tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -95,16 +95,6 @@ class QuantizedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
-
-
-def _own_tensors(module: nn.Module) -> list[Tensor]:
-    # parameters() and buffers() look for duplicates, which would dominate the time of a cached call
-    tensors = (t for inner in module.modules() for t in (*inner._parameters.values(), *inner._buffers.values()))
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def _source(tensors: list[Tensor], dtype: torch.dtype, training: bool) -> tuple[object, ...]:
-    return dtype, training, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -173,16 +163,8 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # SAM2 gives no output_size
         """(B, in_channels, H, W) to (B, out_channels, H', W')."""
-        return F.conv_transpose2d(
-            self.quantized_input(input),
-            self.quantized_weight(),
-            self.bias,
-            self.stride,
-            self.padding,
-            self.output_padding,
-            self.groups,
-            self.dilation,
-        )
+        x, weight, options = self.quantized_input(input), self.quantized_weight(), (self.groups, self.dilation)
+        return F.conv_transpose2d(x, weight, self.bias, self.stride, self.padding, self.output_padding, *options)
 
 
 def recast(cls: type[M], module: nn.Module) -> M:

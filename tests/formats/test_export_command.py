@@ -18,9 +18,9 @@ from qsam2.recipe import build_recipe
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with 2-bit weights."""
     folder = tmp_path_factory.mktemp("run")
-    values = {"model": {"size": "nano", "image_size": 64}, "quantize": {"weights": {"method": "minmax", "bits": 2}}}
-    recipe = build_recipe({"name": "test", "data": {"train": "moving_objects"}, **values})
-    model = build_sam2("nano", image_size=64)
+    quantize = {"weights": {"method": "minmax", "bits": 2}}
+    values = {"model": {"size": "nano", "image_size": 64}, "quantize": quantize, "data": {"train": "moving_objects"}}
+    recipe, model = build_recipe({"name": "test", **values}), build_sam2("nano", image_size=64)
     convert(model, recipe.quantize)
     find_ranges(model, lambda batch: None, [])
     finalize(model)
@@ -41,25 +41,22 @@ def test_a_packed_file_is_copied_with_its_card(finished_run, tmp_path, capsys, g
 
 
 def test_what_cannot_be_exported_is_refused_in_one_line(finished_run, tmp_path, capsys):
-    def message(*words: str) -> str:
-        assert main(["export", *words]) == 2
-        return capsys.readouterr().err
-
-    unfinished, out = tmp_path / "run", str(tmp_path / "out")
+    unfinished, file, out = tmp_path / "run", tmp_path / "file", tmp_path / "out"
     unfinished.mkdir()
-    for kind in ("packed", "onnx"):
-        assert "holds no model.safetensors: the run is not finished" in message(
-            str(unfinished), "--format", kind, "--out", out
-        )
-    assert "nano is a float model" in message("nano", "--format", "packed", "--out", out)
-    given = message(str(finished_run), "--format", "packed", "--out", out, "memory.cache=true")
-    assert "'memory.cache=true' changes nothing in a packed file" in given
-    file = tmp_path / "file"
     file.write_text("")
-    assert "is a file; give a folder" in message("nano", "--format", "onnx", "--out", str(file))
-    assert "Not a directory" in message(str(finished_run), "--format", "packed", "--out", str(file / "below"))
-    assert "invalid choice: 'tflite'" in message("nano", "--format", "tflite", "--out", out)
-    assert not Path(out).exists()
+    not_finished = "holds no model.safetensors: the run is not finished"
+    for model, format, folder, more, message in (
+        (unfinished, "packed", out, (), not_finished),
+        (unfinished, "onnx", out, (), not_finished),
+        ("nano", "packed", out, (), "nano is a float model"),
+        (finished_run, "packed", out, ("memory.cache=true",), "'memory.cache=true' changes nothing in a packed file"),
+        ("nano", "onnx", file, (), "is a file; give a folder"),
+        (finished_run, "packed", file / "below", (), "Not a directory"),
+        ("nano", "tflite", out, (), "invalid choice: 'tflite'"),
+    ):
+        assert main(["export", str(model), "--format", format, "--out", str(folder), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_damaged_packed_file_is_not_handed_on(finished_run, tmp_path, capsys):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from small_models import seeing
@@ -17,24 +15,18 @@ from qsam2.formats.packed import load_packed, model_bytes, save_packed
 from qsam2.layers.convert import convert, finalize
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.quantizer_specs import MinMaxSpec
 
 SIZE_PX = 64
-PROMPTS = ({"mask": np.eye(SIZE_PX, dtype=bool)}, {"points": [[20.0, 30.0]], "labels": [1]})
 
 
 def track(model: SAM2) -> Tensor:
     """Mask logits (2, 2, 1, H, W) of two objects on two frames of noise, of all parts of the model."""
     frames = torch.randn(2, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(0))
     state = model.init_state(list(frames), video_size=(SIZE_PX, SIZE_PX))
-    model.add_new_mask(state, 0, 1, PROMPTS[0]["mask"])
-    model.add_new_points_or_box(state, 0, 2, **PROMPTS[1])
+    model.add_new_mask(state, 0, 1, torch.eye(SIZE_PX, dtype=torch.bool))
+    model.add_new_points_or_box(state, 0, 2, points=[[20.0, 30.0]], labels=[1])
     return torch.stack([logits for _, _, logits in model.propagate_in_video(state)])
-
-
-@functools.cache
-def weights_of(size: str) -> dict[str, Tensor]:
-    """Random weights with which an object is seen."""
-    return seeing(size, SIZE_PX).state_dict()
 
 
 @pytest.mark.slow
@@ -46,14 +38,11 @@ def weights_of(size: str) -> dict[str, Tensor]:
     ],
 )
 def test_a_loaded_model_tracks_as_the_fake_quantized_one(tmp_path: Path, size: str, bits: int) -> None:
-    spec = {"method": "minmax", "bits": bits}
-    quantize = QuantizeRecipe.model_validate({"weights": spec, "activations": spec})
-    model = build_sam2(size, image_size=SIZE_PX).eval()
-    model.load_state_dict(weights_of(size))
+    quantize = QuantizeRecipe(weights=MinMaxSpec(bits=bits), activations=MinMaxSpec(bits=bits))
+    model, path = seeing(size, SIZE_PX).eval(), tmp_path / "model.safetensors"
     convert(model, quantize)
     find_ranges(model, track, [model])
     finalize(model)
-    path = tmp_path / "model.safetensors"
     save_packed(path, model, {"quantize": quantize.model_dump(mode="json")})
     loaded = build_sam2(size, image_size=SIZE_PX).eval()
     load_packed(path, loaded)

@@ -1,4 +1,4 @@
-"""Each test of this folder starts from the same random numbers; the models that they share."""
+"""The model that the tests of this folder share."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ import torch
 from small_sam2 import build_small_sam2
 
 from qsam2.models import SAM2
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

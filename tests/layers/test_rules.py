@@ -22,10 +22,8 @@ def test_the_first_rule_that_matches_decides(patterns, name):
     rules = [{"match": pattern, "bits": 2 + index} for index, pattern in enumerate(patterns)]
     plan = QuantizeRecipe.model_validate({**SPECS, "rules": rules}).plan(name)
     expected = next((2 + index for index, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), None)
-    if expected is None:
-        assert (plan.weights.bits, plan.activations.bits) == ((8, 8) if name == "mask_downsample" else (3, 5))
-    else:
-        assert (plan.weights.bits, plan.activations.bits) == (expected, expected)
+    default = (8, 8) if name == "mask_downsample" else (3, 5)
+    assert (plan.weights.bits, plan.activations.bits) == (default if expected is None else (expected, expected))
 
 
 def test_a_rule_changes_nothing_but_bits():
@@ -48,13 +46,12 @@ def test_default_rules_give_reasons():
         ({**SPECS, "rules": [{"match": "a", "bits": 1}]}, "quantize.rules.0.bits=1: "),
         ({**SPECS, "rules": [{"match": "", "bits": 4}]}, "quantize.rules.0.match='': "),
         ({**SPECS, "rules": [{"match": "a", "bit": 4}]}, "did you mean 'bits'?"),
-        (
-            {"weights": SPECS["weights"], "rules": [{"match": "a", "activation_bits": 4}]},
-            "rule 'a' gives activation_bits, but activations is null: give it a quantizer",
-        ),
-        (
-            {"activations": SPECS["activations"], "rules": [{"match": "a", "weight_bits": 4}]},
-            "rule 'a' gives weight_bits, but weights is null: give it a quantizer",
+        *(
+            (
+                {f"{other}s": SPECS[f"{other}s"], "rules": [{"match": "a", f"{part}_bits": 4}]},
+                f"rule 'a' gives {part}_bits, but {part}s is null: give it a quantizer",
+            )
+            for part, other in (("activation", "weight"), ("weight", "activation"))
         ),
     ],
 )

@@ -99,7 +99,7 @@ def test_bits_are_shared_out(by: str, measured: Path, tmp_path: Path) -> None:
     model, recipe = load_model(tmp_path / "mixed")  # audits it
     assert recipe.quantize is not None and recipe.quantize.allocate is None
     name, bits = next(iter(shared["layers"].items()))
-    assert read_header(tmp_path / "mixed" / "model.safetensors").weights[name]["bits"] == bits
+    assert read_header(tmp_path / "mixed" / "model.safetensors")["weights"][name]["bits"] == bits
     assert model.get_submodule(name).weight_quantizer.bits == bits
     assert run_recipe(mixed(tmp_path / "mixed", "quantize.allocate.average_bits=4", *more)) == metrics  # it is complete
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,7 @@ from sam2.modeling.sam2_utils import get_1d_sine_pe
 from torch import Tensor, nn
 
 from qsam2.formats.onnx.grids import use_onnx_grids
-from qsam2.layers.attention import (
-    QuantRoPEAttention,
-    join_heads,
-    project_keys_values,
-    quantize_part,
-    rotate,
-    split_heads,
-)
+from qsam2.layers.attention import QuantRoPEAttention, join_heads, quantize_part, split_heads
 from qsam2.models import SAM2
 
 HIDDEN_KEY = -1e9
@@ -36,13 +30,11 @@ class ImageEncoder(nn.Module):
     (1, C, h, h); inputs of the mask decoder at strides 4 (1, C/8, 4h, 4h) and 8 (1, C/4, 2h, 2h).
     """
 
-    no_memory: Tensor
-
     def __init__(self, model: SAM2) -> None:
         super().__init__()
         self.encoder = model.image_encoder
         self.conv_s0, self.conv_s1 = model.sam_mask_decoder.conv_s0, model.sam_mask_decoder.conv_s1
-        self.register_buffer("no_memory", model.no_mem_embed.detach().view(1, -1, 1, 1))
+        self.no_memory = nn.Buffer(model.no_mem_embed.detach().view(1, -1, 1, 1))
         trunk, side = model.image_encoder.trunk, model.image_size // 4
         position = trunk._get_pos_embed((side, side)).detach()
         trunk._get_pos_embed = lambda _: position  # one image size: interpolated once, not per frame
@@ -60,9 +52,6 @@ class MemoryAttention(nn.Module):
     content of empty ones is ignored but must be finite. Temporal positions belong to slots.
     """
 
-    positions: Tensor
-    memory_positions: Tensor
-
     def __init__(self, model: SAM2) -> None:
         super().__init__()
         self.attention, self.position_projection = model.memory_attention, model.obj_ptr_tpos_proj
@@ -72,10 +61,10 @@ class MemoryAttention(nn.Module):
         self.positions_of_pointers = model.add_tpos_enc_to_obj_ptrs
         features = torch.zeros(1, model.hidden_dim, side, side)
         positions = model.image_encoder.neck.position_encoding(features)
-        self.register_buffer("positions", _tokens(positions).clone())
+        self.positions = nn.Buffer(_tokens(positions).clone())
         memory_positions = model.memory_encoder.position_encoding(torch.zeros(1, model.mem_dim, side, side))
         temporal = model.maskmem_tpos_enc.detach().flatten(1).flip(0)  # (slots, M), the prompted frame's first
-        self.register_buffer("memory_positions", _tokens(memory_positions)[:, None] + temporal[None, :, None])
+        self.memory_positions = nn.Buffer(_tokens(memory_positions)[:, None] + temporal[None, :, None])
 
     def forward(
         self,
@@ -96,9 +85,8 @@ class MemoryAttention(nn.Module):
         if self.positions_of_pointers:
             encoded = self.position_projection(get_1d_sine_pe(pointer_distances[0], dim=self.position_dim))
             pointer_keys = pointer_tokens + _repeated(encoded, self.parts)[None]
-        filled = torch.cat(
-            [_repeated(memory_mask[0, :, None], tokens), _repeated(pointer_mask[0, :, None], self.parts)]
-        )
+        masks = _repeated(memory_mask[0, :, None], tokens), _repeated(pointer_mask[0, :, None], self.parts)
+        filled = torch.cat(masks)
         bias = torch.where(filled.view(1, 1, 1, -1), 0.0, HIDDEN_KEY).to(features.dtype)  # (1, 1, 1, keys)
 
         keys, values = torch.cat([keys, pointer_keys], dim=1), torch.cat([values, pointer_tokens], dim=1)
@@ -115,14 +103,12 @@ class MemoryEncoder(nn.Module):
     mask as 0 and 1, as `sam2` does on prompted frames -> memory of the frame (1, M, h, h).
     """
 
-    no_object: Tensor | None
-
     def __init__(self, model: SAM2) -> None:
         super().__init__()
         self.encoder, self.image_size = model.memory_encoder, model.image_size
         self.scale, self.bias = model.sigmoid_scale_for_mem_enc, model.sigmoid_bias_for_mem_enc
         no_object = model.no_obj_embed_spatial
-        self.register_buffer("no_object", None if no_object is None else no_object.detach().view(1, -1, 1, 1))
+        self.no_object = None if no_object is None else nn.Buffer(no_object.detach().view(1, -1, 1, 1))
 
     def forward(self, features: Tensor, mask: Tensor, object_score: Tensor, binarize: Tensor) -> Tensor:
         logits = F.interpolate(mask, size=(self.image_size,) * 2, mode="bilinear", align_corners=False)
@@ -155,14 +141,11 @@ class MaskDecoder(nn.Module):
     IoU (1, 4); the object score (1, 1), above 0 if it is visible; the four object pointers (1, 4, C).
     """
 
-    position: Tensor
-    no_object: Tensor
-
     def __init__(self, model: SAM2) -> None:
         super().__init__()
         self.decoder, self.pointer_projection = model.sam_mask_decoder, model.obj_ptr_proj
-        self.register_buffer("position", model.sam_prompt_encoder.get_dense_pe().detach())
-        self.register_buffer("no_object", model.no_obj_ptr.detach().view(1, 1, -1))
+        self.position = nn.Buffer(model.sam_prompt_encoder.get_dense_pe().detach())
+        self.no_object = nn.Buffer(model.no_obj_ptr.detach().view(1, 1, -1))
 
     def forward(
         self, features: Tensor, stride_4: Tensor, stride_8: Tensor, prompt: Tensor, dense_prompt: Tensor
@@ -183,16 +166,12 @@ class Graph:
     module: nn.Module
     inputs: Mapping[str, Tensor]
     outputs: tuple[str, ...]
-    dynamic: Mapping[str, Mapping[int, str]]
-    """Names of dynamic dimensions, by input."""
+    dynamic: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
+    """Dynamic dimensions (`torch.export.Dim`) by input."""
 
 
 def build_graphs(model: SAM2) -> dict[str, Graph]:
-    """The five graphs of a float or finalized model, by name; the model is copied.
-
-    Raises:
-        UserError: ONNX cannot express a grid of the model.
-    """
+    """The five graphs of a float or finalized model, by name; the model is copied."""
     model = copy.deepcopy(model).cpu().float().eval()
     for name, module in list(model.named_modules()):
         if type(module) is RoPEAttention:  # complex numbers, which ONNX lacks
@@ -200,64 +179,47 @@ def build_graphs(model: SAM2) -> dict[str, Graph]:
     use_onnx_grids(model)
     size, side, channels = model.image_size, model.image_size // 16, model.hidden_dim
     slots, pointers = model.num_maskmem, model.max_obj_ptrs_in_encoder
-    yes = torch.tensor([True])
-    features = torch.zeros(1, channels, side, side)
-    fine = {
-        "stride_4": torch.zeros(1, channels // 8, 4 * side, 4 * side),
-        "stride_8": torch.zeros(1, channels // 4, 2 * side, 2 * side),
+    zeros, yes = torch.zeros, torch.tensor([True])
+    features, dense_prompt = zeros(1, channels, side, side), zeros(1, channels, side, side)
+    remembered = {
+        "memory": zeros(1, slots, model.mem_dim, side, side),
+        "memory_mask": yes.expand(1, slots),
+        "pointers": zeros(1, pointers, channels),
+        "pointer_distances": zeros(1, pointers),
+        "pointer_mask": yes.expand(1, pointers),
     }
+    points = {"points": zeros(1, 2, 2), "labels": torch.ones(1, 2, dtype=torch.int32)}
+    count = torch.export.Dim("points")
+    fine = {
+        "stride_4": zeros(1, channels // 8, 4 * side, 4 * side),
+        "stride_8": zeros(1, channels // 4, 2 * side, 2 * side),
+    }
+    logits, score = zeros(1, 1, 4 * side, 4 * side), torch.ones(1, 1)
     return {
         "image_encoder": Graph(
             ImageEncoder(model),
-            {"image": torch.zeros(1, 3, size, size)},
+            {"image": zeros(1, 3, size, size)},
             ("features", "features_without_memory", "stride_4", "stride_8"),
-            {},
         ),
         "memory_attention": Graph(
-            MemoryAttention(model),
-            {
-                "features": features,
-                "memory": torch.zeros(1, slots, model.mem_dim, side, side),
-                "memory_mask": yes.expand(1, slots),
-                "pointers": torch.zeros(1, pointers, channels),
-                "pointer_distances": torch.zeros(1, pointers),
-                "pointer_mask": yes.expand(1, pointers),
-            },
-            ("features_with_memory",),
-            {},
+            MemoryAttention(model), {"features": features, **remembered}, ("features_with_memory",)
         ),
         "memory_encoder": Graph(
             MemoryEncoder(model),
-            {
-                "features": features,
-                "mask": torch.zeros(1, 1, 4 * side, 4 * side),
-                "object_score": torch.ones(1, 1),
-                "binarize": yes,
-            },
+            {"features": features, "mask": logits, "object_score": score, "binarize": yes},
             ("memory",),
-            {},
         ),
         "prompt_encoder": Graph(
             PromptEncoder(model),
-            {
-                "points": torch.zeros(1, 2, 2),
-                "labels": torch.ones(1, 2, dtype=torch.int32),
-                "mask": torch.zeros(1, 1, size, size),
-                "has_mask": yes,
-            },
+            {**points, "mask": zeros(1, 1, size, size), "has_mask": yes},
             ("prompt", "dense_prompt"),
-            {"points": {1: "points"}, "labels": {1: "points"}},
+            {"points": {1: count}, "labels": {1: count}},
         ),
         "mask_decoder": Graph(
             MaskDecoder(model),
-            {
-                "features": features,
-                **fine,
-                "prompt": torch.zeros(1, 3, channels),
-                "dense_prompt": torch.zeros(1, channels, side, side),
-            },
+            {"features": features, **fine, "prompt": zeros(1, 3, channels), "dense_prompt": dense_prompt},
             ("masks", "ious", "object_score", "pointers"),
-            {"prompt": {1: "prompt_tokens"}},
+            {"prompt": {1: torch.export.Dim("prompt_tokens")}},
         ),
     }
 
@@ -274,10 +236,9 @@ def _repeated(x: Tensor, times: int) -> Tensor:
 
 def _read(attention: QuantRoPEAttention, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, rotated: int) -> Tensor:
     """Cross-attention of x (1, tokens, C); the first `rotated` keys have an image position (RoPE)."""
-    table = attention.rotary_table(x.shape[1])
-    q = quantize_part(rotate(split_heads(attention.q_proj(x), attention.num_heads), *table), attention, "q")
-    k, v = project_keys_values(attention, keys, values)
-    k = torch.cat([rotate(k[:, :, :rotated], *table), k[:, :, rotated:]], dim=2)
-    k, v = quantize_part(k, attention, "k"), quantize_part(v, attention, "v")
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return attention.out_proj(join_heads(out))
+    q = split_heads(attention.q_proj(x), attention.num_heads)
+    k = split_heads(attention.k_proj(keys), attention.num_heads)
+    v = split_heads(attention.v_proj(values), attention.num_heads)
+    q, k = attention.with_positions(q, k, k.shape[2] - rotated)
+    q, k, v = (quantize_part(x, attention, part) for x, part in zip((q, k, v), "qkv", strict=True))
+    return attention.out_proj(join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))

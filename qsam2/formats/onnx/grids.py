@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.layers.convert import quantized_weights, quantizers
+from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer
 from qsam2.quantizers.passes import to_levels
 
@@ -70,24 +71,21 @@ class ActivationGrid(nn.Module):
 class WeightCodes(nn.Module):
     """Replaces the quantizer of a weight: returns the stored integers, dequantized; its input is ignored."""
 
-    scale: Tensor
-    zero_point: Tensor | None
-
-    def __init__(self, quantizer: Quantizer, weight: Tensor, axis: int) -> None:
+    def __init__(self, quantizer: Quantizer, layer: QuantizedLayer) -> None:
         super().__init__()
-        codes, bits = quantizer.to_int(weight), quantizer.bits
-        scale = quantizer.scale.expand(weight.shape[axis]).clone()
+        self.axis, channels = layer.channel_dim, layer.weight.shape[layer.channel_dim]
+        codes, bits = quantizer.to_int(layer.weight.detach()), quantizer.bits
+        scale = quantizer.scale.expand(channels).clone()
         zero_point = None
         if quantizer.grid.mid_rise:
             codes, scale, bits = 2 * codes + 1, scale / 2, bits + 1
         elif not quantizer.grid.symmetric:
-            zero_point = quantizer.zero_point.expand(weight.shape[axis]).to(torch.uint8)
+            zero_point = quantizer.zero_point.expand(channels).to(torch.uint8)
         dtype = torch.int16 if bits > 8 else torch.int8 if quantizer.grid.symmetric else torch.uint8
-        self.axis = axis
         self.codes_name = FOUR_BITS if bits <= 4 else "codes"
         self.register_buffer(self.codes_name, codes.to(dtype))
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
+        self.scale = nn.Buffer(scale)
+        self.zero_point = None if zero_point is None else nn.Buffer(zero_point)
 
     def forward(self, weight: Tensor) -> Tensor:
         return torch.ops.qsam2.dequantize(getattr(self, self.codes_name), self.scale, self.zero_point, self.axis)
@@ -99,12 +97,7 @@ def use_onnx_grids(model: nn.Module) -> None:
     weights = {id(quantizer): layer for _, layer, quantizer in quantized_weights(model)}
     for name, quantizer in list(quantizers(model)):
         layer = weights.get(id(quantizer))
-        replacement = (
-            ActivationGrid(quantizer)
-            if layer is None
-            else WeightCodes(quantizer, layer.weight.detach(), layer.channel_dim)
-        )
-        model.set_submodule(name, replacement)
+        model.set_submodule(name, ActivationGrid(quantizer) if layer is None else WeightCodes(quantizer, layer))
 
 
 def translations() -> dict[Any, Any]:
@@ -118,8 +111,7 @@ def translations() -> dict[Any, Any]:
     op: Any = onnxscript.opset21
 
     def quantize_dequantize_onnx(x: FLOAT, scale: float, zero_point: int, qmin: int, qmax: int) -> FLOAT:
-        step = np.float32(scale)
-        levels = qmax - qmin + 1
+        step, levels = np.float32(scale), qmax - qmin + 1
         four, eight = (ml_dtypes.int4, np.int8) if qmin < 0 else (ml_dtypes.uint4, np.uint8)
         if levels not in (2**4, 2**8):
             outer = [np.float32(level - zero_point) * step for level in (qmin, qmax)]
@@ -146,9 +138,9 @@ def narrow(model: Any) -> None:
         if node.op_type != "DequantizeLinear" or not node.inputs[0].name.endswith(FOUR_BITS):
             continue
         for index in (0, 2):
-            value = node.inputs[index] if index < len(node.inputs) else None
-            if value is None:
+            if index >= len(node.inputs) or node.inputs[index] is None:
                 continue
+            value = node.inputs[index]
             integers = value.const_value.numpy()
             four = ml_dtypes.int4 if integers.dtype.kind == "i" else ml_dtypes.uint4
             name = f"{node.inputs[0].name}.{index}"

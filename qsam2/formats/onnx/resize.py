@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Filter = Literal["linear", "cubic"]
-
-
-def _linear(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.maximum(1 - np.abs(x), 0)
-
-
-def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Keys' kernel with a = -1/2, which is Pillow's."""
-    x = np.abs(x)
-    return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0))
-
-
-KERNELS: dict[Filter, tuple[Callable[[NDArray[np.float64]], NDArray[np.float64]], float]] = {
-    "linear": (_linear, 1.0),
-    "cubic": (_cubic, 2.0),
-}
-"""{filter: (kernel, half its width in pixels)}."""
 FRACTION = 2.0**22
 """Pillow rounds weights to multiples of 1 / FRACTION."""
 
 
 @lru_cache(maxsize=32)
-def resize_matrix(size: int, new_size: int, kernel: Filter, antialias: bool) -> NDArray[np.float64]:
+def resize_matrix(size: int, new_size: int, *, cubic: bool = False, antialias: bool) -> NDArray[np.float64]:
     """(new_size, size): pixel centres at half coordinates; with `antialias` the kernel is as wide as a new pixel."""
-    function, half_width = KERNELS[kernel]
+    half_width = 2.0 if cubic else 1.0  # of the kernel, in pixels
     ratio = size / new_size
     stretch = max(ratio, 1.0) if antialias else 1.0
     centres = (np.arange(new_size) + 0.5) * ratio
@@ -43,15 +23,19 @@ def resize_matrix(size: int, new_size: int, kernel: Filter, antialias: bool) -> 
     first = np.maximum((centres - half_width * stretch + 0.5).astype(int), 0)
     last = np.minimum((centres + half_width * stretch + 0.5).astype(int), size)
     pixels = np.arange(size)
-    weights = function((pixels[None] - centres[:, None] + 0.5) / stretch)
+    x = np.abs((pixels[None] - centres[:, None] + 0.5) / stretch)
+    weights = np.maximum(1 - x, 0)
+    if cubic:  # Keys' kernel with a = -1/2, which is Pillow's
+        outer = np.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0)
+        weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, outer)
     weights *= (pixels[None] >= first[:, None]) & (pixels[None] < last[:, None])
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def resize(x: NDArray[np.float32], height: int, width: int, *, antialias: bool = False) -> NDArray[np.float32]:
     """(..., H, W) to (..., height, width), bilinear: `interpolate(align_corners=False)` of PyTorch."""
-    rows = resize_matrix(x.shape[-2], height, "linear", antialias).astype(np.float32)
-    columns = resize_matrix(x.shape[-1], width, "linear", antialias).astype(np.float32)
+    rows = resize_matrix(x.shape[-2], height, antialias=antialias).astype(np.float32)
+    columns = resize_matrix(x.shape[-1], width, antialias=antialias).astype(np.float32)
     return np.asarray(rows @ x @ columns.T, np.float32)
 
 
@@ -70,7 +54,7 @@ def resize_frame(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def _whole_weights(size: int, new_size: int) -> NDArray[np.float64]:
-    weights = resize_matrix(size, new_size, "cubic", True) * FRACTION
+    weights = resize_matrix(size, new_size, cubic=True, antialias=True) * FRACTION
     return np.trunc(weights + np.copysign(0.5, weights))
 
 

@@ -20,6 +20,8 @@ FORMAT, VERSION = "qsam2-onnx", 1
 GRAPHS = ("image_encoder", "memory_attention", "memory_encoder", "prompt_encoder", "mask_decoder")
 PROMPTED_LOGIT = 10.0
 """Logits of a mask prompt are -10 and 10, as in sam2."""
+NO_POINTS = np.zeros((1, 1, 2), np.float32), np.full((1, 1), -1, np.int32)
+"""Points and labels where none are given."""
 Floats = NDArray[np.float32]
 RunGraph = Callable[[str, dict[str, NDArray[Any]]], list[Floats]]
 """(graph name, inputs by name) to outputs."""
@@ -53,6 +55,12 @@ class OnnxTracker:
         UserError: ONNX Runtime is missing, or a file is missing, damaged or of another version.
     """
 
+    model: dict[str, Any]
+    run_graph: RunGraph
+    objects: dict[Hashable, TrackedObject] = {}  # `start` gives each tracker its own
+    _frame_idx: int | None = None
+    _no_prompt: list[Floats] | None = None
+
     def __init__(
         self,
         folder: str | Path,
@@ -74,24 +82,13 @@ class OnnxTracker:
             name: onnxruntime.InferenceSession(_read_graph(folder, name, model), options, list(providers))
             for name in GRAPHS
         }
-        self._set_up(model, lambda name, inputs: sessions[name].run(None, inputs))
-
-    def _set_up(self, model: dict[str, Any], run: RunGraph) -> None:
-        self.model, self.run_graph = model, run
-        self.objects: dict[Hashable, TrackedObject] = {}
-        self._frame_idx: int | None = None
-        self._no_prompt: tuple[Floats, Floats] | None = None
+        self.model, self.run_graph = model, lambda name, inputs: sessions[name].run(None, inputs)
 
     @classmethod
     def of_graphs(cls, model: dict[str, Any], run: RunGraph) -> OnnxTracker:
-        """A tracker with another implementation of the graphs.
-
-        Args:
-            model: content of `model.json`.
-            run: takes a graph's name and inputs, returns its outputs.
-        """
+        """A tracker with another implementation of the graphs; `model` is the content of `model.json`."""
         tracker = cls.__new__(cls)
-        tracker._set_up(model, run)
+        tracker.model, tracker.run_graph = model, run
         return tracker
 
     @property
@@ -140,14 +137,11 @@ class OnnxTracker:
         if (prompt is None) == (mask is None):
             raise UserError("add needs points, a box (or both), or a mask alone; give one kind of prompt")
         picture = self._picture
-        if mask is not None:
+        if prompt is None:
             logits, pointer, score = self._use_mask(picture, np.asarray(mask))
         else:
-            assert prompt is not None
-            sparse, dense = self._prompt(*prompt)
-            features = picture["features_without_memory"]
-            count = prompt[0].shape[1]
-            logits, pointer, score = self._decode(features, picture, sparse, dense, choices=self._has_choices(count))
+            features, choices = picture["features_without_memory"], self._has_choices(prompt[0].shape[1])
+            logits, pointer, score = self._decode(features, picture, self._prompt(*prompt), choices=choices)
         self.objects[object_id] = TrackedObject(
             prompted_idx=self._frame_idx,
             prompted=self._remember(picture, logits, score, prompted=True),
@@ -174,11 +168,11 @@ class OnnxTracker:
     def _track_object(self, item: TrackedObject) -> Floats:
         """Mask logits (H, W) of the current frame, which is added to the object's memory."""
         picture = self._picture
-        (features,) = self._run("memory_attention", features=picture["features"], **self._bank(item))
+        (features,) = self.run_graph("memory_attention", {"features": picture["features"], **self._bank(item)})
         if self._no_prompt is None:
-            self._no_prompt = self._prompt(np.zeros((1, 1, 2), np.float32), np.full((1, 1), -1, np.int32))
+            self._no_prompt = self._prompt(*NO_POINTS)
         choices = self.model["choices_while_tracking"] and self._has_choices(0)
-        logits, pointer, score = self._decode(features, picture, *self._no_prompt, choices=choices)
+        logits, pointer, score = self._decode(features, picture, self._no_prompt, choices=choices)
         item.recent.append(self._remember(picture, logits, score, prompted=False))
         item.pointers.appendleft(pointer)
         return resize(logits, *self._size)
@@ -190,32 +184,30 @@ class OnnxTracker:
         pixels = resize_frame(frame, size).astype(np.float32).transpose(2, 0, 1) / np.float32(255)
         mean, std = (np.array(self.model[key], np.float32)[:, None, None] for key in ("mean", "std"))
         names = ("features", "features_without_memory", "stride_4", "stride_8")
-        return dict(zip(names, self._run("image_encoder", image=((pixels - mean) / std)[None]), strict=True))
+        return dict(zip(names, self.run_graph("image_encoder", {"image": ((pixels - mean) / std)[None]}), strict=True))
 
-    def _prompt(self, points: Floats, labels: NDArray[np.int32], mask: Floats | None = None) -> tuple[Floats, Floats]:
+    def _prompt(self, points: Floats, labels: NDArray[np.int32], mask: Floats | None = None) -> list[Floats]:
+        """The prompt and the dense prompt, the mask (S, S) included."""
         size = self.model["image_size"]
-        shown = np.zeros((1, 1, size, size), np.float32) if mask is None else mask
-        sparse, dense = self._run(
-            "prompt_encoder", points=points, labels=labels, mask=shown, has_mask=np.array([mask is not None])
-        )
-        return sparse, dense
+        shown, has_mask = np.zeros((size, size), np.float32) if mask is None else mask, np.array([mask is not None])
+        inputs = {"points": points, "labels": labels, "mask": shown[None, None], "has_mask": has_mask}
+        return self.run_graph("prompt_encoder", inputs)
 
     def _decode(
-        self, features: Floats, picture: dict[str, Floats], prompt: Floats, dense: Floats, *, choices: bool
+        self, features: Floats, picture: dict[str, Floats], prompt: list[Floats], *, choices: bool
     ) -> tuple[Floats, Floats, Floats]:
         """Mask logits (4h, 4h), object pointer (C,), object score (1, 1)."""
-        masks, ious, score, pointers = self._run(
-            "mask_decoder",
-            features=features,
-            stride_4=picture["stride_4"],
-            stride_8=picture["stride_8"],
-            prompt=prompt,
-            dense_prompt=dense,
-        )
+        inputs = {"features": features, "stride_4": picture["stride_4"], "stride_8": picture["stride_8"]}
+        inputs |= dict(zip(("prompt", "dense_prompt"), prompt, strict=True))
+        masks, ious, score, pointers = self.run_graph("mask_decoder", inputs)
         best = 1 + int(ious[0, 1:].argmax())
         if choices:
             return masks[0, best], pointers[0, best], score
-        return masks[0, 0 if self._is_stable(masks[0, 0]) else best], pointers[0, 0], score
+        # the single mask, unless it changes much with its threshold
+        single, delta = masks[0, 0], self.model["stability_delta"]
+        inner, union = np.count_nonzero(single > delta), np.count_nonzero(single > -delta)
+        is_stable = union == 0 or inner / union >= self.model["stability_threshold"]
+        return single if is_stable else masks[0, best], pointers[0, 0], score
 
     def _use_mask(self, picture: dict[str, Floats], mask: NDArray[Any]) -> tuple[Floats, Floats, Floats]:
         """The prompted mask itself as logits; the decoder runs only for the object pointer."""
@@ -224,24 +216,17 @@ class OnnxTracker:
             raise UserError(f"mask has {size}: give the frame's size {self._size}, not empty")
         size = self.model["image_size"]
         shown = (resize(mask.astype(np.float32), size, size, antialias=True) >= 0.5).astype(np.float32)
-        prompt = self._prompt(np.zeros((1, 1, 2), np.float32), np.full((1, 1), -1, np.int32), shown[None, None])
-        _, pointer, _ = self._decode(picture["features"], picture, *prompt, choices=False)
+        prompt = self._prompt(*NO_POINTS, shown)
+        _, pointer, _ = self._decode(picture["features"], picture, prompt, choices=False)
         logits = resize((2 * shown - 1) * np.float32(PROMPTED_LOGIT), size // 4, size // 4, antialias=True)
         return logits, pointer, np.full((1, 1), PROMPTED_LOGIT, np.float32)
 
     def _remember(self, picture: dict[str, Floats], logits: Floats, score: Floats, *, prompted: bool) -> Floats:
         """The frame's memory (M, h, h)."""
-        (memory,) = self._run(
-            "memory_encoder",
-            features=picture["features"],
-            mask=logits[None, None],
-            object_score=score,
-            binarize=np.array([prompted and self.model["binarize_prompted_masks"]]),
-        )
+        binarize = np.array([prompted and self.model["binarize_prompted_masks"]])
+        inputs = {"features": picture["features"], "mask": logits[None, None], "object_score": score}
+        (memory,) = self.run_graph("memory_encoder", {**inputs, "binarize": binarize})
         return as_bfloat16(memory[0])
-
-    def _run(self, name: str, **inputs: NDArray[Any]) -> list[Floats]:
-        return self.run_graph(name, inputs)
 
     # Decisions that sam2 takes outside of its networks
 
@@ -249,13 +234,11 @@ class OnnxTracker:
         """The memory attention's inputs: the prompted frame in slot 0, the latest frame in the last slot."""
         assert self._frame_idx is not None
         slots, count, channels = (self.model[key] for key in ("memory_slots", "pointers", "channels"))
-        memory = np.zeros((1, slots, *item.prompted.shape), np.float32)
-        filled = np.zeros((1, slots), bool)
+        memory, filled = np.zeros((1, slots, *item.prompted.shape), np.float32), np.zeros((1, slots), bool)
         memory[0, 0], filled[0, 0] = item.prompted, True
         for back, frame in enumerate(reversed(item.recent), start=1):
             memory[0, slots - back], filled[0, slots - back] = frame, True
-        pointers = np.zeros((1, count, channels), np.float32)
-        distances = np.zeros((1, count), np.float32)
+        pointers, distances = np.zeros((1, count, channels), np.float32), np.zeros((1, count), np.float32)
         all_pointers = [item.prompted_pointer, *item.pointers]
         pointers[0, : len(all_pointers)] = all_pointers
         distances[0, : len(all_pointers)] = [self._frame_idx - item.prompted_idx, *range(1, len(all_pointers))]
@@ -270,12 +253,6 @@ class OnnxTracker:
     def _has_choices(self, points: int) -> bool:
         least, most = self.model["choices_from_points"]
         return least <= points <= most
-
-    def _is_stable(self, logits: Floats) -> bool:
-        """True if the single mask hardly changes with its threshold."""
-        delta = self.model["stability_delta"]
-        union = np.count_nonzero(logits > -delta)
-        return union == 0 or np.count_nonzero(logits > delta) / union >= self.model["stability_threshold"]
 
     # Prompts
 

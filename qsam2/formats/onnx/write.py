@@ -25,7 +25,6 @@ from qsam2.output import version, write_bytes, write_text, writing
 
 OPSET = 21
 """First opset with 4-bit integers in QuantizeLinear and DequantizeLinear."""
-PACKAGES = ("onnx", "onnxscript")
 NOISY = ("torch.onnx", "torch.export", "torch.__trace", "onnxscript", "onnx_ir")
 """Loggers of the exporter's internals."""
 
@@ -46,17 +45,19 @@ def export_onnx(
         recipe, card: plain values, copied into `model.json`.
 
     Raises:
-        UserError: the extra `onnx` is missing, ONNX lacks a grid of the model, or a file cannot be written.
+        UserError: the extra `onnx` is missing, or a file cannot be written.
     """
     require_packages()
     graphs = build_graphs(model)
     with writing(folder):
         (folder / "model.json").unlink(missing_ok=True)  # absent until all files are of one model
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     bar = tqdm(graphs.items(), "ONNX graphs", disable=not progress)
     for name, graph in bar:
         bar.set_postfix_str(name)
-        files[f"{name}.onnx"] = _write_graph(folder / f"{name}.onnx", graph)
+        data = graph_bytes(graph)
+        write_bytes(folder / f"{name}.onnx", data)
+        files[f"{name}.onnx"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     description = describe(model) | {"files": files, "recipe": dict(recipe), "card": card}
     write_text(folder / "model.json", json.dumps(description, indent=1))
     return {name: file["bytes"] for name, file in files.items()}
@@ -64,7 +65,7 @@ def export_onnx(
 
 def require_packages() -> None:
     """Raises UserError if the extra `onnx` is not installed."""
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise UserError(f"ONNX export needs {', '.join(missing)}: pip install 'qsam2[onnx]'")
 
 
@@ -93,30 +94,18 @@ def describe(model: SAM2) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _write_graph(path: Path, graph: Graph) -> dict[str, Any]:
-    """Write one graph; returns size and SHA-256 of the file."""
-    data = graph_bytes(graph)
-    write_bytes(path, data)
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
 def graph_bytes(graph: Graph) -> bytes:
     """A graph as the content of an ONNX file, checked by `onnx.checker`, without paths of source files."""
     import onnx
 
-    with torch.no_grad():
-        graph.module(*graph.inputs.values())  # fills sam2's caches of position encodings before tracing
-    dims = {name: torch.export.Dim(name) for sizes in graph.dynamic.values() for name in sizes.values()}
-    shapes = {
-        name: {dim: dims[size] for dim, size in graph.dynamic.get(name, {}).items()} or None for name in graph.inputs
-    }
+    graph.module(*graph.inputs.values())  # fills sam2's caches of position encodings before tracing
     with _quiet():
         program = torch.onnx.export(
             graph.module.eval(),
             kwargs=dict(graph.inputs),
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=shapes,
+            dynamic_shapes={name: graph.dynamic.get(name) for name in graph.inputs},
             opset_version=OPSET,
             dynamo=True,
             custom_translation_table=translations(),
@@ -124,10 +113,9 @@ def graph_bytes(graph: Graph) -> bytes:
         )
     assert program is not None
     narrow(program.model)
-    for node in program.model.graph:  # names of source files, most of the bytes
-        node.metadata_props.clear()
-    for value in (*program.model.graph.initializers.values(), *program.model.graph.inputs):
-        value.metadata_props.clear()
+    nodes = program.model.graph
+    for item in (*nodes, *nodes.initializers.values(), *nodes.inputs):
+        item.metadata_props.clear()  # names of source files, most of the bytes
     proto = program.model_proto
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
@@ -136,14 +124,13 @@ def graph_bytes(graph: Graph) -> bytes:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence warnings of the exporter about its own code."""
-    loggers = [logging.getLogger(name) for name in NOISY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, NOISY)}
+    for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
