@@ -13,7 +13,7 @@ from torch import nn
 
 from qsam2.calibration.weights import calibrate_weights
 from qsam2.errors import UserError
-from qsam2.evaluation import stages
+from qsam2.evaluation import scoring
 from qsam2.formats.packed import load_packed
 from qsam2.models import load_sam2
 from qsam2.pipeline import begin, run_recipe
@@ -90,7 +90,7 @@ def test_the_float_reference_is_the_model_as_it_was_given(tmp_path: Path, monkey
         assert all(torch.equal(weight, expected[key]) for key, weight in encoder_weights(model).items())
         raise Stop
 
-    monkeypatch.setattr(stages, "score", score)
+    monkeypatch.setattr(scoring, "score", score)
     with pytest.raises(Stop):
         run_recipe(recipe(tmp_path, *BLOCK_0))
 

@@ -38,14 +38,6 @@ class Footage(Video):
         return None
 
 
-def candidates(*boxes: tuple[int, int, int, int, float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rectangles (top, left, bottom, right, sureness) in a picture of 16 x 16 as what the network gives."""
-    logits = torch.full((len(boxes), SIDE, SIDE), -5.0)
-    for row, (top, left, bottom, right, _) in zip(logits, boxes, strict=True):
-        row[top:bottom, left:right] = 5.0
-    return logits, torch.tensor([box[-1] for box in boxes])
-
-
 @pytest.mark.parametrize(
     ("boxes", "kept"),
     [
@@ -59,7 +51,11 @@ def candidates(*boxes: tuple[int, int, int, int, float]) -> tuple[torch.Tensor, 
     ],
 )
 def test_the_surest_masks_are_kept(model: SAM2, monkeypatch: pytest.MonkeyPatch, boxes: list, kept: list[int]) -> None:
-    logits, sureness = candidates(*boxes)
+    """Of rectangles (top, left, bottom, right, sureness) in a picture of 16 x 16."""
+    logits = torch.full((len(boxes), SIDE, SIDE), -5.0)
+    for row, (top, left, bottom, right, _) in zip(logits, boxes, strict=True):
+        row[top:bottom, left:right] = 5.0
+    sureness = torch.tensor([box[-1] for box in boxes])
     monkeypatch.setattr(module, "_candidates", lambda *_: (logits, sureness))
     masks = own_masks(model, np.zeros((SIDE, SIDE, 3), np.uint8), 2)
     assert list(masks) == list(range(1, len(kept) + 1))
@@ -104,8 +100,8 @@ def test_fidelity_is_the_only_score(model: SAM2, tmp_path: Path, length: int) ->
     settings = (EvaluateRecipe(), TrainerRecipe(accelerator="cpu", devices=1))
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.sam_mask_decoder.mask_tokens.weight, generator=torch.Generator().manual_seed(1))
-    own, masks = score_any(model, videos, *settings, folder=tmp_path)
-    block, _ = score_any(other, videos, *settings, folder=tmp_path, reference=masks)
+    own, masks = score_any(model, videos, *settings)
+    block, _ = score_any(other, videos, *settings, reference=masks)
     assert own["fidelity"] == 100 and block["fidelity"] < 100
     assert {block["protocol"], block["prompts"]} == {"fidelity", OWN_MASKS}
     assert not {"J&F", "point_mIoU", "box_mIoU"} & block.keys()
