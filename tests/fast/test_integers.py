@@ -110,7 +110,8 @@ def test_two_layers_hand_over_integers(bits: int, activation: type[nn.Module]) -
     part = quantized(mlp(activation), x, {"bits": 8}, {"bits": bits})
     fast = in_integers(part)
     first, second = fast.inside.layers
-    assert isinstance(fast.inside.act, nn.Identity) and first.reader is second
+    assert isinstance(fast.inside.act, nn.Identity)
+    assert first.output_grid == (second.input_scale, second.zero_point, second.largest)
     codes = first(x)
     expected = part.inside.layers[1].input_quantizer.to_int(activation()(part.inside.layers[0](x)))
     assert codes.dtype == torch.uint8 and int(codes.max()) <= 2**bits - 1
@@ -126,7 +127,7 @@ def test_a_zero_point_between_codes_is_handed_on_in_floats() -> None:
     x = torch.randn(2, 50, 24)
     part = quantized(mlp(nn.GELU), x, {"bits": 8}, {"bits": 2, "symmetric": True, "grid": "mid_rise"})
     fast = in_integers(part)
-    assert all(type(layer) is IntegerLinear and not layer.reader for layer in fast.inside.layers)
+    assert all(type(layer) is IntegerLinear and not layer.output_grid for layer in fast.inside.layers)
     torch.testing.assert_close(fast(x), part(x), rtol=1e-3, atol=1e-3)
 
 
@@ -177,7 +178,7 @@ def test_layers_with_something_else_between_them_do_not_hand_over_integers() -> 
     ):
         fast = in_integers(part)
         assert type(fast.inside.act) is type(part.inside.act)
-        assert not any(isinstance(layer, IntegerLinear) and layer.reader for layer in fast.modules())
+        assert not any(isinstance(layer, IntegerLinear) and layer.output_grid for layer in fast.modules())
         torch.testing.assert_close(fast(x), part(x), rtol=1e-3, atol=1e-3)
 
 
@@ -221,7 +222,7 @@ def test_all_linear_layers_of_encoder_and_memory_are_replaced_but_projections_of
     replaced = {name for name, module in fast.named_modules() if isinstance(module, IntegerLinear)}
     attention = {name for name in names if name.startswith("memory_attention.") and "attn" in name}
     assert replaced == names - attention and len(attention) > 8 and len(replaced) > 40
-    assert sum(layer.reader is not None for layer in map(fast.get_submodule, replaced)) >= 12
+    assert sum(layer.output_grid is not None for layer in map(fast.get_submodule, replaced)) >= 12
     assert f"fast: {len(replaced)} linear layers compute with integers; other products" in caplog.text
 
 
