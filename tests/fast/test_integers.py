@@ -85,20 +85,14 @@ def test_a_layer_gives_what_fake_quantization_gives(
     )
     fast = in_integers(part)
     assert type(fast.inside) is IntegerLinear
-    expected, found = part(x), fast(x)
-    assert found.shape == expected.shape and found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1))
-
-
-@needs_vnni
-def test_values_beyond_the_range_are_clipped_as_by_fake_quantization() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(50, 24)
-    for bits in (4, 8):
-        part = quantized(nn.Linear(24, 16), x, {"bits": 8}, {"bits": bits})
-        far, fast = 100 * torch.randn(50, 24), in_integers(part)
-        assert type(fast.inside) is IntegerLinear
-        torch.testing.assert_close(fast(far), part(far), rtol=1e-4, atol=1e-3)
+    for values in (x, 100 * x):  # those beyond the range are clipped
+        expected, found = part(values), fast(values)
+        assert found.shape == expected.shape and found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1))
+    use_integers(part, torch.bfloat16)
+    found = part(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), fast(x.bfloat16()), rtol=0.01, atol=0.01)
 
 
 @needs_vnni
@@ -129,16 +123,6 @@ def test_a_zero_point_between_codes_is_handed_on_in_floats() -> None:
     fast = in_integers(part)
     assert all(type(layer) is IntegerLinear and not layer.output_grid for layer in fast.inside.layers)
     torch.testing.assert_close(fast(x), part(x), rtol=1e-3, atol=1e-3)
-
-
-@needs_vnni
-def test_an_output_in_bfloat16() -> None:
-    x = torch.randn(8, 24)
-    part = quantized(nn.Linear(24, 16), x, {"bits": 8}, {"bits": 8})
-    fast = copy.deepcopy(part)
-    use_integers(fast, torch.bfloat16)
-    assert fast(x.bfloat16()).dtype == torch.bfloat16
-    torch.testing.assert_close(fast(x).float(), part(x), rtol=0.01, atol=0.01)
 
 
 def test_layers_without_integers_stay_as_they_are() -> None:
