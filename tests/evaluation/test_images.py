@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from qsam2.data.synthetic.moving_objects import MovingObjects, moving_objects
+from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.evaluation.images import interior_point, score_stills, segment, tight_box
@@ -25,23 +25,9 @@ from qsam2.models import SAM2, build_sam2
 masks = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))).filter(lambda mask: mask.any())
 
 
-class FirstFrame(Video):
-    """A generated picture with its objects, or with none."""
-
-    def __init__(self, video: MovingObjects, *, empty: bool = False) -> None:
-        self.name, self.frame_names, self.size = video.name, ["0"], video.size
-        self._video, self._empty = video, empty
-
-    def frame(self, index: int) -> np.ndarray:
-        return self._video.frame(index)
-
-    def masks(self, index: int) -> dict[int, np.ndarray]:
-        return {} if self._empty else self._video.masks(index)
-
-
 @pytest.fixture(scope="module")
-def stills() -> list[FirstFrame]:
-    return [FirstFrame(video) for video in moving_objects("val", 3, size=(64, 96))]
+def stills() -> list[Video]:
+    return list(moving_objects("val", 3, num_frames=1, size=(64, 96)))
 
 
 @given(masks)
@@ -74,7 +60,7 @@ def test_feature_sizes_are_sam2s_at_1024_px_and_fit_others(model: SAM2) -> None:
     assert predictor_of(model)._bb_feat_sizes == [(16, 16), (8, 8), (4, 4)]
 
 
-def test_the_mask_with_the_highest_confidence_counts(model: SAM2, stills: list[FirstFrame]) -> None:
+def test_the_mask_with_the_highest_confidence_counts(model: SAM2, stills: list[Video]) -> None:
     frame, truth = stills[0].frame(0), list(stills[0].masks(0).values())
     predictor = predictor_of(model)
     found = segment(predictor, frame, truth)
@@ -84,7 +70,7 @@ def test_the_mask_with_the_highest_confidence_counts(model: SAM2, stills: list[F
 
 
 def test_scores_are_means_over_instances_and_over_images(
-    model: SAM2, stills: list[FirstFrame], monkeypatch: pytest.MonkeyPatch
+    model: SAM2, stills: list[Video], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that gives half of each object for a point and the object for a box."""
 
@@ -94,7 +80,10 @@ def test_scores_are_means_over_instances_and_over_images(
         return np.stack([whole & (rest <= whole.sum((1, 2), keepdims=True) // 2), whole])
 
     monkeypatch.setattr("qsam2.evaluation.images.segment", half)
-    empty = FirstFrame(moving_objects("val", 4, size=(64, 96))[3], empty=True)
+    empty = copy.copy(stills[0])
+    empty.masks = lambda _: {}
+    with pytest.raises(UserError, match="no instance was scored"):
+        score_stills(model, [empty])
     block, _ = score_stills(model, [*stills, empty])
     areas = {still.name: [mask.sum() for mask in still.masks(0).values()] for still in stills}
     shares = {name: [100 * (area // 2) / area for area in each] for name, each in areas.items()}
@@ -106,7 +95,7 @@ def test_scores_are_means_over_instances_and_over_images(
         assert [scores["point_IoU"] for scores in block["per_object"][name].values()] == pytest.approx(each)
 
 
-def test_end_to_end_with_a_reference(model: SAM2, stills: list[FirstFrame]) -> None:
+def test_end_to_end_with_a_reference(model: SAM2, stills: list[Video]) -> None:
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.sam_mask_decoder.mask_tokens.weight, generator=torch.Generator().manual_seed(1))
     theirs, their_masks = score_stills(other, stills)
@@ -120,9 +109,3 @@ def test_end_to_end_with_a_reference(model: SAM2, stills: list[FirstFrame]) -> N
     same, _ = score_stills(model, stills, reference=masks)
     assert same["fidelity"] == 100 and compare(same, block)["box_IoU"]["difference"] == 0
     assert "fidelity" not in theirs
-
-
-def test_no_instance_at_all(model: SAM2) -> None:
-    still = FirstFrame(moving_objects("val", 1, size=(64, 96))[0], empty=True)
-    with pytest.raises(UserError, match="no instance was scored"):
-        score_stills(model, [still])
