@@ -17,7 +17,7 @@ from qsam2.data.sources import open_stills, open_train, open_val
 from qsam2.data.unlabelled import has_masks
 from qsam2.errors import UserError
 from qsam2.evaluation.own_masks import label_footage
-from qsam2.evaluation.stages import score_calibrated, score_result, score_teacher
+from qsam2.evaluation.scoring import score_calibrated, score_result, score_teacher
 from qsam2.formats.card import export_model
 from qsam2.layers.convert import convert_layers
 from qsam2.loading import load_float

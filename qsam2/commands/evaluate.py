@@ -60,7 +60,7 @@ def _score_masks(options: argparse.Namespace) -> dict[str, Any]:
     if idle := [*flags, *options.overrides]:
         raise UserError(f"{idle[0]} does nothing with --pred and --gt, which are scored as they are: leave it out")
     quiet_logs()
-    from qsam2.evaluation.metrics.folders import score_folders
+    from qsam2.evaluation.mask_files import score_folders
 
     block = score_folders(options.pred, options.gt, options.protocol or "davis")
     return block | {"seconds_per_frame": None, "model": str(options.pred), "fidelity": None}

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from qsam2.data.unlabelled import OWN_MASKS, has_masks
 from qsam2.data.video import Predictions, Video
-from qsam2.evaluation.metrics.iou import Fidelity, MaskIoU
+from qsam2.evaluation.metrics.jf import region_similarity
+from qsam2.evaluation.metrics.scores import Fidelity, ObjectScores, mean_over_objects
 from qsam2.loading import predictor_of
 from qsam2.models import SAM2
 
@@ -54,8 +55,8 @@ def score_stills(
     Raises:
         UserError: no still shows an instance.
     """
-    predictor, fidelity, has_truth = predictor_of(model), Fidelity(), has_masks(stills)
-    scores = {prompt: MaskIoU() for prompt in PROMPTS}
+    predictor, has_truth = predictor_of(model), has_masks(stills)
+    scores, fidelity = ObjectScores(), Fidelity()
     predictions: Predictions = {}
     seconds = []
     for still in tqdm(stills, desc="score stills"):
@@ -67,27 +68,29 @@ def score_stills(
         segmented = segment(predictor, frame, masks)
         seconds.append(time.perf_counter() - started)
         predictions[still.name, 0] = np.packbits(segmented)
-        for prompt, of_prompt in zip(PROMPTS, segmented, strict=True):
-            scores[prompt].update(still.name, of_prompt, truth)
+        for k, of_prompts in enumerate(zip(*(region_similarity(found, truth) for found in segmented), strict=True)):
+            scores.add(still.name, k, of_prompts)
         if reference is not None or not has_truth:
             packed = predictions if reference is None else reference
             other = np.unpackbits(packed[still.name, 0], count=segmented.size).reshape(segmented.shape).astype(bool)
             for k in range(len(masks)):
                 fidelity.update(still.name, k, segmented[:, k], other[:, k])
-    block: dict[str, Any]
+    table = scores.table("mask IoU: no instance was scored; give images with at least one annotated instance")
+    counts = {"instances": sum(map(len, table.values())), "images": len(table)}
+    block: dict[str, Any] = {**counts, "seconds_per_frame": float(np.mean(seconds))}
     if not has_truth:
-        counts = {"instances": sum(len(still.masks(0) or {}) for still in stills), "images": len(predictions)}
-        block = {"protocol": "fidelity", "prompts": OWN_MASKS, **fidelity.compute(), **counts}
-        return block | {"seconds_per_frame": float(np.mean(seconds))}, predictions
-    block = {"protocol": "stills"}
-    for prompt in PROMPTS:
-        result = scores[prompt].compute()
-        block[f"{prompt}_mIoU"] = result["IoU"]
-        block[f"{prompt}_mIoU_images"] = result["IoU_images"]
-    block |= {"instances": result["instances"], "images": result["images"], "per_object": _per_object(scores)}
+        return {"protocol": "fidelity", "prompts": OWN_MASKS, **fidelity.compute(), **block}, predictions
+    means = 100 * mean_over_objects(table)
+    of_images = 100 * np.mean([np.mean(list(rows.values()), axis=0) for rows in table.values()], axis=0)
+    for prompt, mean, of_image in zip(PROMPTS, means.tolist(), of_images.tolist(), strict=True):
+        block |= {f"{prompt}_mIoU": mean, f"{prompt}_mIoU_images": of_image}
+    per_object = {
+        image: {k: dict(zip(ITEM_KEYS, (100 * row).tolist(), strict=True)) for k, row in rows.items()}
+        for image, rows in table.items()
+    }
     if reference is not None:
         block["fidelity"] = fidelity.compute()["fidelity"]
-    return block | {"seconds_per_frame": float(np.mean(seconds))}, predictions
+    return {"protocol": "stills", **block, "per_object": per_object}, predictions
 
 
 def segment(predictor: SAM2ImagePredictor, frame: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -100,11 +103,3 @@ def segment(predictor: SAM2ImagePredictor, frame: np.ndarray, masks: Sequence[np
             candidates, confidence, _ = predictor.predict(**prompt, multimask_output=True)
             found[row, k] = candidates[confidence.argmax()] > 0
     return found
-
-
-def _per_object(scores: dict[str, MaskIoU]) -> dict[str, dict[str, dict[str, float]]]:
-    tables = {prompt: metric.table() for prompt, metric in scores.items()}
-    return {
-        image: {k: {f"{prompt}_IoU": float(100 * tables[prompt][image][k][0]) for prompt in PROMPTS} for k in instances}
-        for image, instances in tables[PROMPTS[0]].items()
-    }

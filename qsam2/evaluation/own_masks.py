@@ -55,21 +55,17 @@ class OwnMasks:
         """Masks of the first `length` frames."""
         key = (video.name, *video.frame_names[:length])
         if key not in self._packed:
-            frames = self._track(video, length)
-            self._packed[key] = [{item: np.packbits(mask) for item, mask in masks.items()} for masks in frames]
+            first = own_masks(self.model, video.frame(0), self.max_objects)
+            tracked: dict[int, np.ndarray] = {}
+            if first and length > 1:
+                tracked = track(self.model, video, {0: first}, length=length, non_overlapping=True)
+            rest = [{item: frames[index] for item, frames in tracked.items()} for index in range(1, length)]
+            self._packed[key] = [{item: np.packbits(mask) for item, mask in masks.items()} for masks in (first, *rest)]
         pixels = video.size[0] * video.size[1]
         return [
             {item: np.unpackbits(bits, count=pixels).reshape(video.size).astype(bool) for item, bits in masks.items()}
             for masks in self._packed[key]
         ]
-
-    def _track(self, video: Video, length: int) -> list[Masks]:
-        masks = own_masks(self.model, video.frame(0), self.max_objects)
-        if length == 1 or not masks:
-            return [masks] * length
-        tracked = track(self.model, video, {0: masks}, length=length, non_overlapping=True)
-        rest = [{item: frames[index] for item, frames in tracked.items()} for index in range(1, length)]
-        return [masks, *rest]
 
 
 @torch.no_grad()
@@ -135,13 +131,8 @@ def label_videos(videos: Sequence[Video], model: SAM2, max_objects: int) -> list
     """
     if has_masks(videos):
         return list(videos)
-    kept: list[Video] = []
-    labeller = OwnMasks(model, max_objects)
-    for video in videos:
-        if isinstance(video, Unlabelled):
-            video.labeller = labeller
-        if video.masks(0):
-            kept.append(video)
+    label_sources([Source(videos)], model, max_objects)
+    kept = [video for video in videos if video.masks(0)]
     if not kept:
         raise UserError(
             f"the float model finds no object in {videos[0].name} and {len(videos) - 1} more: give pictures that show "

@@ -1,90 +1,48 @@
-"""Scores of a model on videos and stills, with the comparisons that make them worth trusting."""
+"""Scores of a model on videos and stills, compared with those of another: by a command, and as stages of a run.
+
+Scores and masks of float models are kept on disk: runs that start from the same weights need not score them again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import hashlib
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qsam2.data.sources import open_val
 from qsam2.data.unlabelled import has_masks
 from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
-from qsam2.evaluation.float_scores import Scored, kept
 from qsam2.evaluation.images import ITEM_KEYS, score_stills
 from qsam2.evaluation.mask_files import check_masks_folder, write_masks
 from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
 from qsam2.evaluation.own_masks import label_videos
-from qsam2.evaluation.video_scoring import VideoScoring
+from qsam2.evaluation.tracking import score_videos
 from qsam2.fast.model import FAST_MEMORY, FastSAM2, make_fast
-from qsam2.layers.convert import quantizers
+from qsam2.layers.audit import audit
+from qsam2.layers.convert import finalize, quantizers
 from qsam2.loading import load_model
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
+from qsam2.output import write_bytes
 from qsam2.recipe import Recipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
+from qsam2.run import Run
 from qsam2.train.trainer import build_trainer, device_of
 
+log = logging.getLogger("qsam2")
 
-class _Videos(Dataset["Video | None"]):
-    """Videos, and None past the last one."""
-
-    def __init__(self, videos: Sequence[Video]) -> None:
-        self.videos = videos
-
-    def __len__(self) -> int:
-        return len(self.videos)
-
-    def __getitem__(self, index: int) -> Video | None:
-        return self.videos[index] if index < len(self.videos) else None
-
-
-class _RankSampler(Sampler[int]):
-    """Every rank scores its share of the videos, none twice: rank r of W takes r, r + W, ..., all as many steps."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def _indices(self) -> range:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-        steps = -(-self.length // world)  # Lightning wants a batch on every rank, and ranks that stop together
-        return range(rank, steps * world, world)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices())
-
-    def __len__(self) -> int:
-        return len(self._indices())
-
-
-def score_videos(
-    model: SAM2,
-    videos: Sequence[Video],
-    evaluation: EvaluateRecipe,
-    trainer: TrainerRecipe,
-    *,
-    folder: Path,
-    reference: Predictions | None = None,
-    silent: bool = False,
-) -> Scored:
-    """J&F of semi-supervised tracking by the recipe's protocol, and the masks that were tracked.
-
-    Args:
-        reference: the float model's masks on the same videos; with them the block holds `fidelity`.
-        silent: whether it shows no progress.
-
-    Returns:
-        (score block as design.md has it, in percent; this rank's predictions)
-    """
-    module = VideoScoring(model, evaluation, reference=reference, has_truth=has_masks(videos))
-    loader = DataLoader(_Videos(videos), batch_size=None, sampler=_RankSampler(len(videos)))
-    precise = trainer.model_copy(update={"precision": evaluation.precision})
-    build_trainer(precise, folder=folder, silent=silent).validate(module, loader, verbose=False)
-    return module.block, module.predictions
+Scored = tuple[dict[str, Any], Predictions]
+"""A score block and the masks behind it."""
 
 
 def score_any(
@@ -93,26 +51,62 @@ def score_any(
     evaluation: EvaluateRecipe,
     trainer: TrainerRecipe,
     *,
-    folder: Path,
     reference: Predictions | None = None,
 ) -> Scored:
     """`score_videos`, or `score_stills` where all have one frame."""
     if any(len(video) > 1 for video in videos):
-        return score_videos(model, videos, evaluation, trainer, folder=folder, reference=reference)
+        return score_videos(model, videos, evaluation, trainer, reference=reference)
     return score_stills(model.to(device_of(trainer)), videos, reference=reference)
 
 
-def score_float(
-    model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe, trainer: TrainerRecipe, *, folder: Path
-) -> Scored:
-    """Score the float model that others are compared with, or take its scores from `evaluation.float_cache`."""
+def score_float(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe, trainer: TrainerRecipe) -> Scored:
+    """Score the float model that others are compared with, or take its scores from `evaluation.float_cache`.
 
-    def compute() -> Scored:
-        return score_any(model, videos, evaluation, trainer, folder=folder)
+    Raises:
+        UserError: a file of the cache is damaged.
+    """
+    alone = build_trainer(trainer, folder=Path(".")).world_size == 1  # else each rank has masks of its own videos only
+    if evaluation.float_cache is None or not alone:
+        return score_any(model, videos, evaluation, trainer)
+    file = evaluation.float_cache / f"{_cache_key(model, videos, evaluation)}.npz"
+    if not file.is_file():
+        block, masks = score_any(model, videos, evaluation, trainer)
+        arrays: dict[str, Any] = {str(index): packed for index, packed in enumerate(masks.values())}
+        stream = io.BytesIO()
+        np.savez_compressed(stream, block=json.dumps(block), names=json.dumps(list(masks)), **arrays)
+        write_bytes(file, stream.getvalue())
+        return block, masks
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            block, names = json.loads(str(found["block"])), json.loads(str(found["names"]))
+            return block, {(video, item): found[str(index)] for index, (video, item) in enumerate(names)}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is damaged ({error}): remove it, and the float model is scored again") from error
 
-    if build_trainer(trainer, folder=folder).world_size > 1:  # each rank has masks of its own videos only
-        return compute()
-    return kept(model, videos, evaluation, compute)
+
+def _cache_key(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe) -> str:
+    """Hash of weights, memory and settings, and of name, length, first frame and its masks of every video.
+
+    It does not know of changes to the evaluator: a new version wants a new folder.
+    """
+    settings = evaluation.model_dump_json(include={"protocol", "precision", "frames"})
+    memory = model.memory_reader.recipe.model_dump_json() if model.memory_reader else ""
+    digest = hashlib.sha256(f"{weights_digest(model)} {settings} {memory}".encode())
+    for video in videos:
+        digest.update(f"{video.name} {len(video)} {video.size}".encode())
+        digest.update(video.frame(0).tobytes())
+        for item, mask in sorted((video.masks(0) or {}).items()):
+            digest.update(f"{item}".encode() + mask.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def weights_digest(model: SAM2) -> str:
+    """SHA-256 of a model's weights, buffers and image size."""
+    digest = hashlib.sha256(str(model.image_size).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def compare(block: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
@@ -130,10 +124,6 @@ def headline(block: Mapping[str, Any]) -> str:
     """The scores of a block as text."""
     keys = [key for key in ("J&F", "J", "F", "fidelity", "point_mIoU", "box_mIoU") if block.get(key) is not None]
     return ", ".join(f"{key} {block[key]:.1f}" for key in keys)
-
-
-FOLDER = Path(".")
-"""Folder for profiles of a Trainer; scoring makes none."""
 
 
 def evaluate_model(
@@ -188,14 +178,68 @@ def score_against(
             )
         videos = label_videos(videos, reference.to(device_of(recipe.trainer)), recipe.data.max_objects)
     use_memory(model, recipe.memory)
-    compared: dict[str, Any] = {}
+    settings = recipe.evaluate, recipe.trainer
     if reference is None:
-        score = score_any if isinstance(model, FastSAM2) else score_float  # kept scores are not of fast models
-        block, masks = score(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
+        scorer = score_any if isinstance(model, FastSAM2) else score_float  # kept scores are not of fast models
+        block, masks = scorer(model, videos, *settings)
     else:
-        their_block, their_masks = score_float(reference, videos, recipe.evaluate, recipe.trainer, folder=FOLDER)
-        block, masks = score_any(model, videos, recipe.evaluate, recipe.trainer, folder=FOLDER, reference=their_masks)
-        compared = {"versus_reference": compare(block, their_block)}
+        their_block, their_masks = score_float(reference, videos, *settings)
+        block, masks = score_any(model, videos, *settings, reference=their_masks)
+        block["versus_reference"] = compare(block, their_block)
     if save_masks is not None:
         write_masks(save_masks, videos, masks, recipe.evaluate)
-    return {**block, **compared}
+    return block
+
+
+def score_teacher(run: Run) -> None:
+    """Stage: score the float model that a quantized one starts from."""
+    if run.teacher is not None:
+        score(run, run.teacher, "float")
+
+
+def score_calibrated(run: Run) -> None:
+    """Stage: score what calibration alone gives (PTQ), on a finalized copy: the baseline of QAT."""
+    if run.teacher is None or not (run.recipe.train is None or run.recipe.evaluate.after_calibration):
+        return
+    calibrated = copy.deepcopy(run.model)
+    finalize(calibrated)
+    score(run, calibrated, "ptq", run.predictions["float"])
+
+
+def score_result(run: Run) -> None:
+    """Stage: finalize a quantized model and score what the run ships."""
+    if run.teacher is None:
+        score(run, run.model, "float")
+        return
+    finalize(run.model)
+    if run.recipe.train is None:  # nothing has changed since it was calibrated
+        run.predictions["quantized"] = run.predictions["ptq"]
+        run.folder.record("quantized", run.folder.metrics["ptq"])
+    else:
+        score(run, run.model, "quantized", run.predictions["float"])
+
+
+def score(run: Run, model: SAM2, name: str, reference: Predictions | None = None) -> None:
+    """Score a model into `metrics.json` under `name`; one with a float `reference` is audited and compared with it."""
+    recipe, folder = run.recipe, run.folder
+    if reference is not None:
+        image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.device)
+        log.info("%s", audit(model, run.layers, recipe.quantize, lambda: model.forward_image(image)))
+    settings = recipe.evaluate, recipe.trainer
+    with folder.stage(f"score {name}", f"{len(run.videos)} videos"):
+        if reference is None and model.memory_reader is None:  # cached scores are of models that read memory as sam2
+            block, predictions = score_float(model, run.videos, *settings)
+        else:
+            block, predictions = score_any(model, run.videos, *settings, reference=reference)
+    if run.stills:
+        with folder.stage(f"score {name} on stills", f"{len(run.stills)} images"):
+            boxes, _ = (score_float if reference is None else score_any)(model, run.stills, *settings)
+        block |= {"box_mIoU": boxes["box_mIoU"], "stills": boxes}
+        log.info("%s: box-prompt mIoU %.1f", name, boxes["box_mIoU"])
+    if reference is not None:
+        block["versus_float"] = compare(block, folder.metrics["float"])
+        if name == "quantized" and "ptq" in folder.metrics:
+            block["versus_ptq"] = compare(block, folder.metrics["ptq"])
+    folder.record(name, block)
+    log.info("%s: %s", name, headline(block))
+    run.predictions[name] = predictions

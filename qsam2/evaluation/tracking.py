@@ -1,15 +1,26 @@
-"""Semi-supervised tracking for scores: first masks in, masks of all frames out, through the video predictor."""
+"""Semi-supervised tracking of videos and its scores: first masks in, masks of all frames and J&F out."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from qsam2.data.transforms import FrameSequence
-from qsam2.data.video import Video
+from qsam2.data.unlabelled import OWN_MASKS, has_masks
+from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
+from qsam2.evaluation.metrics.scores import Fidelity, VOSScore
 from qsam2.models import SAM2
 from qsam2.models.replaced import hide_progress_bar, replaced
+from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
+from qsam2.train.trainer import build_trainer
 
 
 def first_masks(video: Video, length: int, *, later_objects: bool) -> dict[int, dict[int, np.ndarray]]:
@@ -73,3 +84,82 @@ def true_masks(video: Video, object_id: int, length: int) -> tuple[list[int], np
     annotated = [(index, masks) for index in range(length) if (masks := video.masks(index)) is not None]
     empty = np.zeros(video.size, dtype=bool)
     return [index for index, _ in annotated], np.stack([masks.get(object_id, empty) for _, masks in annotated])
+
+
+class VideoScoring(L.LightningModule):
+    """Semi-supervised tracking as a task to validate: the score block in `block`, this rank's masks in `predictions`.
+
+    Every rank scores its share of the videos, none twice: rank r of W takes r, r + W, ...
+    """
+
+    def __init__(
+        self, model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe, reference: Predictions | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.videos = videos
+        self.evaluation = evaluation
+        self.reference = reference
+        self.has_truth = has_masks(videos)
+        self.predictions: Predictions = {}
+        self.score = VOSScore(evaluation.protocol)
+        self.fidelity = Fidelity()
+        self.seconds_per_frame: list[float] = []
+
+    def val_dataloader(self) -> DataLoader[Video | None]:
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        steps = -(-len(self.videos) // world)  # Lightning wants a batch on every rank, and ranks that stop together
+        padded: list[Any] = [*self.videos, *[None] * (steps * world - len(self.videos))]
+        return DataLoader(padded[rank::world], batch_size=None)
+
+    def validation_step(self, video: Video | None, batch_index: int) -> None:
+        if video is None:  # this rank has no more videos, others have one
+            return
+        length = min(len(video), self.evaluation.frames or len(video))
+        prompts = first_masks(video, length, later_objects=self.evaluation.protocol == "sav")
+        started = time.perf_counter()
+        tracked = track(self.model, video, prompts, length=length, non_overlapping=self.evaluation.protocol == "davis")
+        self.seconds_per_frame.append((time.perf_counter() - started) / length)
+        for object_id, masks in tracked.items():
+            self.predictions[video.name, object_id] = np.packbits(masks)
+            if self.has_truth:
+                annotated, truth = true_masks(video, object_id, length)
+                self.score.update(video.name, object_id, masks[annotated], truth)
+            if self.reference is not None:
+                reference = np.unpackbits(self.reference[video.name, object_id], count=masks.size)
+                self.fidelity.update(video.name, object_id, masks, reference.reshape(masks.shape).astype(bool))
+            elif not self.has_truth:
+                self.fidelity.update(video.name, object_id, masks, masks)
+
+    def on_validation_epoch_end(self) -> None:
+        self.block: dict[str, Any]
+        if not self.has_truth:
+            self.block = {"protocol": "fidelity", "prompts": OWN_MASKS, **self.fidelity.compute()}
+        else:
+            self.block = self.score.compute()
+            if self.reference is not None:
+                self.block["fidelity"] = self.fidelity.compute()["fidelity"]
+        self.block["precision"] = self.evaluation.precision
+        self.block["seconds_per_frame"] = float(np.mean(self.seconds_per_frame)) if self.seconds_per_frame else None
+
+
+def score_videos(
+    model: SAM2,
+    videos: Sequence[Video],
+    evaluation: EvaluateRecipe,
+    trainer: TrainerRecipe,
+    *,
+    reference: Predictions | None = None,
+    silent: bool = False,
+) -> tuple[dict[str, Any], Predictions]:
+    """Score block of semi-supervised tracking by the recipe's protocol, in percent, and this rank's tracked masks.
+
+    Args:
+        reference: the float model's masks on the same videos; with them the block holds `fidelity`. For videos without
+            true masks the block holds `fidelity` alone, which is 100 for the reference itself.
+        silent: show no progress.
+    """
+    module = VideoScoring(model, videos, evaluation, reference)
+    precise = trainer.model_copy(update={"precision": evaluation.precision})
+    build_trainer(precise, folder=Path("."), silent=silent).validate(module, verbose=False)
+    return module.block, module.predictions

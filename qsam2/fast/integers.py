@@ -57,16 +57,13 @@ class IntegerLinear(nn.Module):
         self.weight_scale = scale
         self.weight_zero_point = torch.zeros(len(scale), dtype=torch.int64)
         self.activation = "none"
-        self._reader: tuple[IntegerLinear, ...] = ()  # in a tuple: no part of this module
-
-    @property
-    def reader(self) -> IntegerLinear | None:
-        """The layer that reads this one's output."""
-        return self._reader[0] if self._reader else None
+        self.output_grid: tuple[float, int, int] | None = None
+        """Scale, zero point and largest code of the layer that reads the output, if that is handed over as codes."""
 
     def feed(self, reader: IntegerLinear, activation: str) -> None:
         """From now on `activation` ("gelu", exact, or "relu") is applied, and what `reader` reads comes out, uint8."""
-        self._reader, self.activation = (reader,), activation
+        self.output_grid = reader.input_scale, reader.zero_point, reader.largest
+        self.activation = activation
 
     def codes(self, x: Tensor) -> Tensor:
         """The codes of this layer's input, uint8 of x's shape."""
@@ -78,9 +75,8 @@ class IntegerLinear(nn.Module):
         return levels.add_(self.zero_point).clamp_(0, self.largest).to(torch.uint8)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See above."""
         codes = x if x.dtype == torch.uint8 else self.codes(x)
-        reader = self.reader
+        scale, zero_point, largest = self.output_grid or (1.0, 0, LARGEST_CODE)
         out = torch.ops.onednn.qlinear_pointwise(
             codes.reshape(-1, codes.shape[-1]),
             self.input_scale,
@@ -89,15 +85,15 @@ class IntegerLinear(nn.Module):
             self.weight_scale,
             self.weight_zero_point,
             self.bias,
-            reader.input_scale if reader else 1.0,
-            reader.zero_point if reader else 0,
-            torch.uint8 if reader else self.dtype,
+            scale,
+            zero_point,
+            torch.uint8 if self.output_grid else self.dtype,
             self.activation,
             [],
             "none",
         )
-        if reader and reader.largest < LARGEST_CODE:
-            out.clamp_(max=reader.largest)
+        if largest < LARGEST_CODE:
+            out.clamp_(max=largest)
         return out.view(*x.shape[:-1], self.out_features)
 
 
@@ -107,8 +103,7 @@ def use_integers(model: nn.Module, dtype: torch.dtype) -> int:
     That is a weight and an input with grids of integers, the input's one for the whole tensor. Two that follow one
     another, with nothing but a GELU or ReLU between them, hand over integers, unless the second reads a mid-rise grid.
 
-    Returns:
-        how many there are
+    Returns how many there are.
     """
     chosen = {
         name: module

@@ -12,8 +12,15 @@ from sam2.modeling.position_encoding import PositionEmbeddingSine
 from torch import Tensor, nn
 
 from qsam2.fast.integers import multiplies_bytes, use_integers
-from qsam2.fast.plain_layers import use_plain_layers
-from qsam2.layers.weight import recast
+from qsam2.layers.attention import (
+    QuantAttention,
+    QuantizedAttention,
+    QuantMultiScaleAttention,
+    QuantRoPEAttention,
+    attend,
+)
+from qsam2.layers.convert import QUANT_ATTENTIONS, QUANT_LAYERS
+from qsam2.layers.weight import QuantizedLayer, recast
 from qsam2.models import SAM2
 
 log = logging.getLogger("qsam2")
@@ -80,6 +87,33 @@ class FastSAM2(SAM2):
         return torch.autocast(self.device.type, self.fast_dtype if low else None, enabled=low)
 
 
+class FusedAttend(QuantizedAttention):
+    """Base of attentions that compute with `attend`, without quantizers."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+        return attend(q, k, v)
+
+
+class FastMultiScaleAttention(FusedAttend, QuantMultiScaleAttention):
+    """Hiera's attention."""
+
+
+class FastAttention(FusedAttend, QuantAttention):
+    """The mask decoder's attention."""
+
+
+class FastRoPEAttention(FusedAttend, QuantRoPEAttention):
+    """The memory attention's; rotary encoding in real numbers, which takes fewer copies."""
+
+
+PLAIN_TYPES = {twin: plain for plain, twin in QUANT_LAYERS.items()}
+FAST_ATTENTIONS: dict[type[nn.Module], type[QuantizedAttention]] = {
+    QuantMultiScaleAttention: FastMultiScaleAttention,
+    QuantAttention: FastAttention,
+    QuantRoPEAttention: FastRoPEAttention,
+}
+
+
 @torch.no_grad()
 def make_fast(model: SAM2, dtype: torch.dtype | None = None) -> FastSAM2:
     """The model for fast inference; it takes the given model's layers, which is not to be used any more.
@@ -102,7 +136,11 @@ def make_fast(model: SAM2, dtype: torch.dtype | None = None) -> FastSAM2:
         f"{in_integers} linear layers compute with integers" if in_integers else f"no integers, as {why}",
         str(fast.fast_dtype).removeprefix("torch."),
     )
-    use_plain_layers(fast)
+    for name, module in list(fast.named_modules()):
+        if isinstance(module, QuantizedLayer):
+            fast.set_submodule(name, _plain(module))
+        elif isinstance(module, QuantizedAttention) or type(module) in QUANT_ATTENTIONS:
+            fast.set_submodule(name, _fast_attention(module))
     trunk: Any = recast(FastHiera, fast.image_encoder.trunk)
     trunk.known_positions = {}
     fast.image_encoder.trunk = trunk
@@ -113,4 +151,28 @@ def make_fast(model: SAM2, dtype: torch.dtype | None = None) -> FastSAM2:
         for module in fast.get_submodule(part).modules():
             if type(module) in (nn.Linear, nn.Conv2d, nn.ConvTranspose2d):
                 module.to(fast.fast_dtype)
+    return fast
+
+
+def _plain(layer: QuantizedLayer) -> nn.Module:
+    """A plain layer with the dequantized weight; its input is not quantized any more (ours)."""
+    plain: Any = recast(PLAIN_TYPES[type(layer)], layer)
+    quantizer = layer.weight_quantizer
+    if quantizer is not None:
+        values = quantizer.dequantize(quantizer.to_int(layer.weight), layer.weight.dtype)
+        plain._parameters["weight"] = nn.Parameter(values, requires_grad=False)
+    for name in ("weight_quantizer", "input_quantizer"):
+        plain._modules.pop(name, None)
+        plain.__dict__.pop(name, None)
+    del plain.__dict__["_cached"]
+    return plain
+
+
+def _fast_attention(attention: nn.Module) -> nn.Module:
+    if not isinstance(attention, QuantizedAttention):
+        attention = QUANT_ATTENTIONS[type(attention)].from_float(attention)
+    fast = recast(FAST_ATTENTIONS[type(attention)], attention)
+    for part in "qkv":
+        fast._modules.pop(f"{part}_quantizer", None)
+        setattr(fast, f"{part}_quantizer", None)
     return fast

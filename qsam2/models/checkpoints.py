@@ -70,12 +70,6 @@ def packaged(name: str) -> Path:
     return path
 
 
-def checkpoint_name(size: str, version: str) -> tuple[str, str]:
-    """(Hugging Face repository, file name) of the official checkpoint of a size."""
-    stem = SIZES[size].checkpoint
-    return f"facebook/sam{version}-hiera-{(stem or size).replace('_', '-')}", f"sam{version}_hiera_{stem}.pt"
-
-
 def find_checkpoint(size: str, version: str = "2.1") -> Path:
     """Path of the size's official checkpoint: in ./, in ./checkpoints/, in Hugging Face's cache, or downloaded.
 
@@ -84,7 +78,7 @@ def find_checkpoint(size: str, version: str = "2.1") -> Path:
     """
     if size in EMBEDDED:
         return packaged("nano.safetensors")
-    repository, name = checkpoint_name(size, version)
+    repository, name = f"facebook/sam{version}-hiera-{size.replace('_', '-')}", f"sam{version}_hiera_{size}.pt"
     for folder in (Path("."), Path("checkpoints")):
         if (folder / name).is_file():
             return folder / name
@@ -110,9 +104,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist; give the path of a .pt or .safetensors file")
     try:
+        with path.open("rb") as file:  # safetensors start with eight bytes of length, then JSON
+            is_safetensors = file.read(9)[8:] == b"{"
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
-        elif _is_safetensors(path):
+        elif is_safetensors:
             raise UserError(f"checkpoint {path} is a safetensors file under another name: let it end in .safetensors")
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -152,7 +148,9 @@ def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size:
     if missing or unexpected or shapes:
         problems = [("missing", missing), ("unexpected", unexpected), ("other shape", shapes)]
         differences = "; ".join(f"{what}: {listed(names)}" for what, names in problems if names)
-        raise UserError(f"checkpoint {source} does not fit model.size={size} ({differences}){_fitting_size(state)}")
+        guess = guess_size(state)
+        fitting = f"; it fits model.size={guess[0]} model.version={guess[1]}" if guess else ""
+        raise UserError(f"checkpoint {source} does not fit model.size={size} ({differences}){fitting}")
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise UserError(f"checkpoint {source} has NaN or infinite values in {listed(broken)}; it is of no use")
@@ -172,19 +170,6 @@ def guess_size(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
         if (stem.shape[0], len(blocks)) == (width, depth):
             return size, version
     return None
-
-
-def _fitting_size(state: Mapping[str, Tensor]) -> str:
-    guess = guess_size(state)
-    if guess is None:
-        return ""
-    return f"; it fits model.size={guess[0]} model.version={guess[1]}"
-
-
-def _is_safetensors(path: Path) -> bool:
-    """True if the file starts as safetensors does: eight bytes of length, then JSON."""
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def _unreadable(path: Path) -> UserError:

@@ -1,11 +1,9 @@
-"""Context managers that temporarily replace attributes of a module or a model, or a module."""
+"""Context managers that temporarily replace attributes of a module or a model."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 from sam2 import sam2_video_predictor
@@ -22,21 +20,6 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(owner, name, value)
-
-
-@contextlib.contextmanager
-def placeholder_module(name: str, **attributes: Any) -> Iterator[None]:
-    """Let imports of a module find a placeholder with these attributes instead, unless it is imported already."""
-    if name in sys.modules:
-        yield
-        return
-    module = ModuleType(name)
-    vars(module).update(attributes)
-    sys.modules[name] = module
-    try:
-        yield
-    finally:
-        del sys.modules[name]
 
 
 def hide_progress_bar() -> contextlib.AbstractContextManager[None]:

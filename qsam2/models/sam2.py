@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import importlib.resources
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -26,12 +28,16 @@ from torch import Tensor, nn
 
 from qsam2.errors import UserError
 from qsam2.models.frames import CheckedFrames, EndOfStream, FrameStream
-from qsam2.models.replaced import placeholder_module
 from qsam2.recipe.recipe import MemoryRecipe
 
-with placeholder_module("training.utils.data_utils", BatchedVideoDatapoint=object):
-    # Its module needs the type for an annotation alone, whose import (tensordict) takes a second of every inference.
-    from training.model.sam2 import SAM2Train
+# SAM2Train needs this module for an annotation alone, whose import (tensordict) takes a second of every inference.
+_placeholder = ModuleType("training.utils.data_utils")
+vars(_placeholder)["BatchedVideoDatapoint"] = object
+_is_used = sys.modules.setdefault(_placeholder.__name__, _placeholder) is _placeholder
+from training.model.sam2 import SAM2Train  # noqa: E402
+
+if _is_used:
+    del sys.modules[_placeholder.__name__]
 
 STRIDE_PX = 32
 """Image sizes are multiples of this: Hiera's coarsest stride, eight tokens of its finest."""
@@ -41,20 +47,19 @@ MAX_SIZE_PX = 4096
 
 @dataclass(frozen=True)
 class Size:
-    """One size of SAM 2: configuration in the `sam2` package, native resolution in pixels, published checkpoint."""
+    """One size of SAM 2: configuration in the `sam2` package, native resolution in pixels."""
 
     config: str
     image_size: int = 1024
-    checkpoint: str | None = None
 
 
 SIZES = {
     "nano": Size("t", image_size=320),
     "nano_heavy": Size("t", image_size=320),
-    "tiny": Size("t", checkpoint="tiny"),
-    "small": Size("s", checkpoint="small"),
-    "base_plus": Size("b+", checkpoint="base_plus"),
-    "large": Size("l", checkpoint="large"),
+    "tiny": Size("t"),
+    "small": Size("s"),
+    "base_plus": Size("b+"),
+    "large": Size("l"),
 }
 VERSIONS = ("2", "2.1")
 EMBEDDED = ("nano", "nano_heavy")
@@ -159,38 +164,19 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         step = SAM2Train.track_step if "gt_masks" in kwargs else SAM2Base.track_step
         return step(self, *args, **kwargs)
 
-    def _prepare_memory_conditioned_features(
-        self,
-        frame_idx: int,
-        is_init_cond_frame: bool,
-        current_vision_feats: list[Tensor],
-        current_vision_pos_embeds: list[Tensor],
-        feat_sizes: list[tuple[int, int]],
-        output_dict: dict[str, Any],
-        num_frames: int,
-        track_in_reverse: bool = False,
-    ) -> Tensor:
-        if self.memory_reader is None or is_init_cond_frame:
-            return super()._prepare_memory_conditioned_features(
-                frame_idx,
-                is_init_cond_frame,
-                current_vision_feats,
-                current_vision_pos_embeds,
-                feat_sizes,
-                output_dict,
-                num_frames,
-                track_in_reverse,
-            )
+    def _prepare_memory_conditioned_features(self, **step: Any) -> Tensor:
+        if self.memory_reader is None or step["is_init_cond_frame"]:
+            return super()._prepare_memory_conditioned_features(**step)
         known = self.memory_reader.condition(
             self,
-            current_vision_feats[-1],
-            current_vision_pos_embeds[-1],
-            output_dict,
-            frame_idx=frame_idx,
-            num_frames=num_frames,
-            reverse=track_in_reverse,
+            step["current_vision_feats"][-1],
+            step["current_vision_pos_embeds"][-1],
+            step["output_dict"],
+            frame_idx=step["frame_idx"],
+            num_frames=step["num_frames"],
+            reverse=step["track_in_reverse"],
         )
-        return known.permute(1, 2, 0).unflatten(2, feat_sizes[-1])  # (B, C, H, W)
+        return known.permute(1, 2, 0).unflatten(2, step["feat_sizes"][-1])  # (B, C, H, W)
 
     @torch.inference_mode()
     def init_state(
@@ -243,10 +229,9 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
             "obj_idx_to_id": OrderedDict(),
             "obj_ids": [],
         }
-        for per_object in ("point_inputs", "mask_inputs", "output_dict", "temp_output_dict", "frames_tracked"):
-            state[f"{per_object}_per_obj"] = {}
-        for cache in ("cached_features", "constants"):
-            state[cache] = {}
+        per_object = ("point_inputs", "mask_inputs", "output_dict", "temp_output_dict", "frames_tracked")
+        for name in ("cached_features", "constants", *(f"{kind}_per_obj" for kind in per_object)):
+            state[name] = {}
         return state
 
     def add_new_points_or_box(

@@ -29,11 +29,6 @@ class Prompt:
     mask: np.ndarray | None = None
     """bool (H, W)"""
 
-    @property
-    def shows_nothing(self) -> bool:
-        """True if it has only points outside the object."""
-        return self.box is None and self.mask is None and 1 not in self.labels
-
 
 Prompts: TypeAlias = dict[int, dict[int, Prompt]]
 """{object id: {frame: prompt}}"""
@@ -76,8 +71,9 @@ def read_prompts(words: Sequence[Word], video: Video) -> Prompts:
     if not prompts:
         raise UserError("nothing says what to segment: give --point X,Y, --box X0,Y0,X1,Y1 or --mask PNG")
     for own_id, frames in prompts.items():
-        if negative := [number for number, prompt in frames.items() if prompt.shows_nothing]:
-            raise UserError(f"object {own_id} has only points off it on frame {negative[0]}: give one on it as well")
+        for number, prompt in frames.items():
+            if prompt.box is None and prompt.mask is None and 1 not in prompt.labels:
+                raise UserError(f"object {own_id} has only points off it on frame {number}: give one on it as well")
     return prompts
 
 

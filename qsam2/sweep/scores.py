@@ -14,8 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from qsam2.errors import UserError
-from qsam2.evaluation.float_scores import weights_digest
-from qsam2.evaluation.scoring import score_against
+from qsam2.evaluation.scoring import score_against, weights_digest
 from qsam2.loading import load_float, load_model
 from qsam2.output import code_version, write_text
 from qsam2.pipeline import run_recipe

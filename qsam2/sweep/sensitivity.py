@@ -16,8 +16,7 @@ from qsam2.calibration.allocation import group_of
 from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.sources import open_train, open_videos
 from qsam2.errors import UserError
-from qsam2.evaluation.float_scores import weights_digest
-from qsam2.evaluation.scoring import compare, score_float, score_videos
+from qsam2.evaluation.scoring import compare, score_float, score_videos, weights_digest
 from qsam2.layers.convert import QUANT_ATTENTIONS, QUANT_LAYERS, convert, quantizers, set_state
 from qsam2.loading import load_float, load_model
 from qsam2.models import SAM2
@@ -27,8 +26,6 @@ from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.quantize import QuantizeRecipe
 
 DEFAULT_QUANTIZERS = {"weights": {"method": "minmax", "bits": 4, "range": "mse"}}
-FOLDER = Path(".")
-"""Folder for profiles of a Trainer; scoring writes none."""
 
 
 def measure_sensitivity(
@@ -84,11 +81,11 @@ def measure_sensitivity(
     if not todo:
         return result
 
-    block, masks = score_float(model, scored, evaluation, recipe.trainer, folder=FOLDER)
+    block, masks = score_float(model, scored, evaluation, recipe.trainer)
 
     def measure(quantized: SAM2) -> dict[str, Any]:
         settings = (evaluation, recipe.trainer)
-        scores, _ = score_videos(quantized, scored, *settings, folder=FOLDER, reference=masks, silent=True)
+        scores, _ = score_videos(quantized, scored, *settings, reference=masks, silent=True)
         return {"loss": 100 - scores["fidelity"], "J&F": compare(scores, block)}
 
     for row in tqdm(_rows(model, recipe, todo, measure), "sensitivity", len(todo)):

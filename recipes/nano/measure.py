@@ -27,7 +27,7 @@ from PIL import Image
 from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
 from qsam2.evaluation.images import score_stills
-from qsam2.evaluation.metrics.vos import VOSScore
+from qsam2.evaluation.metrics.scores import VOSScore
 from qsam2.evaluation.scoring import compare, score_videos
 from qsam2.evaluation.tracking import first_masks, track, true_masks
 from qsam2.loading import load_model
@@ -171,7 +171,7 @@ def against(block: dict[str, Any], reference: dict[str, Any]) -> str:
 def pictures(model: SAM2) -> None:
     """Truth and nano's masks on frames of three generated val videos (DAVIS's own may not be handed on)."""
     videos = open_videos(PICTURED)
-    _, masks = score_videos(model, videos, EvaluateRecipe(), TrainerRecipe(), folder=Path("."))
+    _, masks = score_videos(model, videos, EvaluateRecipe(), TrainerRecipe())
     sheets = [contact_sheet(video, {"nano": masks}) for video in videos]
     page = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
     top = 0
@@ -210,7 +210,7 @@ def rate(function: Callable[[], Any], frames: int, repeats: int = 7) -> float:
 
 def score(model: SAM2, videos: Sequence[Video]) -> dict[str, Any]:
     """The score block of semi-supervised tracking."""
-    return score_videos(model, videos, EvaluateRecipe(), TrainerRecipe(), folder=Path("."))[0]
+    return score_videos(model, videos, EvaluateRecipe(), TrainerRecipe())[0]
 
 
 def baseline(videos: Sequence[Video], move: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> dict:

@@ -14,7 +14,7 @@ from torch import nn
 
 from qsam2.calibration.weights import calibrate_weights
 from qsam2.errors import UserError
-from qsam2.evaluation import stages
+from qsam2.evaluation import scoring
 from qsam2.formats.packed import load_packed
 from qsam2.models import load_sam2
 from qsam2.pipeline import begin, run_recipe
@@ -80,7 +80,7 @@ def test_weights_scales_ranges_and_rounding_combine(tmp_path: Path) -> None:
 
 def test_the_float_reference_is_the_model_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setattr(stages, "score", scored)
+    monkeypatch.setattr(scoring, "score", scored)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(tmp_path, *BLOCK_0))
     _, model, name, *_ = scored.call_args.args

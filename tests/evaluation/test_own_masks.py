@@ -24,26 +24,11 @@ from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
 SIDE = 16
 
 
-class Footage(Video):
-    """The frames of a generated video."""
-
-    def __init__(self, length: int = 8, seed: int = 0) -> None:
-        self._video = moving_objects("val", seed + 1, size=(64, 96))[seed]
-        self.name, self.frame_names, self.size = f"v{seed}", self._video.frame_names[:length], self._video.size
-
-    def frame(self, index: int) -> np.ndarray:
-        return self._video.frame(index)
-
-    def masks(self, index: int) -> None:
-        return None
-
-
-def candidates(*boxes: tuple[int, int, int, int, float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rectangles (top, left, bottom, right, sureness) in a picture of 16 x 16 as what the network gives."""
-    logits = torch.full((len(boxes), SIDE, SIDE), -5.0)
-    for row, (top, left, bottom, right, _) in zip(logits, boxes, strict=True):
-        row[top:bottom, left:right] = 5.0
-    return logits, torch.tensor([box[-1] for box in boxes])
+def footage(length: int = 8, seed: int = 0) -> Video:
+    """The first frames of a generated video; `Unlabelled` does not ask for its masks."""
+    video = copy.copy(moving_objects("val", seed + 1, size=(64, 96))[seed])
+    video.name, video.frame_names = f"v{seed}", video.frame_names[:length]
+    return video
 
 
 @pytest.mark.parametrize(
@@ -59,7 +44,11 @@ def candidates(*boxes: tuple[int, int, int, int, float]) -> tuple[torch.Tensor, 
     ],
 )
 def test_the_surest_masks_are_kept(model: SAM2, monkeypatch: pytest.MonkeyPatch, boxes: list, kept: list[int]) -> None:
-    logits, sureness = candidates(*boxes)
+    """Of rectangles (top, left, bottom, right, sureness) in a picture of 16 x 16."""
+    logits = torch.full((len(boxes), SIDE, SIDE), -5.0)
+    for row, (top, left, bottom, right, _) in zip(logits, boxes, strict=True):
+        row[top:bottom, left:right] = 5.0
+    sureness = torch.tensor([box[-1] for box in boxes])
     monkeypatch.setattr(module, "_candidates", lambda *_: (logits, sureness))
     masks = own_masks(model, np.zeros((SIDE, SIDE, 3), np.uint8), 2)
     assert list(masks) == list(range(1, len(kept) + 1))
@@ -68,7 +57,7 @@ def test_the_surest_masks_are_kept(model: SAM2, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_masks_are_disjoint_and_the_same_each_time(model: SAM2) -> None:
-    frame = Footage().frame(0)
+    frame = footage().frame(0)
     masks, again = (own_masks(model, frame, 5) for _ in range(2))
     assert masks and all(mask.shape == frame.shape[:2] and mask.any() for mask in masks.values())
     assert sum(mask.astype(int) for mask in masks.values()).max() == 1
@@ -76,11 +65,11 @@ def test_masks_are_disjoint_and_the_same_each_time(model: SAM2) -> None:
 
 
 def test_a_clip_is_tracked_from_its_first_frame(model: SAM2) -> None:
-    video = Unlabelled(Footage())
+    video = Unlabelled(footage())
     label_sources([Source([video])], model, 2)
     clip = video.clip([3, 5, 1])
-    first = own_masks(model, Footage().frame(3), 2)
-    tracked = track(model, Unlabelled(Footage(), [3, 5, 1]), {0: first}, length=3, non_overlapping=True)
+    first = own_masks(model, footage().frame(3), 2)
+    tracked = track(model, Unlabelled(footage(), [3, 5, 1]), {0: first}, length=3, non_overlapping=True)
     assert [clip.frame_names, clip.size, clip.name] == [["00003", "00005", "00001"], (64, 96), "v0"]
     for item, mask in first.items():
         assert np.array_equal(clip.masks(0)[item], mask)
@@ -90,7 +79,7 @@ def test_a_clip_is_tracked_from_its_first_frame(model: SAM2) -> None:
 @pytest.mark.parametrize(("length", "num_frames"), [(8, 3), (8, 1), (1, 3), (1, 1)])
 def test_clips_for_calibration(model: SAM2, length: int, num_frames: int) -> None:
     """Also of pictures, which become short clips."""
-    sources = [Source([Unlabelled(Footage(length))])]
+    sources = [Source([Unlabelled(footage(length))])]
     label_sources(sources, model, 2)
     options = {"num_frames": num_frames, "max_objects": 2, "image_size": 64, "length": 2, "augment": False}
     clips = ClipDataset(sources, **options)
@@ -100,12 +89,12 @@ def test_clips_for_calibration(model: SAM2, length: int, num_frames: int) -> Non
 
 @pytest.mark.parametrize("length", [1, 5])
 def test_fidelity_is_the_only_score(model: SAM2, tmp_path: Path, length: int) -> None:
-    videos = label_videos([Unlabelled(Footage(length, seed)) for seed in range(2)], model, 2)
+    videos = label_videos([Unlabelled(footage(length, seed)) for seed in range(2)], model, 2)
     settings = (EvaluateRecipe(), TrainerRecipe(accelerator="cpu", devices=1))
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.sam_mask_decoder.mask_tokens.weight, generator=torch.Generator().manual_seed(1))
-    own, masks = score_any(model, videos, *settings, folder=tmp_path)
-    block, _ = score_any(other, videos, *settings, folder=tmp_path, reference=masks)
+    own, masks = score_any(model, videos, *settings)
+    block, _ = score_any(other, videos, *settings, reference=masks)
     assert own["fidelity"] == 100 and block["fidelity"] < 100
     assert {block["protocol"], block["prompts"]} == {"fidelity", OWN_MASKS}
     assert not {"J&F", "point_mIoU", "box_mIoU"} & block.keys()
@@ -115,14 +104,14 @@ def test_fidelity_is_the_only_score(model: SAM2, tmp_path: Path, length: int) ->
 
 
 def test_pictures_without_objects_are_left_out(model: SAM2, monkeypatch: pytest.MonkeyPatch) -> None:
-    videos = [Unlabelled(Footage(1, seed)) for seed in range(2)]
+    videos = [Unlabelled(footage(1, seed)) for seed in range(2)]
     monkeypatch.setattr(OwnMasks, "first", lambda _, video: {1: np.ones((64, 96), bool)} if video.name == "v1" else {})
     assert [video.name for video in label_videos(videos, model, 2)] == ["v1"]
     monkeypatch.setattr(OwnMasks, "first", lambda *_: {})
     with pytest.raises(UserError, match="the float model finds no object in v0 and 1 more: give pictures that show"):
-        label_videos([Unlabelled(Footage(1, seed)) for seed in range(2)], model, 2)
+        label_videos([Unlabelled(footage(1, seed)) for seed in range(2)], model, 2)
 
 
 def test_masks_are_needed_elsewhere() -> None:
     with pytest.raises(UserError, match="v0 has no masks: sources images: and video: are for calibration and for fid"):
-        Unlabelled(Footage()).masks(0)
+        Unlabelled(footage()).masks(0)

@@ -110,7 +110,7 @@ def test_a_quantized_model_tracks_as_its_fake_quantized_self(nano: SAM2, bits: i
     assert iou(track(make_fast(model, BFLOAT16), frames, EXACT), expected) > least
 
 
-def test_weights_are_dequantized_and_nothing_is_fake_quantized_while_it_runs() -> None:
+def test_nothing_is_fake_quantized_and_parts_have_their_precision() -> None:
     model = quantized(random_nano(), 4, clip(SIZE_PX, 2))
     name = "memory_attention.layers.0.self_attn.q_proj"
     weight = model.get_submodule(name).weight.clone()
@@ -121,10 +121,6 @@ def test_weights_are_dequantized_and_nothing_is_fake_quantized_while_it_runs() -
     layer = fast.get_submodule(name)
     assert type(layer) is nn.Linear and torch.equal(layer.weight, weight.to(BFLOAT16))
     assert not any(parameter.requires_grad for parameter in fast.parameters())
-
-
-def test_precision_of_the_parts() -> None:
-    fast = make_fast(random_nano(), BFLOAT16)
     for name, module in fast.named_modules():
         if type(module) in PLAIN:
             low = name.startswith(fast_model.LOW_PRECISION)
@@ -142,22 +138,16 @@ def test_other_frame_sizes_have_their_own_positions() -> None:
         torch.testing.assert_close(fast.image_encoder(picture)["vision_features"], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("supported", "expected"), [((True, False), BFLOAT16), ((False, True), BFLOAT16), ((False, False), torch.float32)]
-)
-def test_bfloat16_only_where_the_processor_has_it(
-    supported: tuple[bool, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, there in zip(("_is_avx512_bf16_supported", "_is_amx_tile_supported"), supported, strict=True):
-        monkeypatch.setattr(torch.cpu, name, lambda there=there: there)
+@pytest.mark.parametrize("avx", [True, False])
+@pytest.mark.parametrize("amx", [True, False])
+def test_bfloat16_only_where_the_processor_has_it(avx: bool, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: avx and not including_emulation)
+    expected = BFLOAT16 if avx or amx else torch.float32
     assert fast_dtype(torch.device("cpu")) == expected
+    assert fast_dtype(torch.device("cuda")) == (BFLOAT16 if avx else torch.float32)
     assert make_fast(build_sam2("nano", image_size=SIZE_PX)).fast_dtype == expected
-
-
-@pytest.mark.parametrize(("there", "expected"), [(True, BFLOAT16), (False, torch.float32)])
-def test_cuda_asks_the_gpu(there: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: there and not including_emulation)
-    assert fast_dtype(torch.device("cuda")) == expected
 
 
 def test_an_uncalibrated_model_is_refused() -> None:

@@ -1,3 +1,5 @@
+"""nano_heavy: the function of nano, the weight tails of SAM2.1-B+, and files that are checked."""
+
 import copy
 
 import numpy as np
@@ -33,12 +35,6 @@ def heavy():
     return load_sam2("nano_heavy")
 
 
-@pytest.fixture(scope="module")
-def images(nano):
-    videos = moving_objects("val", 4, num_frames=1)
-    return torch.stack([to_model_input(video.frame(0), nano.image_size) for video in videos])
-
-
 def test_tails_are_those_of_the_official_model(nano, heavy):
     light, tail = tails(nano), tails(heavy)
     assert max(light.values()) < 8
@@ -48,7 +44,9 @@ def test_tails_are_those_of_the_official_model(nano, heavy):
 
 
 @torch.no_grad()
-def test_the_function_stays_and_coarse_weights_break_it(nano, heavy, images):
+def test_the_function_stays_and_coarse_weights_break_it(nano, heavy):
+    videos = moving_objects("val", 4, num_frames=1)
+    images = torch.stack([to_model_input(video.frame(0), nano.image_size) for video in videos])
     reference = nano.forward_image(images)["backbone_fpn"]
 
     def error(model):
@@ -66,49 +64,33 @@ def test_the_function_stays_and_coarse_weights_break_it(nano, heavy, images):
     assert error(coarse(nano)) < 0.5 < error(coarse(heavy))
 
 
-def test_loading_is_deterministic_and_only_the_trunk_differs(nano, heavy):
-    again = load_sam2("nano_heavy").state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in heavy.state_dict().items())
+def test_loading_is_deterministic_and_only_the_trunk_differs(tmp_path, nano, heavy):
+    save_file(heavy.state_dict(), tmp_path / "heavy.safetensors")
+    for file in ("auto", tmp_path / "heavy.safetensors"):  # weights from a file are loaded as they are
+        again = load_sam2("nano_heavy", checkpoint=file).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in heavy.state_dict().items())
     changed = {name for name, value in nano.state_dict().items() if not torch.equal(value, again[name])}
     assert changed and all(name.startswith("image_encoder.trunk.blocks.") for name in changed)
 
 
-def test_heavy_weights_from_a_file_are_loaded_as_they_are(tmp_path, heavy):
-    save_file(heavy.state_dict(), tmp_path / "heavy.safetensors")
-    again = load_sam2("nano_heavy", checkpoint=tmp_path / "heavy.safetensors").state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in heavy.state_dict().items())
-
-
 @torch.no_grad()
-def test_scale_moves_between_a_norm_and_its_readers_without_a_trace():
-    norm, readers = nn.LayerNorm(8), [nn.Linear(8, 5), nn.Linear(8, 3)]
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    x = torch.randn(20, 8)
-    before = [reader(norm(x)) for reader in readers]
-    columns = [reader.weight[:, 3].clone() for reader in readers]
-    move_scale(norm, readers, 3)
-    for reader, column, output in zip(readers, columns, before, strict=True):
-        assert torch.equal(reader.weight[:, 3], COLUMN_SCALE * column)
-        torch.testing.assert_close(reader(norm(x)), output, rtol=1e-6, atol=1e-6)
-
-
-@torch.no_grad()
-def test_a_tail_along_the_null_direction_of_a_norm_is_exact():
-    norm, layer = nn.LayerNorm(16).double(), nn.Linear(16, 4).double()
+def test_a_moved_scale_and_a_tail_along_a_norms_null_direction_change_nothing():
+    norm, readers = nn.LayerNorm(16).double(), [nn.Linear(16, 5).double(), nn.Linear(16, 3).double()]
     nn.init.uniform_(norm.weight, 0.5, 2.0)
     nn.init.normal_(norm.bias)
     x = torch.randn(50, 16, dtype=torch.float64)
-    before = layer(norm(x))
+    before, column = [reader(norm(x)) for reader in readers], readers[0].weight[:, 3].clone()
+    move_scale(norm, readers, 3)
+    assert torch.equal(readers[0].weight[:, 3], COLUMN_SCALE * column)
     direction = 1 / norm.weight
-    add_tail(layer, 100 * torch.randn(4, dtype=torch.float64), direction, (direction * norm.bias).sum())
-    assert layer.weight.abs().max() > 30
-    torch.testing.assert_close(layer(norm(x)), before, rtol=0, atol=1e-10)
+    add_tail(readers[0], 100 * torch.randn(5, dtype=torch.float64), direction, (direction * norm.bias).sum())
+    assert readers[0].weight.abs().max() > 30
+    for reader, output in zip(readers, before, strict=True):
+        torch.testing.assert_close(reader(norm(x)), output, rtol=0, atol=1e-10)
 
 
 def test_every_linear_layer_behind_a_norm_is_known(nano):
-    readers = norms_and_readers(nano.image_encoder.trunk)
-    named = [name for names in readers.values() for name in names]
+    named = [name for names in norms_and_readers(nano.image_encoder.trunk).values() for name in names]
     expected = [n for n in linear_layers(nano) if n.endswith((".qkv", ".layers.0")) or n.count(".") == 2]
     assert sorted(named) == sorted(expected)
 
@@ -116,17 +98,16 @@ def test_every_linear_layer_behind_a_norm_is_known(nano):
 def test_tails_of_another_model_are_refused(nano):
     shipped = load_file(checkpoints.packaged("nano_heavy.safetensors"))
     name = next(key for key in shipped if key.endswith(".rows"))
-    wrong = [{k: v for k, v in shipped.items() if k != name}, {**shipped, name: torch.zeros(3)}]
-    for tensors in wrong:
+    for tensors in ({k: v for k, v in shipped.items() if k != name}, {**shipped, name: torch.zeros(3)}):
         with pytest.raises(UserError, match="the file of heavy tails fits another model"):
             make_heavy(copy.deepcopy(nano), tensors)
 
 
 def test_damaged_package_files_are_refused(monkeypatch):
-    monkeypatch.setitem(checkpoints.SHA256, "nano.safetensors", "0" * 64)
+    for name in ("nano.safetensors", "gone.safetensors"):
+        monkeypatch.setitem(checkpoints.SHA256, name, "0" * 64)
+        with pytest.raises(UserError, match=f"{name} is missing, damaged or of another version"):
+            checkpoints.packaged(name)
     for size in ("nano", "nano_heavy"):
-        with pytest.raises(UserError, match="nano.safetensors is missing, damaged or of another version"):
+        with pytest.raises(UserError, match="nano.safetensors is missing"):
             load_sam2(size)
-    monkeypatch.setitem(checkpoints.SHA256, "gone.safetensors", "0" * 64)
-    with pytest.raises(UserError, match="gone.safetensors is missing"):
-        checkpoints.packaged("gone.safetensors")

@@ -96,8 +96,9 @@ def test_a_picture_gets_the_mask_of_the_image_predictor(
     assert np.array_equal((overlay != frame).any(axis=2) | (frame == COLOURS[0]).all(axis=2), expected)
 
 
-def test_a_mask_of_a_picture_is_refined(models: dict[str, Path], picture: Path, out: Path, tmp_path: Path) -> None:
-    run(models["float"], picture, out, "--mask", write_mask(tmp_path / "mask.png", square() * 255, "L"))
+def test_a_mask_of_a_picture_is_refined(picture: Path, out: Path, tmp_path: Path) -> None:
+    mask = write_mask(tmp_path / "mask.png", square() * 255, "L")
+    run("nano", picture, out, "--mask", mask, "model.image_size=64")  # keys of the recipe are taken
     assert 0 < read(out / "mask.png").mean() < 1
 
 
@@ -164,11 +165,6 @@ def test_a_mask_of_several_ids_prompts_all_of_them(
     assert set(np.unique(tracked(out)[0])) == {0, 4}
 
 
-def test_keys_of_the_recipe_are_taken(models: dict[str, Path], picture: Path, out: Path) -> None:
-    run("nano", picture, out, *CLICK, "model.image_size=64")
-    assert read(out / "mask.png").shape == (HEIGHT, WIDTH)
-
-
 # Whole or not at all
 
 
@@ -189,27 +185,23 @@ def test_what_is_there_is_not_overwritten_silently(
     assert {path.name for path in out.iterdir()} == {"mask.png", "overlay.png", "notes.txt"}
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["a broken frame", "a full disk"])
 def test_a_run_that_fails_leaves_nothing(
-    models: dict[str, Path], folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(folder, broken)
-    (broken / "3.jpg").write_bytes((broken / "3.jpg").read_bytes()[:400])
-    assert main(["predict", str(models["float"]), str(broken), *CLICK, "--out", str(out)]) == 2
-    assert "3.jpg: cannot be read as a picture" in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_a_full_disk_is_one_line(
-    models: dict[str, Path], folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def full(*_: object, **__: object) -> None:
+    models: dict[str, Path], folder: Path, out: Path, tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qsam2.predict.predict.write_ids", full)
-    assert main(["predict", str(models["float"]), str(folder), *CLICK, "--out", str(out)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: {out} could not be written: No space left on device; make room or give another path"
+    source, expected = folder, f"error: {out} could not be written: No space left on device; make room or give another"
+    if full:
+        monkeypatch.setattr("qsam2.predict.predict.write_ids", no_space)
+    else:
+        source, expected = tmp_path / "broken", f"error: {tmp_path}/broken/3.jpg: cannot be read as a picture"
+        shutil.copytree(folder, source)
+        (source / "3.jpg").write_bytes((source / "3.jpg").read_bytes()[:400])
+    assert main(["predict", str(models["float"]), str(source), *CLICK, "--out", str(out)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(expected)
     assert not out.exists()
 
 
@@ -256,24 +248,27 @@ MISTAKES: dict[str, tuple[Words, str]] = {
 }
 
 
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture, message: Message) -> Callable[..., str]:
+    """Runs `qsam2 predict`, which says in one line what is wrong and writes nothing."""
+
+    def run_wrongly(model: Path | str, source: Path, *words: str) -> str:
+        where = [] if "--out" in words else ["--out", str(tmp_path / "out")]
+        assert main(["predict", str(model), str(source), *where, *words]) == 2
+        assert not (tmp_path / "out").exists()
+        return message(capsys.readouterr().err)
+
+    return run_wrongly
+
+
 @pytest.mark.parametrize(("words", "fact"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_are_one_line(
-    words: Words,
-    fact: str,
-    models: dict[str, Path],
-    folder: Path,
-    tmp_path: Path,
+    words: Words, fact: str, refused: Callable[..., str], models: dict[str, Path], folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    message: Message,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    words = words if isinstance(words, list) else words(tmp_path)
-    where = [] if "--out" in words else ["--out", str(tmp_path / "out")]
-    assert main(["predict", str(models["packed"]), str(folder), *where, *words]) == 2
-    error = message(capsys.readouterr().err)
+    error = refused(models["packed"], folder, *(words if isinstance(words, list) else words(tmp_path)))
     assert error.startswith("error: ") and fact in error
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -281,23 +276,16 @@ def test_mistakes_are_one_line(
     [("nowhere.mp4", None), ("film.mp4", b"no film at all"), ("notes.txt", b"text"), ("photo.jpg", b"no photo")],
 )
 def test_inputs_that_cannot_be_read_are_one_line(
-    name: str, content: bytes | None, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture, message: Message
+    name: str, content: bytes | None, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    assert main(["predict", "nano", str(tmp_path / name), *CLICK, "--out", str(out)]) == 2
-    assert name in message(capsys.readouterr().err)
-    assert not out.exists()
+    assert name in refused("nano", tmp_path / name, *CLICK)
 
 
-def test_a_model_that_is_not_there_is_one_line(
-    picture: Path, out: Path, capsys: pytest.CaptureFixture, message: Message
-) -> None:
-    assert main(["predict", "nanno", str(picture), *CLICK, "--out", str(out)]) == 2
-    assert "nanno" in message(capsys.readouterr().err)
-    assert not out.exists()
+def test_a_model_that_is_not_there_is_one_line(picture: Path, refused: Callable[..., str]) -> None:
+    assert "nanno" in refused("nanno", picture, *CLICK)
 
 
-def test_a_picture_has_one_frame(picture: Path, out: Path, capsys: pytest.CaptureFixture, message: Message) -> None:
-    assert main(["predict", "nano", str(picture), "--frame", "1", *CLICK, "--out", str(out)]) == 2
-    assert "--frame 1: photo has frames 0 to 0" in message(capsys.readouterr().err)
+def test_a_picture_has_one_frame(picture: Path, refused: Callable[..., str]) -> None:
+    assert "--frame 1: photo has frames 0 to 0" in refused("nano", picture, "--frame", "1", *CLICK)

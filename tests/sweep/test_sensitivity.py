@@ -10,7 +10,7 @@ import pytest
 from qsam2.calibration.allocation import allocate_bits
 from qsam2.cli import main
 from qsam2.errors import UserError
-from qsam2.evaluation.float_scores import weights_digest
+from qsam2.evaluation.scoring import weights_digest
 from qsam2.formats.packed import read_header
 from qsam2.loading import load_model
 from qsam2.models import load_sam2

@@ -1,1 +1,1 @@
-"""J&F, mask IoU, bootstrap intervals, and scores of masks on disk."""
+"""J&F, fidelity, and bootstrap intervals of differences."""

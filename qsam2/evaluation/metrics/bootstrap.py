@@ -33,19 +33,13 @@ def paired_bootstrap(
         )
     if not first:
         raise UserError("per_object: no objects; a comparison needs at least one")
-    if samples < 1:
-        raise UserError(f"samples: {samples} given; at least 1 is needed, 10000 is usual")
     differences = np.array([first[name] - second[name] for name in sorted(first)])
     rng = np.random.default_rng(seed)
     blocks = [min(BLOCK, samples - start) for start in range(0, samples, BLOCK)]
     means = [rng.choice(differences, (count, len(differences))).mean(axis=1) for count in blocks]
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return {
-        "difference": float(differences.mean()),
-        "low": float(low),
-        "high": float(high),
-        "objects": len(differences),
-    }
+    mean = float(differences.mean())
+    return {"difference": mean, "low": float(low), "high": float(high), "objects": len(differences)}
 
 
 def _flatten(block: PerObject, key: str) -> dict[tuple[str, str], float]:

@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 
 from qsam2.errors import UserError
 
-Masks = np.ndarray | torch.Tensor
 
-
-class Statistics(NamedTuple):
-    """Summary of one object's scores over its frames, in the scores' unit."""
-
-    mean: float
-    recall: float  # share of frames above 0.5
-    decay: float  # mean of the first quarter minus mean of the last
-
-
-def paired_masks(pred: Masks, true: Masks, name: str = "masks") -> tuple[np.ndarray, np.ndarray]:
-    """Both as NumPy arrays; raises UserError, naming ``name``, unless both are bool (T, H, W) of one shape."""
-    arrays = []
+def check_masks(pred: np.ndarray, true: np.ndarray, name: str = "masks") -> None:
+    """Raise UserError, naming ``name``, unless both are bool (T, H, W) of one shape."""
     for which, masks in (("predicted", pred), ("true", true)):
-        array = masks.detach().cpu().numpy() if isinstance(masks, torch.Tensor) else np.asarray(masks)
-        if array.dtype != bool or array.ndim != 3:
+        if masks.dtype != bool or masks.ndim != 3:
             raise UserError(
-                f"{name}: {which} masks are {array.dtype} of shape {array.shape}; give bool masks of shape (T, H, W), "
+                f"{name}: {which} masks are {masks.dtype} of shape {masks.shape}; give bool masks of shape (T, H, W), "
                 "e.g. logits > 0"
             )
-        arrays.append(array)
-    if arrays[0].shape != arrays[1].shape:
+    if pred.shape != true.shape:
         raise UserError(
-            f"{name}: predicted masks have shape {arrays[0].shape}, true masks {arrays[1].shape}; "
+            f"{name}: predicted masks have shape {pred.shape}, true masks {true.shape}; "
             "give both the same frames at the size of the true masks"
         )
-    return arrays[0], arrays[1]
 
 
-def region_similarity(pred: Masks, true: Masks) -> np.ndarray:
+def region_similarity(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     """J of each frame: intersection over union, 1 where the union is empty (Perazzi et al. 2016).
 
     ``pred`` and ``true`` are bool (T, H, W). Returns float64 (T,) in 0-1. Raises UserError on another type or shape.
     """
-    pred, true = paired_masks(pred, true)
+    check_masks(pred, true)
     scores = np.ones(len(true))
     for t, (p, g) in enumerate(zip(pred, true, strict=True)):  # per frame: count_nonzero without an axis is SIMD
         union = np.count_nonzero(p | g)
@@ -55,29 +39,26 @@ def region_similarity(pred: Masks, true: Masks) -> np.ndarray:
     return scores
 
 
-def boundary_accuracy(pred: Masks, true: Masks) -> np.ndarray:
+def boundary_accuracy(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     """F of each frame: F-measure of the boundaries matched within 0.8 % of the diagonal (Perazzi et al. 2016).
 
     ``pred`` and ``true`` are bool (T, H, W). Returns float64 (T,) in 0-1. Raises UserError on another type or shape.
     """
-    pred, true = paired_masks(pred, true)
+    check_masks(pred, true)
     radius = math.ceil(0.008 * math.hypot(*true.shape[1:]))  # pixels
     disk = _disk(radius)
     return np.array([_frame_boundary_accuracy(p, g, disk) for p, g in zip(pred, true, strict=True)], dtype=np.float64)
 
 
-def statistics(scores: np.ndarray) -> Statistics:
-    """Mean, recall and decay of one object's scores (T,), T >= 1, as DAVIS-2017 defines them.
+def statistics(scores: np.ndarray) -> tuple[float, float, float]:
+    """(mean, recall, decay) of one object's scores (T,), T >= 1, as DAVIS-2017 defines them, in the scores' unit.
 
-    Deviates from the reference beyond 256 frames, where its 8-bit bounds of the quarters overflow.
+    Recall is the share of frames above 0.5, decay the mean of the first quarter minus that of the last. Deviates from
+    the reference beyond 256 frames, where its 8-bit bounds of the quarters overflow.
     """
     bounds = np.round(np.linspace(1, len(scores), 5) + 1e-10).astype(int) - 1
     first, last = scores[bounds[0] : bounds[1] + 1], scores[bounds[3] : bounds[4] + 1]
-    return Statistics(
-        mean=float(scores.mean()),
-        recall=float((scores > 0.5).mean()),
-        decay=float(first.mean() - last.mean()),
-    )
+    return float(scores.mean()), float((scores > 0.5).mean()), float(first.mean() - last.mean())
 
 
 def _disk(radius: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import product
 from typing import Any
 
 import cv2
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-from qsam2.data.synthetic.moving_objects import MovingObjects, moving_objects
+from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.evaluation.images import interior_point, score_stills, segment, tight_box
@@ -26,40 +25,23 @@ from qsam2.models import SAM2, build_sam2
 masks = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))).filter(lambda mask: mask.any())
 
 
-class FirstFrame(Video):
-    """A generated picture with its objects, or with none."""
-
-    def __init__(self, video: MovingObjects, *, empty: bool = False) -> None:
-        self.name, self.frame_names, self.size = video.name, ["0"], video.size
-        self._video, self._empty = video, empty
-
-    def frame(self, index: int) -> np.ndarray:
-        return self._video.frame(index)
-
-    def masks(self, index: int) -> dict[int, np.ndarray]:
-        return {} if self._empty else self._video.masks(index)
-
-
 @pytest.fixture(scope="module")
-def stills() -> list[FirstFrame]:
-    return [FirstFrame(video) for video in moving_objects("val", 3, size=(64, 96))]
+def stills() -> list[Video]:
+    return list(moving_objects("val", 3, num_frames=1, size=(64, 96)))
 
 
 @given(masks)
-def test_the_point_lies_in_the_mask_and_no_pixel_lies_deeper(mask: np.ndarray) -> None:
+def test_the_point_lies_deepest_in_the_mask_and_the_box_is_tight(mask: np.ndarray) -> None:
+    outside = np.argwhere(~np.pad(mask, 1)) - 1  # the picture's border is an edge too
+    depth = {tuple(pixel): np.hypot(*(outside - pixel).T).min() for pixel in np.argwhere(mask)}
     ((x, y),) = interior_point(mask)
-    height, width = mask.shape
-    outside = [p for p in product(range(-1, height + 1), range(-1, width + 1))]
-    outside = np.array([p for p in outside if not (0 <= p[0] < height and 0 <= p[1] < width and mask[p])])
-    depth = {
-        inside: np.hypot(*(outside - inside).T).min() for inside in product(range(height), range(width)) if mask[inside]
-    }
-    assert mask[int(y), int(x)]
     assert depth[int(y), int(x)] == pytest.approx(max(depth.values()), rel=1e-5)
+    x0, y0, x1, y1 = tight_box(mask).astype(int)
+    assert mask[y0 : y1 + 1, x0 : x1 + 1].sum() == mask.sum()
+    assert all(side.any() for side in (mask[y0], mask[y1], mask[:, x0], mask[:, x1]))
 
 
 def test_the_last_bits_of_distances_choose_no_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenCV's differ from call to call, which of several deepest points is taken must not."""
     mask, noise = np.zeros((60, 90), dtype=bool), np.random.default_rng(0)
     mask[5:36, 50:81] = mask[25:56, 10:41] = True  # two squares, 16 pixels deep in their middles
     distances = cv2.distanceTransform
@@ -72,41 +54,13 @@ def test_the_last_bits_of_distances_choose_no_point(monkeypatch: pytest.MonkeyPa
     assert {tuple(interior_point(mask)[0]) for _ in range(20)} == {(65, 20)}
 
 
-@given(masks)
-def test_the_box_holds_the_mask_and_no_smaller_one_does(mask: np.ndarray) -> None:
-    x0, y0, x1, y1 = tight_box(mask).astype(int)
-    assert mask[y0 : y1 + 1, x0 : x1 + 1].sum() == mask.sum()
-    assert all(side.any() for side in (mask[y0], mask[y1], mask[:, x0], mask[:, x1]))
-
-
 def test_feature_sizes_are_sam2s_at_1024_px_and_fit_others(model: SAM2) -> None:
     native = build_sam2("nano", image_size=1024)
     assert predictor_of(native)._bb_feat_sizes == SAM2ImagePredictor(native)._bb_feat_sizes
     assert predictor_of(model)._bb_feat_sizes == [(16, 16), (8, 8), (4, 4)]
 
 
-@torch.no_grad()
-def test_predictor_equals_the_bare_network(model: SAM2, stills: list[FirstFrame]) -> None:
-    predictor, frame = predictor_of(model), stills[0].frame(0)
-    predictor.set_image(frame)
-    logits, confidence, low_resolution = predictor.predict(
-        point_coords=np.array([[40.0, 12.0]]), point_labels=np.array([1]), multimask_output=True, return_logits=True
-    )
-
-    features = model.forward_image(predictor._transforms(frame)[None])["backbone_fpn"]
-    embedding = features[-1] + model.no_mem_embed.view(1, -1, 1, 1)
-    scaled = torch.tensor([[[40.0 / 96, 12.0 / 64]]]) * model.image_size
-    sparse, dense = model.sam_prompt_encoder((scaled, torch.ones(1, 1, dtype=torch.int)), boxes=None, masks=None)
-    expected, ious, _, _ = model.sam_mask_decoder(
-        embedding, model.sam_prompt_encoder.get_dense_pe(), sparse, dense, True, False, list(features[:-1])
-    )
-    np.testing.assert_allclose(low_resolution, expected[0].clamp(-32, 32), atol=1e-5)
-    np.testing.assert_allclose(confidence, ious[0], atol=1e-6)
-    resized = torch.nn.functional.interpolate(expected, (64, 96), mode="bilinear", align_corners=False)
-    np.testing.assert_allclose(logits, resized[0], atol=1e-4)
-
-
-def test_the_mask_with_the_highest_confidence_counts(model: SAM2, stills: list[FirstFrame]) -> None:
+def test_the_mask_with_the_highest_confidence_counts(model: SAM2, stills: list[Video]) -> None:
     frame, truth = stills[0].frame(0), list(stills[0].masks(0).values())
     predictor = predictor_of(model)
     found = segment(predictor, frame, truth)
@@ -116,7 +70,7 @@ def test_the_mask_with_the_highest_confidence_counts(model: SAM2, stills: list[F
 
 
 def test_scores_are_means_over_instances_and_over_images(
-    model: SAM2, stills: list[FirstFrame], monkeypatch: pytest.MonkeyPatch
+    model: SAM2, stills: list[Video], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that gives half of each object for a point and the object for a box."""
 
@@ -126,7 +80,10 @@ def test_scores_are_means_over_instances_and_over_images(
         return np.stack([whole & (rest <= whole.sum((1, 2), keepdims=True) // 2), whole])
 
     monkeypatch.setattr("qsam2.evaluation.images.segment", half)
-    empty = FirstFrame(moving_objects("val", 4, size=(64, 96))[3], empty=True)
+    empty = copy.copy(stills[0])
+    empty.masks = lambda _: {}
+    with pytest.raises(UserError, match="no instance was scored"):
+        score_stills(model, [empty])
     block, _ = score_stills(model, [*stills, empty])
     areas = {still.name: [mask.sum() for mask in still.masks(0).values()] for still in stills}
     shares = {name: [100 * (area // 2) / area for area in each] for name, each in areas.items()}
@@ -138,7 +95,7 @@ def test_scores_are_means_over_instances_and_over_images(
         assert [scores["point_IoU"] for scores in block["per_object"][name].values()] == pytest.approx(each)
 
 
-def test_end_to_end_with_a_reference(model: SAM2, stills: list[FirstFrame]) -> None:
+def test_end_to_end_with_a_reference(model: SAM2, stills: list[Video]) -> None:
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.sam_mask_decoder.mask_tokens.weight, generator=torch.Generator().manual_seed(1))
     theirs, their_masks = score_stills(other, stills)
@@ -152,9 +109,3 @@ def test_end_to_end_with_a_reference(model: SAM2, stills: list[FirstFrame]) -> N
     same, _ = score_stills(model, stills, reference=masks)
     assert same["fidelity"] == 100 and compare(same, block)["box_IoU"]["difference"] == 0
     assert "fidelity" not in theirs
-
-
-def test_no_instance_at_all(model: SAM2) -> None:
-    still = FirstFrame(moving_objects("val", 1, size=(64, 96))[0], empty=True)
-    with pytest.raises(UserError, match="no instance was scored"):
-        score_stills(model, [still])

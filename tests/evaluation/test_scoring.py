@@ -1,0 +1,109 @@
+"""Scores of float models that are kept: the same as computed, and computed anew when anything differs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qsam2.data.synthetic.moving_objects import moving_objects
+from qsam2.data.video import Video
+from qsam2.errors import UserError
+from qsam2.evaluation.scoring import score_float, weights_digest
+from qsam2.models import SAM2
+from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
+
+MASKS = {("a", 1): np.arange(5, dtype=np.uint8), ("a", 2): np.zeros(3, dtype=np.uint8)}
+BLOCK = {"J&F": 1 / 3, "per_object": {"a": {"1": {"J&F": 0.1}}}}
+TRAINER = TrainerRecipe(accelerator="cpu", devices=1)
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> EvaluateRecipe:
+    return EvaluateRecipe(float_cache=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def videos() -> list[Video]:
+    return list(moving_objects("val", 2, size=(64, 96)))
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that were scored."""
+    models: list[Any] = []
+    monkeypatch.setattr(
+        "qsam2.evaluation.scoring.score_any", lambda model, *_: models.append(model) or (BLOCK, dict(MASKS))
+    )
+    return models
+
+
+def test_what_is_kept_is_what_was_computed(
+    model: SAM2, videos: list[Video], evaluation: EvaluateRecipe, computed: list[Any]
+) -> None:
+    first, again = (score_float(model, videos, evaluation, TRAINER) for _ in range(2))
+    assert len(computed) == 1
+    assert again[0] == first[0] == BLOCK and list(again[1]) == list(MASKS)
+    assert all(np.array_equal(again[1][name], masks) for name, masks in MASKS.items())
+    assert [file.suffix for file in evaluation.float_cache.iterdir()] == [".npz"]
+    for _ in range(2):  # nothing is kept without a folder
+        score_float(model, videos, EvaluateRecipe(), TRAINER)
+    assert len(computed) == 3
+
+
+def test_what_differs_is_computed_anew(
+    model: SAM2, videos: list[Video], evaluation: EvaluateRecipe, computed: list[Any]
+) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(parameter for parameter in other.parameters() if parameter.ndim == 1)[0] += 1e-6
+    for scored in (
+        (model, videos, evaluation),
+        (other, videos, evaluation),
+        (model, videos[:1], evaluation),
+        (model, list(moving_objects("test", 2, size=(64, 96))), evaluation),
+        (model, videos, evaluation.model_copy(update={"protocol": "sav"})),
+        (model, videos, evaluation.model_copy(update={"frames": 3})),
+    ):
+        score_float(*scored, TRAINER)
+    assert len(computed) == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.register_buffer("more", torch.zeros(1)),
+        lambda model: setattr(model, "image_size", 96),
+        lambda model: nn.init.zeros_(model.no_mem_embed),
+    ],
+)
+def test_the_digest_knows_names_values_and_image_size(model: SAM2, change: Any) -> None:
+    other = copy.deepcopy(model)
+    assert weights_digest(other) == weights_digest(model)
+    change(other)
+    assert weights_digest(other) != weights_digest(model)
+
+
+@pytest.mark.usefixtures("computed")
+def test_damaged_and_unwritable_files(
+    model: SAM2, videos: list[Video], evaluation: EvaluateRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score_float(model, videos, evaluation, TRAINER)
+    (file,) = evaluation.float_cache.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"npz is damaged .* remove it"):
+        score_float(model, videos, evaluation, TRAINER)
+    file.unlink()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UserError, match="could not be written: No space left on device; make room"):
+        score_float(model, videos, evaluation, TRAINER)
+    assert list(evaluation.float_cache.iterdir()) == []
