@@ -16,11 +16,9 @@ from safetensors.torch import save_file
 from small_models import seeing, write_stills
 
 from qsam2 import __version__
-from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.cli import main
 from qsam2.data.synthetic.moving_objects import moving_objects
-from qsam2.formats.packed import save_packed, save_weights
-from qsam2.layers.convert import convert, finalize
+from qsam2.formats.packed import save_weights
 from qsam2.loading import load_model
 from qsam2.models import SAM2
 from qsam2.recipe import Recipe, build_recipe
@@ -44,22 +42,10 @@ def checkpoint(model: SAM2, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def run_folder(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a run leaves for `evaluate`: 3-bit weights in `model.safetensors`."""
-    values = {
-        "quantize": {"weights": {"method": "minmax", "bits": 3}},
-        "model": {"image_size": 64},
-        "data": {"train": ["moving_objects:2:train"], "val": "moving_objects:1:val"},
-        "evaluate": {"frames": 4, "protocol": "sav"},
-    }
-    model, _ = load_model(checkpoint, SIZE)
-    convert(model, build_recipe(values).quantize)
-    find_ranges(model, lambda batch: None, [])
-    finalize(model)
-    folder = tmp_path_factory.mktemp("run")
-    save_packed(folder / "model.safetensors", model, values)
-    return str(folder)
+@pytest.fixture
+def run_folder(runs: dict[str, Path]) -> str:
+    """A finished run, with weights of 3 bits and SA-V's protocol."""
+    return str(runs["reconstructed"])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -227,17 +213,17 @@ def test_other_data_are_scored_as_a_whole_whatever_part_of_its_own_the_run_score
     assert lengths == [None, 4]
 
 
-def test_scores_against_a_reference(run_folder: str, checkpoint: str, tmp_path: Path) -> None:
+def test_scores_against_a_reference(run_folder: str, tmp_path: Path) -> None:
     """The run's own recipe says what to score on; the reference runs at the run's image size."""
     out = tmp_path / "scores.json"
-    assert main(["evaluate", run_folder, "--reference", checkpoint, "--json", str(out)]) == 0
+    assert main(["evaluate", run_folder, "--reference", "nano", "--json", str(out)]) == 0
     block = read(out)
     assert block.keys() == KEYS | {"precision", "versus_reference"}
     assert (block["protocol"], block["model"]) == ("sav", run_folder)
     assert 0 < block["fidelity"] < 100
     flags = ["--data", "moving_objects:1:val", "--frames", "4", "--protocol", "sav"]
     flags += ["--reference", f"{run_folder}/model.safetensors", "--json", str(out)]
-    assert main(["evaluate", checkpoint, *SIZE, *flags]) == 0
+    assert main(["evaluate", "nano", *SIZE, *flags]) == 0
     turned = read(out)
     assert turned["fidelity"] == pytest.approx(block["fidelity"])
     found = block["versus_reference"]

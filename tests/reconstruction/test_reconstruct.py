@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import RUNS, small
 from torch import nn
 
 from qsam2 import pipeline
@@ -135,44 +136,17 @@ def test_a_loss_that_is_not_finite_says_what_to_do(pair: Any, tmp_path: Path) ->
 
 # Whole runs
 
-VALUES: dict[str, Any] = {
-    "debug": "fast",
-    "model": {"size": "nano", "image_size": 64},
-    "data": {"train": "moving_objects:4:train", "val": "moving_objects:1:val"},
-    "quantize": {
-        "weights": {"method": "minmax", "bits": 3, "range": "minmax"},
-        "activations": {"method": "minmax", "bits": 4, "range": "minmax"},
-    },
-    "reconstruct": {
-        "method": "qdrop",
-        "iterations": 4,
-        "blocks": ["image_encoder.trunk.blocks.0", "memory_encoder", "memory_attention.layers.0", "obj_ptr_proj"],
-    },
-    "trainer": {"accelerator": "cpu", "devices": 1},
-}
-BLOCKS = ["image_encoder.trunk.blocks.0", "memory_encoder", "memory_attention.layers.0", "obj_ptr_proj"]
+BLOCKS = RUNS["reconstructed"]["reconstruct"]["blocks"]
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
-    return build_recipe({**VALUES, "output": str(folder)}, overrides)
+    return build_recipe(small(Path(), folder, **RUNS["reconstructed"]), overrides)
 
 
-@pytest.fixture(scope="module")
-def caches() -> list[ImageFeatures]:
-    """The image features of the run `whole`."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, caches: list[ImageFeatures]) -> Path:
+@pytest.fixture
+def whole(runs: dict[str, Path]) -> Path:
     """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            block_by_block, "ImageFeatures", lambda *given: caches.append(ImageFeatures(*given)) or caches[-1]
-        )
-        run_recipe(recipe(folder))
-    return folder
+    return runs["reconstructed"]
 
 
 def results(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -218,9 +192,17 @@ def test_a_run_that_was_killed_goes_on_behind_its_last_block(
         fitted.append(name)
         return fit_block(name, *args, **more)
 
+    caches: list[ImageFeatures] = []
     monkeypatch.setattr(block_by_block, "fit_block", fit_and_count)
+    monkeypatch.setattr(
+        block_by_block, "ImageFeatures", lambda *given: caches.append(ImageFeatures(*given)) or caches[-1]
+    )
     with pytest.raises(Killed):
         run_recipe(recipe(tmp_path))
+    frames, clips = caches[:2], caches[2:]  # of the quantized and the float model: the groups share those of clips
+    assert len(clips) == 2 and not any(features._cache for features in frames)
+    assert all(len(features._cache) > 1 and features.left_bytes < 2e9 for features in clips)
+    assert all(features.left_bytes == 2e9 for features in frames), "half of reconstruct.cache_gb"
     assert not (tmp_path / "model.safetensors").exists()
     fitted[:] = []
     run_recipe(recipe(tmp_path))
@@ -230,14 +212,7 @@ def test_a_run_that_was_killed_goes_on_behind_its_last_block(
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-def test_clips_are_encoded_once_for_all_tracking_blocks(
-    whole: Path, caches: list[ImageFeatures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frames, clips = caches[:2], caches[2:]  # of the quantized and the float model: three groups share those of clips
-    assert len(clips) == 2 and not any(features._cache for features in frames)
-    assert all(len(features._cache) > 1 and features.left_bytes < 2e9 for features in clips)
-    assert all(features.left_bytes == 2e9 for features in frames), "half of reconstruct.cache_gb"
-
+def test_without_a_cache_the_result_is_the_same(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_by_block, "ImageFeatures", lambda model, _: ImageFeatures(model, 0.0))
     run_recipe(recipe(tmp_path))
     (tensors, figures), (expected_tensors, expected) = results(tmp_path), results(whole)
