@@ -111,12 +111,14 @@ class FinishedRuns(dict[str, Path]):
         if name == "reconstructed":
             write_stills(folder.parent / "stills")
         log, handler = logging.getLogger("qsam2"), logging.FileHandler(folder.with_suffix(".log"))
+        level = log.level
         log.addHandler(handler)
+        log.setLevel(logging.INFO)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(log, "level", logging.INFO)
             patch.setenv("WANDB_SILENT", "true")
             run_recipe(recipe_of_run(name, self.checkpoint, folder))
         log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def start(values: dict[str, Any], folder: Path, log: IO[bytes] | int = subprocess.PIPE) -> subprocess.Popen[str]:

@@ -176,7 +176,8 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(
     file = write(tmp_path, **changes)
     values = yaml.safe_load(file.read_text())
     file.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-    assert main(["sweep", str(file), "--dry-run"]) == 2
+    assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
     said = capsys.readouterr().err
     assert said.startswith(f"error: sweep {file}") and said.count("\n") == 1 and expected in said
 
@@ -184,8 +185,8 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(
 @pytest.mark.parametrize(
     ("text", "arguments", "expected"),
     [
-        ("method: [grid", [], "error: sweep FILE: is not valid YAML"),
-        ("- grid", [], "error: sweep FILE: holds no `key: value` pairs"),
+        ("method: [grid", [], "error: sweep FILE is not valid YAML"),
+        ("- grid", [], "error: sweep FILE holds no `key: value` pairs"),
         (None, [], "error: sweep FILE does not exist"),
         ("", [f"{WEIGHTS}=4"], f"error: {WEIGHTS}=4: {WEIGHTS} is a parameter of the sweep FILE; change it there"),
         ("", ["--jobs", "0"], "error: --jobs 0: give at least 1"),
