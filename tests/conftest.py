@@ -11,10 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 from messages import Message, key_of
-from shared import once
 from small_models import seeing
 from small_predictors import write_models
-from small_runs import FinishedRuns
+from small_runs import FinishedRuns, write_checkpoint
 
 from qsam2.models import SAM2
 from qsam2.models.sam2 import SIZES
@@ -97,14 +96,13 @@ def model(pristine: SAM2) -> SAM2:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nano for 64 px with random weights, in Meta's checkpoint format."""
-    weights = {"model": seeing().state_dict()}
-    return once(tmp_path_factory, "checkpoint", lambda folder: torch.save(weights, folder / "nano.pt")) / "nano.pt"
+    return write_checkpoint(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of finished runs, `qat`, `ptq`, `float` and `reconstructed` (`small_runs.RUNS`), for reading."""
-    return FinishedRuns(tmp_path_factory, checkpoint)
+    return FinishedRuns(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

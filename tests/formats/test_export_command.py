@@ -18,7 +18,7 @@ def finished_run(runs: dict[str, Path]) -> Path:
 def test_a_packed_file_is_copied_with_its_card(finished_run, tmp_path, capsys, given):
     out = tmp_path / "new" / "folder"
     assert main(["export", str(finished_run / given), "--format", "packed", "--out", str(out)]) == 0
-    assert sorted(file.name for file in out.iterdir()) == ["card.md", "model.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == ["card.json", "card.md", "model.safetensors"]
     said = capsys.readouterr().out
     for file in out.iterdir():
         assert file.read_bytes() == (finished_run / file.name).read_bytes()

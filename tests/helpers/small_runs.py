@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from shared import once
-from small_models import write_stills
+from small_models import seeing, write_stills
 from torch import Tensor
 from waiting import HANG_S
 
@@ -88,6 +88,12 @@ def small(checkpoint: Path, output: Path, **more: Any) -> dict[str, Any]:
     return copy.deepcopy(merge(merge(FLOAT, own), more))
 
 
+def write_checkpoint(factory: pytest.TempPathFactory) -> Path:
+    """Nano for 64 px with random weights, in Meta's checkpoint format; one file in a session."""
+    weights = {"model": seeing().state_dict()}
+    return once(factory, "checkpoint", lambda folder: torch.save(weights, folder / "nano.pt")) / "nano.pt"
+
+
 def recipe_of_run(name: str, checkpoint: Path, folder: Path) -> Recipe:
     """The recipe of a finished run; the reconstructed one also scores stills."""
     stills = [f"evaluate.stills=instance_png:{folder.parent / 'stills'}"] if name == "reconstructed" else []
@@ -100,8 +106,8 @@ class FinishedRuns(dict[str, Path]):
     Beside the folder NAME is NAME.log, what was logged.
     """
 
-    def __init__(self, factory: pytest.TempPathFactory, checkpoint: Path) -> None:
-        self.factory, self.checkpoint = factory, checkpoint
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.factory = factory
 
     def __missing__(self, name: str) -> Path:
         self[name] = once(self.factory, f"finished/{name}", lambda folder: self._carry_out(name, folder))
@@ -116,7 +122,7 @@ class FinishedRuns(dict[str, Path]):
         log.setLevel(logging.INFO)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("WANDB_SILENT", "true")
-            run_recipe(recipe_of_run(name, self.checkpoint, folder))
+            run_recipe(recipe_of_run(name, write_checkpoint(self.factory), folder))
         log.removeHandler(handler)
         log.setLevel(level)
 

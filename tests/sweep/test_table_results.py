@@ -201,44 +201,35 @@ def test_a_table_takes_its_place_between_the_markers(results: Results, tmp_path:
         extract(tmp_path / "none.md", "x")
 
 
+@pytest.mark.parametrize("place", ["README.md", "docs/small.md"])
 def test_render_writes_what_is_finished_into_a_document(
-    table: tuple[TableDefinition, list[TableRun]], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    place: str, table: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Its figures stand in docs/tables/, wherever the command is given."""
+    write(folder)
+    document = folder / place
+    (folder / "docs").mkdir(exist_ok=True)
+    for inside in (folder, folder / "docs"):
+        document.unlink(missing_ok=True)
+        monkeypatch.chdir(inside)
+        shown, file, out = (os.path.relpath(folder / name) for name in (place, "small.yaml", "out"))
+        given = ["table", file, "--output", out, "--render", "--write", shown, "--jobs", "2"]
+        assert main(given) == 2
+        assert f"{shown} does not exist" in capsys.readouterr().err
+        document.write_text("<!-- table:small -->\n<!-- /table:small -->\n")
+        assert main(given) == 0
+        text = extract(document, "small")
+        assert f"    qsam2 table {file} --jobs 2 --write {shown}\n" in text
+        kept = json.loads((folder / "docs" / "tables" / "small.json").read_text())
+        assert render(kept) == text == capsys.readouterr().out.strip() == (folder / "out" / "table.md").read_text()
+        assert str(folder) not in text + json.dumps(kept) and not (folder / "docs" / "docs").exists()
     monkeypatch.chdir(folder)
-    file, document = write(folder), folder / "README.md"
-    given = ["table", str(file), "--output", "out", "--render", "--write", "README.md", "--jobs", "2"]
-    assert main(given) == 2
-    assert "README.md does not exist" in capsys.readouterr().err
-    document.write_text("<!-- table:small -->\n<!-- /table:small -->\n")
-    assert main(given) == 0
-    shown = extract(document, "small")
-    assert "    qsam2 table small.yaml --jobs 2 --write README.md\n" in shown
-    kept = json.loads((folder / "docs" / "tables" / "small.json").read_text())
-    assert render(kept) == shown == capsys.readouterr().out.strip() == (folder / "out" / "table.md").read_text()
-    assert str(folder) not in shown + json.dumps(kept)
-    again = ["table", str(file), "--output", "elsewhere", "--keep", "docs/tables/small.json"]
-    assert main([*again, "--render", "--write", "README.md", "--jobs", "2"]) == 0
+    again = ["table", "small.yaml", "--output", "elsewhere", "--keep", "docs/tables/small.json"]
+    assert main([*again, "--render", "--write", place, "--jobs", "2"]) == 0
     assert "| minmax | 46.0 (-5.0 to -5.0) 90 | - |" in extract(document, "small")  # what had failed is to come
     capsys.readouterr()
     assert main([*again, "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "4 runs, 4 to come: about 4 min with --jobs 1"
-
-
-def test_a_document_in_docs_has_its_figures_beside_it(
-    table: tuple[TableDefinition, list[TableRun]], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    document = folder / "docs" / "small.md"
-    document.parent.mkdir(exist_ok=True)
-    document.write_text("<!-- table:small -->\n<!-- /table:small -->\n")
-    for inside in (folder, document.parent):
-        monkeypatch.chdir(inside)
-        shown = os.path.relpath(document)
-        given = ["table", os.path.relpath(write(folder)), "--output", str(folder / "out"), "--render", "--write", shown]
-        assert main(given) == 0
-        assert f"small.yaml --write {shown}\n" in extract(document, "small")
-        kept = (folder / "docs" / "tables" / "small.json").read_text()
-        assert extract(document, "small") == render(json.loads(kept))
-    assert not (folder / "docs" / "docs").exists()
 
 
 def test_results_that_are_kept_can_be_shown() -> None:
