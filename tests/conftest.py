@@ -11,10 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 from messages import Message, key_of
-from shared import once
 from small_models import seeing
 from small_predictors import write_models
-from small_runs import RUNS, finish_runs
+from small_runs import FinishedRuns, write_checkpoint
 
 from qsam2.models import SAM2
 from qsam2.models.sam2 import SIZES
@@ -88,18 +87,13 @@ def model(pristine: SAM2) -> SAM2:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nano for 64 px with random weights, in Meta's checkpoint format."""
-    file = tmp_path_factory.mktemp("checkpoint") / "nano.pt"
-    torch.save({"model": seeing().state_dict()}, file)
-    return file
+    return write_checkpoint(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the finished runs `small_runs.RUNS` (`qat`, `ptq`, `float`), for reading; one set per session."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_SILENT", "true")
-        folder = once(tmp_path_factory, "finished", finish_runs)
-    return {name: folder / name for name in RUNS}
+    """Folders of finished runs, `qat`, `ptq`, `float` and `reconstructed` (`small_runs.RUNS`), for reading."""
+    return FinishedRuns(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

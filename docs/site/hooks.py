@@ -65,7 +65,7 @@ def results(path: Path) -> str:
     table = json.loads(path.read_text())
     if "rows" in table:
         return nano_table.page(table)
-    from qsam2.sweep.markdown import render
+    from qsam2.sweep.results import render
 
     text = (DOCS / "tables" / f"{path.stem}.md").read_text()
     return f"# {table['title']}\n\n{text.replace('<!-- table -->', render(table))}"

@@ -5,21 +5,65 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.profiler import profile
 from tqdm import tqdm
+
+from qsam2.errors import UserError
+from qsam2.models import SAM2, build_sam2
 
 WARM_UPS = 2
 PACKAGES = ("qsam2", "torch", "sam2", "brevitas", "torchao")
 
 Seconds = tuple[float, ...]
+
+
+class Tracking:
+    """A contestant: each call tracks one more frame, and gives its seconds and those of the parts."""
+
+    parts: tuple[str, ...]
+
+    def __init__(self) -> None:
+        self.taken = dict.fromkeys(self.parts, 0.0)
+
+    def __call__(self) -> Seconds:
+        self.taken = dict.fromkeys(self.parts, 0.0)
+        started = now()
+        self.step()
+        return now() - started, *self.taken.values()
+
+    def step(self) -> None:
+        """Track one more frame."""
+        raise NotImplementedError
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose time is that of a part."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = now()
+            result = function(*args, **kwargs)
+            self.taken[part] += now() - started
+            return result
+
+        return run
+
+
+def now() -> float:
+    """Seconds; on one thread those of the processor, which other programs disturb less."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
 
 
 def medians(contestants: Mapping[str, Callable[[], Seconds]], repeats: int, *, progress: str) -> dict[str, Seconds]:
@@ -66,22 +110,29 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def random_sam2(size: str, image_size: int | None) -> SAM2:
+    """A model with random weights that sees objects: without this all its masks would be constant."""
+    torch.manual_seed(0)
+    model = build_sam2(size, image_size=image_size)
+    nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 10.0)
+    return model
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise UserError for the flag whose number is not positive."""
+    for flag, number in numbers.items():
+        if number < 1:
+            raise UserError(f"--{flag} {number}: give a whole number from 1 up")
+
+
 def machine() -> dict[str, Any]:
     """CPU, threads and the versions of what is installed."""
-    return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "versions": dict(_versions())}
-
-
-def _versions() -> Iterable[tuple[str, str]]:
-    yield "python", platform.python_version()
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue
-
-
-def _cpu_name() -> str:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows it
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "versions": versions}

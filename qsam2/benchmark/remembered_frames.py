@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qsam2.benchmark.measure import WARM_UPS, Seconds, held_bytes, machine, medians
+from qsam2.benchmark.measure import WARM_UPS, Tracking, check_positive, held_bytes, machine, medians, random_sam2
 from qsam2.errors import UserError
 from qsam2.memory.reader import use_memory
-from qsam2.models import SAM2, build_sam2
+from qsam2.models import SAM2
 from qsam2.models.replaced import hide_progress_bar
 from qsam2.recipe.recipe import MemoryRecipe
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
-SHARED_BUDGETS = (2, 3, 4)
-COMPETITORS_BUDGET = 3
+BUDGETS = {"adaptive": (2, 3, 4), "oldest": (3,), "stride": (3,), "pool": (3,), "sparse": (3,), "synthesis": (3,)}
+"""Ways of sharing, with the numbers of frames that they are measured at."""
 
 SETTINGS: dict[str, MemoryRecipe] = {
     "sam2": MemoryRecipe(),
     "bounded": MemoryRecipe(bounded=True),
     "cache": MemoryRecipe(cache=True, bounded=True),
     **{
-        f"adaptive {frames}": MemoryRecipe(cache=True, sharing="adaptive", frames=frames, bounded=True)
-        for frames in SHARED_BUDGETS
-    },
-    **{
-        f"{recipe.sharing} {recipe.frames}": recipe
-        for recipe in (
-            MemoryRecipe(cache=True, sharing="oldest", frames=COMPETITORS_BUDGET, bounded=True),
-            MemoryRecipe(cache=True, sharing="stride", frames=COMPETITORS_BUDGET, bounded=True),
-            MemoryRecipe(cache=True, sharing="pool", frames=COMPETITORS_BUDGET, bounded=True),
-            MemoryRecipe(cache=True, sharing="sparse", frames=COMPETITORS_BUDGET, bounded=True),
-            MemoryRecipe(cache=True, sharing="synthesis", frames=COMPETITORS_BUDGET, bounded=True),
-        )
+        f"{sharing} {frames}": MemoryRecipe(cache=True, sharing=sharing, frames=frames, bounded=True)
+        for sharing, budgets in BUDGETS.items()
+        for frames in budgets
     },
 }
 """What is measured, by name; "sam2" is sam2 as it is."""
@@ -50,30 +40,25 @@ def benchmark_memory(
     """Tracks noise with random weights in all settings in turn, a frame each, behind `frames` frames.
 
     Returns {SETTING: {"seconds_per_frame", "attention_seconds", "keys", "state_bytes", "attention_macs"}}, seconds as
-    medians over `repeats` frames; on one thread of its CPU time, which other programs disturb less. Seconds and
-    multiply-adds are of a frame with all its objects: of the memory attention, and there of scores and weighted sums.
-    Keys are those of a layer and object; bytes are those of all tensors that the state holds after the last frame, the
-    frames that are still there included.
+    medians over `repeats` frames. Seconds and multiply-adds are of a frame with all its objects: of the memory
+    attention, and there of scores and weighted sums. Keys are those of a layer and object; bytes are those of all
+    tensors that the state holds after the last frame, the frames that are still there included.
 
     Raises:
         UserError: a number that is not positive, a precision, device, size or image size that is none.
     """
-    for flag, number in (("--objects", objects), ("--frames", frames), ("--repeats", repeats)):
-        if number < 1:
-            raise UserError(f"{flag} {number}: give a whole number from 1 up")
+    check_positive(objects=objects, frames=frames, repeats=repeats)
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {device}: choose cpu, or cuda where PyTorch finds a GPU")
-    torch.manual_seed(0)
-    model = build_sam2(size, image_size=image_size).to(device)
-    # Random weights see no object; without this all masks would be constant.
-    nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 10.0)
-    runs = {
-        name: _Tracking(model, memory, objects, frames, WARM_UPS + repeats, PRECISIONS[precision])
-        for name, memory in SETTINGS.items()
-    }
-    seconds = medians(runs, repeats, progress="memory")
+    model = random_sam2(size, image_size).to(device)
+    with hide_progress_bar():
+        runs = {
+            name: _Tracking(model, memory, objects, frames, WARM_UPS + repeats, PRECISIONS[precision])
+            for name, memory in SETTINGS.items()
+        }
+        seconds = medians(runs, repeats, progress="memory")
     return {
         name: {
             "seconds_per_frame": seconds[name][0],
@@ -86,21 +71,20 @@ def benchmark_memory(
     }
 
 
-class _Tracking:
-    """One setting behind a full bank. Calling it tracks one more frame: its seconds, those of memory attention."""
+class _Tracking(Tracking):
+    """One setting behind a full bank."""
+
+    parts = ("attention",)
 
     def __init__(
         self, model: SAM2, memory: MemoryRecipe, objects: int, frames: int, more: int, dtype: torch.dtype | None
     ) -> None:
-        self.model = copy.copy(model)  # the same weights
-        self.dtype = dtype
-        self.attention_seconds = 0.0
-        self.keys = 0
-        self.value_channels = model.hidden_dim
+        super().__init__()
+        self.model, self.dtype = copy.copy(model), dtype  # the same weights
+        self.keys, self.value_channels = 0, model.hidden_dim
         use_memory(self.model, memory)
-        read = self.model._prepare_memory_conditioned_features
-        timed: Any = lambda *given, **named: self._timed(read, given, named)  # noqa: E731
-        object.__setattr__(self.model, "_prepare_memory_conditioned_features", timed)
+        read = self.timed("attention", self.model._prepare_memory_conditioned_features)
+        object.__setattr__(self.model, "_prepare_memory_conditioned_features", read)
         side = model.image_size
         length = 1 + frames + more
         # sam2 decodes a whole video before it starts; a bounded state is given a stream
@@ -115,46 +99,20 @@ class _Tracking:
         for _ in range(1 + frames):
             self()
 
-    def __call__(self) -> Seconds:
-        self.attention_seconds = 0.0
-        started = self._now()
-        with self._precision(), hide_progress_bar():
-            next(self.frames)
-        return self._now() - started, self.attention_seconds
+    def step(self) -> None:
+        def note(_: nn.Module, __: object, named: Mapping[str, Any]) -> None:
+            self.keys = len(named["memory"])
 
-    def _timed(self, read: Any, given: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
-        started = self._now()
-        with _counted(self.model, self):
-            result = read(*given, **named)
-        self.attention_seconds += self._now() - started
+        hook = self.model.memory_attention.register_forward_pre_hook(note, with_kwargs=True)
+        with self._precision():
+            next(self.frames)
+        hook.remove()  # the settings share this module
         if self.model.memory_reader is not None:
             reader: Any = self.model.memory_reader
             self.keys, self.value_channels = reader.keys, reader.value_channels
-        return result
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif torch.get_num_threads() == 1:
-            return time.process_time()
-        return time.perf_counter()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype is not None)
-
-
-@contextlib.contextmanager
-def _counted(model: SAM2, run: _Tracking) -> Iterator[None]:
-    """Notes how many keys sam2's own memory attention is given."""
-
-    def note(_: nn.Module, __: object, named: Mapping[str, Any]) -> None:
-        run.keys = len(named["memory"])
-
-    hook = model.memory_attention.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _noise(side: int, length: int) -> Iterator[Tensor]:

@@ -83,9 +83,8 @@ def _sweep(options: argparse.Namespace) -> None:
 
         run_agent(sweep, folder, runs=options.count, jobs=options.jobs)
         return
-    from qsam2.sweep.results import ranked, sweep_text, write_sweep
     from qsam2.sweep.runner import carry_out
-    from qsam2.sweep.study import Study
+    from qsam2.sweep.study import Study, ranked, sweep_text, write_sweep
 
     study = Study(sweep, folder, options.count)
     carry_out(study, options.jobs)
@@ -132,8 +131,7 @@ def _table(options: argparse.Namespace) -> None:
 
         score_run(table, named[options.only])
         return
-    from qsam2.sweep.markdown import extract, write_table
-    from qsam2.sweep.results import collect, left_to_run, read_results
+    from qsam2.sweep.results import collect, extract, left_to_run, read_results, write_table
     from qsam2.sweep.runner import carry_out, list_runs
     from qsam2.sweep.scores import TablePlan
 

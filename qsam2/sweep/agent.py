@@ -24,12 +24,14 @@ log = logging.getLogger("qsam2")
 def run_agent(sweep: Sweep, folder: Path, *, runs: int | None, jobs: int) -> None:
     """Create the sweep, or join the one named in the folder, and carry out `runs` of its runs here.
 
-    Raises:
-        UserError: W&B refuses the sweep; the folder names another one.
+    Raises UserError if W&B refuses the sweep, or the folder names another one.
     """
     if jobs > 1:
         raise UserError(f"--jobs {jobs}: an agent carries out one run at a time; start another agent instead")
-    config = _online_config(sweep)
+    words = list(sweep.definition.command)
+    place = words.index(ARGUMENTS)
+    command = [*words[:place], *(word for word in sweep.overrides if word not in words), *words[place:]]
+    config = {**read_yaml(sweep.file, "sweep"), "name": sweep.name, "command": command}
     file = folder / AGENT
     kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     if kept and kept["config"] != config:
@@ -45,12 +47,3 @@ def run_agent(sweep: Sweep, folder: Path, *, runs: int | None, jobs: int) -> Non
         wandb.agent(kept["id"], entity=kept["entity"], project=kept["project"], count=runs)
     except Error as error:
         raise UserError(f"sweep {sweep.file}: W&B refuses it: {' '.join(str(error).split())}") from error
-
-
-def _online_config(sweep: Sweep) -> dict[str, Any]:
-    """Content of the file, with the user's overrides in its command."""
-    config = read_yaml(sweep.file, "sweep")
-    words = list(sweep.definition.command)
-    place = words.index(ARGUMENTS)
-    overrides = [word for word in sweep.overrides if word not in words]
-    return {**config, "name": sweep.name, "command": [*words[:place], *overrides, *words[place:]]}

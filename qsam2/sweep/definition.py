@@ -1,28 +1,28 @@
 """The definition of a sweep: a file in Weights & Biases' format, and the recipes of its runs.
 
 The file's `command` names the recipe: `[..., RECIPE.yaml, key=value ..., "${args_no_hyphens}"]`; its `parameters` are
-dotted recipe keys (`parameters`). `wandb sweep FILE` and `wandb agent` read the same file.
+dotted recipe keys. `wandb sweep FILE` and `wandb agent` read the same file.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from typing_extensions import Self
 
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, load_recipe
 from qsam2.recipe.load import parse_overrides, read_yaml
-from qsam2.recipe.section import Section, describe
-from qsam2.sweep.parameters import Parameter
+from qsam2.recipe.section import Section, describe, did_you_mean
 
 Values = dict[str, Any]
 """Values of dotted recipe keys."""
@@ -36,6 +36,25 @@ ARGUMENTS = "${args_no_hyphens}"
 SCORES = ("J&F", "J", "F", "fidelity", "seconds_per_frame")
 SIZES = ("float32", "bfloat16", "packed")
 LOSSES = ("mask", "dice", "iou", "class", "distill_imagenet", "distill_masks", "distill_embeddings")
+
+LOCAL = {
+    "constant": ("value",),
+    "categorical": ("values",),
+    **dict.fromkeys(("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values"), ("min", "max")),
+}
+"""Distributions that can be drawn without W&B, with their keys that have no default."""
+
+RANGES = ("inv_log_uniform", "inv_log_uniform_values", "q_log_uniform", "q_log_uniform_values")
+NEEDS = {
+    **LOCAL,
+    "categorical_w_probabilities": ("values", "probabilities"),
+    **dict.fromkeys(RANGES, ("min", "max")),
+    **dict.fromkeys(("normal", "q_normal", "log_normal", "q_log_normal", "beta", "q_beta"), ()),
+}
+"""All distributions of W&B."""
+
+LOGARITHMIC: dict[str, Callable[[float], float]] = {"log_uniform": math.exp, "log_uniform_values": float}
+"""Distributions that are uniform in the logarithm, with the function from a bound to a value."""
 
 
 def is_table(path: Path) -> bool:
@@ -55,6 +74,83 @@ def read_definition(path: Path, schema: type[S], kind: Literal["sweep", "table"]
 def as_text(values: Mapping[str, Any]) -> list[str]:
     """Values as overrides of a recipe."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
+
+
+class Parameter(Section):
+    """One parameter, with keys as W&B documents them. `distribution` defaults to the one that fits the other keys."""
+
+    value: Any = None
+    values: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    probabilities: tuple[float, ...] | None = None
+    distribution: str | None = None
+    min: int | float | None = None
+    max: int | float | None = None
+    q: PositiveFloat = 1.0
+    mu: float = 0.0
+    sigma: float = 1.0
+    a: float = 1.0
+    b: float = 1.0
+    parameters: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _is_one_distribution(self) -> Self:
+        keys_set = self.model_fields_set
+        if self.parameters is not None:
+            raise ValueError("nested parameters are not read: write dotted recipe keys, as quantize.weights.bits")
+        if self.distribution is not None and self.distribution not in NEEDS:
+            there = f"there are {', '.join(NEEDS)}{did_you_mean(self.distribution, NEEDS)}"
+            raise ValueError(f"distribution={self.distribution!r} is unknown: {there}")
+        if self.distribution is None and sum(keys <= keys_set for keys in ({"value"}, {"values"}, {"min", "max"})) != 1:
+            raise ValueError("give one of value, values, or min and max")
+        if lacking := [key for key in NEEDS[self.kind] if key not in keys_set]:
+            raise ValueError(f"distribution={self.kind} lacks {' and '.join(lacking)}")
+        if "min" in NEEDS[self.kind]:
+            assert self.min is not None and self.max is not None
+            if self.min >= self.max:
+                raise ValueError(f"min={self.min} is not below max={self.max}")
+            if self.kind == "int_uniform" and not (isinstance(self.min, int) and isinstance(self.max, int)):
+                raise ValueError(f"min={self.min} and max={self.max} of int_uniform have to be whole numbers")
+            if self.kind.endswith("_values") and self.min <= 0:
+                raise ValueError(f"min={self.min} has no logarithm: give one above 0")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Name of the distribution."""
+        if self.distribution is not None:
+            return self.distribution
+        if "value" in self.model_fields_set:
+            return "constant"
+        if self.values is not None:
+            return "categorical" if self.probabilities is None else "categorical_w_probabilities"
+        return "int_uniform" if isinstance(self.min, int) and isinstance(self.max, int) else "uniform"
+
+    @property
+    def choices(self) -> tuple[Any, ...] | None:
+        """All values; None for a continuous range."""
+        if self.kind == "constant":
+            return (self.value,)
+        if self.kind == "int_uniform":
+            return tuple(range(self.min, self.max + 1))  # type: ignore[arg-type, operator]
+        return self.values
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """All choices, or both ends of a range; empty for distributions that only W&B draws."""
+        if self.values is not None:
+            return self.values
+        if self.kind not in LOCAL:
+            return ()
+        to_value: Any = LOGARITHMIC.get(self.kind, lambda end: end)
+        return to_value(self.min), to_value(self.max)
+
+    def __str__(self) -> str:
+        if self.values is not None:
+            return f"one of {', '.join(map(str, self.values))}"
+        if self.kind not in LOCAL:
+            return self.kind
+        step = f" in steps of {self.q:g}" if self.kind == "q_uniform" else ""
+        return f"{self.kind} from {self.ends[0]:g} to {self.ends[1]:g}{step}"
 
 
 class Metric(Section):
@@ -83,10 +179,7 @@ class Hyperband(Section):
     @property
     def first(self) -> int:
         """Iterations at the first rung."""
-        if self.min_iter is None:
-            assert self.max_iter is not None and self.s is not None
-            return max(self.max_iter // self.eta**self.s, 1)
-        return self.min_iter
+        return self.min_iter or max((self.max_iter or 0) // self.eta ** (self.s or 0), 1)
 
 
 class SweepDefinition(Section):
@@ -169,7 +262,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     """
     path, overrides = Path(path), tuple(overrides)
     definition = read_definition(path, SweepDefinition, "sweep")
-    _check_stopping(path, definition)
+    _check_method(path, definition)
     recipe, fixed = _read_command(path, definition)
     for override in overrides:
         if (key := override.partition("=")[0]) in definition.parameters:
@@ -200,48 +293,42 @@ def count_runs(sweep: Sweep, runs: int | None) -> int:
     """The number of runs in all, at most `runs`; raises UserError if nothing limits it."""
     limits = [limit for limit in (runs, sweep.definition.run_cap) if limit is not None]
     if sweep.definition.method == "grid":
-        limits.append(sum(1 for _ in combinations(sweep)))
+        limits.append(len(list(combinations(sweep))))
     elif not limits:
         raise UserError(f"sweep {sweep.file}: method {sweep.definition.method} has no end: give --count N or run_cap")
     return min(limits)
 
 
-def curves(recipe: Recipe) -> list[str]:
-    """Names of the metrics that a run logs during training."""
-    return ["loss", *(f"loss/{name}" for name in LOSSES)] if recipe.train else []
-
-
 def _check_metric(sweep: Sweep, recipe: Recipe) -> None:
-    models = ["float"] if recipe.quantize is None else ["float", "ptq", "quantized"]
-    if recipe.train and not recipe.evaluate.after_calibration and "ptq" in models:
-        models.remove("ptq")
-    known = [f"{model}/{score}" for model in models[::-1] for score in SCORES] + [f"bytes/{size}" for size in SIZES]
-    name, reported = sweep.definition.metric.name, curves(recipe)
-    if name not in known + reported:
-        near = get_close_matches(name, known + reported, n=1, cutoff=0.0)[0]
+    models = ["quantized", "float"] if recipe.quantize else ["float"]
+    if recipe.quantize and (recipe.evaluate.after_calibration or not recipe.train):
+        models.insert(1, "ptq")
+    curves = ["loss", *(f"loss/{name}" for name in LOSSES)] if recipe.train else []
+    known = [f"{model}/{score}" for model in models for score in SCORES] + [f"bytes/{size}" for size in SIZES] + curves
+    name = sweep.definition.metric.name
+    if name not in known:
         raise UserError(
             f"sweep {sweep.file}: metric.name={name!r} is logged by no run of {sweep.recipe}; it logs "
-            f"{', '.join(known + reported)}; did you mean {near!r}?"
+            f"{', '.join(known)}{did_you_mean(name, known, cutoff=0.0)}"
         )
-    if sweep.definition.early_terminate and name not in reported:
-        instead = f"give one of {', '.join(reported)}, or remove" if reported else "these do not train: remove"
+    if sweep.definition.early_terminate and name not in curves:
+        instead = f"give one of {', '.join(curves)}, or remove" if curves else "these do not train: remove"
         raise UserError(
             f"sweep {sweep.file}: early_terminate needs a metric that is logged during training, and {name!r} is known "
             f"at the end of a run; {instead} early_terminate"
         )
 
 
-def _check_stopping(path: Path, definition: SweepDefinition) -> None:
+def _check_method(path: Path, definition: SweepDefinition) -> None:
     rule = definition.early_terminate
     if rule and rule.min_iter is None and (rule.max_iter is None or rule.s is None):
         raise UserError(f"sweep {path}: early_terminate lacks its first rung: give min_iter, or max_iter and s")
-    if definition.method == "grid":
-        for key, parameter in definition.parameters.items():
-            if parameter.choices is None:
-                raise UserError(
-                    f"sweep {path}: parameters.{key} has the distribution {parameter.kind}, which a grid cannot walk "
-                    "through: give values, or method random or bayes"
-                )
+    for key, parameter in definition.parameters.items():
+        if definition.method == "grid" and parameter.choices is None:
+            raise UserError(
+                f"sweep {path}: parameters.{key} has the distribution {parameter.kind}, which a grid cannot walk "
+                "through: give values, or method random or bayes"
+            )
 
 
 def _read_command(path: Path, definition: SweepDefinition) -> tuple[Path, list[str]]:

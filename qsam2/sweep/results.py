@@ -1,10 +1,12 @@
-"""Results of sweeps and tables: a sweep's runs in order of the metric, a table's cells; as text and as JSON."""
+"""Results of a table: its cells as plain values, and as Markdown.
+
+Its place in a document is from <!-- table:NAME --> to <!-- /table:NAME -->.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,48 +17,14 @@ import numpy as np
 from qsam2.errors import UserError
 from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
 from qsam2.formats.card import checkpoint_source
-from qsam2.output import aligned, write_text
-from qsam2.sweep.definition import Sweep
-from qsam2.sweep.runner import RunState
+from qsam2.output import write_text
 from qsam2.sweep.scores import is_finished, read_scores
-from qsam2.sweep.table import AXES, Place, TableDefinition, TableRun, float_runs
-
-SWEEP_RESULTS = "sweep.json"
-"""File in a sweep's folder: {"sweep", "metric", "goal", "runs": [best first], "best" (a command)}."""
+from qsam2.sweep.table import Place, TableDefinition, TableRun, float_runs
 
 Results = dict[str, Any]
 """Results of a table, as plain values."""
 
-
-def ranked(sweep: Sweep, states: Iterable[RunState]) -> list[RunState]:
-    """Runs of a sweep from best to worst; those without a metric last."""
-    sign = -1 if sweep.definition.metric.goal == "maximize" else 1
-    return sorted(states, key=lambda run: math.inf if run.metric is None else sign * run.metric)
-
-
-def write_sweep(sweep: Sweep, runs: Sequence[RunState], folder: Path) -> str | None:
-    """Write the runs, best first, into a sweep's folder; returns the command of the best one, if there is one."""
-    best = sweep.command_of(dict(runs[0].values)) if runs and runs[0].metric is not None else None
-    metric = sweep.definition.metric
-    rows = [{"number": run.name, **{key: value for key, value in vars(run).items() if key != "name"}} for run in runs]
-    results = {"sweep": sweep.name, "metric": metric.name, "goal": metric.goal, "runs": rows, "best": best}
-    write_text(folder / SWEEP_RESULTS, json.dumps(results, indent=1))
-    return best
-
-
-def sweep_text(sweep: Sweep, runs: Sequence[RunState]) -> str:
-    """The runs of a sweep as a table of plain text, in the order that is given."""
-    keys = list(sweep.drawn)
-    rows = [["run", sweep.definition.metric.name, "seconds", *keys, ""]]
-    for run in runs:
-        metric = run.state if run.metric is None else f"{run.metric:.4g}"
-        seconds = "-" if run.seconds is None else f"{run.seconds:.0f}"
-        rows.append([run.name, metric, seconds, *(_short(run.values.get(key)) for key in keys), run.error or ""])
-    return aligned(rows)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+UNITS = {"davis": "J&F", "sav": "J&F by SA-V's protocol", "stills": "mask IoU from a box"}
 
 
 def read_results(file: Path, table: TableDefinition) -> Results:
@@ -73,7 +41,7 @@ def read_results(file: Path, table: TableDefinition) -> Results:
 
 def valid_cells(table: TableDefinition, runs: Iterable[TableRun], earlier: Results) -> dict[Place, dict[str, Any]]:
     """The scored cells of earlier results whose recipes, data and checkpoints are those of the table."""
-    cells = {tuple(cell[axis] for axis in AXES): cell for cell in earlier["cells"] if cell["sets"]}
+    cells = {Place(*(cell[axis] for axis in Place._fields)): cell for cell in earlier["cells"] if cell["sets"]}
     digests = {place: _digest(table, seeds) for place, seeds in _by_place(runs).items() if place in cells}
     return {place: cells[place] for place, digest in digests.items() if cells[place]["digest"] == digest}
 
@@ -89,38 +57,39 @@ def collect(table: TableDefinition, runs: Sequence[TableRun], command: str, earl
     """The results of a table so far; `command` regenerates them.
 
     Scores of several seeds are averaged per object before the paired bootstrap; `std` is their standard deviation.
-
-    Args:
-        earlier: results whose valid cells are used if the runs' folders have fewer seeds (see `valid_cells`).
-
-    Raises:
-        UserError: a float model is not scored.
+    Valid cells of `earlier` results are used if the runs' folders have fewer seeds (see `valid_cells`). Raises
+    UserError if a float model is not scored.
     """
     valid = valid_cells(table, runs, earlier) if earlier else {}
-    reference = {place[0]: earlier["float"][place[0]] for place in valid} if earlier else {}
+    reference = {place.model: earlier["float"][place.model] for place in valid} if earlier else {}
     floats = {}
     for run in float_runs(runs):
         scores = read_scores(run)
         if scores is not None and is_finished(table, run):
-            floats[run.model] = scores
-            reference[run.model] = {name: _score(scores["sets"][name]["block"]) for name in table.sets}
-        elif run.model not in reference:
+            floats[run.place.model] = scores
+            reference[run.place.model] = {name: _score(scores["sets"][name]["block"]) for name in table.sets}
+        elif run.place.model not in reference:
             error = f": {scores['error']}" if scores and scores["error"] else ""
             raise UserError(
-                f"table {table.name}: the float model {run.model!r} is not scored{error}; run the table again"
+                f"table {table.name}: the float model {run.place.model!r} is not scored{error}; run the table again"
             )
     begun = [scores for run in runs if (scores := read_scores(run))]
     finished = [scores for scores in begun if scores["sets"].keys() >= table.sets.keys() and not scores["error"]]
     seconds = [scores["seconds"] for scores in finished]
     versions = {scores["version"] for scores in [*floats.values(), *finished]}
-    sets = {name: _set(table, name, scores) for scores in floats.values() for name in table.sets}
+    sets: dict[str, Any] = {}
+    for scores in floats.values():
+        for name, scored in table.sets.items():
+            block = scores["sets"][name]["block"]
+            objects = sum(len(items) for items in block["per_object"].values())
+            sets[name] = {**scored.model_dump(), "protocol": block["protocol"], "objects": objects}
     if earlier and valid:
         versions |= {*earlier["versions"]}
         sets = earlier["sets"]
         seconds = seconds or [earlier["runs"]["median_seconds"]]
     cells = []
     for place, seeds in _by_place(runs).items():
-        cell = _cell(table, place, seeds, floats.get(place[0]))
+        cell = _cell(table, place, seeds, floats.get(place.model))
         kept = valid.get(place)
         cells.append(kept if kept and len(kept["seeds"]) > len(cell["seeds"]) else cell)
     return {
@@ -161,17 +130,16 @@ def _digest(table: TableDefinition, runs: Sequence[TableRun]) -> str:
 
 def _cell(table: TableDefinition, place: Place, runs: Sequence[TableRun], reference: Any) -> dict[str, Any]:
     finished = [run for run in runs if is_finished(table, run)]
-    blocks = [read_scores(run)["sets"] for run in finished]  # type: ignore[index]
+    scored = [scores["sets"] for run in finished if (scores := read_scores(run))]
     sets = {
-        name: _against([block[name]["block"] for block in blocks], reference["sets"][name]["block"])
-        for name in (table.sets if blocks else ())
+        name: _against([sets[name]["block"] for sets in scored], reference["sets"][name]["block"])
+        for name in (table.sets if scored else ())
     }
-    failed = sum(bool((scores := read_scores(run)) and scores["error"]) for run in runs)
     return {
-        **dict(zip(AXES, place, strict=True)),
+        **place._asdict(),
         "digest": _digest(table, runs),
         "seeds": [run.recipe.seed for run in finished],
-        "failed": failed,
+        "failed": sum(bool((scores := read_scores(run)) and scores["error"]) for run in runs),
         "sets": sets,
     }
 
@@ -197,22 +165,123 @@ def _score(block: dict[str, Any]) -> float:
     return round(block["box_mIoU" if block["protocol"] == "stills" else "J&F"], 3)
 
 
-def _set(table: TableDefinition, name: str, scores: dict[str, Any]) -> dict[str, Any]:
-    block = scores["sets"][name]["block"]
-    objects = sum(len(items) for items in block["per_object"].values())
-    return {**table.sets[name].model_dump(), "protocol": block["protocol"], "objects": objects}
-
-
 def _budget(runs: Sequence[TableRun]) -> dict[str, Any]:
     """Data, calibration and training settings that are the same for all runs."""
     budgets = []
     for recipe in (run.recipe for run in runs):
-        budget = {"data": list(recipe.data.train), "calibration clips": recipe.calibrate.clips}
-        budget["frames a calibration clip"] = recipe.calibrate.num_frames
-        budget["calibration stills"] = recipe.calibrate.stills
-        if recipe.train is not None:
-            budget["steps"] = recipe.trainer.max_steps
-            budget["clips a step"] = recipe.data.batch_size * recipe.trainer.accumulate
-            budget["frames a clip"] = recipe.data.num_frames
-        budgets.append(budget)
+        trained = {
+            "steps": recipe.trainer.max_steps,
+            "clips a step": recipe.data.batch_size * recipe.trainer.accumulate,
+            "frames a clip": recipe.data.num_frames,
+        }
+        calibrated = {
+            "data": list(recipe.data.train),
+            "calibration clips": recipe.calibrate.clips,
+            "frames a calibration clip": recipe.calibrate.num_frames,
+            "calibration stills": recipe.calibrate.stills,
+        }
+        budgets.append(calibrated | (trained if recipe.train else {}))
     return {key: value for key, value in budgets[0].items() if all(other.get(key) == value for other in budgets)}
+
+
+# As Markdown
+
+
+def render(results: Results) -> str:
+    """One table per set and float model, the first set's open; without rows and columns in which no run has ended."""
+    parts = [_caption(results)]
+    begun = {cell["model"] for cell in results["cells"] if cell["sets"] or cell["failed"]}
+    for index, (name, scored) in enumerate(results["sets"].items()):
+        tables = [_table(results, name, model) for model in results["float"] if model in begun]
+        limits = [f"{scored[what]} {what}" for what in ("videos", "frames") if scored[what]]
+        data = ", ".join([scored["data"], *limits, f"{scored['objects']} objects"])
+        heading = f"{name} ({data}): {UNITS[scored['protocol']]}"
+        text = "\n\n".join(tables)
+        folded = f"<details><summary>{heading}</summary>\n\n{text}\n\n</details>"
+        parts.append(folded if index else f"On {heading}:\n\n{text}")
+    return "\n\n".join(parts)
+
+
+def write_table(name: str, results: Results, folder: Path, document: Path | None = None) -> str:
+    """Write a table into the folder of its runs, a document and docs/tables/ beside that; returns it as Markdown."""
+    text, figures = render(results), json.dumps(results, indent=1)
+    write_text(folder / "table.json", figures)
+    write_text(folder / "table.md", text)
+    if document:
+        beside = document.absolute().parent
+        docs = beside if beside.name == "docs" else beside / "docs"
+        write_text(docs / "tables" / f"{name}.json", figures + "\n")
+        before, _, after = _split(document, name)
+        write_text(document, f"{before}\n\n{text}\n\n{after}")
+    return text
+
+
+def extract(document: Path, name: str) -> str:
+    """The text between a table's markers; raises UserError if the document cannot be read or lacks them."""
+    return _split(document, name)[1].strip()
+
+
+def _split(document: Path, name: str) -> tuple[str, str, str]:
+    start, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
+    if not document.is_file():
+        raise UserError(f"{document} does not exist; give a Markdown file that holds {start} and {end}")
+    head, opened, rest = document.read_text().partition(start)
+    inside, closed, tail = rest.partition(end)
+    if not opened or not closed:
+        raise UserError(f"{document} lacks a place for the table: write the lines {start} and {end} where it belongs")
+    return head + start, inside, end + tail
+
+
+def _caption(results: Results) -> str:
+    budget, runs = dict(results["budget"]), results["runs"]
+    data = ", ".join(f"`{source}`" for source in budget.pop("data", ()))
+    spent = ", ".join(f"{value} {key}" for key, value in budget.items())
+    seeds = sorted({seed for cell in results["cells"] for seed in cell["seeds"]})
+    several = "; ± is the standard deviation over seeds" if len(seeds) > 1 else ""
+    missing = {"failed": runs["failed"], "to come": runs["all"] - runs["finished"] - runs["failed"]}
+    left = "".join(f", {count} {what}" for what, count in missing.items() if count)
+    time = f", median duration {runs['median_seconds']:.0f} s" if runs["finished"] else ""
+    return (
+        f"**{results['title']}**\n\n    {results['command']}\n\n"
+        f"{runs['finished']} runs{time}{left}. The same in all runs: {spent}; data {data}. "
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds)) or '-'}{several}. "
+        f"qsam2 {', '.join(results['versions'])}. A cell is the score, in parentheses the 95 % interval of its "
+        "difference to float (paired bootstrap over objects), then the fidelity; the best score of a column is bold."
+    )
+
+
+def _table(results: Results, name: str, model: str) -> str:
+    own = [cell for cell in results["cells"] if cell["model"] == model]
+    begun = [cell for cell in own if cell["sets"] or cell["failed"]]
+    settings = [setting for setting in results["settings"] if any(cell["setting"] == setting for cell in begun)]
+    best = {
+        setting: max((c["sets"][name]["score"] for c in own if c["setting"] == setting and c["sets"]), default=None)
+        for setting in settings
+    }
+    rows = list(dict.fromkeys((cell["method"], cell["start"]) for cell in begun))
+    by_place = {(cell["method"], cell["start"], cell["setting"]): cell for cell in own}
+    starts = any(start for _, start in rows)
+    lines = [
+        _row([f"{model}, float {results['float'][model][name]:.1f}", *(["start"] if starts else []), *settings]),
+        "|" + "---|" * (1 + starts + len(settings)),
+    ]
+    methods = [method for method, _ in rows]
+    for method, start in sorted(rows, key=lambda row: methods.index(row[0])):
+        cells = [_text(by_place.get((method, start, setting)), name, best[setting]) for setting in settings]
+        lines.append(_row([method, *([start] if starts else []), *cells]))
+    return "\n".join(lines)
+
+
+def _text(cell: dict[str, Any] | None, name: str, best: float | None) -> str:
+    if cell is None:
+        return ""
+    if not cell["sets"]:
+        return "failed" if cell["failed"] else "-"
+    scored = cell["sets"][name]
+    score = f"**{scored['score']:.1f}**" if scored["score"] == best else f"{scored['score']:.1f}"
+    spread = "" if scored["std"] is None else f" ± {scored['std']:.1f}"
+    return f"{score}{spread} ({scored['low']:+.1f} to {scored['high']:+.1f}) {scored['fidelity']:.0f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)

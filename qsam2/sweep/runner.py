@@ -22,7 +22,6 @@ from qsam2.errors import UserError
 
 LOG = "log.txt"
 """Output of a run, in its folder."""
-
 QSAM2 = (sys.executable, "-m", "qsam2")
 POLL_S = 1.0
 """Time between two looks at the curves of a run that may be stopped early."""
@@ -77,11 +76,7 @@ class Plan(ABC):
 
     @abstractmethod
     def end(self, job: Job, seconds: float, error: str | None, stopped: bool) -> str:
-        """Record how a run ended, stopped early or not; returns its result for the log.
-
-        Raises:
-            RunFailed: the run has no result although its process ended without an error.
-        """
+        """Record how a run ended, stopped early or not; returns its result for the log, or raises RunFailed."""
 
     def is_behind(self, job: Job) -> bool:
         """Read what a run has logged since the last call; whether it is to be stopped early."""
@@ -92,12 +87,16 @@ class RunFailed(Exception):
     """A run without a result; its text is the reason."""
 
 
+def disk_is_full(path: Path, cause: str | None) -> UserError:
+    """The error to raise for a file or folder that could not be written."""
+    return UserError(f"{path} could not be written: {cause}; make room on the disk and give the same command again")
+
+
 def carry_out(plan: Plan, jobs: int) -> None:
     """Carry out the runs of a plan that are not finished, `jobs` at a time. Call it in the main thread.
 
-    Raises:
-        UserError: another process is at work in the folder; a folder cannot be written; errors of the plan.
-        KeyboardInterrupt: Ctrl-C, or SIGTERM within `stopped_by_sigterm`; the processes are stopped.
+    Raises UserError if another process is at work in the folder, or it cannot be written, and what the plan raises;
+    on Ctrl-C, or SIGTERM within `stopped_by_sigterm`, the processes are stopped.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -109,10 +108,11 @@ def carry_out(plan: Plan, jobs: int) -> None:
 
 def list_runs(states: Sequence[RunState], total: int, jobs: int, run_seconds: float | None) -> str:
     """The runs with their states, and an estimate of the time that the rest takes, as text."""
-    lines = [f"{run.state:8}  {run.name}  {show(run.values)}".rstrip() for run in states]
-    left, seconds = count_left(states, total), seconds_of_a_run(states, run_seconds)
-    time = f"about {duration(left * seconds / jobs)} with --jobs {jobs}" if seconds else "no estimate before the first"
-    return "\n".join([*lines, f"{total} runs, {left} to come: {time}"])
+    lines = [f"{run.state:8}  {run.name}  {_show(run.values)}".rstrip() for run in states]
+    left = count_left(states, total)
+    time = _estimate(states, left, jobs, run_seconds)
+    said = f"about {time} with --jobs {jobs}" if time else "no estimate before the first"
+    return "\n".join([*lines, f"{total} runs, {left} to come: {said}"])
 
 
 def count_left(states: Iterable[RunState], total: int) -> int:
@@ -120,20 +120,18 @@ def count_left(states: Iterable[RunState], total: int) -> int:
     return max(total - sum(run.state in ("finished", "stopped") for run in states), 0)
 
 
-def seconds_of_a_run(states: Iterable[RunState], run_seconds: float | None) -> float | None:
-    """Median duration of the runs so far; the file's estimate before the first has ended."""
-    seconds = [run.seconds for run in states if run.seconds]
-    return statistics.median(seconds) if seconds else run_seconds
-
-
-def show(values: Mapping[str, Any]) -> str:
-    """A run's values in one line."""
-    return ", ".join(f"{key}={value}" for key, value in values.items())
-
-
-def duration(seconds: float) -> str:
-    """Hours or minutes as text."""
+def _estimate(states: Iterable[RunState], left: int, jobs: int, run_seconds: float | None) -> str | None:
+    """Time for the runs that are left, by the median of those so far or, before the first has ended, `run_seconds`."""
+    durations = [run.seconds for run in states if run.seconds]
+    one = statistics.median(durations) if durations else run_seconds
+    if one is None:
+        return None
+    seconds = left * one / jobs
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+
+def _show(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
 class _Runner:
@@ -142,7 +140,7 @@ class _Runner:
         self.left = count_left(plan.states(), plan.total)
         self.begun = plan.total - self.left
         self.lock = threading.Lock()  # guards the plan and what stands here
-        self.stopped = False
+        self.stopped = False  # by Ctrl-C or a full disk
         self.processes: list[Popen[bytes]] = []
 
     def carry_out(self) -> None:
@@ -154,8 +152,7 @@ class _Runner:
                 except KeyboardInterrupt:
                     self.stopped = True
                     for process in self.processes:
-                        if process.poll() is None:
-                            _stop(process)
+                        process.terminate()  # SIGINT is ignored by runs of a sweep in the background of a script
                     raise
 
     def _work(self, queue: Iterator[Job]) -> None:
@@ -167,7 +164,7 @@ class _Runner:
                     return
                 self.begun += 1
                 title = f"run {self.begun} of {self.plan.total}, {job.name}"
-                log.info("%s%s ...", title, f": {show(job.values)}" if job.values else "")
+                log.info("%s%s ...", title, f": {_show(job.values)}" if job.values else "")
                 process = self._start(job)
             started = time.monotonic()
             stopped_early = self._wait(process, job)
@@ -190,10 +187,7 @@ class _Runner:
                 )
         except OSError as error:
             self.stopped = True
-            raise UserError(
-                f"{job.folder} could not be written: {error.strerror}; make room on the disk and give the same command "
-                "again"
-            ) from error
+            raise disk_is_full(job.folder, error.strerror) from error
         self.processes.append(process)
         return process
 
@@ -209,7 +203,7 @@ class _Runner:
             with self.lock:
                 behind = self.plan.is_behind(job)
             if behind and not ended:
-                _stop(process)
+                process.terminate()
                 process.wait()
                 return True
         return False
@@ -219,21 +213,13 @@ class _Runner:
         error = _failure(status, job.folder) if status and not stopped else None
         try:
             result = self.plan.end(job, seconds, error, stopped)
-        except RunFailed as failed:
-            error = str(failed)
-        if error:
-            log.warning("%s failed: %s; see %s", title, error, job.folder / LOG)
-        else:
             log.info("%s: %s, %.0f s%s", title, result, seconds, self._time_left())
+        except RunFailed as failed:
+            log.warning("%s failed: %s; see %s", title, failed, job.folder / LOG)
 
     def _time_left(self) -> str:
-        seconds = seconds_of_a_run(self.plan.states(), self.plan.run_seconds)
-        return f"; about {duration(self.left * seconds / self.jobs)} left" if self.left and seconds else ""
-
-
-def _stop(process: Popen[bytes]) -> None:
-    """Stop a run by SIGTERM: runs of a sweep in the background of a script ignore SIGINT."""
-    process.terminate()
+        time = _estimate(self.plan.states(), self.left, self.jobs, self.plan.run_seconds)
+        return f"; about {time} left" if self.left and time else ""
 
 
 def _failure(status: int, folder: Path) -> str:

@@ -31,11 +31,7 @@ log = logging.getLogger("qsam2")
 
 
 class TablePlan(Plan):
-    """The runs of a table: float models first, then its own in order.
-
-    Args:
-        command: the arguments of `qsam2` that carry out one run, without its name.
-    """
+    """The runs of a table: float models first, then its own in order; `command` and --only NAME carry out one."""
 
     def __init__(self, table: TableDefinition, runs: Sequence[TableRun], folder: Path, command: Sequence[str]) -> None:
         self.table, self.folder, self.command = table, folder, command
@@ -45,17 +41,30 @@ class TablePlan(Plan):
 
     def states(self) -> list[RunState]:
         """All runs, by their folders; raises UserError as `is_finished` does."""
-        return [self._state(run) for run in [*self.floats, *self.runs]]
+        states = []
+        for run in [*self.floats, *self.runs]:
+            scores = read_scores(run)
+            if scores is None:
+                states.append(RunState(run.name, "to come"))
+            elif is_finished(self.table, run):
+                states.append(RunState(run.name, "finished", seconds=scores["seconds"]))
+            else:
+                state = "failed" if scores["error"] else "cut off"
+                states.append(RunState(run.name, state, error=scores["error"]))
+        return states
 
     def stages(self) -> Iterator[Iterator[Job]]:
         """Float models, whose scores the others read; then the others. Raises UserError as `is_finished` does."""
-        weights = {run.model: weights_digest(load_float(run.recipe)) for run in self.floats}
-        pending = [
-            [run for run in runs if not is_finished(self.table, run, weights[run.model])]
+        weights = {run.place.model: weights_digest(load_float(run.recipe)) for run in self.floats}
+        stages = [
+            [
+                Job(run.name, run.recipe.run_folder, [*self.command, "--only", run.name], run)
+                for run in runs
+                if not is_finished(self.table, run, weights[run.place.model])
+            ]
             for runs in (self.floats, self.runs)
         ]
-        for runs in pending:
-            yield iter([Job(run.name, run.recipe.run_folder, [*self.command, "--only", run.name], run) for run in runs])
+        yield from map(iter, stages)
 
     def end(self, job: Job, seconds: float, error: str | None, stopped: bool) -> str:
         """Write an error into the scores; all else was written by the run."""
@@ -63,14 +72,6 @@ class TablePlan(Plan):
             save_scores(job.item, begin_scores(job.item, error))
             raise RunFailed(error)
         return "scored"
-
-    def _state(self, run: TableRun) -> RunState:
-        scores = read_scores(run)
-        if is_finished(self.table, run):
-            return RunState(run.name, "finished", seconds=scores["seconds"])  # type: ignore[index]
-        if scores is None:
-            return RunState(run.name, "to come")
-        return RunState(run.name, "failed" if scores["error"] else "cut off", error=scores["error"])
 
 
 def read_scores(run: TableRun) -> dict[str, Any] | None:
@@ -82,8 +83,7 @@ def read_scores(run: TableRun) -> dict[str, Any] | None:
 def is_finished(table: TableDefinition, run: TableRun, weights: str | None = None) -> bool:
     """True if a run is scored on all sets.
 
-    Raises:
-        UserError: its folder holds a run of another recipe, of other data or, with `weights`, of another float model.
+    Raises UserError if its folder holds a run of another recipe, of other data or, with `weights`, of another model.
     """
     scores = read_scores(run)
     begun = scores is not None and (scores["sets"] or (run.recipe.run_folder / "metrics.json").is_file())
@@ -105,11 +105,7 @@ def is_finished(table: TableDefinition, run: TableRun, weights: str | None = Non
 
 
 def score_run(table: TableDefinition, run: TableRun) -> None:
-    """Carry out one run in this process and score it on all sets; what is finished is not repeated.
-
-    Raises:
-        UserError: see `run_recipe`, `score_against` and `is_finished`.
-    """
+    """Carry out one run in this process and score it on all sets; what is finished is not repeated."""
     folder = run.recipe.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     # A run of a killed table may not have ended yet; other ranks follow the first
@@ -120,21 +116,22 @@ def score_run(table: TableDefinition, run: TableRun) -> None:
             return
         scores = begin_scores(run) | {"weights": weights}
         save_scores(run, scores)
-        quantized = run.recipe.quantize is not None
-        first = next(iter(table.sets))
-        if quantized and first not in scores["sets"]:
-            metrics = run_recipe(run.recipe)
-            scores["seconds"] += sum(metrics["seconds"].values())
-            _add(table, run, scores, first, metrics["quantized"])
-        model = load_model(folder)[0] if quantized else reference
+        quantized, model = run.recipe.quantize is not None, None
         for name, scored in table.sets.items():
             if name in scores["sets"]:
                 continue
-            started = time.perf_counter()
-            recipe = build_recipe(run.recipe.model_dump(mode="json"), scored.overrides)
-            block = score_against(model, reference if quantized else None, recipe)
-            scores["seconds"] += time.perf_counter() - started
-            _add(table, run, scores, name, block)
+            if quantized and not scores["sets"]:  # a run scores the first set itself
+                metrics = run_recipe(run.recipe)
+                seconds, block = sum(metrics["seconds"].values()), metrics["quantized"]
+            else:
+                model = model or (load_model(folder)[0] if quantized else reference)
+                started = time.perf_counter()
+                recipe = build_recipe(run.recipe.model_dump(mode="json"), scored.overrides)
+                block = score_against(model, reference if quantized else None, recipe)
+                seconds = time.perf_counter() - started
+            scores["seconds"] += seconds
+            scores["sets"][name] = {"set": scored.model_dump(), "block": block}
+            save_scores(run, scores)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # tens of MB per run, of no use to a finished one
 
 
@@ -148,8 +145,3 @@ def save_scores(run: TableRun, scores: dict[str, Any]) -> None:
     """Write a run's scores into its folder."""
     if is_first_rank():
         write_text(run.recipe.run_folder / SCORES, json.dumps(scores, indent=1))
-
-
-def _add(table: TableDefinition, run: TableRun, scores: dict[str, Any], name: str, block: dict[str, Any]) -> None:
-    scores["sets"][name] = {"set": table.sets[name].model_dump(), "block": block}
-    save_scores(run, scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from qsam2.layers.convert import QUANT_ATTENTIONS, QUANT_LAYERS, convert, quanti
 from qsam2.loading import load_float, load_model
 from qsam2.models import SAM2
 from qsam2.output import aligned, write_text
-from qsam2.quantizers import Quantizer, QuantizerState
+from qsam2.quantizers import QuantizerState
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.quantize import QuantizeRecipe
 
@@ -40,24 +40,22 @@ def measure_sensitivity(
 ) -> dict[str, Any]:
     """Measure the loss of each group of layers, for its weights at each of `bits` and for its activations.
 
-    The loss is 100 - fidelity, in percent of mean mask IoU with the float model on videos of the train split. Weights
-    are not calibrated or trained; ranges are calibrated as in the recipe. Every row is written to `output` as soon as
-    it is measured, and the same call goes on from there.
+    The loss is 100 - fidelity, in percent of mean mask IoU with the float model on the first frames of some videos.
+    Weights are not calibrated or trained; ranges are calibrated as in the recipe. Every row is written to `output`, a
+    JSON file, as soon as it is measured, and the same call goes on from there.
 
     Args:
         target: run folder, model file or size; a run's quantizers are used with the float model it started from.
-        overrides: `key=value` on top of the recipe.
         bits: bit widths of the weights; activations have those of the recipe.
         data: `KIND:ROOT:SPLIT`; default: the train split of the recipe's first source.
-        videos, frames: number of videos to track, and of frames per video.
-        output: JSON file of the result.
 
     Raises:
-        UserError: the model or the data cannot be used, rules decide on all layers, or `output` holds another
-            measurement.
+        UserError: the model or the data cannot be used, rules decide on all layers, or `output` is of another model.
     """
-    model, recipe = _float_model(target, overrides)
+    values = load_model(target)[1].model_dump(mode="json")
+    recipe = build_recipe(values if values["quantize"] else {**values, "quantize": DEFAULT_QUANTIZERS}, overrides)
     assert recipe.quantize is not None
+    model = load_float(recipe)
     source = data or recipe.data.train[0]
     scored = open_videos(source, root=recipe.data.root, split="train")[:videos]
     if all(len(video) == 1 for video in scored):
@@ -81,15 +79,11 @@ def measure_sensitivity(
     if not todo:
         return result
 
-    block, masks = score_float(model, scored, evaluation, recipe.trainer)
-
-    def measure(quantized: SAM2) -> dict[str, Any]:
-        settings = (evaluation, recipe.trainer)
+    settings = evaluation, recipe.trainer
+    block, masks = score_float(model, scored, *settings)
+    for row, quantized in tqdm(_quantized(model, recipe, todo), "sensitivity", len(todo)):
         scores, _ = score_videos(quantized, scored, *settings, reference=masks, silent=True)
-        return {"loss": 100 - scores["fidelity"], "J&F": compare(scores, block)}
-
-    for row in tqdm(_rows(model, recipe, todo, measure), "sensitivity", len(todo)):
-        result["groups"].append(row)
+        result["groups"].append({**row, "loss": 100 - scores["fidelity"], "J&F": compare(scores, block)})
         if output is not None:
             write_text(output, json.dumps(result, indent=1))
     return result
@@ -117,13 +111,6 @@ def ranking(result: Mapping[str, Any]) -> str:
     return aligned(lines)
 
 
-def _float_model(target: str, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
-    _, recipe = load_model(target)
-    values = recipe.model_dump(mode="json")
-    recipe = build_recipe(values if recipe.quantize else values | {"quantize": DEFAULT_QUANTIZERS}, overrides)
-    return load_float(recipe), recipe
-
-
 def _begun(output: Path | None, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows that an earlier call has measured."""
     if output is None or not output.is_file():
@@ -139,28 +126,21 @@ def _begun(output: Path | None, result: Mapping[str, Any]) -> list[dict[str, Any
     return rows
 
 
-def _rows(
-    model: SAM2, recipe: Recipe, todo: Sequence[tuple[str, str, int]], measure: Callable[[SAM2], dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """Measure (group, part, bits) one after another; rows of the same part and bits share a converted model."""
+def _quantized(
+    model: SAM2, recipe: Recipe, todo: Sequence[tuple[str, str, int]]
+) -> Iterator[tuple[dict[str, Any], SAM2]]:
+    """Quantize (group, part, bits) one after another; those of the same part and bits share a converted model."""
+    assert recipe.quantize is not None
     for (part, bits), same in itertools.groupby(todo, key=lambda row: row[1:]):
         twin = copy.deepcopy(model)
-        free = _quantized(twin, recipe, part, bits)
+        other = "activations" if part == "weights" else "weights"
+        spec = getattr(recipe.quantize, part).model_copy(update={"bits": bits})
+        rows = convert(twin, recipe.quantize.model_copy(update={part: spec, other: None, "allocate": None}))
+        find_sam2_ranges(twin, CalibrationData.of(recipe, open_train(recipe), twin.image_size), progress=False)
+        free = {row.name for row in rows if recipe.quantize.rule_for(row.name) is None}
         for group, _, _ in same:
             set_state(twin, QuantizerState.FLOAT)
-            chosen = [quantizer for name, quantizer in free.items() if group_of(name) == group]
-            for quantizer in chosen:
-                quantizer.state = QuantizerState.QUANTIZE
-            yield {"group": group, "part": part, "bits": bits, **measure(twin)}
-
-
-def _quantized(model: SAM2, recipe: Recipe, part: str, bits: int) -> dict[str, Quantizer]:
-    """Convert a model in place and calibrate the ranges of one part; returns the quantizers that no rule sets."""
-    assert recipe.quantize is not None
-    other = "activations" if part == "weights" else "weights"
-    spec = getattr(recipe.quantize, part).model_copy(update={"bits": bits})
-    quantize = recipe.quantize.model_copy(update={part: spec, other: None, "allocate": None})
-    rows = convert(model, quantize)
-    find_sam2_ranges(model, CalibrationData.of(recipe, open_train(recipe), model.image_size), progress=False)
-    free = {row.name for row in rows if recipe.quantize.rule_for(row.name) is None}
-    return {name: quantizer for name, quantizer in quantizers(model) if name.rpartition(".")[0] in free}
+            for name, quantizer in quantizers(twin):
+                if name.rpartition(".")[0] in free and group_of(name) == group:
+                    quantizer.state = QuantizerState.QUANTIZE
+            yield {"group": group, "part": part, "bits": bits}, twin

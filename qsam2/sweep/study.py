@@ -1,36 +1,33 @@
-"""The plan of a sweep on this machine: an Optuna study in a SQLite file, which survives a kill; runs are trials."""
+"""A sweep on this machine and its results: an Optuna study in a SQLite file, which survives a kill; runs are trials."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qsam2.errors import UserError
-from qsam2.output import read_json
+from qsam2.output import aligned, read_json, write_text
 from qsam2.report.read import read_curves
-from qsam2.sweep.definition import STUDY, Sweep, Values, combinations, count_runs
-from qsam2.sweep.parameters import LOCAL, LOGARITHMIC, Parameter
-from qsam2.sweep.runner import Job, Plan, RunFailed, RunState
+from qsam2.sweep.definition import LOCAL, LOGARITHMIC, STUDY, Parameter, Sweep, Values, combinations, count_runs
+from qsam2.sweep.runner import Job, Plan, RunFailed, RunState, disk_is_full
 from qsam2.train.trainer import CURVES
 
 try:
     import optuna
-    from optuna.distributions import (
-        BaseDistribution,
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.trial import FrozenTrial, Trial, TrialState
 except ImportError as error:  # an optional dependency
     raise UserError(
         "a sweep without a Weights & Biases account draws its runs with Optuna, which is not installed: "
         "pip install 'qsam2[sweep]', or wandb login"
     ) from error
+
+SWEEP_RESULTS = "sweep.json"
+"""File in a sweep's folder: {"sweep", "metric", "goal", "runs": [best first], "best" (a command)}."""
 
 STATES = {
     TrialState.COMPLETE: "finished",
@@ -44,8 +41,7 @@ STATES = {
 class Study(Plan):
     """The runs of a sweep.
 
-    Raises:
-        UserError: the folder holds another sweep, a distribution can be drawn by W&B only, or the disk is full.
+    Raises UserError if the folder holds another sweep, a distribution can be drawn by W&B only, or the disk is full.
     """
 
     def __init__(self, sweep: Sweep, folder: Path, runs: int | None) -> None:
@@ -57,20 +53,27 @@ class Study(Plan):
                 )
         self.sweep, self.folder = sweep, folder
         self.name, self.total, self.run_seconds = f"sweep {sweep.name}", count_runs(sweep, runs), sweep.run_seconds
-        self.stops_early = sweep.definition.early_terminate is not None
         self._reported: dict[str, int] = {}
         self.distributions = {key: _distribution(parameter) for key, parameter in sweep.drawn.items()}
+        rule = sweep.definition.early_terminate
+        self.stops_early = rule is not None
+        pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+        if rule:  # W&B's hyperband is asynchronous successive halving: one series of rungs for all runs
+            pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rule.first, reduction_factor=rule.eta)
+        samplers = optuna.samplers
+        sampler = samplers.TPESampler if sweep.definition.method == "bayes" else samplers.RandomSampler
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with _room(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._study = optuna.create_study(
                 study_name="sweep",
                 storage=f"sqlite:///{folder / STUDY}",
-                pruner=_pruner(sweep),
+                pruner=pruner,
                 direction=sweep.definition.metric.goal,
                 load_if_exists=True,
             )
-            self._study.sampler = _sampler(sweep, seed=len(self._study.get_trials(deepcopy=False)))
+            # A new seed for each resume, or the first draws would be repeated. A grid is queued as a whole.
+            self._study.sampler = sampler(seed=len(self._study.get_trials(deepcopy=False)))
             self._check_same()
 
     def states(self) -> list[RunState]:
@@ -97,7 +100,8 @@ class Study(Plan):
             if self.sweep.definition.method == "grid":
                 for index, values in zip(range(self.total), combinations(self.sweep), strict=False):
                     if (number := f"{index:03d}") not in trials:
-                        self._study.enqueue_trial(self._params(values), user_attrs={"number": number})
+                        params = {key: _param(self.sweep.drawn[key], value) for key, value in values.items()}
+                        self._study.enqueue_trial(params, user_attrs={"number": number})
         yield self._jobs()
 
     def end(self, job: Job, seconds: float, error: str | None, stopped: bool) -> str:
@@ -107,12 +111,11 @@ class Study(Plan):
             self._tell(job.item, TrialState.PRUNED, seconds=seconds)
             return "stopped early"
         metric = None
-        if not error:
-            try:
-                metric = read_metric(job.folder, name)
-                error = None if metric is not None else f"it has no {name}"
-            except UserError as damage:
-                error = str(damage)
+        try:
+            metric = None if error else read_metric(job.folder, name)
+            error = error or (f"it has no {name}" if metric is None else None)
+        except UserError as damage:
+            error = str(damage)
         if error:
             self._tell(job.item, TrialState.FAIL, error=error)
             raise RunFailed(error)
@@ -143,35 +146,32 @@ class Study(Plan):
                 resumed = Trial(self._study, cut_off.pop(0)._trial_id) if cut_off else None
                 trial = resumed or self._study.ask(self.distributions)
             number, values = _number(trial), self._values(trial)
-            arguments = self.sweep.arguments(values, *self._own_overrides(number))
+            # What the file may replace, and what nothing replaces
+            cache, output = (json.dumps(str(self.folder / name)) for name in ("float", number))
+            before = ["log.wandb=offline", f"log.group={json.dumps(self.sweep.name)}", f"evaluate.float_cache={cache}"]
+            after = [f"name={self.sweep.name}-{number}", f"output={output}"]
+            arguments = self.sweep.arguments(values, before, after)
             yield Job(number, self.folder / number, ["train", str(self.sweep.recipe), *arguments], trial, values)
-
-    def _own_overrides(self, number: str) -> tuple[list[str], list[str]]:
-        """Overrides of a local run: those that the file may replace, and those that nothing replaces."""
-        cache, output = (json.dumps(str(self.folder / name)) for name in ("float", number))
-        before = ["log.wandb=offline", f"log.group={json.dumps(self.sweep.name)}", f"evaluate.float_cache={cache}"]
-        return before, [f"name={self.sweep.name}-{number}", f"output={output}"]
 
     def _values(self, trial: Trial | FrozenTrial) -> Values:
         """Values of a run, in the file's order."""
         params = trial.params
         if isinstance(trial, FrozenTrial) and trial.state is TrialState.WAITING:
             params = trial.system_attrs["fixed_params"]
-        drawn = self.sweep.drawn
-        return {key: json.loads(params[key]) if _listed(drawn[key]) else params[key] for key in drawn if key in params}
+        drawn = {key: parameter for key, parameter in self.sweep.drawn.items() if key in params}
+        return {key: json.loads(params[key]) if p.values is not None else params[key] for key, p in drawn.items()}
 
     def _tell(
         self,
         trial: Trial,
         state: TrialState,
-        *,
         metric: float | None = None,
         seconds: float | None = None,
-        error: str | None = None,
+        error: str = "",
     ) -> None:
         with _room(self.folder):
             trial.set_user_attr("seconds", seconds)
-            trial.set_user_attr("error", error)
+            trial.set_user_attr("error", error or None)
             self._study.tell(trial, values=metric, state=state)
 
     def _latest(self) -> dict[str, FrozenTrial]:
@@ -179,39 +179,58 @@ class Study(Plan):
         return {_number(trial): trial for trial in self._study.get_trials(deepcopy=False)}
 
     def _reached_target(self) -> bool:
-        metric = self.sweep.definition.metric
-        if metric.target is None:
+        target = self.sweep.definition.metric.target
+        best = ranked(self.sweep, self.states())[:1]
+        if target is None or not best or best[0].metric is None:
             return False
-        sign = 1 if metric.goal == "maximize" else -1
-        values = [run.metric for run in self.states() if run.metric is not None]
-        return any(sign * value >= sign * metric.target for value in values)
-
-    def _params(self, values: Values) -> dict[str, Any]:
-        drawn = self.sweep.drawn
-        return {key: json.dumps(value) if _listed(drawn[key]) else value for key, value in values.items()}
+        return best[0].metric >= target if self.sweep.definition.metric.goal == "maximize" else best[0].metric <= target
 
     def _check_same(self) -> None:
         """Raise UserError if the folder holds another sweep, whose runs cannot be compared with these."""
         keys = {"method", "metric", "parameters", "early_terminate"}
-        definition_keys = self.sweep.definition.model_dump(mode="json", include=keys)
-        now = {**definition_keys, "recipe": str(self.sweep.recipe), "overrides": list(self.sweep.overrides)}
+        now = self.sweep.definition.model_dump(mode="json", include=keys)
+        now = json.loads(json.dumps({**now, "recipe": str(self.sweep.recipe), "overrides": self.sweep.overrides}))
         before = self._study.user_attrs.get("sweep")
         if before is None:
             self._study.set_user_attr("sweep", now)
-        elif before != json.loads(json.dumps(now)):
-            changed = ", ".join(key for key in now if before.get(key) != json.loads(json.dumps(now[key])))
+        elif changed := [key for key in now if before.get(key) != now[key]]:
             raise UserError(
-                f"{self.folder} holds another sweep (it differs in {changed}); give another folder with --output, or "
-                "the same values to resume it"
+                f"{self.folder} holds another sweep (it differs in {', '.join(changed)}); give another folder with "
+                "--output, or the same values to resume it"
             )
 
 
-def read_metric(folder: Path, name: str) -> float | None:
-    """A figure of a run's `metrics.json`, as quantized/J&F, or the last value of a curve of its training.
+def ranked(sweep: Sweep, states: Iterable[RunState]) -> list[RunState]:
+    """Runs of a sweep from best to worst; those without a metric last."""
+    sign = -1 if sweep.definition.metric.goal == "maximize" else 1
+    return sorted(states, key=lambda run: math.inf if run.metric is None else sign * run.metric)
 
-    Raises:
-        UserError: a file is damaged.
-    """
+
+def write_sweep(sweep: Sweep, runs: Sequence[RunState], folder: Path) -> str | None:
+    """Write the runs, best first, into a sweep's folder; returns the command of the best one, if there is one."""
+    best = sweep.command_of(dict(runs[0].values)) if runs and runs[0].metric is not None else None
+    metric = sweep.definition.metric
+    rows = [{"number": run.name, **{key: value for key, value in vars(run).items() if key != "name"}} for run in runs]
+    results = {"sweep": sweep.name, "metric": metric.name, "goal": metric.goal, "runs": rows, "best": best}
+    write_text(folder / SWEEP_RESULTS, json.dumps(results, indent=1))
+    return best
+
+
+def sweep_text(sweep: Sweep, runs: Sequence[RunState]) -> str:
+    """The runs of a sweep as a table of plain text, in the order that is given."""
+    keys = list(sweep.drawn)
+    rows = [["run", sweep.definition.metric.name, "seconds", *keys, ""]]
+    for run in runs:
+        metric = run.state if run.metric is None else f"{run.metric:.4g}"
+        seconds = "-" if run.seconds is None else f"{run.seconds:.0f}"
+        values = [run.values.get(key) for key in keys]
+        short = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+        rows.append([run.name, metric, seconds, *short, run.error or ""])
+    return aligned(rows)
+
+
+def read_metric(folder: Path, name: str) -> float | None:
+    """A figure of a run's `metrics.json`, as quantized/J&F, or the last value of a curve; UserError if damaged."""
     figure: Any = read_json(folder / "metrics.json")
     for key in name.split("/"):
         figure = figure.get(key) if isinstance(figure, dict) else None
@@ -225,32 +244,19 @@ def _number(trial: Trial | FrozenTrial) -> str:
     return trial.user_attrs.get("number") or f"{trial.number:03d}"
 
 
-def _listed(parameter: Parameter) -> bool:
-    return parameter.values is not None
+def _param(parameter: Parameter, value: Any) -> Any:
+    """A value as Optuna keeps it: lists and nulls may be among those that are listed."""
+    return json.dumps(value) if parameter.values is not None else value
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:
     if parameter.values is not None:
-        return CategoricalDistribution([json.dumps(value) for value in parameter.values])  # lists and nulls, too
+        return CategoricalDistribution([_param(parameter, value) for value in parameter.values])
     low, high = parameter.ends
     if parameter.kind == "int_uniform":
         return IntDistribution(low, high)
     step = parameter.q if parameter.kind == "q_uniform" else None
     return FloatDistribution(low, high, log=parameter.kind in LOGARITHMIC, step=step)
-
-
-def _sampler(sweep: Sweep, seed: int) -> optuna.samplers.BaseSampler:
-    # A new seed for each resume, or the first draws would be repeated. A grid is queued as a whole.
-    bayes = sweep.definition.method == "bayes"
-    return optuna.samplers.TPESampler(seed=seed) if bayes else optuna.samplers.RandomSampler(seed=seed)
-
-
-def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
-    """W&B's hyperband is asynchronous successive halving: one series of rungs for all runs."""
-    rule = sweep.definition.early_terminate
-    if rule is None:
-        return optuna.pruners.NopPruner()
-    return optuna.pruners.SuccessiveHalvingPruner(min_resource=rule.first, reduction_factor=rule.eta)
 
 
 @contextmanager
@@ -262,6 +268,4 @@ def _room(folder: Path) -> Iterator[None]:
         yield
     except (OSError, OperationalError, optuna.exceptions.StorageInternalError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(getattr(error.__cause__, "orig", error))
-        raise UserError(
-            f"{folder / STUDY} could not be written: {cause}; make room on the disk and give the same command again"
-        ) from error
+        raise disk_is_full(folder / STUDY, cause) from error

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import find, override, read_recipe
-from qsam2.recipe.section import Section
+from qsam2.recipe.section import Section, did_you_mean
 from qsam2.sweep.definition import Values, as_text, read_definition
 
 FLOAT = "float"
 """Method of the runs that score the float models."""
 
-AXES = ("model", "method", "setting", "start")
 
-Place = tuple[str, str, str, str]
-"""Names of a cell on the four axes."""
+class Place(NamedTuple):
+    """Names of a cell on the four axes."""
+
+    model: str
+    method: str
+    setting: str
+    start: str
 
 
 class ScoredSet(Section):
@@ -82,18 +85,11 @@ class TableRun:
 
     name: str
     """Name of its folder."""
-    model: str
-    method: str
-    setting: str
-    start: str
+    place: Place
+    """The cell that it belongs to, with the runs of other seeds."""
     values: dict[str, Any]
     """Recipe keys that the table sets and that change a score; no defaults, as these differ between versions."""
     recipe: Recipe
-
-    @property
-    def place(self) -> Place:
-        """The cell that it belongs to, with the runs of other seeds."""
-        return self.model, self.method, self.setting, self.start
 
 
 def load_table(path: str | Path) -> TableDefinition:
@@ -101,13 +97,12 @@ def load_table(path: str | Path) -> TableDefinition:
     path = find(path, "table")
     table = read_definition(path, TableDefinition, "table")
     for cross in table.runs:
-        for axis in AXES:
+        for axis in Place._fields:
             for name in getattr(cross, f"{axis}s") or ():
                 if name not in table.axis(axis):
-                    near = get_close_matches(name, table.axis(axis), n=1, cutoff=0.0)[0]
+                    there = ", ".join(map(repr, table.axis(axis))) + did_you_mean(name, table.axis(axis), cutoff=0.0)
                     raise UserError(
-                        f"table {path}: runs names the {axis} {name!r}, which {axis}s lacks; it has "
-                        f"{', '.join(map(repr, table.axis(axis)))}; did you mean {near!r}?"
+                        f"table {path}: runs names the {axis} {name!r}, which {axis}s lacks; it has {there}"
                     )
     beside = path.parent / table.recipe
     return table.model_copy(update={"recipe": beside if beside.is_file() else table.recipe})
@@ -116,18 +111,20 @@ def load_table(path: str | Path) -> TableDefinition:
 def table_runs(table: TableDefinition, output: Path, overrides: Iterable[str] = ()) -> list[TableRun]:
     """The runs of a table in its order, without repetitions; `overrides` replace the table's values.
 
-    Raises:
-        UserError: a value does not fit the recipe, two runs have the same folder, or a name has several float models.
+    Raises UserError if a value does not fit the recipe, two runs have one folder, or a name has several float models.
     """
     overrides = list(overrides)
     runs: dict[str, TableRun] = {}
-    for names, seed in _combinations(table):
-        run = _table_run(table, names, seed, output, overrides)
-        other = runs.setdefault(run.name, run)
-        if other.place != names:
-            raise UserError(f"table {table.name}: two runs would share the folder {run.name}; rename one of {names}")
+    for cross in table.runs:
+        axes = (getattr(cross, f"{axis}s") or tuple(table.axis(axis)) for axis in Place._fields)
+        for *names, seed in product(*axes, cross.seeds):
+            run = _table_run(table, Place(*names), seed, output, overrides)
+            if runs.setdefault(run.name, run).place != run.place:
+                raise UserError(
+                    f"table {table.name}: two runs would share the folder {run.name}; rename one of {tuple(names)}"
+                )
     for model in table.models:
-        if len({run.recipe.model for run in runs.values() if run.model == model}) > 1:
+        if len({run.recipe.model for run in runs.values() if run.place.model == model}) > 1:
             raise UserError(f"table {table.name}: runs of {model!r} start from several models; set model.* in models")
     return list(runs.values())
 
@@ -136,30 +133,18 @@ def float_runs(runs: Iterable[TableRun]) -> list[TableRun]:
     """One run per float model, which only scores it."""
     floats: dict[str, TableRun] = {}
     for run in runs:
-        recipe, name = run.recipe, f"float_{_slug(run.model)}"
-        alone = Recipe(
-            name=name,
-            output=recipe.run_folder.parent / name,
-            model=recipe.model,
-            data=recipe.data,
-            trainer=recipe.trainer,
-            evaluate=recipe.evaluate,
-        )
+        recipe, name = run.recipe, f"float_{_slug(run.place.model)}"
+        kept = {key: getattr(recipe, key) for key in ("model", "data", "trainer", "evaluate")}
+        alone = Recipe(name=name, output=recipe.run_folder.parent / name, **kept)
         values = {key: run.values.get(key) for key in ("model", "evaluate")}
-        floats.setdefault(run.model, TableRun(name, run.model, FLOAT, "", "", values, alone))
+        place = Place(run.place.model, FLOAT, "", "")
+        floats.setdefault(run.place.model, TableRun(name, place, values, alone))
     return list(floats.values())
 
 
-def _combinations(table: TableDefinition) -> Iterator[tuple[Place, int]]:
-    for cross in table.runs:
-        models, methods, settings, starts = (getattr(cross, f"{axis}s") or tuple(table.axis(axis)) for axis in AXES)
-        for *names, seed in product(models, methods, settings, starts, cross.seeds):
-            yield (names[0], names[1], names[2], names[3]), seed
-
-
-def _table_run(table: TableDefinition, names: Place, seed: int, output: Path, overrides: list[str]) -> TableRun:
-    name = "_".join(_slug(part) for part in (*names, f"s{seed}") if part)
-    layers = [table.common, *(table.axis(axis)[key] for axis, key in zip(AXES, names, strict=True))]
+def _table_run(table: TableDefinition, place: Place, seed: int, output: Path, overrides: list[str]) -> TableRun:
+    name = "_".join(_slug(part) for part in (*place, f"s{seed}") if part)
+    layers = [table.common, *(table.axis(axis)[key] for axis, key in zip(Place._fields, place, strict=True))]
     own = {"name": f"{table.name}_{name}", "output": str(output / name), "evaluate.float_cache": str(output / "float")}
     first = next(iter(table.sets.values()))
     try:
@@ -168,12 +153,10 @@ def _table_run(table: TableDefinition, names: Place, seed: int, output: Path, ov
         values = override(read_recipe(table.recipe, changes), changes)
         recipe = build_recipe(values, as_text(own))
     except UserError as error:
-        raise UserError(f"table {table.name}, {', '.join(part for part in names if part)}: {error}") from error
+        raise UserError(f"table {table.name}, {', '.join(filter(None, place))}: {error}") from error
     if recipe.quantize is None:
         raise UserError(f"table {table.name}: {table.recipe} quantizes nothing; a table compares quantized models")
-    model, method, setting, start = names
-    values = {key: value for key, value in values.items() if key not in ("name", "output", "log")}
-    return TableRun(name, model, method, setting, start, values, recipe)
+    return TableRun(name, place, {key: values[key] for key in values if key not in ("name", "output", "log")}, recipe)
 
 
 def _slug(name: str) -> str:

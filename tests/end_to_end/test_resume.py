@@ -18,7 +18,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from safetensors.torch import load_file
-from small_runs import ROOT, TRAIN, TRAIN_FLOAT, W4A4, read_checkpoint, small, without_seconds
+from small_runs import CLICKS, ROOT, RUNS, TRAIN_FLOAT, read_checkpoint, small, without_seconds
 from waiting import HANG_S
 from wandb_file import records
 
@@ -28,9 +28,6 @@ from qsam2.recipe.load import merge
 from qsam2.train import video_training
 
 pytestmark = pytest.mark.slow
-
-STEPS = 4
-CLICKS = {"prompts": {"point": 0.6, "box": 0.4}, "freeze_statistics_at": 0.6}  # drawn at random
 
 
 class Killed(Exception):
@@ -79,53 +76,51 @@ main(["train", sys.argv[1]])
 """
 
 
-def test_sigkill_in_mid_training(checkpoint: Path, tmp_path: Path) -> None:
-    settings = {"quantize": W4A4, "train": merge(TRAIN, CLICKS), "trainer": {"max_steps": STEPS, "checkpoint_every": 1}}
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    values = small(checkpoint, killed, **settings)
+def test_sigkill_in_mid_training(checkpoint: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed", runs["qat"]
+    values = small(checkpoint, killed, **RUNS["qat"] | {"log": {"wandb": "off"}})
+    steps = values["trainer"]["max_steps"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-c", SIGKILLED, str(tmp_path / "recipe.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG_S)
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
-    assert 1 <= read_checkpoint(killed)["global_step"] < STEPS
+    assert 1 <= read_checkpoint(killed)["global_step"] < steps
     assert not (killed / "model.safetensors").exists()
 
     run_recipe(build_recipe(values))
-    run_recipe(build_recipe(small(checkpoint, whole, **settings)))
     assert_same_results(killed, whole)
     ends = [read_checkpoint(folder) for folder in (killed, whole)]
-    assert ends[0]["global_step"] == ends[1]["global_step"] == STEPS
+    assert ends[0]["global_step"] == ends[1]["global_step"] == steps
     for name, tensor in ends[1]["state_dict"].items():
         assert torch.equal(ends[0]["state_dict"][name], tensor), name
 
 
-@pytest.mark.parametrize(
-    ("settings", "kill_after"),
-    [
-        # The kill falls between the batches of the second step
-        ({"trainer": {"max_steps": 2, "accumulate": 2, "checkpoint_every": 1}}, 2),
-        ({"train": {"ema": 0.5}, "trainer": {"max_steps": 4, "checkpoint_every": 2}}, 2),
-    ],
-    ids=["accumulation", "averaging"],
-)
-def test_kill_with(
-    settings: dict[str, Any],
-    kill_after: int,
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_kill_between_the_batches_of_a_step(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = merge({"train": merge(TRAIN_FLOAT, CLICKS)}, settings)
+    trainer = {"max_steps": 2, "accumulate": 2, "checkpoint_every": 1}
+    settings = {"train": merge(TRAIN_FLOAT, CLICKS), "trainer": trainer}
     run_recipe(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
-    values = small(checkpoint, tmp_path / "killed", **settings)
-    kill_at(kill_after, monkeypatch)
+    kill_and_resume(small(checkpoint, tmp_path / "killed", **settings), tmp_path / "whole", monkeypatch)
+
+
+def test_a_kill_with_averaging(
+    checkpoint: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_and_resume(small(checkpoint, tmp_path / "killed", **RUNS["float"]), runs["float"], monkeypatch)
+
+
+def kill_and_resume(values: dict[str, Any], whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill a run after its third batch, and compare what it ends with with a run that was not killed."""
+    killed = Path(values["output"])
+    kill_at(2, monkeypatch)
     with pytest.raises(Killed):
         run_recipe(build_recipe(values))
     monkeypatch.undo()
-    assert 1 <= read_checkpoint(tmp_path / "killed")["global_step"] < values["trainer"]["max_steps"]
+    assert 1 <= read_checkpoint(killed)["global_step"] < values["trainer"]["max_steps"]
     run_recipe(build_recipe(values))
-    assert_same_results(tmp_path / "killed", tmp_path / "whole")
+    assert_same_results(killed, whole)
 
 
 def kill_at(batch_index: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,22 +135,20 @@ def kill_at(batch_index: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_averages_survive_a_kill_at_the_end_of_training(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The last step's checkpoint is written before the averages become the weights
-    settings = {"train": {**TRAIN_FLOAT, "ema": 0.5}, "trainer": {"max_steps": 2, "checkpoint_every": 1}}
-    run_recipe(build_recipe(small(checkpoint, tmp_path / "whole", **settings)))
-    values = small(checkpoint, tmp_path / "killed", **settings)
+    values = small(checkpoint, tmp_path / "killed", **RUNS["float"])
 
     def die(*_: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(EMAWeightAveraging, "on_train_end", die)
-    with pytest.raises(Killed):
-        run_recipe(build_recipe(values))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(EMAWeightAveraging, "on_train_end", die)
+        with pytest.raises(Killed):
+            run_recipe(build_recipe(values))
     run_recipe(build_recipe(values))
-    assert_same_results(tmp_path / "killed", tmp_path / "whole")
+    assert_same_results(tmp_path / "killed", runs["float"])
 
 
 def test_a_resumed_run_goes_on_in_wandb(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

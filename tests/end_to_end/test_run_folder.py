@@ -7,12 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from messages import Message
-from PIL import Image
-from small_runs import RUNS, W4A4, small, without_seconds
+from small_runs import RUNS, W4A4, recipe_of_run, small, without_seconds
 from wandb_file import read_run, records
 
 from qsam2 import __version__
@@ -21,7 +19,6 @@ from qsam2.evaluation.scoring import evaluate_model
 from qsam2.loading import load_model
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe, load_recipe
-from qsam2.recipe.load import merge
 from qsam2.report import read
 from qsam2.report.page import render
 
@@ -30,38 +27,38 @@ FILES = {
     "qat": ALWAYS | {"card.md", "card.json", "checkpoints/last.ckpt"},
     "ptq": ALWAYS | {"card.md", "card.json"},
     "float": ALWAYS | {"checkpoints/last.ckpt"},
+    "reconstructed": ALWAYS
+    | {"card.md", "card.json", *(f"checkpoints/reconstruction/00{index}.ckpt" for index in range(4))},
 }
+CALIBRATED = {"score float", "convert", "calibrate", "score ptq"}
 STAGES = {
-    "qat": {"score float", "convert", "calibrate", "score ptq", "train", "score quantized"},
-    "ptq": {"score float", "convert", "calibrate", "score ptq"},
+    "qat": CALIBRATED | {"train", "score quantized"},
+    "ptq": CALIBRATED,
     "float": {"train", "score float"},
+    "reconstructed": CALIBRATED | {"reconstruct", "score float on stills", "score ptq on stills"},
 }
 SCORES = {"protocol", "J&F", "J", "F", "J_recall", "J_decay", "F_recall", "F_decay", "per_object", "seconds_per_frame"}
 
 
-@pytest.fixture(scope="session")
-def values(runs: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Recipes' values of the finished runs."""
-    return {name: small(folder.parent / "nano.pt", folder, **RUNS[name]) for name, folder in runs.items()}
+@pytest.fixture(params=RUNS)
+def name(request: pytest.FixtureRequest) -> str:
+    """Name of a finished run."""
+    return request.param
 
 
 def metrics(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_files(name: str, runs: dict[str, Path]) -> None:
+def test_files_and_figures(name: str, runs: dict[str, Path]) -> None:
     found = {str(file.relative_to(runs[name])) for file in runs[name].rglob("*") if file.is_file()}
     assert {file for file in found if not file.startswith(("wandb/", "curves/", "report/"))} == FILES[name]
-    assert ("curves/version_0/metrics.csv" in found) == (name != "ptq")
+    assert ("curves/version_0/metrics.csv" in found) == (name in ("qat", "float"))
     assert any(file.startswith("wandb/") for file in found) == (name == "qat")
 
-
-@pytest.mark.parametrize("name", RUNS)
-def test_figures(name: str, runs: dict[str, Path]) -> None:
     figures = metrics(runs[name])
     models = {"float"} if name == "float" else {"float", "ptq", "quantized"}
-    assert figures.keys() == models | {"bytes", "seconds"}
+    assert figures.keys() == models | {"bytes", "seconds"} | ({"reconstruction"} if name == "reconstructed" else set())
     assert figures["seconds"].keys() == STAGES[name]
     assert all(seconds > 0 for stage, seconds in figures["seconds"].items() if stage != "convert")
     for model in models:
@@ -89,32 +86,26 @@ def test_ptq_is_the_start_of_qat(runs: dict[str, Path]) -> None:
     assert qat["quantized"]["per_object"] != qat["ptq"]["per_object"]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_recipe_is_resolved_and_can_be_run_again(
-    name: str, runs: dict[str, Path], values: dict[str, dict[str, Any]]
+def test_the_recipe_can_be_run_again_and_the_file_scores_as_the_run_did(
+    name: str, runs: dict[str, Path], checkpoint: Path
 ) -> None:
     written = yaml.safe_load((runs[name] / "recipe.yaml").read_text())
     assert written["trainer"]["gradient_clip"] == 0.1  # a default that was not given
-    assert load_recipe(runs[name] / "recipe.yaml") == build_recipe(values[name])
+    assert load_recipe(runs[name] / "recipe.yaml") == recipe_of_run(name, checkpoint, runs[name])
 
-
-@pytest.mark.parametrize("name", RUNS)
-def test_the_file_scores_as_the_run_did(name: str, runs: dict[str, Path]) -> None:
-    block = evaluate_model(str(runs[name]))
-    expected = metrics(runs[name])["float" if name == "float" else "quantized"]
+    block, expected = evaluate_model(str(runs[name])), metrics(runs[name])["float" if name == "float" else "quantized"]
     assert block["per_object"] == expected["per_object"]
     assert all(block[key] == expected[key] for key in SCORES - {"seconds_per_frame"})
     assert block["model"] == str(runs[name])
 
 
-def test_a_reference_gives_the_runs_fidelity(runs: dict[str, Path]) -> None:
-    block = evaluate_model(str(runs["qat"]), reference=str(runs["qat"].parent / "nano.pt"))
+def test_a_reference_gives_the_runs_fidelity(runs: dict[str, Path], checkpoint: Path) -> None:
+    block = evaluate_model(str(runs["qat"]), reference=str(checkpoint))
     expected = metrics(runs["qat"])["quantized"]
     assert block["fidelity"] == expected["fidelity"]
     assert block["versus_reference"] == expected["versus_float"]
 
 
-@pytest.mark.parametrize("name", RUNS)
 def test_the_report_is_drawn_again_from_what_the_run_kept(name: str, runs: dict[str, Path]) -> None:
     kept = read.read_run(runs[name])
     assert kept.missing_stages == [] and len(kept.saved(read.CLIPS)["worst"]) == 1
@@ -124,25 +115,23 @@ def test_the_report_is_drawn_again_from_what_the_run_kept(name: str, runs: dict[
     assert render(kept) == written and "not finished" not in written and "data:video/mp4" in written
 
 
-def test_a_finished_run_is_left_alone(
-    runs: dict[str, Path], values: dict[str, dict[str, Any]], caplog: pytest.LogCaptureFixture
+def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(
+    runs: dict[str, Path], checkpoint: Path, caplog: pytest.LogCaptureFixture, message: Message
 ) -> None:
+    own = recipe_of_run("ptq", checkpoint, runs["ptq"])
     before = {file: file.stat().st_mtime_ns for file in runs["ptq"].rglob("*") if file.name != "recipe.yaml"}
     with caplog.at_level(logging.INFO, logger="qsam2"):
-        again = run_recipe(build_recipe(values["ptq"]))
+        again = run_recipe(own)
     assert again == metrics(runs["ptq"])
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert f"{runs['ptq']} is complete" in caplog.text
 
-
-def test_another_recipe_is_refused(runs: dict[str, Path], values: dict[str, dict[str, Any]], message: Message) -> None:
-    other = merge(values["ptq"], {"seed": 1, "evaluate": {"frames": 5}})
-    before = (runs["ptq"] / "recipe.yaml").read_bytes()
+    written = (runs["ptq"] / "recipe.yaml").read_bytes()
     with pytest.raises(UserError) as error:
-        run_recipe(build_recipe(other))
+        run_recipe(build_recipe(own.model_dump(mode="json"), ["seed=1", "evaluate.frames=5"]))
     text = message(error)
     assert str(runs["ptq"]) in text and "evaluate.frames, seed" in text and "output=" in text
-    assert (runs["ptq"] / "recipe.yaml").read_bytes() == before
+    assert (runs["ptq"] / "recipe.yaml").read_bytes() == written
 
 
 def test_wandb_holds_the_whole_run(runs: dict[str, Path]) -> None:
@@ -195,48 +184,22 @@ def test_a_quantized_model_is_audited_when_it_is_loaded(runs: dict[str, Path], m
     assert any(layer.weight_bits == 4 for layer in layers)
 
 
-# Stills beside the videos
-
-
-def write_stills(folder: Path) -> Path:
-    """Two pictures of a bright square each, with their instances as COCO has them."""
-    images, annotations = [], []
-    for index in (1, 2):
-        picture = np.full((64, 64, 3), 60, np.uint8)
-        picture[8:40, 8 * index : 8 * index + 24] = 220
-        Image.fromarray(picture).save(folder / f"{index}.png")
-        left, right = 8 * index, 8 * index + 24
-        images.append({"id": index, "file_name": f"{index}.png", "height": 64, "width": 64})
-        corners = [left, 8, right, 8, right, 40, left, 40]
-        annotations.append({"image_id": index, "id": index, "segmentation": [corners], "iscrowd": 0})
-    (folder / "images").mkdir()
-    for index in (1, 2):
-        (folder / f"{index}.png").rename(folder / "images" / f"{index}.png")
-    (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    return folder
-
-
-def test_stills_are_scored_beside_the_videos(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "stills").mkdir()
-    spec = f"coco:{write_stills(tmp_path / 'stills')}"
-    own = small(checkpoint, tmp_path / "run", quantize=W4A4, evaluate={"stills": spec})
-    with caplog.at_level(logging.INFO, logger="qsam2"):
-        figures = run_recipe(build_recipe(own))
+def test_stills_are_scored_beside_the_videos(runs: dict[str, Path]) -> None:
+    run = runs["reconstructed"]
+    figures, spec = metrics(run), f"instance_png:{run.parent / 'stills'}"
+    count = figures["float"]["stills"]["instances"]
     for name in ("float", "ptq", "quantized"):
         block = figures[name]
-        assert block["stills"]["images"] == block["stills"]["instances"] == 2
+        assert block["stills"]["images"] == 2 and block["stills"]["instances"] == count > 1
         assert block["box_mIoU"] == block["stills"]["box_mIoU"] and 0 <= block["box_mIoU"] <= 100
         assert "J&F" in block
-    assert {"score float on stills", "score ptq on stills"} <= figures["seconds"].keys()
-    assert f"float: box-prompt mIoU {figures['float']['box_mIoU']:.1f}" in caplog.text
-    alone = evaluate_model(str(tmp_path / "run"), [f"data.val={spec}"])
+    assert f"float: box-prompt mIoU {figures['float']['box_mIoU']:.1f}" in run.with_suffix(".log").read_text()
+    alone = evaluate_model(str(run), [f"data.val={spec}"])
     assert alone["box_mIoU"] == pytest.approx(figures["quantized"]["box_mIoU"])
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert '<th scope="col">mIoU</th>' in page and f"2 instances of\n{spec}" in page
+    page = (run / "report.html").read_text()
+    assert '<th scope="col">mIoU</th>' in page and f"{count} instances of\n{spec}" in page
     assert f"<td>{figures['float']['box_mIoU']:.1f}</td>" in page
-    assert json.loads((tmp_path / "run" / "card.json").read_text())["scores"]["ptq"]["box_mIoU"] == block["box_mIoU"]
+    assert json.loads((run / "card.json").read_text())["scores"]["ptq"]["box_mIoU"] == figures["ptq"]["box_mIoU"]
 
 
 def test_videos_are_no_stills(checkpoint: Path, tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ from small_runs import FLOAT, ROOT, W4A4, small
 from waiting import HANG_S, wait_until
 from wandb_file import read_run, records
 
-from qsam2.cli import main
-
 BITS = "quantize.weights.bits"
 NUMBERS = [f"{index:03d}" for index in range(4)]
 
@@ -121,14 +119,3 @@ def test_the_offline_files_hold_each_run(sweep: Path, said: str, number: str) ->
     assert group == "four"
     (artifact,) = [record.artifact for record in kept if record.artifact.type == "model"]
     assert {entry.path for entry in artifact.manifest.contents} >= {"model.safetensors", "card.md"}
-
-
-def test_a_metric_that_the_runs_have_not_is_found_before_them(
-    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = yaml.safe_load((sweep / "four.yaml").read_text())
-    file = tmp_path / "four.yaml"
-    file.write_text(yaml.safe_dump({**values, "metric": {"name": "quantised/fidelity"}}))
-    assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 2
-    assert "did you mean 'quantized/fidelity'?" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from qsam2.cli import main
 from qsam2.evaluation.scoring import evaluate_model
 from qsam2.recipe.load import merge
 from qsam2.sweep import runner
-from qsam2.sweep.markdown import extract, render
+from qsam2.sweep.results import extract, render
 from qsam2.train import video_training
 
 CUT_OFF = "nano_minmax_W2A4_s0"

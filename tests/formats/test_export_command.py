@@ -6,34 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.cli import main
-from qsam2.formats.packed import save_packed
-from qsam2.layers.convert import convert, finalize
-from qsam2.models import build_sam2
-from qsam2.recipe import build_recipe
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with 2-bit weights."""
-    folder = tmp_path_factory.mktemp("run")
-    quantize = {"weights": {"method": "minmax", "bits": 2}}
-    values = {"model": {"size": "nano", "image_size": 64}, "quantize": quantize, "data": {"train": "moving_objects"}}
-    recipe, model = build_recipe({"name": "test", **values}), build_sam2("nano", image_size=64)
-    convert(model, recipe.quantize)
-    find_ranges(model, lambda batch: None, [])
-    finalize(model)
-    save_packed(folder / "model.safetensors", model, recipe.model_dump(mode="json"))
-    (folder / "card.md").write_text("# card")
-    return folder
+@pytest.fixture
+def finished_run(runs: dict[str, Path]) -> Path:
+    return runs["ptq"]
 
 
 @pytest.mark.parametrize("given", ["", "model.safetensors"])
 def test_a_packed_file_is_copied_with_its_card(finished_run, tmp_path, capsys, given):
     out = tmp_path / "new" / "folder"
     assert main(["export", str(finished_run / given), "--format", "packed", "--out", str(out)]) == 0
-    assert sorted(file.name for file in out.iterdir()) == ["card.md", "model.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == ["card.json", "card.md", "model.safetensors"]
     said = capsys.readouterr().out
     for file in out.iterdir():
         assert file.read_bytes() == (finished_run / file.name).read_bytes()

@@ -1,15 +1,8 @@
 """The wording of error messages, kept in one file: `tests/snapshots/messages.json`.
 
-A test asserts the type of an error and the facts in it (names, values); the whole line is compared with the snapshot:
-
-    def test_unknown_key(message: Message) -> None:
-        with pytest.raises(UserError) as error:
-            ...
-        assert "'bits'" in message(error)
-
-`message` takes a `pytest.raises` context, an exception or a string (such as `capsys.readouterr().err`), checks that it
-is one line, compares it with the snapshot of this test and returns it. Several calls in one test are compared in order.
-`tmp_path`, the session's temporary folder and the repository are replaced by TMP, SESSION and REPO.
+The fixture `message` takes a `pytest.raises` context, an exception or a string, checks that it is one line, compares
+it with the snapshot of this test and returns it, so that the test asserts the facts in it. Several calls are compared
+in order; `tmp_path`, the session's folder and the repository are replaced by TMP, SESSION and REPO.
 
 After a change of wording: `pytest --refresh-messages PATHS`, then read the difference in git. To drop the messages of
 tests that are gone, delete the file first and refresh all tests.

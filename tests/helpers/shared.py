@@ -16,6 +16,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
     folder, finished = base / name, base / f"{name}.finished"
+    folder.parent.mkdir(exist_ok=True)
     with FileLock(base / f"{name}.lock"):
         if not finished.exists():
             folder.mkdir()

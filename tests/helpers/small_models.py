@@ -24,7 +24,7 @@ def seeing(size: str = "nano", image_size: int = 64) -> SAM2:
 def write_stills(folder: Path) -> str:
     """Two generated pictures with their instances, as a source of data."""
     for kind in ("images", "instance_png"):
-        (folder / kind).mkdir()
+        (folder / kind).mkdir(parents=True)
     for video in moving_objects("val", 2, size=(64, 96)):
         Image.fromarray(video.frame(0)).save(folder / f"images/{video.name}.png")
         object_ids(video, 0).save(folder / f"instance_png/{video.name}.png")

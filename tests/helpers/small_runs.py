@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO, Any
 
+import pytest
 import torch
 import yaml
-from small_models import seeing
+from shared import once
+from small_models import seeing, write_stills
 from torch import Tensor
 from waiting import HANG_S
 
 import qsam2
 from qsam2.pipeline import run_recipe
-from qsam2.recipe import build_recipe
+from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import merge
 
 ROOT = Path(qsam2.__file__).parents[1]
@@ -48,10 +51,33 @@ FLOAT = {
     "log": {"wandb": "off"},
 }
 
+CLICKS = {"prompts": {"point": 0.6, "box": 0.4}, "freeze_statistics_at": 0.6}
+"""Prompts that are drawn at random."""
 RUNS: dict[str, dict[str, Any]] = {
-    "qat": {"quantize": W4A4, "train": TRAIN, "log": {"wandb": "offline", "group": "tests"}},
+    "qat": {
+        "quantize": W4A4,
+        "train": merge(TRAIN, CLICKS),
+        "trainer": {"max_steps": 4, "checkpoint_every": 1},
+        "log": {"wandb": "offline", "group": "tests"},
+    },
     "ptq": {"quantize": W4A4},
-    "float": {"train": TRAIN_FLOAT, "trainer": {"max_steps": 1}},
+    "float": {
+        "train": {**merge(TRAIN_FLOAT, CLICKS), "ema": 0.5},
+        "trainer": {"max_steps": 4, "checkpoint_every": 2},
+    },
+    "reconstructed": {
+        "model": {"checkpoint": "auto"},  # the nano that ships
+        "quantize": {
+            "weights": {"method": "minmax", "bits": 3, "range": "minmax"},
+            "activations": {"method": "minmax", "bits": 4, "range": "minmax"},
+        },
+        "reconstruct": {
+            "method": "qdrop",
+            "iterations": 4,
+            "blocks": ["image_encoder.trunk.blocks.0", "memory_encoder", "memory_attention.layers.0", "obj_ptr_proj"],
+        },
+        "evaluate": {"protocol": "sav"},
+    },
 }
 """Differences between the recipes of the session's finished runs (fixture `runs`)."""
 
@@ -62,11 +88,43 @@ def small(checkpoint: Path, output: Path, **more: Any) -> dict[str, Any]:
     return copy.deepcopy(merge(merge(FLOAT, own), more))
 
 
-def finish_runs(folder: Path) -> None:
-    """Carry out `RUNS` in `folder`, each in the folder of its name, from the weights `folder/nano.pt`."""
-    torch.save({"model": seeing().state_dict()}, folder / "nano.pt")
-    for name, values in RUNS.items():
-        run_recipe(build_recipe(small(folder / "nano.pt", folder / name, **values)))
+def write_checkpoint(factory: pytest.TempPathFactory) -> Path:
+    """Nano for 64 px with random weights, in Meta's checkpoint format; one file in a session."""
+    weights = {"model": seeing().state_dict()}
+    return once(factory, "checkpoint", lambda folder: torch.save(weights, folder / "nano.pt")) / "nano.pt"
+
+
+def recipe_of_run(name: str, checkpoint: Path, folder: Path) -> Recipe:
+    """The recipe of a finished run; the reconstructed one also scores stills."""
+    stills = [f"evaluate.stills=instance_png:{folder.parent / 'stills'}"] if name == "reconstructed" else []
+    return build_recipe(small(checkpoint, folder, **RUNS[name]), stills)
+
+
+class FinishedRuns(dict[str, Path]):
+    """{name of `RUNS`: folder of the finished run}: carried out when it is first asked for, once in a session.
+
+    Beside the folder NAME is NAME.log, what was logged.
+    """
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.factory = factory
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = once(self.factory, f"finished/{name}", lambda folder: self._carry_out(name, folder))
+        return self[name]
+
+    def _carry_out(self, name: str, folder: Path) -> None:
+        if name == "reconstructed":
+            write_stills(folder.parent / "stills")
+        log, handler = logging.getLogger("qsam2"), logging.FileHandler(folder.with_suffix(".log"))
+        level = log.level
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WANDB_SILENT", "true")
+            run_recipe(recipe_of_run(name, write_checkpoint(self.factory), folder))
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def start(values: dict[str, Any], folder: Path, log: IO[bytes] | int = subprocess.PIPE) -> subprocess.Popen[str]:

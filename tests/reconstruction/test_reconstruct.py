@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_calibration import quantize
+from small_runs import RUNS, small
 from torch import nn
 
 from qsam2 import pipeline
@@ -117,39 +118,17 @@ def test_a_loss_that_is_not_finite_says_what_to_do(pair: Any, tmp_path: Path) ->
 
 # Whole runs
 
-BLOCKS = ["image_encoder.trunk.blocks.0", "memory_encoder", "memory_attention.layers.0", "obj_ptr_proj"]
-VALUES: dict[str, Any] = {
-    "debug": "fast",
-    "model": {"size": "nano", "image_size": 64},
-    "data": {"train": "moving_objects:4:train", "val": "moving_objects:1:val"},
-    "quantize": {
-        "weights": {"method": "minmax", "bits": 3, "range": "minmax"},
-        "activations": {"method": "minmax", "bits": 4, "range": "minmax"},
-    },
-    "reconstruct": {"method": "qdrop", "iterations": 4, "blocks": BLOCKS},
-    "trainer": {"accelerator": "cpu", "devices": 1},
-}
+BLOCKS = RUNS["reconstructed"]["reconstruct"]["blocks"]
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
-    return build_recipe({**VALUES, "output": str(folder)}, overrides)
+    return build_recipe(small(Path(), folder, **RUNS["reconstructed"]), overrides)
 
 
-@pytest.fixture(scope="module")
-def caches() -> list[ImageFeatures]:
-    """The image features of the run `whole`."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, caches: list[ImageFeatures]) -> Path:
+@pytest.fixture
+def whole(runs: dict[str, Path]) -> Path:
     """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        kept = lambda *given: caches.append(ImageFeatures(*given)) or caches[-1]  # noqa: E731
-        patch.setattr(block_by_block, "ImageFeatures", kept)
-        run_recipe(recipe(folder))
-    return folder
+    return runs["reconstructed"]
 
 
 def results(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -179,13 +158,6 @@ def test_a_run_reconstructs_its_blocks_and_packs_the_fitted_integers(whole: Path
                     assert torch.equal(layer.weight, state[f"{key}.weight".lstrip(".")]), name
 
 
-def test_clips_are_encoded_once_for_all_tracking_blocks(whole: Path, caches: list[ImageFeatures]) -> None:
-    frames, clips = caches[:2], caches[2:]  # of the quantized and the float model: three groups share those of clips
-    assert len(clips) == 2 and not any(features._cache for features in frames)
-    assert all(len(features._cache) > 1 and features.left_bytes < 2e9 for features in clips)
-    assert all(features.left_bytes == 2e9 for features in frames), "half of reconstruct.cache_gb"
-
-
 def test_a_run_that_was_killed_goes_on_behind_its_last_block(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,12 +172,20 @@ def test_a_run_that_was_killed_goes_on_behind_its_last_block(
         fitted.append(name)
         return fit_block(name, *args, **more)
 
+    caches: list[ImageFeatures] = []
     monkeypatch.setattr(block_by_block, "fit_block", fit_and_count)
-    monkeypatch.setattr(block_by_block, "ImageFeatures", lambda model, _: ImageFeatures(model, 0.0))
+    monkeypatch.setattr(
+        block_by_block, "ImageFeatures", lambda *given: caches.append(ImageFeatures(*given)) or caches[-1]
+    )
     with pytest.raises(Killed):
         run_recipe(recipe(tmp_path))
+    frames, clips = caches[:2], caches[2:]  # of the quantized and the float model: the groups share those of clips
+    assert len(clips) == 2 and not any(features._cache for features in frames)
+    assert all(len(features._cache) > 1 and features.left_bytes < 2e9 for features in clips)
+    assert all(features.left_bytes == 2e9 for features in frames), "half of reconstruct.cache_gb"
     assert not (tmp_path / "model.safetensors").exists()
     fitted[:] = []
+    monkeypatch.setattr(block_by_block, "ImageFeatures", lambda model, _: ImageFeatures(model, 0.0))
     run_recipe(recipe(tmp_path))
     assert fitted == BLOCKS[2:]
     (ours, figures), (theirs, expected) = results(tmp_path), results(whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,70 +17,60 @@ from qsam2.cli import main
 from qsam2.recipe import Recipe
 
 
-class Account:
+@pytest.fixture
+def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """Stands for wandb.ai: takes sweeps, lets agents join."""
+    account = SimpleNamespace(created=[], joined=[], refuses=False)
 
-    def __init__(self) -> None:
-        self.created: list[dict[str, Any]] = []
-        self.joined: list[tuple[str, Any]] = []
-        self.refuses = False
-
-    def sweep(self, config: dict[str, Any], *, entity: str | None, project: str | None) -> str:
-        if self.refuses:
+    def sweep(config: dict[str, Any], **more: str | None) -> str:
+        if account.refuses:
             raise wandb.errors.CommError("Sweep user not valid\n(code 403)")
-        self.created.append({"config": config, "entity": entity, "project": project})
+        account.created.append({"config": config, **more})
         return "x1y2"
 
-    def agent(self, sweep_id: str, *, entity: str | None, project: str | None, count: int | None) -> None:
-        self.joined.append((sweep_id, count))
+    def agent(sweep_id: str, *, count: int | None, **more: str | None) -> None:
+        account.joined.append((sweep_id, count, more))
 
-
-@pytest.fixture
-def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Account:
-    account = Account()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(wandb, "sweep", account.sweep)
-    monkeypatch.setattr(wandb, "agent", account.agent)
+    monkeypatch.setattr(wandb, "sweep", sweep)
+    monkeypatch.setattr(wandb, "agent", agent)
     monkeypatch.chdir(tmp_path)
     return account
 
 
 def test_the_sweep_is_created_once_and_this_machine_is_its_agent(
-    account: Account, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    account: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "qsam2")
-    file = str(write(tmp_path, project="mine", entity="us"))
+    file, place = str(write(tmp_path, project="mine", entity="us")), {"project": "mine", "entity": "us"}
     for _ in range(2):
         assert main(["sweep", file, "--count", "3", "calibrate.clips=5"]) == 0
-    (created,) = account.created
-    assert (created["entity"], created["project"]) == ("us", "mine")
-    words = [*COMMAND[:-1], "calibrate.clips=5", COMMAND[-1]]
-    assert created["config"] == {**GRID, "project": "mine", "entity": "us", "command": words}
-    assert account.joined == [("x1y2", 3)] * 2
+    command = [*COMMAND[:-1], "calibrate.clips=5", COMMAND[-1]]
+    assert account.created == [{"config": {**GRID, **place, "command": command}, **place}]
+    assert account.joined == [("x1y2", 3, place)] * 2
     assert "other machines join with: wandb agent us/mine/x1y2" in caplog.messages
     kept = json.loads(Path("runs/sweeps/small/wandb.json").read_text())
     assert kept["id"] == "x1y2" and yaml.safe_load(Path(file).read_text())["parameters"] == kept["config"]["parameters"]
 
 
-def test_what_an_account_refuses(account: Account, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = str(write(tmp_path))
+def test_what_an_account_refuses_and_offline_on_request(
+    account: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*flags: str) -> str:
+        assert main(["sweep", file, *flags]) == 2
+        return capsys.readouterr().err
+
+    file, carried_out = str(write(tmp_path)), []
     account.refuses = True
-    assert main(["sweep", file]) == 2
-    assert capsys.readouterr().err == f"error: sweep {file}: W&B refuses it: Sweep user not valid (code 403)\n"
+    assert refused() == f"error: sweep {file}: W&B refuses it: Sweep user not valid (code 403)\n"
     account.refuses = False
-    assert main(["sweep", file, "--jobs", "2"]) == 2
-    assert "--jobs 2: an agent carries out one run at a time; start another agent instead" in capsys.readouterr().err
+    assert "--jobs 2: an agent carries out one run at a time; start another agent instead" in refused("--jobs", "2")
+    monkeypatch.setattr("qsam2.sweep.runner.carry_out", lambda *given: carried_out.append(given))
+    assert main(["sweep", file, "log.wandb=offline"]) == 0
+    assert carried_out and not account.created
     assert main(["sweep", file]) == 0
     write(tmp_path, parameters={WEIGHTS: {"values": [2]}})
-    assert main(["sweep", file]) == 2
-    assert "holds another sweep, x1y2; give another folder with --output" in capsys.readouterr().err
-
-
-def test_offline_on_request(account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    carried_out = []
-    monkeypatch.setattr("qsam2.sweep.runner.carry_out", lambda *given: carried_out.append(given))
-    assert main(["sweep", str(write(tmp_path)), "log.wandb=offline"]) == 0
-    assert carried_out and not account.created
+    assert "holds another sweep, x1y2; give another folder with --output" in refused()
 
 
 def test_a_run_of_an_agent_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
-"""The runs of a local sweep: their order, what is drawn, what is repeated and what is not, how they fail and stop."""
+"""The runs of a local sweep: what is drawn, what is repeated and what is not, how they fail and stop."""
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -22,9 +21,8 @@ from qsam2.commands.sweep import _list_sweep as list_sweep
 from qsam2.errors import UserError
 from qsam2.sweep import runner
 from qsam2.sweep.definition import STUDY, Sweep
-from qsam2.sweep.results import ranked, sweep_text, write_sweep
 from qsam2.sweep.runner import RunState
-from qsam2.sweep.study import Study
+from qsam2.sweep.study import Study, ranked, sweep_text, write_sweep
 
 QAT = [COMMAND[3].replace("ptq_", "qat_"), COMMAND[-1]]
 KILLED = """
@@ -44,11 +42,6 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     return Runs(tmp_path, monkeypatch)
 
 
-@pytest.fixture(autouse=True)
-def _log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "qsam2")
-
-
 def carry_out(sweep: Sweep, tmp_path: Path, count: int | None = None, jobs: int = 1) -> list[RunState]:
     study = Study(sweep, tmp_path / "out", count)
     runner.carry_out(study, jobs)
@@ -57,16 +50,17 @@ def carry_out(sweep: Sweep, tmp_path: Path, count: int | None = None, jobs: int 
     return board
 
 
-def test_a_grid_from_its_first_run_to_the_table(runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_grid_from_its_first_run_to_the_table(runs: Runs, tmp_path: Path) -> None:
     sweep = small_sweep(tmp_path)
+    pairs = [(weights, activations) for weights in (2, 4) for activations in (4, 6, 8)]
     assert list_sweep(sweep, tmp_path / "out", None, 2).splitlines() == [
-        *(f"to come   00{n}  {WEIGHTS}={w}, {ACTIVATIONS}={a}" for n, (w, a) in enumerate(pairs())),
+        *(f"to come   00{n}  {WEIGHTS}={w}, {ACTIVATIONS}={a}" for n, (w, a) in enumerate(pairs)),
         "6 runs, 6 to come: about 3 min with --jobs 2",
     ]
     board = carry_out(sweep, tmp_path)
     given = runs.given()
     assert [each["name"] for each in given] == [f"small-00{n}" for n in range(6)]
-    assert [(int(each[WEIGHTS]), int(each[ACTIVATIONS])) for each in given] == pairs()
+    assert [(int(each[WEIGHTS]), int(each[ACTIVATIONS])) for each in given] == pairs
     assert {(each["log.wandb"], each["log.group"], each["seed"]) for each in given} == {("offline", '"small"', "1")}
     assert json.loads(given[0]["output"]) == str(tmp_path / "out" / "000")
     assert [run.name for run in board] == ["005", "004", "003", "002", "001", "000"]
@@ -77,38 +71,16 @@ def test_a_grid_from_its_first_run_to_the_table(runs: Runs, tmp_path: Path, capl
     kept = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [run["number"] for run in kept["runs"]] == [run.name for run in board]
     assert kept["best"] == sweep.command_of(board[0].values)
-    assert caplog.messages[0] == "sweep small: 6 runs, 6 to come; about 6 min left"
-    assert caplog.messages[-1].startswith("run 6 of 6, 005: quantized/J&F 4.8, ")
 
 
-def pairs() -> list[tuple[int, int]]:
-    return [(weights, activations) for weights in (2, 4) for activations in (4, 6, 8)]
-
-
-def test_a_failed_run_is_marked_stops_no_other_and_is_tried_again(
-    runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_without_the_metric_has_failed(runs: Runs, tmp_path: Path) -> None:
     sweep = small_sweep(tmp_path)
-    runs.tell({"small-001": "badly", "small-002": "damaged", "small-003": "killed", "small-004": "without"})
-    board = carry_out(sweep, tmp_path, jobs=2)
-    assert len(runs.begun()) == 6
-    errors = {run.name: run.error for run in board if run.state == "failed"}
-    assert "002/metrics.json is damaged (" in errors.pop("002")
-    assert errors == {
-        "001": "the loss is nan at step 3; lower train.lr",
-        "003": "killed by signal 9",
-        "004": "it has no quantized/J&F",
-    }
-    assert [run.state for run in board] == ["finished"] * 2 + ["failed"] * 4
-    assert "lower train.lr" in sweep_text(sweep, board)
-    assert any(", 001 failed: the loss is nan" in message for message in caplog.messages)
-    assert "failed    001" in list_sweep(sweep, tmp_path / "out", None, 1)
-    runs.tell({})
+    runs.tell({"small-002": "damaged", "small-004": "without"})
     board = carry_out(sweep, tmp_path)
-    assert sorted(runs.names()) == ["small-001", "small-002", "small-003", "small-004"]
-    assert [run.state for run in board] == ["finished"] * 6
-    carry_out(sweep, tmp_path)
-    assert runs.begun() == []
+    errors = {run.name: run.error for run in board if run.state == "failed"}
+    assert "002/metrics.json is damaged (" in errors.pop("002") and errors == {"004": "it has no quantized/J&F"}
+    assert [run.state for run in board] == ["finished"] * 4 + ["failed"] * 2
+    assert "it has no quantized/J&F" in sweep_text(sweep, board)
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
@@ -183,34 +155,20 @@ def test_kill_9_in_the_middle(runs: Runs, tmp_path: Path) -> None:
     assert [run.state for run in board] == ["finished"] * 6
 
 
-@pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_stops_the_run_and_the_sweep(runs: Runs, tmp_path: Path) -> None:
-    runs.tell({"small-001": "long"})
-    runs.interrupt_at("small-001")
-    sweep = small_sweep(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        carry_out(sweep, tmp_path)
-    assert runs.names() == ["small-000", "small-001"]
-    assert "cut off   001" in list_sweep(sweep, tmp_path / "out", None, 1)  # neither finished nor failed
-
-
-def test_two_sweeps_do_not_share_a_folder(runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameters": {WEIGHTS: {"values": [2, 3]}}}, "out holds another sweep .it differs in parameters.; give"),
+        ({"metric": {"goal": "minimize"}}, "out holds another sweep .it differs in metric.; give another folder"),
+        ({"command": [COMMAND[3], COMMAND[-1]]}, "out holds another sweep .it differs in overrides.; give another"),
+        ({"parameters": {"calibrate.smooth": {"distribution": "normal"}}, "method": "random", "run_cap": 2},
+         "calibrate.smooth: distribution=normal is drawn by W&B only: wandb login, or"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(runs: Runs, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     carry_out(small_sweep(tmp_path), tmp_path, count=1)
-    other: list[tuple[dict[str, Any], str]] = [
-        ({"parameters": {WEIGHTS: {"values": [2, 3]}}}, "parameters"),
-        ({"metric": {"goal": "minimize"}}, "metric"),
-        ({"command": [COMMAND[3], COMMAND[-1]]}, "overrides"),
-    ]
-    for changes, what in other:
-        with pytest.raises(UserError, match=rf"out holds another sweep \(it differs in {what}\); give another folder"):
-            carry_out(small_sweep(tmp_path, **changes), tmp_path)
-
-
-def test_what_only_wandb_draws(runs: Runs, tmp_path: Path) -> None:
-    parameters = {"calibrate.smooth": {"distribution": "normal"}}
-    sweep = small_sweep(tmp_path, method="random", parameters=parameters, run_cap=2)
-    with pytest.raises(UserError, match="calibrate.smooth: distribution=normal is drawn by W&B only: wandb login, or"):
-        carry_out(sweep, tmp_path)
+    with pytest.raises(UserError, match=message):
+        carry_out(small_sweep(tmp_path, **changes), tmp_path)
 
 
 @pytest.mark.parametrize("what", ["database", "log"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,11 @@ with stopped_by_sigterm():
 
 
 def test_sigterm_is_an_interrupt_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(PARENT, "1")
-    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv(PARENT, "1")  # inherited from the parent of a shell, say, which has ended
+    before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
     with pytest.raises(KeyboardInterrupt), stopped_by_sigterm():
         assert os.environ[PARENT] == str(os.getpid())
+        assert threading.active_count() == threads, "nobody waits for the end of another process's parent"
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(HANG_S)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -52,16 +54,12 @@ def test_sigterm_is_an_interrupt_meanwhile(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_thread_may_carry_out_a_command() -> None:
-    handlers = []
-
-    def command() -> None:
+    def handler() -> object:
         with stopped_by_sigterm():
-            handlers.append(signal.getsignal(signal.SIGTERM))
+            return signal.getsignal(signal.SIGTERM)
 
-    thread = threading.Thread(target=command)
-    thread.start()
-    thread.join()
-    assert handlers == [signal.getsignal(signal.SIGTERM)]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(handler).result() == signal.getsignal(signal.SIGTERM)
 
 
 def test_what_a_killed_process_started_stops(tmp_path: Path) -> None:
@@ -73,10 +71,3 @@ def test_what_a_killed_process_started_stops(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     wait_until((tmp_path / "stopped").exists)
-
-
-def test_a_process_whose_variable_names_another_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(PARENT, "1")  # inherited from the parent of a shell, say, which has ended
-    before = threading.active_count()
-    with stopped_by_sigterm():
-        assert threading.active_count() == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ from pydantic import ValidationError
 from small_sweep import ACTIVATIONS, COMMAND, GRID, RANGES, RECIPES, WEIGHTS, small_sweep, write
 
 from qsam2.cli import main
-from qsam2.errors import UserError
 from qsam2.recipe.load import parse_overrides
-from qsam2.sweep.definition import as_text, combinations, edges, load_sweep
-from qsam2.sweep.parameters import LOCAL, NEEDS, Parameter
+from qsam2.sweep.definition import LOCAL, NEEDS, Parameter, as_text, combinations, edges, load_sweep
 
 SHIPPED = sorted((RECIPES / "sweeps").glob("*.yaml"))
 RANDOM = {"method": "random", "parameters": RANGES}
@@ -25,9 +22,10 @@ LOSS = {"command": [COMMAND[3].replace("ptq_", "qat_"), COMMAND[-1]], "metric": 
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_every_run_of_the_shipped_sweeps_is_a_recipe(
-    file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_every_run_of_the_shipped_sweeps_is_a_recipe_and_an_agent_of_wandb_would_run_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Their keys are those of W&B's schema, which knows no others; yaml.safe_load is how wandb reads them."""
     monkeypatch.chdir(RECIPES.parent)
     sweep = load_sweep(file)
     assert sweep.name == file.stem and sweep.run_seconds
@@ -36,16 +34,6 @@ def test_every_run_of_the_shipped_sweeps_is_a_recipe(
     assert len({recipe.model_dump_json() for recipe in recipes}) == len(runs) > 2
     assert sweep.definition.method == "grid" or sweep.definition.run_cap
 
-
-def test_the_shipped_sweeps_are_those_that_the_issue_names() -> None:
-    assert {file.stem for file in SHIPPED} >= {"bits", "methods", "calibration", "mutual_kv"}
-    bits = yaml.safe_load((RECIPES / "sweeps" / "bits.yaml").read_text())["parameters"]
-    assert bits == {key: {"values": [2, 3, 4, 5, 6, 7, 8]} for key in (WEIGHTS, ACTIVATIONS)}
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_an_agent_of_wandb_would_run_them(file: Path) -> None:
-    """Their keys are those of W&B's schema, which knows no others; yaml.safe_load is how wandb reads them."""
     values = yaml.safe_load(file.read_text())
     assert values.keys() <= {"name", "description", "program", "command", "method", "metric", "parameters", "run_cap"}
     assert values["program"] == "train.py" and "${args_no_hyphens}" in values["command"]
@@ -53,6 +41,12 @@ def test_an_agent_of_wandb_would_run_them(file: Path) -> None:
     for parameter in values["parameters"].values():
         for value in parameter.get("values", ()):
             assert parse_overrides([f"k={value}"]) == {"k": value}  # as the agent writes it
+
+
+def test_the_shipped_sweeps_are_those_that_the_issue_names() -> None:
+    assert {file.stem for file in SHIPPED} >= {"bits", "methods", "calibration", "mutual_kv"}
+    bits = yaml.safe_load((RECIPES / "sweeps" / "bits.yaml").read_text())["parameters"]
+    assert bits == {key: {"values": [2, 3, 4, 5, 6, 7, 8]} for key in (WEIGHTS, ACTIVATIONS)}
 
 
 def test_a_grid_in_the_files_order_with_constants_and_overrides(tmp_path: Path) -> None:
@@ -115,106 +109,102 @@ def test_values_survive_the_command_line(values: dict[str, Any]) -> None:
     assert parse_overrides(as_text(values)) == values
 
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown method": ({"method": "grit"}, "method='grit': should be 'grid', 'random' or 'bayes'"),
-    "unknown key": (
+def one(values: dict[str, Any], key: str = WEIGHTS) -> dict[str, Any]:
+    """The changes to a sweep of one parameter."""
+    return {"parameters": {key: values}}
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"method": "grit"}, "method='grit': should be 'grid', 'random' or 'bayes'"),
+    (
         {"earlyterminate": 1},
         "unknown sweep key 'earlyterminate': a sweep has name, description, project, entity, program, command, method, "
         "metric, parameters, early_terminate, run_cap; did you mean 'early_terminate'?",
     ),
-    "unknown recipe key": (
-        {"parameters": {"quantize.weights.bitz": {"values": [4]}}},
+    (
+        one({"values": [4]}, "quantize.weights.bitz"),
         "quantize.weights.bitz=4: unknown recipe key 'quantize.weights.bitz': quantize.weights has method, bits, "
         "symmetric, granularity, grid, clipped_gradient, range, percentile, momentum; did you mean 'bits'?",
     ),
-    "refused value": (
-        {"parameters": {WEIGHTS: {"values": [4, 9]}}},
+    (
+        one({"values": [4, 9]}),
         "quantize.weights.bits=9: quantize.weights.bits=9: bits=9 is not supported: give 2 to 8, or null in place of "
         "the quantizer for float",
     ),
-    "refused end": ({**RANDOM, "parameters": {WEIGHTS: {"min": 2, "max": 9}}}, "bits=9 is not supported"),
-    "unknown metric": ({"metric": {"name": "quantised/J&F"}}, "did you mean 'quantized/J&F'?"),
-    "metric of no run": ({"metric": {"name": "loss"}}, "metric.name='loss' is logged by no run of"),
-    "unknown distribution": (
-        {"parameters": {WEIGHTS: {"distribution": "uniforn", "min": 2, "max": 4}}},
+    ({**RANDOM, **one({"min": 2, "max": 9})}, "bits=9 is not supported"),
+    ({"metric": {"name": "quantised/J&F"}}, "did you mean 'quantized/J&F'?"),
+    ({"metric": {"name": "loss"}}, "metric.name='loss' is logged by no run of"),
+    (
+        one({"distribution": "uniforn", "min": 2, "max": 4}),
         "parameters.quantize.weights.bits: distribution='uniforn' is unknown: there are constant, categorical,",
     ),
-    "lacking bound": (
-        {"parameters": {WEIGHTS: {"distribution": "uniform", "min": 2}}},
+    (
+        one({"distribution": "uniform", "min": 2}),
         "parameters.quantize.weights.bits: distribution=uniform lacks max",
     ),
-    "nothing said": ({"parameters": {WEIGHTS: {}}}, "give one of value, values, or min and max"),
-    "two things said": ({"parameters": {WEIGHTS: {"value": 1, "values": [1]}}}, "give one of value, values, or min"),
-    "logarithm": (
-        {"parameters": {WEIGHTS: {"distribution": "log_uniform_values", "min": 0, "max": 1}}},
-        "min=0 has no logarithm: give one above 0",
-    ),
-    "nested": ({"parameters": {"quantize": {"parameters": {}}}}, "write dotted recipe keys"),
-    "misspelt": ({"parameters": {WEIGHTS: {"vales": [1]}}}, "did you mean 'values'?"),
-    "endless grid": (
-        {"parameters": {"calibrate.smooth": {"min": 0.0, "max": 1.0}}},
+    (one({}), "give one of value, values, or min and max"),
+    (one({"value": 1, "values": [1]}), "give one of value, values, or min"),
+    (one({"distribution": "log_uniform_values", "min": 0, "max": 1}), "min=0 has no logarithm: give one above 0"),
+    (one({"distribution": "int_uniform", "min": 0, "max": 1.5}), "max=1.5 of int_uniform have to be whole numbers"),
+    (one({"parameters": {}}), "write dotted recipe keys"),
+    (one({"vales": [1]}), "did you mean 'values'?"),
+    (
+        one({"min": 0.0, "max": 1.0}, "calibrate.smooth"),
         "parameters.calibrate.smooth has the distribution uniform, which a grid cannot",
     ),
-    "no recipe": ({"command": ["x", "${args_no_hyphens}"]}, "command names no recipe; write [..., RECIPE.yaml,"),
-    "two recipes": ({"command": ["a.yaml", "b.yaml", "${args_no_hyphens}"]}, "command names more than one recipe;"),
-    "no arguments": ({"command": COMMAND[:-1]}, "command lacks ${args_no_hyphens}, the values of a run;"),
-    "hyperband without a curve": (
+    ({"command": ["x", "${args_no_hyphens}"]}, "command names no recipe; write [..., RECIPE.yaml,"),
+    ({"command": ["a.yaml", "b.yaml", "${args_no_hyphens}"]}, "command names more than one recipe;"),
+    ({"command": COMMAND[:-1]}, "command lacks ${args_no_hyphens}, the values of a run;"),
+    (
         {"early_terminate": {"type": "hyperband", "min_iter": 3}},
         "early_terminate needs a metric that is logged during training, and 'quantized/J&F' is known at the end of a "
         "run; these do not train: remove early_terminate",
     ),
-    "hyperband without a rung": (
+    (
         {**LOSS, "early_terminate": {"type": "hyperband", "max_iter": 9}},
         "early_terminate lacks its first rung: give min_iter, or max_iter and s",
     ),
-}
+    *(({key: None}, f"lacks the key '{key}'") for key in ("command", "method", "metric", "parameters")),
+    ({"program": None}, "lacks the key 'program', which its command uses; give program: train.py"),
+]
 
 
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize(("changes", "expected"), BAD)
 def test_what_is_wrong_with_a_file_is_said_in_one_line(
-    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes, expected = BAD[what]
-    assert main(["sweep", str(write(tmp_path, **changes)), "--dry-run"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: sweep {tmp_path / 'small.yaml'}") and said.count("\n") == 1
-    assert expected in said
-
-
-def test_lacking_keys_and_no_program(tmp_path: Path) -> None:
-    file = tmp_path / "small.yaml"
-    for key in ("command", "method", "metric", "parameters"):
-        file.write_text(json.dumps({name: value for name, value in GRID.items() if name != key}))
-        with pytest.raises(UserError, match=f"lacks the key '{key}'"):
-            load_sweep(file)
-    file.write_text(json.dumps({name: value for name, value in GRID.items() if name != "program"}))
-    with pytest.raises(UserError, match="lacks the key 'program', which its command uses; give program: train.py"):
-        load_sweep(file)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("method: [grid", "is not valid YAML"), ("- grid", "holds no `key: value` pairs"), (None, "does not exist")],
-)
-def test_malformed_files(text: str | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "bad.yaml"
-    if text is not None:
-        file.write_text(text)
-    assert main(["sweep", str(file)]) == 2
+    file = write(tmp_path, **changes)
+    values = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
     said = capsys.readouterr().err
     assert said.startswith(f"error: sweep {file}") and said.count("\n") == 1 and expected in said
 
 
-def test_an_override_of_a_parameter_and_numbers_below_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = str(write(tmp_path))
-    for arguments, expected in (
-        ([f"{WEIGHTS}=4"], f"{WEIGHTS}=4: {WEIGHTS} is a parameter of the sweep {file}; change it there"),
-        (["--jobs", "0"], "--jobs 0: give at least 1"),
-        (["--count", "-1"], "--count -1: give at least 1"),
-        (["sede=1"], "unknown recipe key 'sede'"),
-    ):
-        assert main(["sweep", file, *arguments]) == 2
-        assert expected in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("text", "arguments", "expected"),
+    [
+        ("method: [grid", [], "error: sweep FILE is not valid YAML"),
+        ("- grid", [], "error: sweep FILE holds no `key: value` pairs"),
+        (None, [], "error: sweep FILE does not exist"),
+        ("", [f"{WEIGHTS}=4"], f"error: {WEIGHTS}=4: {WEIGHTS} is a parameter of the sweep FILE; change it there"),
+        ("", ["--jobs", "0"], "error: --jobs 0: give at least 1"),
+        ("", ["--count", "-1"], "error: --count -1: give at least 1"),
+        ("", ["sede=1"], "unknown recipe key 'sede'"),
+    ],
+)
+def test_unreadable_files_and_wrong_arguments(
+    text: str | None, arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path)
+    if text is None:
+        file.unlink()
+    elif text:
+        file.write_text(text)
+    assert main(["sweep", str(file), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and expected in said.replace(str(file), "FILE")
 
 
 def test_hyperband_has_its_rungs_as_wandb_counts_them(tmp_path: Path) -> None:

@@ -42,47 +42,35 @@ def test_tables_that_come_with_qsam2_fit_the_recipe(path: Path, tmp_path: Path) 
     runs = table_runs(table, tmp_path)
     assert len({run.recipe.run_folder for run in runs}) == len(runs)
     for axis in ("model", "method", "setting", "start"):
-        assert {getattr(run, axis) for run in runs} == set(table.axis(axis)), f"a {axis} that no run has"
+        assert {getattr(run.place, axis) for run in runs} == set(table.axis(axis)), f"a {axis} that no run has"
     assert {run.recipe.model.size for run in runs} >= {"nano", "nano_heavy"}, "every table shows both"
     assert {run.recipe.evaluate.float_cache for run in runs} == {tmp_path / "float"}
     assert all((run.recipe.train is not None) == (path.stem in ("qat", "lsc")) for run in runs)
 
 
-def test_runs_are_combinations_in_order_each_once(tmp_path: Path) -> None:
-    runs = table_runs(load_table(written(tmp_path)), tmp_path / "out")
-    assert [run.name for run in runs] == [
-        "nano_lsc_W4A4_s0",
-        "nano_lsc_W2A4_s0",
-        "nano_lsq-seq_W4A4_s0",
-        "nano_lsq-seq_W2A4_s0",
-        "nano_lsc_W2A4_s1",
-        "heavy_lsc_W2A4_s0",
-        "heavy_lsc_W2A4_s1",
+def test_runs_are_combinations_in_order_each_once_and_overrides_go_before_those_above(tmp_path: Path) -> None:
+    table = load_table(written(tmp_path))
+    runs = table_runs(table, tmp_path / "out")
+    assert [(run.name, run.recipe.trainer.max_steps, run.recipe.data.batch_size, run.recipe.seed) for run in runs] == [
+        ("nano_lsc_W4A4_s0", 7, 3, 0),
+        ("nano_lsc_W2A4_s0", 7, 2, 0),
+        ("nano_lsq-seq_W4A4_s0", 7, 3, 0),
+        ("nano_lsq-seq_W2A4_s0", 7, 2, 0),
+        ("nano_lsc_W2A4_s1", 7, 2, 1),
+        ("heavy_lsc_W2A4_s0", 8, 2, 0),
+        ("heavy_lsc_W2A4_s1", 8, 2, 1),
     ]
     assert runs[1].recipe.run_folder == tmp_path / "out" / "nano_lsc_W2A4_s0"
-    assert [run.recipe.seed for run in runs] == [0, 0, 0, 0, 1, 0, 1]
     assert [run.recipe.quantize.weights.method for run in runs[:3]] == ["lsc", "lsc", "seq"]
-
-
-def test_overrides_go_before_those_above(tmp_path: Path) -> None:
-    table = load_table(written(tmp_path))
-    runs = table_runs(table, tmp_path)
-    assert [(run.recipe.trainer.max_steps, run.recipe.data.batch_size) for run in runs] == [
-        (7, 3), (7, 2), (7, 3), (7, 2), (7, 2), (8, 2), (8, 2)
-    ]  # fmt: skip
     assert runs[0].recipe.data.val == "moving_objects:2:val" and runs[0].recipe.evaluate.frames == 4
     given = table_runs(table, tmp_path, ["trainer.max_steps=9", "evaluate.frames=2"])
     assert {(run.recipe.trainer.max_steps, run.recipe.evaluate.frames) for run in given} == {(9, 2)}
 
-
-def test_every_float_model_has_a_run_that_only_scores(tmp_path: Path) -> None:
-    runs = float_runs(table_runs(load_table(written(tmp_path)), tmp_path))
-    assert [(run.name, run.recipe.model.size) for run in runs] == [
-        ("float_nano", "nano"),
-        ("float_heavy", "nano_heavy"),
-    ]
-    assert all(run.recipe.quantize is None and run.recipe.train is None for run in runs)
-    assert all(run.recipe.evaluate.float_cache == tmp_path / "float" for run in runs)
+    floats = float_runs(runs)
+    sizes = [(run.name, run.recipe.model.size) for run in floats]
+    assert sizes == [("float_nano", "nano"), ("float_heavy", "nano_heavy")]
+    assert all(run.recipe.quantize is None and run.recipe.train is None for run in floats), "they only score"
+    assert all(run.recipe.evaluate.float_cache == tmp_path / "out" / "float" for run in floats)
 
 
 @pytest.mark.parametrize(
@@ -111,12 +99,16 @@ def test_what_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) 
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_table(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="table .*none.yaml does not exist: give a file, or a name"):
-        load_table(tmp_path / "none.yaml")
-    (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(UserError, match="holds no `key: value` pairs"):
-        load_table(tmp_path / "list.yaml")
-    (tmp_path / "empty.yaml").write_text("name: empty")
-    with pytest.raises(UserError, match="lacks the key 'title'"):
-        load_table(tmp_path / "empty.yaml")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "table .*table.yaml does not exist: give a file, or a name"),
+        ("- 1", "holds no `key: value` pairs"),
+        ("name: empty", "lacks the key 'title'"),
+    ],
+)
+def test_a_file_that_is_no_table(text: str | None, message: str, tmp_path: Path) -> None:
+    if text:
+        (tmp_path / "table.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_table(tmp_path / "table.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,10 +14,9 @@ from small_table import scores, small_table, write
 import qsam2
 from qsam2.cli import main
 from qsam2.errors import UserError
-from qsam2.sweep.markdown import extract, insert, render
-from qsam2.sweep.results import Results, _budget, _digest, collect, left_to_run, read_results
+from qsam2.sweep.results import Results, collect, extract, left_to_run, read_results, render, write_table
 from qsam2.sweep.scores import save_scores
-from qsam2.sweep.table import TableDefinition, TableRun, float_runs
+from qsam2.sweep.table import Place, TableDefinition, TableRun, float_runs
 
 ROOT = Path(qsam2.__file__).parents[1]
 SCORES = {"nano_minmax_W4A4_s0": 45.0, "nano_mse_W4A4_s0": 46.0, "nano_mse_W4A4_s1": 48.0, "nano_mse_W2A4_s0": 20.0}
@@ -51,19 +51,16 @@ def cell(results: Results, method: str, setting: str, start: str = "") -> dict[s
     return found
 
 
-def test_seeds_are_averaged_and_their_spread_is_given(results: Results) -> None:
-    found = cell(results, "mse", "W4A4")
-    assert found["seeds"] == [0, 1]
-    assert found["sets"]["clips"] == {
+def test_cells(results: Results) -> None:
+    """Seeds are averaged and have a spread; one seed has none; what did not end has no score."""
+    several, one, failed = (cell(results, *at) for at in (("mse", "W4A4"), ("minmax", "W4A4"), ("minmax", "W2A4")))
+    assert several["seeds"] == [0, 1]
+    assert several["sets"]["clips"] == {
         "score": 48.0, "std": 1.414, "fidelity": 90.0, "difference": -3.0, "low": -3.0, "high": -3.0
     }  # fmt: skip
-    assert found["sets"]["stills"]["score"] == 24.5 and found["sets"]["stills"]["difference"] == -1.5
-
-
-def test_one_seed_has_no_spread_and_what_did_not_end_no_score(results: Results) -> None:
-    assert cell(results, "minmax", "W4A4")["sets"]["clips"]["std"] is None
-    digest = {"digest": cell(results, "minmax", "W2A4")["digest"]}
-    assert cell(results, "minmax", "W2A4") == digest | {
+    assert several["sets"]["stills"]["score"] == 24.5 and several["sets"]["stills"]["difference"] == -1.5
+    assert one["sets"]["clips"]["std"] is None
+    assert failed == {"digest": failed["digest"]} | {
         "model": "nano", "method": "minmax", "start": "", "setting": "W2A4", "seeds": [], "failed": 1, "sets": {}
     }  # fmt: skip
     assert cell(results, "mse", "W4A4", "frobenius")["failed"] == 0
@@ -75,17 +72,12 @@ def test_one_seed_has_no_spread_and_what_did_not_end_no_score(results: Results) 
 def test_a_budget_that_differs_is_not_called_the_same(
     table: tuple[TableDefinition, list[TableRun]], results: Results
 ) -> None:
-    runs, stills = table[1], {"calibration stills": 32}
-    assert results["budget"] == {
-        "data": ["moving_objects"],
-        "calibration clips": 8,
-        "frames a calibration clip": 6,
-        **stills,
-    }
-    first = runs[0].recipe
-    changed = first.model_copy(update={"calibrate": first.calibrate.model_copy(update={"clips": 5})})
-    others = [TableRun(**{**vars(runs[0]), "recipe": changed}), *runs[1:]]
-    assert "calibration clips" not in _budget(others) and "calibration stills" in _budget(others)
+    same = {"data": ["moving_objects"], "frames a calibration clip": 6, "calibration stills": 32}
+    assert results["budget"] == same | {"calibration clips": 8}
+    definition, (first, *others) = table
+    calibrate = first.recipe.calibrate.model_copy(update={"clips": 5})
+    changed = dataclasses.replace(first, recipe=first.recipe.model_copy(update={"calibrate": calibrate}))
+    assert collect(definition, [changed, *others], "")["budget"] == same
 
 
 def test_without_the_float_model_there_is_no_table(tmp_path: Path) -> None:
@@ -106,8 +98,10 @@ def test_a_cell_is_kept_with_all_its_seeds_or_run_again_with_all(results: Result
     table, runs = small_table(tmp_path)
     one = cell(results, "mse", "W4A4") | {"seeds": [0]}
     fewer = results | {"cells": [one if c["seeds"] == [0, 1] else c for c in results["cells"]]}
-    both = [run for run in runs if run.place == ("nano", "mse", "W4A4", "")]
-    assert [run for run in left_to_run(table, runs, fewer) if run.method == "mse" and not run.start][:2] == both
+    both = [run for run in runs if run.place == Place("nano", "mse", "W4A4", "")]
+    assert [run for run in left_to_run(table, runs, fewer) if run.place.method == "mse" and not run.place.start][
+        :2
+    ] == both
     assert cell(collect(table, runs, "", fewer), "mse", "W4A4")["seeds"] == [0]  # until there are more here
     for run in [*float_runs(runs), *both]:
         save_scores(run, scores(table, run, 30.0, version="2.0"))
@@ -138,13 +132,15 @@ def test_earlier_cells_of_other_recipes_data_or_weights_are_run_again(
     assert len(left_to_run(*small_table(tmp_path, **changes), results)) == left
 
 
-def test_the_weights_behind_one_path_may_change(results: Results, tmp_path: Path) -> None:
+def test_the_weights_behind_one_path_may_change(tmp_path: Path) -> None:
     file = tmp_path / "nano.pt"
-    own = {"common": {"model.checkpoint": str(file)}}
     digests = []
     for content in (b"a", b"b", b"a"):
         file.write_bytes(content)
-        digests.append(_digest(*small_table(tmp_path, **own)))
+        changed, runs = small_table(tmp_path, common={"model.checkpoint": str(file)})
+        for run in float_runs(runs):
+            save_scores(run, scores(changed, run, 50.0))
+        digests.append(collect(changed, runs, "")["cells"][0]["digest"])
     assert digests[0] == digests[2] != digests[1]
 
 
@@ -192,57 +188,48 @@ def test_what_is_to_come_has_a_place_beside_what_has_ended(results: Results) -> 
     assert "| nano, float" not in render(results | {"cells": [c | without for c in results["cells"]]})
 
 
-def test_a_table_takes_its_place_between_the_markers(tmp_path: Path) -> None:
+def test_a_table_takes_its_place_between_the_markers(results: Results, tmp_path: Path) -> None:
     document = tmp_path / "README.md"
     document.write_text("# A\n\n<!-- table:x -->\nold\n<!-- /table:x -->\n\nafter\n")
     for _ in range(2):
-        insert(document, "x", "| new |")
-        assert document.read_text() == "# A\n\n<!-- table:x -->\n\n| new |\n\n<!-- /table:x -->\n\nafter\n"
-    assert extract(document, "x") == "| new |"
+        text = write_table("x", results, tmp_path / "out", document)
+        assert document.read_text() == f"# A\n\n<!-- table:x -->\n\n{text}\n\n<!-- /table:x -->\n\nafter\n"
+    assert extract(document, "x") == text
     with pytest.raises(UserError, match="README.md lacks a place for the table: write the lines <!-- table:y --> and"):
-        insert(document, "y", "")
+        extract(document, "y")
     with pytest.raises(UserError, match=r"none.md does not exist; give a Markdown file that holds <!-- table:x -->"):
         extract(tmp_path / "none.md", "x")
 
 
+@pytest.mark.parametrize("place", ["README.md", "docs/small.md"])
 def test_render_writes_what_is_finished_into_a_document(
-    table: tuple[TableDefinition, list[TableRun]], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    place: str, table: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Its figures stand in docs/tables/, wherever the command is given."""
+    write(folder)
+    document = folder / place
+    (folder / "docs").mkdir(exist_ok=True)
+    for inside in (folder, folder / "docs"):
+        document.unlink(missing_ok=True)
+        monkeypatch.chdir(inside)
+        shown, file, out = (os.path.relpath(folder / name) for name in (place, "small.yaml", "out"))
+        given = ["table", file, "--output", out, "--render", "--write", shown, "--jobs", "2"]
+        assert main(given) == 2
+        assert f"{shown} does not exist" in capsys.readouterr().err
+        document.write_text("<!-- table:small -->\n<!-- /table:small -->\n")
+        assert main(given) == 0
+        text = extract(document, "small")
+        assert f"    qsam2 table {file} --jobs 2 --write {shown}\n" in text
+        kept = json.loads((folder / "docs" / "tables" / "small.json").read_text())
+        assert render(kept) == text == capsys.readouterr().out.strip() == (folder / "out" / "table.md").read_text()
+        assert str(folder) not in text + json.dumps(kept) and not (folder / "docs" / "docs").exists()
     monkeypatch.chdir(folder)
-    file, document = write(folder), folder / "README.md"
-    given = ["table", str(file), "--output", "out", "--render", "--write", "README.md", "--jobs", "2"]
-    assert main(given) == 2
-    assert "README.md does not exist" in capsys.readouterr().err
-    document.write_text("<!-- table:small -->\n<!-- /table:small -->\n")
-    assert main(given) == 0
-    shown = extract(document, "small")
-    assert "    qsam2 table small.yaml --jobs 2 --write README.md\n" in shown
-    kept = json.loads((folder / "docs" / "tables" / "small.json").read_text())
-    assert render(kept) == shown == capsys.readouterr().out.strip() == (folder / "out" / "table.md").read_text()
-    assert str(folder) not in shown + json.dumps(kept)
-    again = ["table", str(file), "--output", "elsewhere", "--keep", "docs/tables/small.json"]
-    assert main([*again, "--render", "--write", "README.md", "--jobs", "2"]) == 0
+    again = ["table", "small.yaml", "--output", "elsewhere", "--keep", "docs/tables/small.json"]
+    assert main([*again, "--render", "--write", place, "--jobs", "2"]) == 0
     assert "| minmax | 46.0 (-5.0 to -5.0) 90 | - |" in extract(document, "small")  # what had failed is to come
     capsys.readouterr()
     assert main([*again, "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "4 runs, 4 to come: about 4 min with --jobs 1"
-
-
-def test_a_document_in_docs_has_its_figures_beside_it(
-    table: tuple[TableDefinition, list[TableRun]], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    document = folder / "docs" / "small.md"
-    document.parent.mkdir(exist_ok=True)
-    document.write_text("<!-- table:small -->\n<!-- /table:small -->\n")
-    for inside in (folder, document.parent):
-        monkeypatch.chdir(inside)
-        shown = os.path.relpath(document)
-        given = ["table", os.path.relpath(write(folder)), "--output", str(folder / "out"), "--render", "--write", shown]
-        assert main(given) == 0
-        assert f"small.yaml --write {shown}\n" in extract(document, "small")
-        kept = (folder / "docs" / "tables" / "small.json").read_text()
-        assert extract(document, "small") == render(json.loads(kept))
-    assert not (folder / "docs" / "docs").exists()
 
 
 def test_results_that_are_kept_can_be_shown() -> None:
