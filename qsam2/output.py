@@ -27,7 +27,8 @@ def quiet_libraries(*, trains: bool = True) -> None:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings(
-        "ignore", module=r"(lightning|torch|training|sam2|tensordict|albumentations|brevitas|torchao)(\..*)?"
+        "ignore",
+        module=r"(lightning|torch|torchmetrics|training|sam2|tensordict|albumentations|brevitas|torchao)(\..*)?",
     )
 
 

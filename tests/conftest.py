@@ -39,6 +39,15 @@ def pytest_runtest_call() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the real data; skips the test if QSAM2_DATA is not set."""
+    root = os.environ.get("QSAM2_DATA")
+    if not root:
+        pytest.skip("QSAM2_DATA is not set: it is the folder with the real data (davis16_240p, golden_jf, ...)")
+    return Path(root)
+
+
 @pytest.fixture
 def frames() -> list[torch.Tensor]:
     """Six frames of noise at nano's resolution."""

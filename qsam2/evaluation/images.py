@@ -56,7 +56,8 @@ def score_stills(
         UserError: no still shows an instance.
     """
     predictor, has_truth = predictor_of(model), has_masks(stills)
-    scores, fidelity = ObjectScores(), Fidelity()
+    scores = ObjectScores("mask IoU: no instance was scored; give images with at least one annotated instance")
+    fidelity = Fidelity()
     predictions: Predictions = {}
     seconds = []
     for still in tqdm(stills, desc="score stills"):
@@ -69,13 +70,13 @@ def score_stills(
         seconds.append(time.perf_counter() - started)
         predictions[still.name, 0] = np.packbits(segmented)
         for k, of_prompts in enumerate(zip(*(region_similarity(found, truth) for found in segmented), strict=True)):
-            scores.add(still.name, k, of_prompts)
+            scores.update(still.name, k, *of_prompts)
         if reference is not None or not has_truth:
             packed = predictions if reference is None else reference
             other = np.unpackbits(packed[still.name, 0], count=segmented.size).reshape(segmented.shape).astype(bool)
             for k in range(len(masks)):
                 fidelity.update(still.name, k, segmented[:, k], other[:, k])
-    table = scores.table("mask IoU: no instance was scored; give images with at least one annotated instance")
+    table = scores.compute()
     counts = {"instances": sum(map(len, table.values())), "images": len(table)}
     block: dict[str, Any] = {**counts, "seconds_per_frame": float(np.mean(seconds))}
     if not has_truth:

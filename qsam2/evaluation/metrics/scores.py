@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch.distributed as dist
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from qsam2.errors import UserError
 from qsam2.evaluation.metrics.jf import boundary_accuracy, check_masks, region_similarity, statistics
@@ -15,37 +20,66 @@ Table = dict[str, dict[str, np.ndarray]]
 """{group: {object id: values, float64 (columns,)}}, e.g. of the objects of each sequence."""
 
 
-class ObjectScores:
-    """A few values for each object of each group, equal on every rank when they are read.
+class ObjectScores(Metric):
+    """A few values for each object of each group, equal on every rank when they are computed.
 
-    Ranks may hold any objects, or none; one that a distributed sampler repeats in its last batch counts once.
+    Ranks may hold any objects, or none; one that a distributed sampler repeats in its last batch counts once. An object
+    is a line of JSON in bytes, which every backend can gather.
+
+    Args:
+        nothing: text of the UserError if there is no object.
     """
 
-    def __init__(self) -> None:
-        self.rows: dict[tuple[str, str], tuple[float, ...]] = {}
+    full_state_update = False
+    lines: list[Tensor]
 
-    def add(self, group: str, object_id: int | str, values: tuple[float, ...]) -> None:
+    def __init__(self, nothing: str) -> None:
+        super().__init__()
+        self.nothing = nothing
+        self.names: set[tuple[str, str]] = set()
+        self.add_state("lines", default=[], dist_reduce_fx="cat")
+
+    def update(self, group: str, object_id: int | str, *values: Any) -> None:
         """Add one object's values. Raises UserError if this rank has the object already."""
-        if (group, str(object_id)) in self.rows:
+        self.add(group, object_id, values)
+
+    def compute(self) -> Any:
+        """The values of all ranks, see `table`."""
+        return self.table()
+
+    def add(self, group: str, object_id: int | str, values: Sequence[float]) -> None:
+        """As `update`."""
+        name = (group, str(object_id))
+        if name in self.names:
             raise UserError(f"{group}: object {object_id} was given twice; give all frames of an object in one update")
-        self.rows[group, str(object_id)] = values
+        self.names.add(name)
+        line = json.dumps([*name, *map(float, values)]) + "\n"
+        self.lines.append(torch.frombuffer(bytearray(line.encode()), dtype=torch.uint8).to(self.device))
 
-    def table(self, nothing: str) -> Table:
-        """The values of all ranks, sorted, so that results do not depend on the number of ranks.
+    def table(self) -> Table:
+        """The values as float64, sorted, so that results do not depend on the number of ranks.
 
-        Raises UserError with the text `nothing` if there is no object.
+        Raises UserError if there is no object.
         """
-        rows = self.rows
-        if dist.is_available() and dist.is_initialized():
-            of_ranks: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(of_ranks, rows)
-            rows = {name: values for of_rank in of_ranks for name, values in of_rank.items()}
+        text = dim_zero_cat(self.lines).cpu().numpy().tobytes().decode() if len(self.lines) else ""
+        rows = {(group, item): values for group, item, *values in map(json.loads, filter(None, text.split("\n")))}
         if not rows:
-            raise UserError(nothing)
+            raise UserError(self.nothing)
         table: Table = {}
         for group, object_id in sorted(rows, key=lambda key: (key[0], len(key[1]), key[1])):  # "2" before "10"
             table.setdefault(group, {})[object_id] = np.array(rows[group, object_id], dtype=np.float64)
         return table
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the objects of all ranks."""
+        if not len(self.lines):  # torchmetrics would send an empty vector of floats
+            self.lines = [torch.full((1,), ord("\n"), dtype=torch.uint8, device=self.device)]
+        super().sync(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all objects."""
+        super().reset()
+        self.names = set()
 
 
 def mean_over_objects(table: Table) -> np.ndarray:
@@ -64,7 +98,7 @@ class VOSScore(ObjectScores):
     def __init__(self, protocol: Protocol) -> None:
         if protocol not in get_args(Protocol):
             raise UserError(f"protocol: {protocol!r} is unknown; choose one of {', '.join(get_args(Protocol))}")
-        super().__init__()
+        super().__init__("J&F: no object was scored; the true masks show none between their first and last frame")
         self.protocol = protocol
 
     def update(self, sequence: str, object_id: int | str, pred: np.ndarray, true: np.ndarray) -> None:
@@ -95,7 +129,7 @@ class VOSScore(ObjectScores):
         {"J&F", "J", "F"}}}}. Recall and decay are DAVIS's; SA-V's evaluator has none, so they are taken in the same way
         from the frames it scores. Raises UserError if no object was scored.
         """
-        table = self.table("J&F: no object was scored; the true masks show none between their first and last frame")
+        table = self.table()
         j, j_recall, j_decay, f, f_recall, f_decay = (float(100 * value) for value in mean_over_objects(table))
         means = {"J_recall": j_recall, "J_decay": j_decay, "F_recall": f_recall, "F_decay": f_decay}
         per_object = {
@@ -115,6 +149,9 @@ class Fidelity(ObjectScores):
     Mean IoU over frames, then over objects; it needs no ground truth.
     """
 
+    def __init__(self) -> None:
+        super().__init__("fidelity: no object was compared; give at least one object's masks")
+
     def update(self, sequence: str, object_id: int | str, masks: np.ndarray, reference_masks: np.ndarray) -> None:
         """Add one object of one sequence: bool (T, H, W) of both models, T >= 1, every frame counts.
 
@@ -128,7 +165,7 @@ class Fidelity(ObjectScores):
 
         Raises UserError if there was no object.
         """
-        table = self.table("fidelity: no object was compared; give at least one object's masks")
+        table = self.table()
         per_object = {
             sequence: {item: {"fidelity": float(100 * row[0])} for item, row in objects.items()}
             for sequence, objects in table.items()
