@@ -28,7 +28,7 @@ def quiet_libraries(*, trains: bool = True) -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings(
         "ignore",
-        module=r"(lightning|torch|torchmetrics|training|sam2|tensordict|albumentations|brevitas|torchao)(\..*)?",
+        module=r"(lightning|torch(metrics|ao)?|training|sam2|tensordict|albumentations|brevitas)(\..*)?",
     )
 
 
