@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
+import cv2
 import numpy as np
+from torch.utils.data import get_worker_info
 
 from qsam2.data.pictures import is_deep_colour, of_size, opened, upright
 from qsam2.errors import UserError
@@ -26,6 +28,7 @@ NEAR_WHITE = 240
 """From here on a grey is white changed by JPEG, not an id."""
 SOLID = 0.05
 """Share of an id's pixels that have four neighbours of the same id; the greys of a soft edge have none."""
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 _PROBED = 500
 """Most files that are read to decide."""
 
@@ -51,7 +54,7 @@ class MaskFiles:
     """The mask files of one video, of one object of a video, or of one folder of stills.
 
     `masks = MaskFiles(list_pictures(folder)); ids = masks.read(path, size)`. For a file that shows one object (SA-V),
-    take `masks.read(path) > 0`. A file alone is `MaskFiles([path])`.
+    take `masks.read(path) > 0`. A file alone is `MaskFiles([path])`. `place` is the folder of the dataset, for the log.
 
     A palette picture holds ids, 255 is void. A grey picture holds ids, if the files have more than black and white:
     255 is void then. In files of black and white alone, and of black and white with soft edges (blurred, resized, once
@@ -60,8 +63,8 @@ class MaskFiles:
     Raises UserError on reading, naming the file, if it is no mask picture, or the files contradict each other.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+    def __init__(self, paths: Sequence[Path], place: Path | None = None) -> None:
+        self._paths, self._place = paths, place
 
     def read(self, path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         """Object ids of a mask of `size` (height, width), unsigned integers (H, W), 0 where there is none."""
@@ -84,7 +87,11 @@ class MaskFiles:
     @cached_property
     def greys(self) -> Greys:
         """Decided by up to 500 of the files, evenly spread; files that cannot be read are left out."""
-        return _decide(self._paths[:: -(-len(self._paths) // _PROBED) or 1])
+        greys, text = _decide(self._paths[:: -(-len(self._paths) // _PROBED) or 1])
+        if text:
+            folder = self._paths[0].parent
+            _say(self._place or folder, text, folder.name)
+        return greys
 
 
 def read_ids(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -97,38 +104,56 @@ def split_ids(ids: np.ndarray) -> dict[int, np.ndarray]:
     return {int(i): ids == i for i in np.unique(ids) if i != 0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Counted:
-    """The pixel values of a file: which there are, of how many pixels, and how many with four neighbours alike."""
+    """Pixel values of a file, and of how many pixels each: all, within a region, and beside a brighter one."""
 
     path: Path
     values: np.ndarray
     pixels: np.ndarray
     inner: np.ndarray
+    below: np.ndarray
 
     @classmethod
     def of(cls, path: Path, picture: np.ndarray) -> _Counted:
-        pixels = np.bincount(picture.ravel(), minlength=65536)
-        alike, middle = np.ones(np.maximum(np.array(picture.shape) - 2, 0), bool), picture[1:-1, 1:-1]
+        pixels = _histogram(picture)
+        values = np.flatnonzero(pixels)
+        if set(values) <= {0, VOID}:
+            return cls(path, values, pixels[values], *np.zeros((2, len(values)), np.int64))
+        middle = picture[1:-1, 1:-1]
+        alike = np.ones(middle.shape, bool)
         for neighbour in (picture[:-2, 1:-1], picture[2:, 1:-1], picture[1:-1, :-2], picture[1:-1, 2:]):
             alike &= middle == neighbour
-        values = np.flatnonzero(pixels)
-        return cls(path, values, pixels[values], np.bincount(middle[alike], minlength=65536)[values])
+        below = picture[cv2.dilate(picture, np.ones((3, 3))) > picture]
+        return cls(path, values, pixels[values], _histogram(middle[alike])[values], _histogram(below)[values])
 
-    def between(self, white: int) -> np.ndarray:
+    def greys(self, white: int) -> np.ndarray:
         """The values that are neither black nor white."""
         return self.values[(self.values > 0) & (self.values < white)]
 
-    def is_soft(self, white: int) -> bool:
-        """True if its greys are the edges of one white object: most of them have no pixels within a region."""
+    def meaning(self, white: int) -> str:
+        """What its greys are: ``ids``, the edges of a ``soft`` object, or "" if it has none or too few to tell.
+
+        Ids have pixels within their regions. Soft edges have not, and brighter pixels beside most of theirs.
+        """
         solid = (self.inner >= SOLID * self.pixels) & (self.values * VOID < NEAR_WHITE * white)
         grey = (self.values > 0) & (self.values < white)
-        soft = self.values[grey & ~solid]
-        return len(soft) > (grey & solid).sum() and soft.max() * VOID >= DIMMEST_SOFT * white
+        edge = grey & ~solid
+        rising = self.below[edge].sum() >= self.pixels[edge & (self.values * VOID < NEAR_WHITE * white)].sum() / 2
+        if edge.sum() > (grey & solid).sum() and self.values[edge].max() * VOID >= DIMMEST_SOFT * white and rising:
+            return "soft"
+        return "ids" if (grey & solid).any() else ""
 
 
-def _decide(paths: Sequence[Path]) -> Greys:
-    counted, black_and_white, by_colour = [], [], True
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """Pixels of each value up to 65535; in parts, as NumPy converts values to 64 bits."""
+    parts = np.array_split(values.ravel(), values.size // 2**24 + 1)
+    return np.sum([np.bincount(part, minlength=65536) for part in parts], axis=0)
+
+
+def _decide(paths: Sequence[Path]) -> tuple[Greys, str]:
+    """What greys mean, and what to say about it."""
+    counted, palettes = [], []
     for path in paths:
         try:
             values, palette = _read(path)
@@ -136,46 +161,54 @@ def _decide(paths: Sequence[Path]) -> Greys:
             continue  # raised when it is read itself
         if palette is None:
             counted.append(_Counted.of(path, values))
-            continue
-        colours = palette[np.unique(values)]
-        by_colour &= bool(np.isin(colours, (0, 255)).all() and len(set(map(bytes, colours))) == len(colours))
-        by_colour &= bool((colours == colours[:, :1]).all())
-        black_and_white.append(path)
+        else:
+            palettes.append({int(index): tuple(palette[index].tolist()) for index in np.unique(values)})
+    # black and white that a program saved with a palette: white would be void, or the background
+    by_colour = any(used.get(index) == _WHITE for used in palettes for index in (0, VOID)) and all(
+        set(used.values()) <= {_BLACK, _WHITE} and len(set(used.values())) == len(used) for used in palettes
+    )
     white = 65535 if any(file.values[-1] > VOID for file in counted) else VOID
-    by_colour &= bool(black_and_white)
-    grey = [file for file in counted if len(file.between(white))]
-    soft = [file for file in grey if file.is_soft(white)]
-    ids = [file for file in grey if not file.is_soft(white)]
+    kinds = {file: file.meaning(white) for file in counted}
+    ids = [file for file, kind in kinds.items() if kind == "ids"]
+    soft = [file for file, kind in kinds.items() if kind == "soft"]
+    whites = [file for file in counted if file.values[-1] == white]
     if soft and ids:
         raise UserError(
-            f"{soft[0].path}: is a mask with soft edges, but {ids[0].path} holds ids up to "
-            f"{ids[0].between(white)[-1]}; the masks of a video or folder are of one kind"
+            f"{soft[0].path}: is a mask with soft edges, but {ids[0].path} holds ids up to {ids[0].greys(white)[-1]}; "
+            "the masks of a video or folder are of one kind"
         )
-    if ids:
-        has_white = [file for file in counted if file.values[-1] == white]
-        lowest, highest = min(f.between(white)[0] for f in ids), max(f.between(white)[-1] for f in ids)
-        if has_white and lowest * VOID >= DIMMEST_SOFT * white:
-            raise UserError(
-                f"{has_white[0].path}: its white may be an object or void beside the greys {lowest} to {highest}; "
-                "write objects as 1, 2, ..."
-            )
-        lossy = [file.path for file in ids if file.path.suffix.lower() in (".jpg", ".jpeg")]
+    greys = [file for file in counted if len(file.greys(white))]
+    if ids or (greys and not soft and not whites):
+        lossy = [file.path for file in greys if file.path.suffix.lower() in (".jpg", ".jpeg")]
         if lossy:
             raise UserError(f"{lossy[0]}: holds object ids, which JPEG changes; write them as PNG")
-        if has_white:
-            _say(paths[0].parent, f"masks hold object ids from {lowest} to {highest}, and {white} is void")
-        return Greys(False, white)
-    if soft:
-        _say(paths[0].parent, f"masks have soft edges: each shows one object, where it is {white // 2 + 1} or more")
-    elif by_colour or any(file.values[-1] == white for file in counted):
-        _say(paths[0].parent, "masks are black and white: each shows one object, the white one")
-    return Greys(bool(soft or counted or by_colour), white, by_colour)
+        lowest, highest = (
+            min(file.greys(white)[0] for file in ids or greys),
+            max(file.greys(white)[-1] for file in greys),
+        )
+        if whites and lowest * VOID >= DIMMEST_SOFT * white:
+            raise UserError(
+                f"{whites[0].path}: its white may be an object, or void beside the greys {lowest} to {highest}; "
+                "write objects as 1, 2, ..."
+            )
+        return Greys(False, white), f"the masks hold object ids, and {white} is void" if whites else ""
+    text = ""
+    if greys:
+        text = f"the masks are grey with soft edges: each shows one object, from {white // 2 + 1} of {white} on"
+    elif whites or by_colour:
+        text = "the masks are black and white: each shows one object, the white one"
+    return Greys(bool(counted or by_colour), white, by_colour), text
 
 
-@lru_cache(maxsize=4096)
-def _say(folder: Path, text: str) -> None:
-    """Log once."""
-    _log.info("%s: %s", folder, text)
+_said: set[tuple[Path, str]] = set()
+
+
+def _say(place: Path, text: str, example: str) -> None:
+    """Log once for a place; of loader workers the first."""
+    worker = get_worker_info()
+    if (place, text) not in _said and (worker is None or worker.id == 0):
+        _said.add((place, text))
+        _log.info("%s: %s (%s, ...)", place, text, example)
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -195,7 +228,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             raise UserError(f"{path}: is a mask with transparent parts (mode {mode}); write it without alpha")
         values = values[..., :-1]
     if mode in ("LA", "RGB", "RGBA") and not deep_colour and (values == values[..., :1]).all():
-        return values[..., 0], None
+        return values[..., 0].copy(), None
     if mode == "L" or (mode.startswith("I") and values.min() >= 0 and values.max() <= 65535):
         return (values, None) if mode == "L" else (values.astype(np.uint16), None)
     deep = "16-bit " if deep_colour else ""

@@ -22,6 +22,8 @@ from qsam2.errors import UserError
 
 _log = logging.getLogger(__name__)
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+OTHER_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jfif", ".ppm", ".pgm", ".tga", ".exr", ".dng")
+"""Pictures that are not read, and must not vanish from between others."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 """What PIL may read, whatever a file is called: some of its other formats start programs."""
 MAX_PIXELS = 100_000_000

@@ -5,6 +5,7 @@ Their masks are a float model's own (`qsam2.evaluation.own_masks`): they serve c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Protocol
 
 import numpy as np
 
-from qsam2.data.pictures import PICTURE_SUFFIXES, list_files, list_pictures, subfolders
+from qsam2.data.pictures import OTHER_SUFFIXES, PICTURE_SUFFIXES, list_files, list_pictures, subfolders
 from qsam2.data.video import FrameFolder, Masks, Picture, Video, VideoFile
 from qsam2.errors import UserError
 
+_log = logging.getLogger(__name__)
 UNLABELLED = ("images", "video")
 """Kinds of sources without masks."""
 GRID = 8
@@ -94,6 +96,8 @@ def has_masks(videos: Iterable[Video]) -> bool:
 def picture_source(root: Path, split: str) -> list[Unlabelled]:
     """The pictures of a folder, or one picture. Raises UserError if there are none, or there is no such split."""
     paths = list_pictures(root) if root.is_dir() else [root]
+    if root.is_dir() and (unread := list_files(root, OTHER_SUFFIXES)):
+        _log.warning("%s: %d pictures are of formats that are not read (%s, ...)", root, len(unread), unread[0].name)
     if not paths:
         below = next((name for name in subfolders(root) if list_pictures(root / name)), None)
         hint = f"; {root / below} does: give images:{root / below}" if below else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 import av
 import numpy as np
 
-from qsam2.data.pictures import list_pictures, picture_size, read_frame
+from qsam2.data.pictures import OTHER_SUFFIXES, list_files, list_pictures, picture_size, read_frame
 from qsam2.errors import UserError
 
+_log = logging.getLogger(__name__)
 Masks: TypeAlias = dict[int, np.ndarray]
 """{object id > 0: bool (H, W)}"""
 Predictions = dict[tuple[str, int], np.ndarray]
@@ -69,12 +71,22 @@ class Picture(Video):
 
 
 class FrameFolder(Video):
-    """The pictures of a folder, in the order of their numbers; a UserError if there are none or two of one name."""
+    """The pictures of a folder, in the order of their numbers.
+
+    Of frames with numbers and others, those with numbers are taken. Raises UserError if there are none, two of one name
+    or some of a format that is not read.
+    """
 
     def __init__(self, folder: Path) -> None:
+        if unread := list_files(folder, OTHER_SUFFIXES):
+            raise UserError(f"{unread[0]}: is of a format that is not read; write all frames as .jpg or .png")
         self._paths = list_pictures(folder)
         if not self._paths:
             raise UserError(f"{folder}: holds no frames (.jpg, .png, ...); each video needs a folder of them")
+        if numbered := [path for path in self._paths if path.stem.isdecimal()]:
+            if others := sorted(set(self._paths) - set(numbered)):
+                _log.warning("%s: is no frame and left out, as others are numbered (%d such)", others[0], len(others))
+            self._paths = numbered
         self.name = folder.name
         self.frame_names = [path.stem for path in self._paths]
         if twice := [name for name, count in Counter(self.frame_names).items() if count > 1]:

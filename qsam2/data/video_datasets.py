@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -26,7 +27,7 @@ class DavisVideo(FrameFolder):
     def __init__(self, frames: Path, masks: Path) -> None:
         super().__init__(frames)
         paths = list_pictures(masks)
-        self._masks, self._files = {path.stem: path for path in paths}, MaskFiles(paths)
+        self._masks, self._files = {path.stem: path for path in paths}, MaskFiles(paths, masks.parent)
         if not paths:
             raise UserError(f"{masks}: holds no masks (.png), but its frames are in {frames}")
         stray = sorted(self._masks.keys() - set(self.frame_names))
@@ -76,7 +77,9 @@ def _split_names(root: Path, split: str) -> list[str]:
     if path is None:
         known = sorted(p.relative_to(sets).with_suffix("").as_posix() for p in files_below(sets, "*.txt"))
         raise UserError(f"{sets}: has no {split}.txt; the splits are {', '.join([*known, 'all'])}")
-    lines = [line.split()[0] for line in _lines(path, "sequences")]
+    lines = [
+        re.split(r"(?i)(?<=\.jpg|\.png)\s", line)[0] for line in _lines(path, "sequences")
+    ]  # names may hold blanks
     return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))
 
 
@@ -151,7 +154,7 @@ class FolderSavVideo(SavVideo):
             raise UserError(f"{folder / others[0]}: is not an object's folder; they are numbers such as 000")
         paths = {int(name) + 1: list_pictures(folder / name) for name in names}
         self._masks = {k: {path.stem: path for path in files} for k, files in paths.items()}
-        self._files = {k: MaskFiles(files) for k, files in paths.items()}
+        self._files = {k: MaskFiles(files, folder.parent) for k, files in paths.items()}
 
     @cached_property
     def annotated_frames(self) -> list[int]:  # type: ignore[override]
