@@ -28,6 +28,8 @@ NEAR_WHITE = 240
 """From here on a grey is white changed by JPEG, not an id."""
 SOLID = 0.05
 """Share of an id's pixels that have four neighbours of the same id; the greys of a soft edge have none."""
+RISING = 0.25
+"""Share of the pixels of soft edges that have a brighter neighbour; of scattered ids of a few pixels they have none."""
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 _PROBED = 500
 """Most files that are read to decide."""
@@ -112,7 +114,7 @@ class _Counted:
     values: np.ndarray
     pixels: np.ndarray
     inner: np.ndarray
-    below: np.ndarray
+    beside_brighter: np.ndarray
 
     @classmethod
     def of(cls, path: Path, picture: np.ndarray) -> _Counted:
@@ -124,8 +126,8 @@ class _Counted:
         alike = np.ones(middle.shape, bool)
         for neighbour in (picture[:-2, 1:-1], picture[2:, 1:-1], picture[1:-1, :-2], picture[1:-1, 2:]):
             alike &= middle == neighbour
-        below = picture[cv2.dilate(picture, np.ones((3, 3))) > picture]
-        return cls(path, values, pixels[values], _histogram(middle[alike])[values], _histogram(below)[values])
+        darker = picture[cv2.dilate(picture, np.ones((3, 3))) > picture]
+        return cls(path, values, pixels[values], _histogram(middle[alike])[values], _histogram(darker)[values])
 
     def greys(self, white: int) -> np.ndarray:
         """The values that are neither black nor white."""
@@ -134,14 +136,16 @@ class _Counted:
     def meaning(self, white: int) -> str:
         """What its greys are: ``ids``, the edges of a ``soft`` object, or "" if it has none or too few to tell.
 
-        Ids have pixels within their regions. Soft edges have not, and brighter pixels beside most of theirs.
+        Ids have pixels within their regions. Soft edges have none, but brighter ones beside theirs.
         """
         solid = (self.inner >= SOLID * self.pixels) & (self.values * VOID < NEAR_WHITE * white)
         grey = (self.values > 0) & (self.values < white)
         edge = grey & ~solid
-        rising = self.below[edge].sum() >= self.pixels[edge & (self.values * VOID < NEAR_WHITE * white)].sum() / 2
-        if edge.sum() > (grey & solid).sum() and self.values[edge].max() * VOID >= DIMMEST_SOFT * white and rising:
-            return "soft"
+        if edge.sum() > (grey & solid).sum() and self.values[edge].max() * VOID >= DIMMEST_SOFT * white:
+            between = edge & (self.values * VOID < NEAR_WHITE * white)
+            is_dim = self.values[between].max(initial=0) * VOID < DIMMEST_SOFT * white
+            is_rising = self.beside_brighter[between].sum() >= RISING * self.pixels[between].sum()
+            return "soft" if is_dim or is_rising else "ids"
         return "ids" if (grey & solid).any() else ""
 
 
