@@ -60,7 +60,7 @@ class MaskFiles:
 
     A palette picture holds ids, 255 is void. A grey picture holds ids, if the files have more than black and white:
     255 is void then. In files of black and white alone, and of black and white with soft edges (blurred, resized, once
-    a JPEG), white from 128 on is object 1. What is decided is logged, unless it is ids without void.
+    a JPEG), white from 128 on is object 1. What is decided on greys is logged.
 
     Raises UserError on reading, naming the file, if it is no mask picture, or the files contradict each other.
     """
@@ -195,7 +195,7 @@ def _decide(paths: Sequence[Path]) -> tuple[Greys, str]:
                 f"{whites[0].path}: its white may be an object, or void beside the greys {lowest} to {highest}; "
                 "write objects as 1, 2, ..."
             )
-        return Greys(False, white), f"the masks hold object ids, and {white} is void" if whites else ""
+        return Greys(False, white), f"the greys of masks are object ids{f', and {white} is void' if whites else ''}"
     text = ""
     if greys:
         text = f"the masks are grey with soft edges: each shows one object, from {white // 2 + 1} of {white} on"

@@ -206,7 +206,8 @@ def test_what_is_decided_is_logged_once_for_a_dataset(tmp_path: Path, caplog: py
         for made in davis_videos(tmp_path / kind, "all"):
             made.masks(0)
     assert [record.getMessage().removeprefix(f"{tmp_path}/") for record in caplog.records] == [
-        "void/Annotations: the masks hold object ids, and 255 is void (a, ...)",
+        "ids/Annotations: the greys of masks are object ids (a, ...)",
+        "void/Annotations: the greys of masks are object ids, and 255 is void (a, ...)",
         "white/Annotations: the masks are black and white: each shows one object, the white one (a, ...)",
         "soft/Annotations: the masks are grey with soft edges: each shows one object, from 128 of 255 on (a, ...)",
     ]
