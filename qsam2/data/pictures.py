@@ -1,13 +1,17 @@
-"""Checked reading of pictures, masks and JSON: a damaged file is an error that names it, never other pixels."""
+"""Checked reading of pictures and JSON: a damaged file is an error that names it, never other pixels.
+
+Mask pictures are read by `qsam2.data.index_masks.MaskFiles`.
+"""
 
 from __future__ import annotations
 
-import io
 import json
-import struct
-import zlib
+import logging
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,82 +20,173 @@ from PIL import Image
 
 from qsam2.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_log = logging.getLogger(__name__)
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+"""What PIL may read, whatever a file is called: some of its other formats start programs."""
+MAX_PIXELS = 100_000_000
+"""Largest picture that is read, 10,000 x 10,000: beyond, a small file can claim any amount of memory."""
+_LEFT_BY_SYSTEMS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What sets a picture of each EXIF orientation upright; those from 5 on change places of height and width."""
+_DEPTHS = (8, 10, 12, 14, 16)
+_PROBED = 64
+"""Most pictures of a folder that are read to find their depth."""
 
 
-def list_pictures(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
-    """The pictures of a folder in frame order (``2`` before ``10``); none where the folder does not exist."""
+def is_visible(path: Path) -> bool:
+    """False for what file systems and archivers leave between files: ``._x.jpg``, ``__MACOSX``, ``Thumbs.db``."""
+    return not (path.name.startswith(".") or path.name in _LEFT_BY_SYSTEMS)
+
+
+def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of a folder with one of the suffixes, in any case, sorted; none where the folder does not exist."""
     if not folder.is_dir():
         return []
-    pictures = (path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith("."))
+    files = (path for path in folder.iterdir() if path.suffix.lower() in suffixes and is_visible(path))
+    return sorted(path for path in files if path.is_file() or path.is_symlink())  # a broken link is an error on reading
+
+
+def list_pictures(folder: Path, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> list[Path]:
+    """The pictures of a folder in frame order (``2`` before ``10``); none where the folder does not exist."""
 
     def frame_order(path: Path) -> tuple[int, int, str]:
         stem = path.stem
         return (0, int(stem), stem) if stem.isdecimal() else (1, len(stem), stem)
 
-    return sorted(pictures, key=frame_order)
+    return sorted(list_files(folder, suffixes), key=frame_order)
+
+
+def files_below(root: Path, pattern: str) -> list[Path]:
+    """The files of a pattern (``*.json``) in a folder and all folders in it, sorted."""
+    found = root.rglob(pattern)
+    return sorted(path for path in found if all(map(is_visible, [path, *path.relative_to(root).parents][:-1])))
 
 
 def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted; none where it does not exist."""
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and is_visible(path))
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of reading it."""
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Context manager: a picture file of which the header is read. Any error in the block names the file.
+
+    Raises UserError for another format than `FORMATS`, for more than `MAX_PIXELS` and for a damaged file.
+    """
     try:
-        yield
-    except _BROKEN as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PIL, about metadata and size
+            with Image.open(path, formats=FORMATS) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError(f"{picture.width * picture.height} pixels")
+                yield picture
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        pixels = int(re.findall(r"\d+", str(error))[0])
+        raise UserError(f"{path}: has {pixels:,} pixels, at most {MAX_PIXELS:,} are read; scale it down") from error
+    except Exception as error:  # PIL raises many kinds on damaged files
         raise UserError(
             f"{path}: cannot be read as a picture ({_one_line(error)}); fetch the file again or remove it"
         ) from error
 
 
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's number, 1 for upright."""
+    if picture.format == "TIFF":
+        return 1  # PIL turns these itself
+    if picture.format == "PNG":
+        picture.load()  # its EXIF may follow its pixels
+    try:
+        number = picture.getexif().get(0x0112)
+    except Exception:  # damaged metadata beside sound pixels
+        return 1
+    return number if number in _TURNS else 1
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned by its EXIF orientation."""
+    number = _orientation(picture)
+    return picture if number == 1 else picture.transpose(_TURNS[number])
+
+
 def picture_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the header alone."""
-    with _naming(path), Image.open(path) as picture:
-        return picture.height, picture.width
+    """(height, width) of the upright picture, from the header alone but for PNG."""
+    with opened(path) as picture:
+        return (picture.width, picture.height) if _orientation(picture) >= 5 else (picture.height, picture.width)
 
 
 def read_frame(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A picture of `size` (height, width) as RGB, uint8 (H, W, 3), decoded by PIL as SAM2 does."""
-    with _naming(path), Image.open(path) as picture:
-        frame = np.array(picture.convert("RGB"))
-    return _of_size(frame, size, path)
+    """A picture of `size` (height, width) as RGB, uint8 (H, W, 3), decoded by PIL as SAM2 does, but upright.
 
-
-def read_index_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """A PNG of object ids as integers (H, W), 0 where there is none.
-
-    In a palette file 255 is void and becomes 0, as in DAVIS. A grey picture of 0 and 255 alone (or a one-bit picture)
-    shows one object, which becomes id 1; beside other ids 255 is void. Raises UserError for a colour picture.
+    Alpha is left out. Grey of 16 bits is scaled to 8 by the depth of its folder's pictures (8, 10, 12, 14 or 16 bits).
+    Raises UserError naming the mode for floating point and other depths.
     """
-    with _naming(path):
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.verify()  # PIL checks the pixel chunks' checksums only here
-        with Image.open(io.BytesIO(data)) as picture:
-            mode, ids = picture.mode, np.array(picture)
-    if ids.ndim == 3 and (ids[..., :3] == ids[..., :1]).all():
-        mode, ids = "L", ids[..., 0].copy()  # a few DAVIS-2016 masks are grey pictures saved in colour
-    if ids.ndim != 2:
-        raise UserError(f"{path}: a mask picture holds one object id a pixel (palette or grey), this one is {mode}")
-    if ids.dtype == bool:
-        ids = ids.astype(np.uint8)
-    elif mode == "L" and np.isin(ids, (0, 255)).all():
-        ids = (ids == 255).astype(np.uint8)
-    elif mode in ("L", "P"):
-        ids[ids == 255] = 0
-    return _of_size(ids, size, path)
+    with opened(path) as picture:
+        frame = np.array(upright(_in_8_bits(picture, path)).convert("RGB"))
+    return of_size(frame, size, path)
 
 
-def split_ids(ids: np.ndarray) -> dict[int, np.ndarray]:
-    """Index mask (H, W) -> {object id: bool (H, W)}, without the background 0."""
-    return {int(i): ids == i for i in np.unique(ids) if i != 0}
+def is_deep_colour(picture: Image.Image) -> bool:
+    """True for colours of 16 bits per channel, of which PIL gives the upper 8. To be asked before pixels are read."""
+    return ";16" in str(picture.tile) and not picture.mode.startswith("I")
+
+
+def _in_8_bits(picture: Image.Image, path: Path) -> Image.Image:
+    if picture.mode == "F":
+        raise UserError(f"{path}: holds floating-point pixels (mode F), whose range is unknown; write 8 or 16 bits")
+    deep_colour = is_deep_colour(picture)
+    if not (deep_colour or picture.mode.startswith("I")):
+        return picture
+    bits = _depth(path.parent, path.parent.stat().st_mtime_ns)
+    largest = 2**bits - 1
+    if deep_colour:
+        if bits < 16:
+            raise UserError(
+                f"{path}: holds {bits} bits in 16 of each colour (mode {picture.mode}), of which only the upper 8 are "
+                "read; scale the values to 16 bits, or write 8"
+            )
+        return picture
+    values = np.array(picture).astype(np.int64)
+    if not 0 <= values.min() <= values.max() <= largest:
+        raise UserError(
+            f"{path}: has values from {values.min()} to {values.max()} (mode {picture.mode}), "
+            f"expected 0 to {largest} as in {path.parent}; write 8 or 16 bits"
+        )
+    if largest >> 8 < values.max() < largest >> 4:
+        raise UserError(
+            f"{path}: its brightest pixel is {values.max()} (mode {picture.mode}), but {path.parent} holds "
+            f"{bits}-bit pictures: it is nearly black or of less depth; scale it, or write 8 bits"
+        )
+    return Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
+
+
+@lru_cache(maxsize=256)
+def _depth(folder: Path, changed_ns: int) -> int:
+    """Bits of the 16-bit pictures of a folder, by their brightest value: one number, so that frames do not flicker."""
+    paths = list_pictures(folder)
+    brightest = 0
+    for path in paths[:: -(-len(paths) // _PROBED) or 1]:
+        try:
+            with opened(path) as picture:
+                if is_deep_colour(picture):
+                    brightest = max(brightest, 257 * int(np.array(picture.convert("RGB")).max()))
+                elif picture.mode.startswith("I"):
+                    brightest = max(brightest, int(np.array(picture).max()))
+        except UserError:
+            continue  # raised when it is read itself
+        if brightest >= 2 ** _DEPTHS[-2]:
+            return _DEPTHS[-1]
+    bits = next(depth for depth in _DEPTHS if brightest < 2**depth)
+    _log.warning("%s: the 16-bit pictures hold values up to %d and are read as %d-bit", folder, brightest, bits)
+    return bits
 
 
 def read_json(path: Path) -> Any:
@@ -135,7 +230,7 @@ def _run_lengths(text: str | bytes) -> np.ndarray:
     return runs
 
 
-def _of_size(array: np.ndarray, size: tuple[int, int] | None, path: Path) -> np.ndarray:
+def of_size(array: np.ndarray, size: tuple[int, int] | None, path: Path) -> np.ndarray:
     if size is not None and array.shape[:2] != tuple(size):
         raise UserError(
             f"{path}: is {array.shape[0]}x{array.shape[1]} (height x width), "

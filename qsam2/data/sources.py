@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qsam2.data.clips import Source
-from qsam2.data.pictures import list_pictures
+from qsam2.data.pictures import PICTURE_SUFFIXES, list_files, list_pictures
 from qsam2.data.stills import coco_stills, instance_png_stills, sa1b_stills, yolo_stills
 from qsam2.data.synthetic.moving_objects import moving_objects
-from qsam2.data.unlabelled import PICTURE_SUFFIXES, UNLABELLED, VIDEO_SUFFIXES, has_masks, picture_source, video_source
+from qsam2.data.unlabelled import UNLABELLED, VIDEO_SUFFIXES, has_masks, picture_source, video_source
 from qsam2.data.video import Video
 from qsam2.data.video_datasets import davis_videos, sav_videos
 from qsam2.errors import UserError
@@ -64,8 +64,8 @@ def source_of(data: str | Path) -> str:
         return f"davis:{text}"
     if path.is_file():
         return f"{'images' if path.suffix.lower() in PICTURE_SUFFIXES else 'video'}:{text}"
-    holds_films = any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.iterdir())
-    return f"{'images' if not holds_films and list_pictures(path, PICTURE_SUFFIXES) else 'video'}:{text}"
+    holds_films = bool(list_files(path, VIDEO_SUFFIXES))
+    return f"{'images' if not holds_films and list_pictures(path) else 'video'}:{text}"
 
 
 def _place(spec: str, kind: str, root: str | Path | None) -> Path:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from qsam2.data.pictures import decode_rle, list_pictures, read_index_mask, read_json, split_ids, subfolders
+from qsam2.data.index_masks import MaskFiles, split_ids
+from qsam2.data.pictures import decode_rle, files_below, list_files, list_pictures, read_json, subfolders
 from qsam2.data.video import Masks, Picture
 from qsam2.errors import UserError
 
@@ -51,7 +52,7 @@ def coco_stills(root: Path, split: str) -> list[Picture]:
 
 def sa1b_stills(root: Path) -> list[Picture]:
     """SA-1B: ``sa_1.jpg`` and ``sa_1.json`` side by side, below ROOT."""
-    files = sorted(root.rglob("*.json"))
+    files = files_below(root, "*.json")
     for path in files:
         if not path.with_suffix(".jpg").is_file():
             raise UserError(f"{path.with_suffix('.jpg')}: is missing, but {path.name} annotates it; add the picture")
@@ -68,7 +69,7 @@ def yolo_stills(root: Path, split: str) -> list[Picture]:
     name = next((name for name in (split, f"{split}2017") if (images / name).is_dir()), None)
     if name is None:
         raise UserError(f"{images}: has no split {split!r}; there is {', '.join(subfolders(images)) or 'no folder'}")
-    files = {path.stem: path for path in sorted((labels / name).glob("*.txt")) if path.stat().st_size}
+    files = {path.stem: path for path in list_files(labels / name, (".txt",)) if path.stat().st_size}
     pictures = [path for path in list_pictures(images / name) if path.stem in files]
     stray = sorted(files.keys() - {path.stem for path in pictures})
     if stray:
@@ -80,11 +81,12 @@ def instance_png_stills(root: Path) -> list[Picture]:
     """``ROOT/images/X.jpg`` (or png) and ``ROOT/instance_png/X.png``, a picture of instance numbers."""
     images, masks = root / "images", root / "instance_png"
     pictures = {path.stem: path for path in list_pictures(images)}
-    files = list_pictures(masks, (".png",))
+    files = list_pictures(masks)
     for path in files:
         if path.stem not in pictures:
             raise UserError(f"{path}: is a mask without its picture in {images}; add the picture")
-    return _non_empty([Picture(pictures[path.stem], partial(_index_file, path)) for path in files], masks)
+    read = MaskFiles(files)
+    return _non_empty([Picture(pictures[path.stem], partial(_index_file, read, path)) for path in files], masks)
 
 
 def _non_empty(stills: list[Picture], place: Path) -> list[Picture]:
@@ -126,8 +128,8 @@ def _polygon_file(path: Path, size: tuple[int, int]) -> Masks:
     return instances
 
 
-def _index_file(path: Path, size: tuple[int, int]) -> Masks:
-    return split_ids(read_index_mask(path, size))
+def _index_file(masks: MaskFiles, path: Path, size: tuple[int, int]) -> Masks:
+    return split_ids(masks.read(path, size))
 
 
 def _fill(polygons: Any, size: tuple[int, int], path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qsam2.data.pictures import IMAGE_SUFFIXES, list_pictures, subfolders
+from qsam2.data.pictures import PICTURE_SUFFIXES, list_files, list_pictures, subfolders
 from qsam2.data.video import FrameFolder, Masks, Picture, Video, VideoFile
 from qsam2.errors import UserError
 
@@ -23,7 +23,6 @@ GRID = 8
 OWN_MASKS = f"the float model's own masks from a grid of {GRID}x{GRID} clicks"
 """Source of the prompts, as scores and cards state it."""
 SPLITS = ("train", "val", "all")
-PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 PIECE_FRAMES = 64
 """Longest piece of a video: each piece is prompted anew."""
@@ -94,9 +93,9 @@ def has_masks(videos: Iterable[Video]) -> bool:
 
 def picture_source(root: Path, split: str) -> list[Unlabelled]:
     """The pictures of a folder, or one picture. Raises UserError if there are none, or there is no such split."""
-    paths = list_pictures(root, PICTURE_SUFFIXES) if root.is_dir() else [root]
+    paths = list_pictures(root) if root.is_dir() else [root]
     if not paths:
-        below = next((name for name in subfolders(root) if list_pictures(root / name, PICTURE_SUFFIXES)), None)
+        below = next((name for name in subfolders(root) if list_pictures(root / name)), None)
         hint = f"; {root / below} does: give images:{root / below}" if below else ""
         raise UserError(f"{root}: holds no pictures ({', '.join(PICTURE_SUFFIXES)}){hint}")
     return _of_split([Unlabelled(Picture(path), name=path.name) for path in paths], split)
@@ -111,7 +110,7 @@ def video_source(root: Path, split: str) -> list[Unlabelled]:
 
 
 def _videos(root: Path) -> list[Video]:
-    files = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
+    files = [root] if root.is_file() else list_files(root, VIDEO_SUFFIXES)
     if files:
         return [VideoFile(path) for path in files]
     if list_pictures(root):

@@ -74,7 +74,7 @@ class FrameFolder(Video):
     def __init__(self, folder: Path) -> None:
         self._paths = list_pictures(folder)
         if not self._paths:
-            raise UserError(f"{folder}: holds no frames (.jpg or .png); each video needs a folder of them")
+            raise UserError(f"{folder}: holds no frames (.jpg, .png, ...); each video needs a folder of them")
         self.name = folder.name
         self.frame_names = [path.stem for path in self._paths]
         if twice := [name for name, count in Counter(self.frame_names).items() if count > 1]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from qsam2.data.pictures import decode_rle, list_pictures, read_index_mask, read_json, split_ids, subfolders
+from qsam2.data.index_masks import MaskFiles, split_ids
+from qsam2.data.pictures import decode_rle, files_below, list_pictures, read_json, subfolders
 from qsam2.data.video import FrameFolder, Masks, Video, open_video
 from qsam2.errors import UserError
 
@@ -24,8 +25,9 @@ class DavisVideo(FrameFolder):
 
     def __init__(self, frames: Path, masks: Path) -> None:
         super().__init__(frames)
-        self._masks = {path.stem: path for path in list_pictures(masks, (".png",))}
-        if not self._masks:
+        paths = list_pictures(masks)
+        self._masks, self._files = {path.stem: path for path in paths}, MaskFiles(paths)
+        if not paths:
             raise UserError(f"{masks}: holds no masks (.png), but its frames are in {frames}")
         stray = sorted(self._masks.keys() - set(self.frame_names))
         if stray:
@@ -35,7 +37,7 @@ class DavisVideo(FrameFolder):
 
     def masks(self, index: int) -> Masks | None:
         path = self._masks.get(self.frame_names[index])
-        return None if path is None else split_ids(read_index_mask(path, self.size))
+        return None if path is None else split_ids(self._files.read(path, self.size))
 
 
 def davis_videos(root: Path, split: str) -> list[DavisVideo]:
@@ -72,7 +74,7 @@ def _split_names(root: Path, split: str) -> list[str]:
     candidates = [sets / f"{prefix}{split}.txt" for prefix in ("", "2017/", "2016/", "480p/")]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        known = sorted(p.relative_to(sets).with_suffix("").as_posix() for p in sets.rglob("*.txt"))
+        known = sorted(p.relative_to(sets).with_suffix("").as_posix() for p in files_below(sets, "*.txt"))
         raise UserError(f"{sets}: has no {split}.txt; the splits are {', '.join([*known, 'all'])}")
     lines = [line.split()[0] for line in _lines(path, "sequences")]
     return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))
@@ -147,7 +149,9 @@ class FolderSavVideo(SavVideo):
             raise UserError(f"{folder}: holds no object folders (000, 001, ...) of masks")
         if others := [name for name in names if not name.isdigit()]:
             raise UserError(f"{folder / others[0]}: is not an object's folder; they are numbers such as 000")
-        self._masks = {int(name) + 1: {path.stem: path for path in list_pictures(folder / name)} for name in names}
+        paths = {int(name) + 1: list_pictures(folder / name) for name in names}
+        self._masks = {k: {path.stem: path for path in files} for k, files in paths.items()}
+        self._files = {k: MaskFiles(files) for k, files in paths.items()}
 
     @cached_property
     def annotated_frames(self) -> list[int]:  # type: ignore[override]
@@ -162,7 +166,7 @@ class FolderSavVideo(SavVideo):
             return None
         name = self.frame_names[index]
         present = {k: files[name] for k, files in self._masks.items() if name in files}
-        return {k: read_index_mask(path, self.size) > 0 for k, path in present.items()}
+        return {k: self._files[k].read(path, self.size) > 0 for k, path in present.items()}
 
 
 def sav_videos(root: Path, split: str) -> Sequence[SavVideo]:
@@ -189,7 +193,7 @@ def sav_videos(root: Path, split: str) -> Sequence[SavVideo]:
 
 
 def _with_json(root: Path, kind: str) -> list[JsonSavVideo]:
-    files = sorted(root.rglob(f"*_{kind}.json"))
+    files = files_below(root, f"*_{kind}.json")
     if not files:
         raise UserError(f"{root}: has no VIDEO_{kind}.json in it; give the folder of SA-V's training videos")
     videos = []

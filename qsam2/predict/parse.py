@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from qsam2.data.pictures import read_index_mask, split_ids
+from qsam2.data.index_masks import read_ids, split_ids
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 
@@ -118,7 +118,7 @@ def _masks(text: str, object_id: int | None, size: tuple[int, int]) -> Iterator[
     path = Path(text)
     if not path.is_file():
         raise UserError(f"--mask {path}: no such file; give a PNG of object ids, or of black and white")
-    ids = read_index_mask(path, size)
+    ids = read_ids(path, size)
     if not ids.any():
         raise UserError(f"--mask {path}: shows no object, all its pixels are 0 or void")
     if object_id is not None:

@@ -17,7 +17,8 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch import Tensor
 from tqdm import tqdm
 
-from qsam2.data.pictures import IMAGE_SUFFIXES, read_index_mask
+from qsam2.data.index_masks import read_ids
+from qsam2.data.pictures import PICTURE_SUFFIXES
 from qsam2.data.transforms import FrameSequence
 from qsam2.data.video import Picture, Video, VideoFile, open_video
 from qsam2.errors import UserError
@@ -62,7 +63,7 @@ def predict(
     Raises:
         UserError: an argument cannot be used; nothing is written.
     """
-    if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+    if source.is_file() and source.suffix.lower() in PICTURE_SUFFIXES:
         picture = Picture(source)
         prompts = read_prompts(words, picture)
         with outputs(out, ("mask.png", "overlay.png"), replace=force) as folder:
@@ -85,11 +86,11 @@ def _track(predictor: SAM2, video: Video, prompts: Prompts, folder: Path) -> Non
     paths = [folder / "masks" / f"{name}.png" for name in video.frame_names]
     for index, ids in track_objects(predictor, video, prompts):
         if paths[index].exists():  # objects prompted on an earlier frame keep their pixels
-            earlier = read_index_mask(paths[index])
+            earlier = read_ids(paths[index])
             ids[earlier > 0] = earlier[earlier > 0]
         write_ids(paths[index], ids, object_ids)
     frames = (
-        _overlay(video.frame(index), read_index_mask(path), object_ids)
+        _overlay(video.frame(index), read_ids(path), object_ids)
         for index, path in enumerate(tqdm(paths, desc="overlay"))
     )
     rate = video.frames_per_second if isinstance(video, VideoFile) else None

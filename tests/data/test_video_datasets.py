@@ -18,7 +18,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from small_datasets import box, check, film, rle, save
 
-from qsam2.data.pictures import decode_rle, read_frame, read_index_mask
+from qsam2.data.index_masks import read_ids
+from qsam2.data.pictures import decode_rle, read_frame
 from qsam2.data.video import FrameFolder, VideoFile
 from qsam2.data.video_datasets import _read_masklets, davis_videos, sav_videos
 from qsam2.errors import UserError
@@ -123,7 +124,7 @@ def test_youtube_vos_takes_all_sequences_and_frames_in_the_order_of_their_number
 )
 def test_ids_of_a_mask_file(tmp_path, values, mode, ids):
     pixels = np.array([values] * 5, bool if values == (False, True) else np.uint8)
-    found = read_index_mask(save(tmp_path / "mask.png", pixels, mode))
+    found = read_ids(save(tmp_path / "mask.png", pixels, mode))
     assert found.shape == pixels.shape[:2] and set(np.unique(found)) == {0} | ids
 
 
@@ -264,7 +265,7 @@ def encoded(pixels: np.ndarray, suffix: str) -> bytes:
 
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_picture_is_an_error_not_grey_pixels(tmp_path_factory, share):
-    for suffix, pixels, read in (("JPEG", picture(), read_frame), ("PNG", IDS, read_index_mask)):
+    for suffix, pixels, read in (("JPEG", picture(), read_frame), ("PNG", IDS, read_ids)):
         data = encoded(pixels, suffix)
         pixels_end = len(data) - 12 * (suffix == "PNG")  # a PNG's last chunk holds none
         path = save(tmp_path_factory.mktemp("cut") / f"a.{suffix}", data[: int(share * pixels_end)])
@@ -278,7 +279,7 @@ def test_a_flipped_byte_in_a_mask_is_an_error_or_harmless(tmp_path_factory, posi
     data[int(position * len(data))] ^= flip
     path = save(tmp_path_factory.mktemp("flip") / "mask.png", bytes(data))
     try:
-        found = read_index_mask(path)
+        found = read_ids(path)
     except UserError:
         return
     np.testing.assert_array_equal(found, ids)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import qsam2
 from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.cli import main
-from qsam2.data.pictures import read_index_mask
+from qsam2.data.index_masks import read_ids
 from qsam2.data.transforms import to_model_input
 from qsam2.errors import UserError
 from qsam2.evaluation.scoring import evaluate_model
@@ -187,7 +187,7 @@ def test_predict_fast(models: dict[str, Path], tmp_path: Path) -> None:
         out = tmp_path / f"out{len(flags)}"
         given = [str(models["packed"]), str(folder), "--mask", str(mask), "--out", str(out), *flags]
         assert main(["predict", *given]) == 0
-        masks[len(flags)] = [read_index_mask(path) for path in sorted((out / "masks").iterdir())]
+        masks[len(flags)] = [read_ids(path) for path in sorted((out / "masks").iterdir())]
     assert len(masks[1]) == 4
     assert np.mean([(slow == fast).mean() for slow, fast in zip(masks[0], masks[1], strict=True)]) > 0.95
 

@@ -17,7 +17,7 @@ from small_predictors import HEIGHT, WIDTH, pictures, square, write_folder, writ
 
 import qsam2
 from qsam2.cli import main
-from qsam2.data.pictures import read_index_mask
+from qsam2.data.index_masks import read_ids
 from qsam2.report.overlays import COLOURS
 
 LENGTH = 5
@@ -160,7 +160,7 @@ def test_a_mask_of_several_ids_prompts_all_of_them(
     with Image.open(out / "masks" / "0.png") as picture:
         palette = np.array(picture.getpalette()).reshape(-1, 3)
     assert [tuple(palette[index]) for index in (0, 2, 9)] == [(0, 0, 0), *COLOURS[:2]]
-    assert set(np.unique(read_index_mask(out / "masks" / "0.png"))) == {0, 2, 9}  # as everything else here reads it
+    assert set(np.unique(read_ids(out / "masks" / "0.png"))) == {0, 2, 9}  # as everything else here reads it
     run(models["float"], folder, out, "--object", "4", "--mask", str(tmp_path / "ids.png"), "--force")
     assert set(np.unique(tracked(out)[0])) == {0, 4}
 

@@ -81,7 +81,7 @@ def _recolour(rng: np.random.Generator, image: np.ndarray, grey: bool) -> np.nda
 
 def _read(name: str) -> np.ndarray:
     try:
-        with as_file(files("skimage") / "data" / name) as path, Image.open(path) as image:
+        with as_file(files("skimage") / "data" / name) as path, Image.open(path, formats=("PNG",)) as image:
             return np.array(image.convert("RGB"))
     except FileNotFoundError as error:
         raise UserError(
