@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -50,6 +51,18 @@ def code_version() -> str:
         for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "qsam2"])
     )
     return f"{version()} ({commit}{'+' if changes else ''})" if commit else version()
+
+
+def code_digest() -> str:
+    """SHA-256 of the package's source, and the versions of what computes with it: equal code gives equal results."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)} ".encode() + file.read_bytes())
+    for package in ("torch", "sam2", "opencv-python-headless", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            digest.update(f"{package} {importlib.metadata.version(package)}".encode())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

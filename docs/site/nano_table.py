@@ -45,7 +45,8 @@ def measure(runs: list[Path]) -> dict[str, Any]:
             }
         )
     rows.append({"scheme": "`tiny` to `large`, any scheme"})
-    return {"rows": rows, "objects": metrics[0]["quantized"]["versus_float"]["objects"]}
+    versus = metrics[0]["quantized"]["versus_float"]
+    return {"rows": rows, "objects": versus["objects"], "videos": versus["videos"]}
 
 
 def cpu_ratios(runs: list[Path]) -> list[float]:

@@ -43,12 +43,14 @@ def add(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from qsam2.evaluation.scoring import headline
+    from qsam2.evaluation.scoring import difference_lines, headline
+    from qsam2.run import is_first_rank
 
     make_room(options.json)
     block = _score_masks(options) if options.pred or options.gt else _score_model(options)
-    print(f"{block['model']}: {headline(block)}")
-    write_json(options.json, block)
+    if is_first_rank():  # one rank writes and prints for all
+        write_json(options.json, block)
+        print("\n".join([f"{block['model']}: {headline(block)}", *difference_lines(block)]))
 
 
 def _score_masks(options: argparse.Namespace) -> dict[str, Any]:

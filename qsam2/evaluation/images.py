@@ -15,6 +15,7 @@ from qsam2.data.unlabelled import OWN_MASKS, has_masks
 from qsam2.data.video import Predictions, Video
 from qsam2.evaluation.metrics.jf import region_similarity
 from qsam2.evaluation.metrics.scores import Fidelity, ObjectScores, mean_over_objects
+from qsam2.evaluation.tracking import say_left_out
 from qsam2.loading import predictor_of
 from qsam2.models import SAM2
 
@@ -48,9 +49,10 @@ def score_stills(
 
     Three masks are asked for and the one with the highest predicted IoU counts. The block is {"protocol": "stills",
     "point_mIoU", "box_mIoU", "point_mIoU_images", "box_mIoU_images" (means over images), "instances", "images",
-    "per_object": {IMAGE: {INSTANCE: {"point_IoU", "box_IoU"}}}, "seconds_per_frame"}; with the float model's masks of
-    the same stills also "fidelity", over both prompts. For stills without true masks it is {"protocol": "fidelity",
-    "prompts", "fidelity", "per_object": {IMAGE: {INSTANCE: {"fidelity"}}}, "instances", "images", "seconds_per_frame"}.
+    "scored" (both), "left_out": {IMAGE: remarks}, "per_object": {IMAGE: {INSTANCE: {"point_IoU", "box_IoU"}}},
+    "seconds_per_frame"}; with the float model's masks of the same stills also "fidelity", over both prompts. For stills
+    without true masks it is {"protocol": "fidelity", "prompts", "fidelity", "per_object": {IMAGE: {INSTANCE:
+    {"fidelity"}}}, "instances", "images", "scored", "left_out", "seconds_per_frame"}.
 
     Raises:
         UserError: no still shows an instance.
@@ -63,6 +65,7 @@ def score_stills(
     for still in tqdm(stills, desc="score stills"):
         masks = [mask for mask in (still.masks(0) or {}).values() if mask.any()]
         if not masks:
+            scores.leave_out(still.name, "shows no instance")
             continue
         frame, truth = still.frame(0), np.stack(masks)
         started = time.perf_counter()
@@ -77,8 +80,11 @@ def score_stills(
             for k in range(len(masks)):
                 fidelity.update(still.name, k, segmented[:, k], other[:, k])
     table = scores.compute()
-    counts = {"instances": sum(map(len, table.values())), "images": len(table)}
-    block: dict[str, Any] = {**counts, "seconds_per_frame": float(np.mean(seconds))}
+    counts = {"images": len(table), "instances": sum(map(len, table.values()))}
+    remarks = {"scored": counts, "left_out": scores.left_out()}
+    block: dict[str, Any] = {**counts, **remarks, "seconds_per_frame": float(np.mean(seconds))}
+    if reference is None:
+        say_left_out(remarks)
     if not has_truth:
         return {"protocol": "fidelity", "prompts": OWN_MASKS, **fidelity.compute(), **block}, predictions
     means = 100 * mean_over_objects(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from qsam2.data.pictures import subfolders
+from qsam2.data.index_masks import VOID, MaskFiles
+from qsam2.data.pictures import list_pictures, subfolders
 from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
 from qsam2.evaluation.metrics.scores import Protocol, VOSScore
+from qsam2.evaluation.tracking import say_left_out
 from qsam2.output import listed, writing
 from qsam2.recipe.recipe import EvaluateRecipe
 
-VOID = 255
 LAYOUT = {"davis": "SEQUENCE/FRAME.png with object ids as pixel values", "sav": "SEQUENCE/OBJECT/FRAME.png"}
 PALETTE = [
     sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3))
@@ -32,19 +33,33 @@ PALETTE = [
 def score_folders(pred: Path | str, gt: Path | str, protocol: Protocol) -> dict[str, Any]:
     """Score all sequences below ``gt`` by ``protocol``; see VOSScore.compute.
 
-    ``davis``: ``SEQUENCE/FRAME.png``, a palette or grey image of object ids, 255 in ground truth is void; the objects
-    are ids 1 to the maximum of the first true frame. ``sav``: ``SEQUENCE/OBJECT/FRAME.png``, one object per file;
-    ground truth says which objects and frames count. The first and the last true frame need no prediction. Raises
-    UserError, naming the file, if a prediction is missing, has another shape or more objects than the ground truth, and
-    on empty folders and unreadable PNGs.
+    ``davis``: ``SEQUENCE/FRAME.png``, object ids as pixel values, as the readers of data take them (see MaskFiles); the
+    objects are those of the true masks. ``sav``: ``SEQUENCE/OBJECT/FRAME.png``, one object per file; ground truth says
+    which objects and frames count. Files are put in order and paired by name without suffix, ``2`` before ``10``. The
+    first and the last true frame need no prediction. Predictions without a true mask are left out, which the block
+    says. Raises UserError, naming the file, if a prediction is missing, has another shape or an object that is in no
+    true mask, and on empty folders and unreadable pictures.
     """
     score = VOSScore(protocol)
     pred, gt = Path(pred), Path(gt)
     objects = _davis_objects if protocol == "davis" else _sav_objects
     for name in tqdm(_sequences(pred, gt, protocol), desc="J&F", unit="sequence", delay=2, disable=None):
-        for object_id, pred_masks, true_masks in objects(pred / name, gt / name):
+        stray: set[str] = set()  # names of predicted frames without a true one
+        for object_id, pred_masks, true_masks in objects(pred / name, gt / name, stray):
             score.update(name, object_id, pred_masks, true_masks)
-    return score.compute()
+        if stray:
+            score.leave_out(
+                name, f"{_count(len(stray), 'predicted frame')} without a true one: {listed(sorted(stray))}"
+            )
+        if protocol == "sav" and (more := sorted({*subfolders(pred / name)} - {*subfolders(gt / name)})):
+            score.leave_out(name, f"{_count(len(more), 'predicted object')} without true masks: {listed(more)}")
+    block = score.compute()
+    say_left_out(block)
+    return block
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _sequences(pred: Path, gt: Path, protocol: Protocol) -> list[str]:
@@ -61,76 +76,99 @@ def _sequences(pred: Path, gt: Path, protocol: Protocol) -> list[str]:
     return names
 
 
-def _davis_objects(pred: Path, gt: Path) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    files = _frames(gt, "davis")
-    pred_ids, true_ids = _read_frames(files, pred, _read_ids)
-    true_ids[true_ids == VOID] = 0
-    objects = int(true_ids[0].max())
+def _davis_objects(pred: Path, gt: Path, stray: set[str]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    true_files, pred_files = _pair(gt, pred, "davis", stray)
+    pred_ids, true_ids = _read_pairs(true_files, pred_files)
+    objects = _present(true_ids)
     if not objects:
-        raise UserError(f"{files[0]}: no object; davis scores ids 1 to 254 of the first frame ({VOID} is void)")
-    for file, ids in zip(files, pred_ids, strict=True):
-        if ids.max() > objects:
+        raise UserError(f"{gt}: no object in any mask; davis scores ids from 1 on (in 8 bits {VOID} is void)")
+    for name, ids in zip(true_files.paths, pred_ids, strict=True):
+        if unknown := sorted({*_present(ids)} - {*objects}):
+            known = listed([str(item) for item in objects])
             raise UserError(
-                f"{pred / file.name}: object id {ids.max()}, but {files[0]} has ids 1 to {objects}; predict only those"
+                f"{pred_files.paths[name]}: object id {unknown[-1]}, but the masks in {gt} have {known}; "
+                "predict only those"
             )
-    for object_id in range(1, objects + 1):
+    for object_id in objects:
         yield object_id, pred_ids == object_id, true_ids == object_id
 
 
-def _sav_objects(pred: Path, gt: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _sav_objects(pred: Path, gt: Path, stray: set[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     object_ids = subfolders(gt)
     if not object_ids:
         raise UserError(f"{gt}: no object folders; sav ground truth is laid out as {LAYOUT['sav']}")
     for object_id in object_ids:
-        yield object_id, *_read_frames(_frames(gt / object_id, "sav"), pred / object_id, _read_mask)
+        true_files, pred_files = _pair(gt / object_id, pred / object_id, "sav", stray)
+        pairs = _read_pairs(true_files, pred_files)
+        for files, masks in zip((pred_files, true_files), pairs, strict=True):
+            for name, ids in zip(true_files.paths, masks, strict=True):
+                if len(_present(ids)) > 1:
+                    raise UserError(
+                        f"{files.paths[name]}: more than one object; sav masks have one object a file: {LAYOUT['sav']}"
+                    )
+        yield object_id, pairs[0] > 0, pairs[1] > 0
 
 
-def _frames(folder: Path, protocol: Protocol) -> list[Path]:
-    files = sorted(folder.glob("*.png"))
-    if not files:
-        raise UserError(f"{folder}: no PNG files; {protocol} ground truth is laid out as {LAYOUT[protocol]}")
-    return files
+def _present(ids: np.ndarray) -> list[int]:
+    """The object ids of masks, in order."""
+    return [int(item) for item in np.flatnonzero(np.bincount(ids.ravel())) if item]
 
 
-def _read_frames(files: list[Path], pred: Path, read: Callable[[Path], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted and true frames (T, H, W); the first and last prediction, which are not scored, are 0."""
-    true_frames = [read(file) for file in files]
+def _pair(gt: Path, pred: Path, protocol: Protocol, stray: set[str]) -> tuple[_Frames, _Frames]:
+    """The true and the predicted files of a folder; names of predictions without a true mask go into `stray`."""
+    true_files, pred_files = _by_name(gt), _by_name(pred)
+    if not true_files:
+        raise UserError(f"{gt}: no PNG files; {protocol} ground truth is laid out as {LAYOUT[protocol]}")
+    stray |= pred_files.keys() - true_files.keys()
+    return _Frames(gt, true_files), _Frames(pred, {name: pred_files[name] for name in true_files if name in pred_files})
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    """The mask files of a folder by name without suffix, in order."""
+    files = list_pictures(folder)
+    paths = {path.stem: path for path in files}
+    if twice := [path for path in files if paths[path.stem] != path]:
+        raise UserError(f"{twice[0]}: is there again as {paths[twice[0].stem].name}; keep one file a frame")
+    return paths
+
+
+class _Frames:
+    """The mask files of a folder by name; what their values mean is decided by them alone."""
+
+    def __init__(self, folder: Path, paths: dict[str, Path]) -> None:
+        self.folder, self.paths, self._files = folder, paths, MaskFiles([*paths.values()])
+
+    def read(self, name: str) -> np.ndarray:
+        """Object ids (H, W)."""
+        path = self.paths.get(name)
+        if path is None:
+            raise UserError(
+                f"{self.folder / name}.png: missing; all annotated frames but the first and last need a prediction of "
+                "that name"
+            )
+        return self._files.read(path)
+
+
+def _read_pairs(true: _Frames, pred: _Frames) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and true ids (T, H, W); the first and last prediction, which are not scored, are 0."""
+    names = list(true.paths)
+    true_frames = [true.read(name) for name in names]
     shape = true_frames[0].shape
     pred_frames = [np.zeros_like(frame) for frame in true_frames]
-    for t, file in enumerate(files):
+    for t, name in enumerate(names):
         if true_frames[t].shape != shape:
-            raise UserError(f"{file}: {_size(true_frames[t])}, but {files[0]} is {_size(true_frames[0])}; correct it")
-        if 0 < t < len(files) - 1:
-            pred_frames[t] = read(pred / file.name)
+            raise UserError(
+                f"{true.paths[name]}: {_size(true_frames[t])}, but {true.paths[names[0]]} is "
+                f"{_size(true_frames[0])}; correct it"
+            )
+        if 0 < t < len(names) - 1:
+            pred_frames[t] = pred.read(name)
             if pred_frames[t].shape != shape:
                 raise UserError(
-                    f"{pred / file.name}: {_size(pred_frames[t])}, but {file} is {_size(true_frames[t])}; "
+                    f"{pred.paths[name]}: {_size(pred_frames[t])}, but {true.paths[name]} is {_size(true_frames[t])}; "
                     "write predictions at the size of the ground truth, nothing is resized"
                 )
     return np.stack(pred_frames), np.stack(true_frames)
-
-
-def _read_ids(path: Path) -> np.ndarray:
-    """Object ids of a palette, grey or binary PNG: uint8 (H, W)."""
-    if not path.is_file():
-        raise UserError(f"{path}: missing; all annotated frames but the first and last need a prediction of that name")
-    try:
-        with Image.open(path) as image:
-            mode, ids = image.mode, np.array(image)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG chunk
-        raise UserError(f"{path}: not a readable PNG ({error}); write it again") from error
-    if mode not in ("P", "L", "1"):
-        raise UserError(f"{path}: PNG of mode {mode}; masks are 8-bit palette or grey images with one id per pixel")
-    return ids.astype(np.uint8)
-
-
-def _read_mask(path: Path) -> np.ndarray:
-    """The one object of a PNG: bool (H, W)."""
-    ids = _read_ids(path)
-    mask = ids > 0
-    if (ids[mask] != ids.max()).any():
-        raise UserError(f"{path}: more than one object; sav masks have one object per file: {LAYOUT['sav']}")
-    return mask
 
 
 def _size(mask: np.ndarray) -> str:
@@ -148,7 +186,8 @@ def check_masks_folder(folder: Path, videos: Sequence[Video]) -> None:
 def write_masks(folder: Path, videos: Sequence[Video], predictions: Predictions, evaluation: EvaluateRecipe) -> None:
     """Write all masks, or none: `VIDEO/FRAME.png` of object ids (davis), or `VIDEO/OBJECT/FRAME.png` (sav).
 
-    In sav, object 1 is folder 000, as SA-V names them; in davis, the object with the lowest id has a pixel of several.
+    In sav, object 1 is folder 000, as SA-V names them; in davis, the object with the lowest id has a pixel of several,
+    and ids from 255 on make grey pictures of 16 bits.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -172,7 +211,7 @@ def _write_video(folder: Path, video: Video, predictions: Predictions, evaluatio
         if name == video.name
     }
     for index, name in enumerate(names):
-        ids = np.zeros(video.size, np.uint8)
+        ids = np.zeros(video.size, np.uint8 if max(masks, default=0) < VOID else np.uint16)
         for item in sorted(masks, reverse=True):
             if evaluation.protocol == "sav":
                 _write(folder / f"{item - 1:03d}" / f"{name}.png", masks[item][index])
@@ -183,6 +222,8 @@ def _write_video(folder: Path, video: Video, predictions: Predictions, evaluatio
 
 def _write(file: Path, ids: np.ndarray) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(ids).convert("P")
-    picture.putpalette(PALETTE)
+    picture = Image.fromarray(ids)
+    if ids.dtype == np.uint8:
+        picture = picture.convert("P")
+        picture.putpalette(PALETTE)
     picture.save(file)

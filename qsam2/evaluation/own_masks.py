@@ -21,6 +21,7 @@ from qsam2.data.video import Masks, Video
 from qsam2.errors import UserError
 from qsam2.evaluation.tracking import track
 from qsam2.models import SAM2
+from qsam2.output import listed
 from qsam2.run import Run
 
 log = logging.getLogger("qsam2")
@@ -140,6 +141,8 @@ def label_videos(videos: Sequence[Video], model: SAM2, max_objects: int) -> list
         )
     objects = sum(len(video.masks(0) or {}) for video in kept)
     log.info("prompts: %s: %d objects in %d of %d", OWN_MASKS, objects, len(kept), len(videos))
+    if empty := [video.name for video in videos if video not in kept]:
+        log.warning("not scored: no object was found in %s", listed(empty))
     return kept
 
 

@@ -24,16 +24,17 @@ from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
 from qsam2.evaluation.images import ITEM_KEYS, score_stills
 from qsam2.evaluation.mask_files import check_masks_folder, write_masks
-from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
+from qsam2.evaluation.metrics.interval import interval_note, interval_text, paired_difference
+from qsam2.evaluation.metrics.scores import amount_text
 from qsam2.evaluation.own_masks import label_videos
-from qsam2.evaluation.tracking import score_videos
+from qsam2.evaluation.tracking import say_left_out, score_videos
 from qsam2.fast.model import FAST_MEMORY, FastSAM2, make_fast
 from qsam2.layers.audit import audit
 from qsam2.layers.convert import finalize, quantizers
 from qsam2.loading import load_model
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
-from qsam2.output import write_bytes
+from qsam2.output import code_digest, write_bytes
 from qsam2.recipe import Recipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
 from qsam2.run import Run
@@ -65,10 +66,9 @@ def score_float(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe
     Raises:
         UserError: a file of the cache is damaged.
     """
-    alone = build_trainer(trainer, folder=Path(".")).world_size == 1  # else each rank has masks of its own videos only
-    if evaluation.float_cache is None or not alone:
+    if evaluation.float_cache is None or next(quantizers(model), None) is not None or not _alone(trainer):
         return score_any(model, videos, evaluation, trainer)
-    file = evaluation.float_cache / f"{_cache_key(model, videos, evaluation)}.npz"
+    file = evaluation.float_cache / f"{_cache_key(model, videos, evaluation, trainer)}.npz"
     if not file.is_file():
         block, masks = score_any(model, videos, evaluation, trainer)
         arrays: dict[str, Any] = {str(index): packed for index, packed in enumerate(masks.values())}
@@ -79,25 +79,42 @@ def score_float(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe
     try:
         with np.load(file, allow_pickle=False) as found:
             block, names = json.loads(str(found["block"])), json.loads(str(found["names"]))
-            return block, {(video, item): found[str(index)] for index, (video, item) in enumerate(names)}
+            masks = {(video, item): found[str(index)] for index, (video, item) in enumerate(names)}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}): remove it, and the float model is scored again") from error
+    say_left_out(block)
+    return block, masks
 
 
-def _cache_key(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe) -> str:
-    """Hash of weights, memory and settings, and of name, length, first frame and its masks of every video.
+def _alone(trainer: TrainerRecipe) -> bool:
+    """True in a run of one process; of several each has masks of its own videos only."""
+    return build_trainer(trainer, folder=Path(".")).world_size == 1
 
-    It does not know of changes to the evaluator: a new version wants a new folder.
-    """
-    settings = evaluation.model_dump_json(include={"protocol", "precision", "frames"})
+
+def _cache_key(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe, trainer: TrainerRecipe) -> str:
+    """Hash of all that scores depend on: code, weights, configuration, settings, device, and the pixels scored."""
+    settings = evaluation.model_dump_json(exclude={"float_cache"})
     memory = model.memory_reader.recipe.model_dump_json() if model.memory_reader else ""
-    digest = hashlib.sha256(f"{weights_digest(model)} {settings} {memory}".encode())
+    causes = [code_digest(), weights_digest(model), _configuration(model), settings, memory, device_of(trainer).type]
+    digest = hashlib.sha256(json.dumps(causes).encode())
     for video in videos:
-        digest.update(f"{video.name} {len(video)} {video.size}".encode())
-        digest.update(video.frame(0).tobytes())
-        for item, mask in sorted((video.masks(0) or {}).items()):
-            digest.update(f"{item}".encode() + mask.tobytes())
+        digest.update(json.dumps([video.name, len(video), video.size, video.frame_names]).encode())
+        for index in range(min(len(video), evaluation.frames or len(video))):
+            digest.update(video.frame(index).tobytes())
+            masks = video.masks(index)
+            digest.update(f" {'not annotated' if masks is None else sorted(masks)} ".encode())
+            for item in sorted(masks or {}):
+                digest.update(np.packbits(masks[item]).tobytes())  # type: ignore[index]
     return digest.hexdigest()[:32]
+
+
+def _configuration(model: SAM2) -> list[tuple[str, str]]:
+    """Class and plain values of all modules, such as the number of remembered frames; weights are not among them."""
+    found = []
+    for name, module in model.named_modules():
+        values = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "training"}
+        found.append((name, f"{type(module).__qualname__} {sorted(values.items())}"))
+    return found
 
 
 def weights_digest(model: SAM2) -> str:
@@ -110,20 +127,31 @@ def weights_digest(model: SAM2) -> str:
 
 
 def compare(block: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """Difference between two score blocks on the same objects, with its 95 % interval (paired bootstrap).
+    """Difference between two score blocks on the same objects, see `paired_difference`.
 
     In J&F; of blocks without true masks in fidelity; of stills in {"point_IoU", "box_IoU"}.
     """
     scores, others = block["per_object"], reference["per_object"]
     if block["protocol"] == "stills":
-        return {key: paired_bootstrap(scores, others, key=key) for key in ITEM_KEYS}
-    return paired_bootstrap(scores, others, key="fidelity" if block["protocol"] == "fidelity" else "J&F")
+        return {key: paired_difference(scores, others, key=key, unit="images") for key in ITEM_KEYS}
+    return paired_difference(scores, others, key="fidelity" if block["protocol"] == "fidelity" else "J&F")
 
 
 def headline(block: Mapping[str, Any]) -> str:
-    """The scores of a block as text."""
+    """The scores of a block as text, and how much they are of."""
     keys = [key for key in ("J&F", "J", "F", "fidelity", "point_mIoU", "box_mIoU") if block.get(key) is not None]
-    return ", ".join(f"{key} {block[key]:.1f}" for key in keys)
+    scores, amount = ", ".join(f"{key} {block[key]:.1f}" for key in keys), amount_text(block)
+    return f"{scores} ({amount})" if amount else scores
+
+
+def difference_lines(block: Mapping[str, Any]) -> list[str]:
+    """Differences to the reference as text, with their intervals; none without a reference."""
+    versus = block.get("versus_reference")
+    if versus is None:
+        return []
+    name = "fidelity" if block["protocol"] == "fidelity" else "J&F"
+    parts = {name: versus} if "difference" in versus else versus
+    return [f"{key} against the reference: {interval_text(part)}, {interval_note(part)}" for key, part in parts.items()]
 
 
 def evaluate_model(
@@ -170,6 +198,10 @@ def score_against(
     videos = open_val(recipe)
     if save_masks is not None:
         check_masks_folder(save_masks, videos)
+        if not _alone(recipe.trainer):
+            raise UserError(
+                f"--save-masks needs one process, trainer.devices={recipe.trainer.devices} makes several: give 1"
+            )
     if not has_masks(videos):
         if reference is None or next(quantizers(reference), None) is not None:
             raise UserError(

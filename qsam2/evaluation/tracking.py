@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,20 @@ from qsam2.data.transforms import FrameSequence
 from qsam2.data.unlabelled import OWN_MASKS, has_masks
 from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
-from qsam2.evaluation.metrics.scores import Fidelity, VOSScore
+from qsam2.evaluation.metrics.scores import Fidelity, VOSScore, remarks
 from qsam2.models import SAM2
 from qsam2.models.replaced import hide_progress_bar, replaced
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
+from qsam2.run import is_first_rank
 from qsam2.train.trainer import build_trainer
 
+log = logging.getLogger("qsam2")
 
-def first_masks(video: Video, length: int, *, later_objects: bool) -> dict[int, dict[int, np.ndarray]]:
+
+def first_masks(video: Video, length: int) -> dict[int, dict[int, np.ndarray]]:
     """The prompts of semi-supervised tracking: {frame: {object id: bool (H, W)}}, each object where it first appears.
 
-    Args:
-        length: look at this many frames.
-        later_objects: prompt objects that appear after the first annotated frame too.
+    Looks at the first `length` frames.
 
     Raises:
         UserError: no object is ever seen.
@@ -36,15 +38,10 @@ def first_masks(video: Video, length: int, *, later_objects: bool) -> dict[int, 
     prompts: dict[int, dict[int, np.ndarray]] = {}
     seen: set[int] = set()
     for index in range(length):
-        masks = video.masks(index)
-        if masks is None:
-            continue
-        new = {object_id: mask for object_id, mask in masks.items() if object_id not in seen and mask.any()}
-        if new:
+        masks = video.masks(index) or {}
+        if new := {object_id: mask for object_id, mask in masks.items() if object_id not in seen and mask.any()}:
             prompts[index] = new
             seen |= new.keys()
-        if seen and not later_objects:
-            break
     if not prompts:
         raise UserError(f"video {video.name}: no mask to start from in its first {length} frames")
     return prompts
@@ -61,7 +58,8 @@ def track(
 
     Args:
         prompts: see `first_masks`.
-        non_overlapping: a pixel belongs to the object with the highest logit only.
+        non_overlapping: a pixel belongs to one object only: the one with the highest logit, of objects that are
+            prompted on different frames the one with the lowest id.
     """
     frames = FrameSequence(video, model.image_size, length)
     tracked: dict[int, np.ndarray] = {}
@@ -76,6 +74,11 @@ def track(
             for index, object_ids, logits in model.propagate_in_video(state, start_frame_idx=start):
                 for object_id, object_logits in zip(object_ids, logits[:, 0], strict=True):
                     tracked[object_id][index] = (object_logits > 0).cpu().numpy()
+    if non_overlapping and len(prompts) > 1:  # passes do not see one another: the lowest id wins, as in a palette PNG
+        taken = np.zeros((length, *video.size), dtype=bool)
+        for object_id in sorted(tracked):
+            tracked[object_id] &= ~taken
+            taken |= tracked[object_id]
     return tracked
 
 
@@ -116,7 +119,7 @@ class VideoScoring(L.LightningModule):
         if video is None:  # this rank has no more videos, others have one
             return
         length = min(len(video), self.evaluation.frames or len(video))
-        prompts = first_masks(video, length, later_objects=self.evaluation.protocol == "sav")
+        prompts = first_masks(video, length)
         started = time.perf_counter()
         tracked = track(self.model, video, prompts, length=length, non_overlapping=self.evaluation.protocol == "davis")
         self.seconds_per_frame.append((time.perf_counter() - started) / length)
@@ -162,4 +165,12 @@ def score_videos(
     module = VideoScoring(model, videos, evaluation, reference)
     precise = trainer.model_copy(update={"precision": evaluation.precision})
     build_trainer(precise, folder=Path("."), silent=silent).validate(module, verbose=False)
+    if reference is None and is_first_rank():  # the reference's own scoring has said it
+        say_left_out(module.block)
     return module.block, module.predictions
+
+
+def say_left_out(block: Mapping[str, Any]) -> None:
+    """Log what a score block leaves out."""
+    if left_out := block.get("left_out"):
+        log.warning("not scored: %s", "; ".join(remarks(left_out)))

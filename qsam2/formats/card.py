@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qsam2.data.unlabelled import OWN_MASKS, is_unlabelled
+from qsam2.evaluation.metrics.interval import interval_note, interval_text
+from qsam2.evaluation.metrics.scores import amount_text, remarks
 from qsam2.formats.packed import model_bytes, save_packed, save_weights
 from qsam2.models.checkpoints import find_checkpoint
 from qsam2.output import version, write_text
@@ -42,6 +44,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
     calibrate = recipe.calibrate
     protocol = metrics.get("quantized", {}).get("protocol", recipe.evaluate.protocol)
     models = [name for name in ("float", "ptq", "quantized") if name in metrics]
+    scored = metrics[models[-1]] if models else {}
     scores = {name: {key: metrics[name][key] for key in HEADLINE if key in metrics[name]} for name in models}
     without_masks = any(is_unlabelled(spec) for spec in (*recipe.data.train, recipe.data.scored))
     return {
@@ -65,7 +68,14 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
                 *([f"rounding and activation steps ({recipe.reconstruct.method})"] if recipe.reconstruct else []),
             ],
         },
-        "evaluation": {"data": recipe.data.scored, "protocol": protocol, "evaluator": f"qsam2 {version()}"},
+        "evaluation": {
+            "data": recipe.data.scored,
+            "protocol": protocol,
+            "evaluator": f"qsam2 {version()}",
+            "scored": amount_text(scored),
+            "left_out": scored.get("left_out", {}),
+            "interval": interval_note(versus) if (versus := scored.get("versus_float")) else None,
+        },
         **({"prompts": OWN_MASKS} if without_masks else {}),
         "scores": scores,
         "bytes": metrics.get("bytes"),
@@ -87,8 +97,7 @@ def render(card: dict[str, Any]) -> str:
         numbers = (scores.get(key) for key in ("J&F", "J", "F", "fidelity"))
         j_and_f, j, f, fidelity = ("" if number is None else f"{number:.1f}" for number in numbers)
         versus = scores.get("versus_float")
-        interval = f"{versus['difference']:+.1f} ({versus['low']:+.1f} to {versus['high']:+.1f})" if versus else ""
-        return f"| {name} | {j_and_f} | {j} | {f} | {interval} | {fidelity} |"
+        return f"| {name} | {j_and_f} | {j} | {f} | {interval_text(versus) if versus else ''} | {fidelity} |"
 
     source, method, calibration = card["source"], card["method"], card["calibration"]
     lines = [
@@ -104,7 +113,9 @@ def render(card: dict[str, Any]) -> str:
         f"{calibration['frames_a_clip']} frames from {', '.join(calibration['sources'])}, "
         f"seed {calibration['seed']}; fitted: {', '.join(calibration['fitted'])}",
         f"- Evaluation: {card['evaluation']['data']}, {card['evaluation']['protocol']} protocol, "
-        f"{card['evaluation']['evaluator']}",
+        f"{card['evaluation']['evaluator']}: {card['evaluation']['scored'] or 'nothing yet'}",
+        *(f"- Not scored: {text}" for text in remarks(card["evaluation"]["left_out"])),
+        *([f"- Intervals: {card['evaluation']['interval']}"] if card["evaluation"]["interval"] else []),
         *([f"- Prompts where the data has no masks: {card['prompts']}"] if "prompts" in card else []),
         f"- Format: {card['format']}",
         "",

@@ -7,7 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
+from qsam2.evaluation.metrics.interval import interval_text, paired_difference
+from qsam2.evaluation.metrics.scores import amount_text, remarks
 from qsam2.output import read_json, version
 from qsam2.recipe import save_recipe
 from qsam2.report.draw import (
@@ -27,15 +28,15 @@ REPORT = "report.html"
 
 def render(run: SavedRun) -> str:
     """The page as HTML. An unfinished run shows what there is and which stages are to come."""
-    scored = (run.metrics.get("float") or {}).get("per_object", {})
+    scored = run.metrics.get("float") or {}
     layers, memory = run.saved(LAYERS) or {}, run.saved(MEMORY)
     rows = layers.get("layers", [])
     sensitivity = (read_json(run.path / SENSITIVITY) or {}).get("groups")
     return fill(
         "run.html.j2",
         run=run,
-        videos=len(scored),
-        objects=sum(len(objects) for objects in scored.values()),
+        scored=amount_text(scored),
+        left_out=remarks(scored.get("left_out", {})),
         recipe_text=save_recipe(run.recipe),
         rows=score_rows(run.metrics),
         noise=draw_noise(rows),
@@ -57,6 +58,7 @@ def fill(template: str, **values: Any) -> str:
     """A page of a template with its values; all text is escaped."""
     loader, blocks = PackageLoader("qsam2.report"), {"trim_blocks": True, "lstrip_blocks": True}
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    pages.filters["interval"] = interval_text
     return pages.get_template(template).render(version=version(), **values)
 
 
@@ -74,15 +76,15 @@ def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         if block is None or float_block is None:
             continue
         row: dict[str, Any] = {"model": name, "fidelity": block.get("fidelity"), "versus_fidelity": None}
-        if block.get("protocol") == "fidelity":
-            row["versus_fidelity"] = block.get("versus_float")
+        pair = block["per_object"], float_block["per_object"]
+        if block.get("protocol") == "fidelity" and name != "float":
+            row["versus_fidelity"] = paired_difference(*pair, key="fidelity")
         for key in ("J&F", "J", "F"):
             if key in block:
-                pair = block["per_object"], float_block["per_object"]
-                row[key] = block[key], None if name == "float" else paired_bootstrap(*pair, key=key)
+                row[key] = block[key], None if name == "float" else paired_difference(*pair, key=key)
         if "stills" in block and "stills" in float_block:
             boxes = block["stills"]["per_object"], float_block["stills"]["per_object"]
-            difference = None if name == "float" else paired_bootstrap(*boxes, key="box_IoU")
+            difference = None if name == "float" else paired_difference(*boxes, key="box_IoU", unit="images")
             row["box_mIoU"] = block["box_mIoU"], difference
         size = sizes.get("float32" if name == "float" else "packed")
         row["MB"] = size and size / 1e6, size and name != "float" and (size - sizes["float32"]) / 1e6
@@ -99,19 +101,15 @@ def results_table(metrics: dict[str, Any]) -> str:
     keys = [key for key in ("J&F", "J", "F") if all(key in block for block in blocks.values())]
     lines = ["  ".join([f"{'':10}", *(f"{key:>5}" for key in keys), f"{'difference to float':>24}", "fidelity"])]
     for name, block in blocks.items():
-        difference = _interval(block["versus_float"]) if "versus_float" in block else ""
+        difference = interval_text(block["versus_float"]) if "versus_float" in block else ""
         fidelity = f"{block['fidelity']:.1f}" if "fidelity" in block else ""
         scores = (f"{block[key]:5.1f}" for key in keys)
         lines.append("  ".join([f"{name:10}", *scores, f"{difference:>24}", f"{fidelity:>8}"]))
     if prompts := next((block["prompts"] for block in blocks.values() if "prompts" in block), None):
         lines.append(f"prompts: {prompts}; fidelity is the mask IoU with the float model")
     if "versus_ptq" in metrics.get("quantized", {}):
-        lines.append(f"quantized against ptq: {_interval(metrics['quantized']['versus_ptq'])}, 95 % interval")
+        lines.append(f"quantized against ptq: {interval_text(metrics['quantized']['versus_ptq'])}, 95 % interval")
     if boxes := [f"{name} {metrics[name]['box_mIoU']:.1f}" for name in MODELS if "box_mIoU" in metrics.get(name, {})]:
         lines.append(f"mIoU of masks from a box: {', '.join(boxes)}")
     lines.append("  ".join(f"{name} {value / 1e6:.2f} MB" for name, value in metrics["bytes"].items()))
     return "\n".join(lines)
-
-
-def _interval(versus: dict[str, float]) -> str:
-    return f"{versus['difference']:+.1f} ({versus['low']:+.1f} to {versus['high']:+.1f})"

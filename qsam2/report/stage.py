@@ -72,7 +72,7 @@ def memory_use(model: SAM2, video: Video, frames: int | None) -> dict[str, Any]:
     frames, "of": number of keys in the bank, in frames}]}. Prompted frames count in the last two only.
     """
     length = min(len(video), frames or len(video))
-    start, masks = next(iter(first_masks(video, length, later_objects=False).items()))
+    start, masks = next(iter(first_masks(video, length).items()))
     first = {start: dict(list(masks.items())[:1])}
     rows: list[dict[str, Any]] = []
     reader = model.memory_reader

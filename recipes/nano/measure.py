@@ -27,6 +27,7 @@ from PIL import Image
 from qsam2.data.sources import open_videos
 from qsam2.data.video import Video
 from qsam2.evaluation.images import score_stills
+from qsam2.evaluation.metrics.interval import interval_text
 from qsam2.evaluation.metrics.scores import VOSScore
 from qsam2.evaluation.scoring import compare, score_videos
 from qsam2.evaluation.tracking import first_masks, track, true_masks
@@ -123,7 +124,7 @@ def stills(model: SAM2) -> dict[str, Any]:
 def speed(model: SAM2) -> dict[str, Any]:
     """Frames a second of tracking one object, decoding included, and of the image encoder alone."""
     video = open_videos("moving_objects:1:test")[0]
-    prompts = {0: {1: next(iter(first_masks(video, len(video), later_objects=False)[0].values()))}}
+    prompts = {0: {1: next(iter(first_masks(video, len(video))[0].values()))}}
     image = torch.zeros(1, 3, model.image_size, model.image_size)
     tracking = rate(lambda: track(model, video, prompts, length=len(video), non_overlapping=True), len(video))
     with torch.inference_mode():
@@ -143,7 +144,7 @@ def resolution(model: SAM2) -> dict[str, Any]:
     for other in models.values():
         other.load_state_dict(model.state_dict())
     video = open_videos("moving_objects:1:val")[0]
-    prompts, length, repeats = first_masks(video, 10, later_objects=False), 10, 5
+    prompts, length, repeats = first_masks(video, 10), 10, 5
     seconds: dict[int, list[float]] = {side: [] for side in sides}
     for _ in range(repeats):  # in turn, so that ratios hold on a busy machine
         for side, other in models.items():
@@ -163,9 +164,7 @@ def resolution(model: SAM2) -> dict[str, Any]:
 
 def against(block: dict[str, Any], reference: dict[str, Any]) -> str:
     """J&F, and its difference to the reference's with a 95 % interval."""
-    difference = compare(block, reference)
-    interval = f"{difference['difference']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
-    return f"J&F {block['J&F']:.1f}, {interval}"
+    return f"J&F {block['J&F']:.1f}, {interval_text(compare(block, reference))}"
 
 
 def pictures(model: SAM2) -> None:
@@ -218,7 +217,7 @@ def baseline(videos: Sequence[Video], move: Callable[[np.ndarray, np.ndarray, np
     metric = VOSScore("davis")
     for video in videos:
         greys = [cv2.cvtColor(video.frame(index), cv2.COLOR_RGB2GRAY) for index in range(len(video))]
-        for object_id, mask in first_masks(video, len(video), later_objects=False)[0].items():
+        for object_id, mask in first_masks(video, len(video))[0].items():
             masks = [mask]
             for before, after in zip(greys, greys[1:], strict=False):
                 masks.append(move(before, after, masks[-1]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,12 +78,123 @@ def test_what_is_not_scored_needs_no_prediction_and_void_is_background(tmp_path:
         files = sorted((pred / folder.relative_to(gt)).iterdir())
         files[0].unlink()
         files[-1].unlink()
-        write(files[0].parent / "00001_extra.png", np.ones((3, 3)))  # frames without annotation are not read
+        write(files[0].parent / "00001_extra.png", np.ones((3, 3)))  # frames without annotation are left out
     for path in gt.glob("*/*.png"):  # of davis
         ids = np.array(Image.open(path))
         ids[-1, ids[-1] == 0] = 255
         write(path, ids)
-    assert score_folders(pred, gt, protocol) == expected
+    found = score_folders(pred, gt, protocol)
+    assert found | {"left_out": {}} == expected
+    assert found["left_out"] == {name: ["1 predicted frame without a true one: 00001_extra"] for name in MAPS[protocol]}
+
+
+TRUE = id_map(1, 2)
+PRED = np.roll(TRUE, 1, axis=2)  # a column off: F is 1
+
+
+def write_all(folder: Path, names: Sequence[str], frames: np.ndarray) -> None:
+    for name, ids in zip(names, frames, strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ids).save(folder / name)
+
+
+def score(root: Path, protocol: str = "davis") -> dict[str, Any]:
+    return score_folders(root / "pred", root / "gt", protocol)
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> dict[str, Any]:
+    """Block of the two objects of TRUE and PRED in sequence `a`."""
+    for folder, frames in (("pred", PRED), ("gt", TRUE)):
+        write_all(tmp_path / "plain" / folder / "a", [f"{t:05d}.png" for t in range(FRAMES)], frames)
+    return score(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{t}.png" for t in range(8, 8 + FRAMES)],
+        [f"{t:05d}.PNG" for t in range(FRAMES)],
+        [f"frame_{t}.png" for t in range(8, 8 + FRAMES)],
+        [f"{t:05d}.tif" for t in range(FRAMES)],
+    ],
+)
+def test_files_are_in_the_order_of_their_numbers(tmp_path: Path, names: list[str], expected: dict[str, Any]) -> None:
+    write_all(tmp_path / "gt/a", names, TRUE)
+    write_all(tmp_path / "pred/a", [Path(name).stem + ".png" for name in names], PRED)
+    assert score(tmp_path) == expected
+
+
+def test_gaps_in_ids_are_no_objects(tmp_path: Path, expected: dict[str, Any]) -> None:
+    names, ids = [f"{t}.png" for t in range(FRAMES)], np.array([0, 5, 9], np.uint8)
+    write_all(tmp_path / "gt/a", names, ids[TRUE])
+    write_all(tmp_path / "pred/a", names, ids[PRED])
+    found = score(tmp_path)
+    assert list(found["per_object"]["a"]) == ["5", "9"]
+    assert list(found["per_object"]["a"].values()) == list(expected["per_object"]["a"].values())
+
+
+@pytest.mark.parametrize("black_and_white", ["pred", "gt", "both"])
+def test_masks_of_0_and_255_are_one_object(tmp_path: Path, black_and_white: str) -> None:
+    names, one = [f"{t}.png" for t in range(FRAMES)], {"gt": TRUE == 1, "pred": PRED == 1}
+    for folder, masks in one.items():
+        white = 255 if black_and_white in (folder, "both") else 1
+        write_all(tmp_path / folder / "a", names, np.uint8(white) * masks)
+    metric = VOSScore("davis")
+    metric.update("a", 1, one["pred"], one["gt"])
+    assert score(tmp_path) == metric.compute()
+
+
+def test_what_systems_leave_between_files_is_no_mask(tmp_path: Path, expected: dict[str, Any]) -> None:
+    shutil.copytree(tmp_path / "plain", tmp_path / "x")
+    for folder in ("x/pred", "x/gt", "x/pred/a", "x/gt/a"):
+        for name in ("Thumbs.db", ".DS_Store", "._00001.png", "desktop.ini"):
+            (tmp_path / folder / name).write_bytes(b"\0\5\x16\7")
+        (tmp_path / folder / "__MACOSX").mkdir()
+    assert score(tmp_path / "x") == expected
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_an_object_that_comes_later_is_scored_from_there(tmp_path: Path, first: int) -> None:
+    """Also where no object is in the first frame; in the last but one there is nothing left to score."""
+    names, late = [f"{t}.png" for t in range(FRAMES)], TRUE.copy()
+    late[:first][late[:first] == 2] = 0
+    write_all(tmp_path / "gt/a", names, late)
+    write_all(tmp_path / "pred/a", names, PRED)
+    metric = VOSScore("davis")
+    for item in (1, 2):
+        metric.update("a", item, item == PRED, late == item)
+    found = score(tmp_path)
+    assert found == metric.compute() and found["scored"]["objects"] == (2 if first < 3 else 1)
+    only = np.where(late == 2, 1, 0).astype(np.uint8)
+    write_all(tmp_path / "only/gt/a", names, only)
+    write_all(tmp_path / "only/pred/a", names, np.where(PRED == 2, 1, 0).astype(np.uint8))
+    if first < 3:
+        alone = score(tmp_path / "only")["per_object"]["a"]["1"]
+        assert alone == found["per_object"]["a"]["2"]
+    else:
+        with pytest.raises(
+            UserError, match="no object was scored.*a: object 1 is seen first in annotated frame 4 of 5"
+        ):
+            score(tmp_path / "only")
+
+
+def test_predicted_objects_that_sav_has_not_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pred, gt = write_folders(tmp_path, "sav")
+    expected = score_folders(pred, gt, "sav")
+    shutil.copytree(pred / "sav_1/001", pred / "sav_1/002")
+    found = score_folders(pred, gt, "sav")
+    assert found["left_out"] == {"sav_1": ["1 predicted object without true masks: 002"]}
+    assert found | {"left_out": {}} == expected
+    assert "not scored: sav_1: 1 predicted object without true masks: 002" in caplog.text
+
+
+def test_ids_from_255_on_are_written_in_16_bits(tmp_path: Path) -> None:
+    masks = {(VIDEO.name, 1000): np.packbits(RIGHT), (VIDEO.name, 1): np.packbits(LEFT)}
+    write_masks(tmp_path / "m", [VIDEO], masks, EvaluateRecipe(frames=2))
+    with Image.open(tmp_path / "m" / VIDEO.name / f"{VIDEO.frame_names[1]}.png") as picture:
+        ids = np.array(picture)
+    assert (ids[:, :50] == 1).all() and (ids[:, 50:] == 1000).all()
 
 
 def rename(old: str, new: str) -> Callable[[Path], None]:
@@ -104,6 +217,10 @@ def empty(folder: str) -> Callable[[Path], None]:
     return break_it
 
 
+def blank(folder: str) -> Callable[[Path], None]:
+    return lambda root: [write(path, PLAIN) for path in (root / folder).iterdir()] and None
+
+
 PLAIN = np.zeros((HEIGHT, WIDTH))
 DAVIS, SAV = "pred/bear/00002.png", "pred/sav_1/001/00008.png"
 DAVIS_MISTAKES = [
@@ -115,13 +232,14 @@ DAVIS_MISTAKES = [
     (rename("pred/bear", "bear"), ["pred: no predictions for bear"]),
     (rename("gt/bear", "bear"), ["pred: bear not in ground truth"]),
     (rename(DAVIS, "pred/bear/2.png"), [f"{DAVIS}: missing", "first and last"]),
-    (put(DAVIS, PLAIN + 3), [f"{DAVIS}: object id 3", "00000.png has ids 1 to 2"]),
+    (put(DAVIS, PLAIN + 3), [f"{DAVIS}: object id 3", "the masks in gt/bear have 1, 2"]),
     (put(DAVIS, PLAIN[1:]), [f"{DAVIS}: 30x19 pixels", "30x20 pixels", "nothing is resized"]),
     (put("gt/bear/00002.png", PLAIN[1:]), ["gt/bear/00002.png: 30x19 pixels", "gt/bear/00000.png is 30x20 pixels"]),
-    (put("gt/bear/00000.png", PLAIN + 255), ["gt/bear/00000.png: no object", "255 is void"]),
-    (put(DAVIS, np.zeros((HEIGHT, WIDTH, 3))), [f"{DAVIS}: PNG of mode RGB", "palette"]),
-    (keep_bytes(DAVIS, 3), [f"{DAVIS}: not a readable PNG"]),
-    (keep_bytes("gt/bear/00002.png", 60), ["gt/bear/00002.png: not a readable PNG"]),
+    (blank("gt/bear"), ["gt/bear: no object in any mask", "255 is void"]),
+    (put(DAVIS, np.arange(3) + np.zeros((HEIGHT, WIDTH, 3))), [f"{DAVIS}: a mask picture", "palette", "RGB"]),
+    (put("gt/bear/00002.webp", PLAIN), ["gt/bear/00002.png: is there again as 00002.webp"]),
+    (keep_bytes(DAVIS, 3), [f"{DAVIS}: cannot be read as a picture"]),
+    (keep_bytes("gt/bear/00002.png", 60), ["gt/bear/00002.png: cannot be read as a picture"]),
 ]
 SAV_MISTAKES = [
     (empty("gt/sav_1"), ["gt/sav_1: no object folders", "SEQUENCE/OBJECT/FRAME.png"]),

@@ -1,4 +1,4 @@
-"""J, F, both protocols, fidelity and the bootstrap against references that spell the definitions out."""
+"""J, F, both protocols, fidelity and intervals against references that spell the definitions out."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import stats
 
 from qsam2.errors import UserError
 from qsam2.evaluation.mask_files import score_folders
-from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
+from qsam2.evaluation.metrics.interval import half_width, interval_note, interval_text, paired_difference
 from qsam2.evaluation.metrics.jf import boundary_accuracy, region_similarity, statistics
 from qsam2.evaluation.metrics.scores import Fidelity, VOSScore
 
@@ -61,13 +62,18 @@ def slow_statistics(scores: list[float]) -> tuple[float, float, float]:
 
 def slow_object(protocol: str, pred: np.ndarray, true: np.ndarray) -> tuple[float, ...] | None:
     """(J mean, recall, decay, F mean, recall, decay) in percent, None where the object is not reported."""
-    kept, started, seen = [], protocol == "davis", protocol == "davis"
-    for p, g in list(zip(pred, true, strict=True))[1:-1]:
-        started = started or p.any() or g.any()
-        seen = seen or g.any()
-        if started:
-            kept.append((p, g))
-    if not seen:
+    kept, started, seen = [], False, False
+    for t, (p, g) in enumerate(zip(pred, true, strict=True)):
+        if protocol == "davis":  # after the prompt
+            if started and t < len(true) - 1:
+                kept.append((p, g))
+            started = started or g.any()
+        elif 0 < t < len(true) - 1:
+            started = started or p.any() or g.any()
+            seen = seen or g.any()
+            if started:
+                kept.append((p, g))
+    if not kept or not (seen or protocol == "davis"):
         return None
     j, f = [slow_j(p, g) for p, g in kept], [slow_f(p, g) for p, g in kept]
     return tuple(100 * value for value in (*slow_statistics(j), *slow_statistics(f)))
@@ -202,6 +208,41 @@ def test_result_is_plain_sorted_and_in_percent() -> None:
     assert [(s, list(o)) for s, o in found["per_object"].items()] == [("a", ["001"]), ("b", ["2", "10"])]
 
 
+def test_an_object_is_scored_from_its_prompt_on() -> None:
+    """Seen first on frame 5 of 8: frame 6 is scored, frames before it are not perfect ones; too late is said."""
+    pred, true = random_masks(3, frames=8)
+    pred[:5], true[:5] = False, False
+    metric = VOSScore("davis")
+    metric.update("a", 1, pred, true)
+    found = metric.compute()
+    assert found["J"] == pytest.approx(100 * slow_j(pred[6], true[6]))
+    assert (found["scored"], found["left_out"]) == ({"videos": 1, "frames": 1, "objects": 1}, {})
+    for item, first in ((2, 6), (3, 7), (4, 8)):
+        late = true.copy()
+        late[:first], late[first:] = False, True
+        metric.update("a", item, pred, late)
+    found = metric.compute()
+    assert list(found["per_object"]["a"]) == ["1"] and found["scored"]["objects"] == 1
+    last = "is in no true mask between the first and the last"
+    assert found["left_out"] == {
+        "a": [
+            "object 2 is seen first in annotated frame 7 of 8, and the last is not scored",
+            f"object 3 {last}",
+            f"object 4 {last}",
+        ]
+    }
+
+
+@pytest.mark.parametrize("protocol", ["davis", "sav"])
+def test_an_object_that_does_not_exist_is_left_out(protocol: str) -> None:
+    metric = VOSScore(protocol)
+    metric.update("a", 1, MASKS, MASKS)
+    metric.update("a", 3, MASKS & False, MASKS & False)
+    found = metric.compute()
+    assert list(found["per_object"]["a"]) == ["1"] and found["scored"] == {"videos": 1, "frames": 3, "objects": 1}
+    assert found["left_out"] == {"a": ["object 3 is in no true mask between the first and the last"]}
+
+
 def test_fidelity_is_mean_over_frames_then_objects() -> None:
     metric = Fidelity()
     masks, reference = random_masks(7, frames=4)
@@ -282,40 +323,68 @@ def block(values: Any) -> dict[str, dict[str, dict[str, float]]]:
     return result
 
 
-def test_bootstrap_interval_is_that_of_the_central_limit_theorem() -> None:
-    rng = np.random.default_rng(0)
-    reference = rng.uniform(20, 90, 400)
-    difference = rng.normal(-3, 8, 400)  # far smaller than the spread of the scores: pairing matters
-    found = paired_bootstrap(block(reference + difference), block(reference))
-    mean, half_width = difference.mean(), 1.96 * difference.std() / 20
-    assert found["objects"] == 400 and found["difference"] == pytest.approx(mean)
-    assert [found["low"], found["high"]] == pytest.approx([mean - half_width, mean + half_width], abs=0.06 * half_width)
+def test_the_interval_is_students_over_videos() -> None:
+    """Videos of one object each: Student's interval of a mean. Copies of an object within its video add nothing."""
+    ours, theirs = [41.0, 63.5, 20.25, 77.0], [40.0, 60.0, 25.0, 70.0]
+    one = [{f"v{i}": {"1": {"J&F": score}} for i, score in enumerate(scores)} for scores in (ours, theirs)]
+    many = [{video: {str(k): o["1"] for k in range(5)} for video, o in each.items()} for each in one]
+    low, high = stats.ttest_rel(ours, theirs).confidence_interval()
+    found = paired_difference(*one)
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+    assert found["difference"] == pytest.approx(np.mean(np.subtract(ours, theirs)))
+    assert (found["objects"], found["unit"], found["videos"]) == (4, "videos", 4)
+    copied = paired_difference(*many)
+    assert (copied["low"], copied["high"], copied["objects"]) == (pytest.approx(low), pytest.approx(high), 20)
 
 
-def test_bootstrap_interval_of_two_objects_is_exact() -> None:
-    found = paired_bootstrap(block([1, 3]), block([0, 0]))  # means 1, 2, 3 with probability 1/4, 1/2, 1/4
-    assert found == {"difference": 2, "low": 1, "high": 3, "objects": 2}
+def test_one_video_has_no_interval() -> None:
+    ours = {"a": {"1": {"J&F": 40.0}, "2": {"J&F": 50.0}}}
+    theirs = {"a": {"1": {"J&F": 41.0}, "2": {"J&F": 53.0}}}
+    found = paired_difference(ours, theirs)
+    assert found == {"difference": -2, "low": None, "high": None, "objects": 2, "unit": "videos", "videos": 1}
+    assert interval_text(found) == "-2.0 (no interval: one video)"
+    assert interval_note(paired_difference(block([1, 2, 3]), block([0, 0, 0]), unit="images")) == (
+        "95 % t interval over 2 images, 3 objects"
+    )
+
+
+def percentile_over_objects(rng: np.random.Generator, values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values[rng.integers(0, len(values), (300, len(values)))].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("objects", [7, 21])
+def test_the_interval_covers(objects: int) -> None:
+    """Normal differences around 0 with a part that a video's objects share, 7 videos."""
+    rng, times, videos = np.random.default_rng(0), 1000, 7
+    t, percentile = 0, 0
+    for _ in range(times):
+        values = rng.normal(0, 1, (videos, 1)) + rng.normal(0, 1, (videos, objects // videos))
+        reach = half_width(values.sum(axis=1), np.full(videos, objects // videos))
+        t += reach is not None and abs(values.mean()) <= reach
+        low, high = percentile_over_objects(rng, values.ravel())
+        percentile += low <= 0 <= high
+    assert 0.92 * times <= t <= 0.97 * times
+    assert percentile < 0.92 * times
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=20), st.integers(0, 9))
-def test_swapping_the_models_mirrors_the_bootstrap_interval(pairs: list[tuple[float, float]], seed: int) -> None:
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=3, max_size=20))
+def test_swapping_the_models_mirrors_the_interval(pairs: list[tuple[float, float]]) -> None:
     ours, theirs = block([a for a, _ in pairs]), block([b for _, b in pairs])
-    found = paired_bootstrap(ours, theirs, samples=200, seed=seed)
-    mirrored = paired_bootstrap(theirs, ours, samples=200, seed=seed)
+    found, mirrored = paired_difference(ours, theirs), paired_difference(theirs, ours)
     assert found["low"] <= found["high"]
     assert [-found["high"], -found["low"], -found["difference"]] == pytest.approx(
         [mirrored["low"], mirrored["high"], mirrored["difference"]], abs=1e-9
     )
 
 
-def test_bootstrap_by_key_seed_and_order_of_objects() -> None:
+def test_difference_by_key_and_order_of_objects() -> None:
     ours, theirs = block([10, 40, 20, 70, 5]), block([12.3, 30, 25.1, 60.9, 37])
-    found = paired_bootstrap(ours, theirs, samples=500)
+    found = paired_difference(ours, theirs)
     turned = {name: dict(reversed(objects.items())) for name, objects in reversed(ours.items())}
-    assert paired_bootstrap(turned, theirs, samples=500) == found
-    assert paired_bootstrap(ours, theirs, samples=500, seed=1) != found
-    assert paired_bootstrap(ours, theirs, samples=500, key="J")["difference"] == found["difference"] / 2
+    assert paired_difference(turned, theirs) == found
+    assert paired_difference(ours, theirs, key="J")["difference"] == found["difference"] / 2
 
 
 @pytest.mark.parametrize(
@@ -329,5 +398,5 @@ def test_bootstrap_by_key_seed_and_order_of_objects() -> None:
 )
 def test_blocks_that_cannot_be_compared(ours: list[int], theirs: list[int], key: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        paired_bootstrap(block(ours), block(theirs), key=key)
+        paired_difference(block(ours), block(theirs), key=key)
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from qsam2.data.synthetic.moving_objects import moving_objects
-from qsam2.data.video import Video
+from qsam2.data.video import Masks, Video
 from qsam2.errors import UserError
 from qsam2.evaluation.scoring import score_float, weights_digest
+from qsam2.layers.convert import convert
 from qsam2.models import SAM2
+from qsam2.recipe import build_recipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
 
 MASKS = {("a", 1): np.arange(5, dtype=np.uint8), ("a", 2): np.zeros(3, dtype=np.uint8)}
@@ -56,22 +58,66 @@ def test_what_is_kept_is_what_was_computed(
     assert len(computed) == 3
 
 
+class Changed(Video):
+    """A video of which one frame is shown, or one mask, as another."""
+
+    def __init__(self, video: Video, **changes: Any) -> None:
+        self._video, self._changes = video, changes
+        self.name, self.size, self.frame_names = video.name, video.size, video.frame_names
+
+    def frame(self, index: int) -> np.ndarray:
+        return self._video.frame(index) ^ (index == self._changes.get("frame"))
+
+    def masks(self, index: int) -> Masks | None:
+        if index == self._changes.get("unannotated"):
+            return None
+        masks = dict(self._video.masks(index) or {})
+        if index == self._changes.get("mask"):
+            masks[1] = ~masks.get(1, np.zeros(self.size, bool))
+        return masks
+
+
 def test_what_differs_is_computed_anew(
-    model: SAM2, videos: list[Video], evaluation: EvaluateRecipe, computed: list[Any]
+    model: SAM2, videos: list[Video], evaluation: EvaluateRecipe, computed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = copy.deepcopy(model)
+    other, remembers = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
         next(parameter for parameter in other.parameters() if parameter.ndim == 1)[0] += 1e-6
-    for scored in (
+    remembers.num_maskmem -= 1
+    last = len(videos[0]) - 1
+    cases = (
         (model, videos, evaluation),
         (other, videos, evaluation),
+        (remembers, videos, evaluation),
         (model, videos[:1], evaluation),
         (model, list(moving_objects("test", 2, size=(64, 96))), evaluation),
+        (model, [videos[0], Changed(videos[1], frame=last)], evaluation),
+        (model, [videos[0], Changed(videos[1], mask=last)], evaluation),
+        (model, [videos[0], Changed(videos[1], unannotated=1)], evaluation),
         (model, videos, evaluation.model_copy(update={"protocol": "sav"})),
+        (model, videos, evaluation.model_copy(update={"precision": "bf16-true"})),
         (model, videos, evaluation.model_copy(update={"frames": 3})),
-    ):
+    )
+    for scored in cases:
         score_float(*scored, TRAINER)
-    assert len(computed) == 6
+    assert len(computed) == len(cases)
+    score_float(model, [Changed(video) for video in videos], evaluation, TRAINER)  # the same content: kept
+    early = evaluation.model_copy(update={"frames": 3})
+    score_float(model, [Changed(videos[0], frame=3), Changed(videos[1], mask=last)], early, TRAINER)  # not scored: kept
+    assert len(computed) == len(cases)
+    monkeypatch.setattr("qsam2.evaluation.scoring.code_digest", lambda: "another version")
+    score_float(model, videos, evaluation, TRAINER)
+    assert len(computed) == len(cases) + 1
+
+
+def test_scores_of_quantized_models_are_not_kept(
+    model: SAM2, videos: list[Video], evaluation: EvaluateRecipe, computed: list[Any]
+) -> None:
+    quantized = copy.deepcopy(model)
+    convert(quantized, build_recipe({"quantize": {"weights": {"method": "minmax", "bits": 3}}}).quantize)
+    for _ in range(2):
+        score_float(quantized, videos, evaluation, TRAINER)
+    assert len(computed) == 2 and not any(evaluation.float_cache.iterdir())
 
 
 @pytest.mark.parametrize(

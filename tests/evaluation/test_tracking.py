@@ -14,8 +14,11 @@ from small_models import seeing
 
 from qsam2.data.video import Video
 from qsam2.errors import UserError
-from qsam2.evaluation.tracking import first_masks, track, true_masks
+from qsam2.evaluation.mask_files import score_folders, write_masks
+from qsam2.evaluation.metrics.scores import Protocol
+from qsam2.evaluation.tracking import first_masks, score_videos, track, true_masks
 from qsam2.models import SAM2
+from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
 
 HEIGHT, WIDTH = 48, 80
 LENGTH = 6
@@ -57,15 +60,14 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Blobs:
 
 
 @pytest.mark.parametrize(
-    ("length", "later_objects", "expected"),
+    ("length", "expected"),
     [
-        (LENGTH, False, {1: {1: blob(9)}}),
-        (LENGTH, True, {1: {1: blob(9)}, 3: {3: blob(37)}}),
-        (3, True, {1: {1: blob(9)}}),  # looks no further than it is told
+        (LENGTH, {1: {1: blob(9)}, 3: {3: blob(37)}}),
+        (3, {1: {1: blob(9)}}),  # looks no further than it is told
     ],
 )
-def test_prompts_are_first_masks(video: Blobs, length: int, later_objects: bool, expected: dict) -> None:
-    prompts = first_masks(video, length, later_objects=later_objects)
+def test_prompts_are_first_masks(video: Blobs, length: int, expected: dict) -> None:
+    prompts = first_masks(video, length)
     assert {frame: masks.keys() for frame, masks in prompts.items()} == {f: m.keys() for f, m in expected.items()}
     for frame, masks in expected.items():
         assert all(np.array_equal(prompts[frame][item], mask) for item, mask in masks.items())
@@ -73,7 +75,7 @@ def test_prompts_are_first_masks(video: Blobs, length: int, later_objects: bool,
 
 def test_a_video_without_masks_is_an_error(video: Blobs) -> None:
     with pytest.raises(UserError, match=r"^video blobs: no mask to start from in its first 1 frames$"):
-        first_masks(video, 1, later_objects=True)
+        first_masks(video, 1)
 
 
 def test_true_masks_are_those_of_annotated_frames(video: Blobs) -> None:
@@ -117,6 +119,51 @@ def test_nothing_before_the_prompt(model: SAM2, video: Blobs) -> None:
     alone = track(model, video, {0: {1: blob(8)}}, length=LENGTH, non_overlapping=True)
     assert np.array_equal(tracked[1], alone[1])  # objects do not see one another
     assert {name: getattr(model, name) for name in before} == before  # the model is left as it was
+
+
+def test_objects_of_two_passes_do_not_overlap(model: SAM2, video: Blobs) -> None:
+    """Where they would, the lowest id wins, as in the masks that are written."""
+    prompts = {0: {3: blob(8)}, 1: {1: blob(20)}}
+    free = track(model, video, prompts, length=LENGTH, non_overlapping=False)
+    assert (free[1] & free[3]).any()
+    tracked = track(model, video, prompts, length=LENGTH, non_overlapping=True)
+    assert np.array_equal(tracked[1], free[1])
+    assert np.array_equal(tracked[3], free[3] & ~free[1])
+
+
+@pytest.mark.parametrize("protocol", ["davis", "sav"])
+def test_a_late_object_has_one_score_on_both_paths(
+    model: SAM2, video: Blobs, tmp_path: Path, protocol: Protocol, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Object 3 is prompted on frame 3; object 7 comes too late. Masks on disk score as the model that wrote them."""
+    shown = copy.copy(video)
+    late = {LENGTH - 1: {7: blob(0)}}
+    shown.masks = lambda index: (masks := video.masks(index)) and masks | late.get(index, {})  # type: ignore[method-assign]
+    evaluation = EvaluateRecipe(protocol=protocol)
+    block, masks = score_videos(model, [shown], evaluation, TrainerRecipe(accelerator="cpu", devices=1), silent=True)
+    assert list(block["per_object"]["blobs"]) == ["1", "3"]
+    assert (
+        block["scored"] == {"videos": 1, "frames": 2 if protocol == "davis" else 3, "objects": 2} or protocol == "sav"
+    )
+    assert list(block["left_out"]) == ["blobs"] and "object 7 " in str(block["left_out"]["blobs"])
+    assert "not scored: blobs: object 7 " in caplog.text
+    write_masks(tmp_path / "pred", [shown], masks, evaluation)
+    truth = {
+        ("blobs", item): np.packbits([shown_at(shown, index, item) for index in range(LENGTH)]) for item in (1, 3, 7)
+    }
+    write_masks(tmp_path / "gt", [shown], truth, evaluation)
+    for index in (0, 2):  # not annotated
+        for file in (tmp_path / "gt").rglob(f"{shown.frame_names[index]}.png"):
+            file.unlink()
+    found = score_folders(tmp_path / "pred", tmp_path / "gt", protocol)
+    assert {key: found[key] for key in ("J&F", "J", "F", "scored")} == {
+        key: block[key] for key in ("J&F", "J", "F", "scored")
+    }
+    assert list(found["per_object"]["blobs"].values()) == list(block["per_object"]["blobs"].values())
+
+
+def shown_at(video: Video, index: int, item: int) -> np.ndarray:
+    return (video.masks(index) or {}).get(item, np.zeros(video.size, bool))
 
 
 def test_length_cuts_the_video(model: SAM2, video: Blobs) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qsam2.data.video import Video
-from qsam2.evaluation.metrics.bootstrap import paired_bootstrap
+from qsam2.evaluation.metrics.interval import paired_difference
 from qsam2.recipe import build_recipe, save_recipe
 from qsam2.report.overlays import save_clips
 from qsam2.report.read import CLIPS, FOLDER, LAYERS, MEMORY, SavedRun, read_run
@@ -63,7 +63,7 @@ def metrics_of(**scores: float) -> dict[str, Any]:
         found[model] = block(score, shift=0.5 * index)
         if model != "float":
             found[model]["fidelity"] = 88.84
-            found[model]["versus_float"] = paired_bootstrap(found[model]["per_object"], found["float"]["per_object"])
+            found[model]["versus_float"] = paired_difference(found[model]["per_object"], found["float"]["per_object"])
     found["bytes"] = {"float32": 16_000_000, "bfloat16": 8_000_000, "packed": 2_500_000}
     return found
 

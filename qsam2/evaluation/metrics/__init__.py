@@ -1,1 +1,1 @@
-"""J&F, fidelity, and bootstrap intervals of differences."""
+"""J&F, fidelity, and intervals of differences."""
