@@ -182,7 +182,7 @@ def _decide(paths: Sequence[Path]) -> tuple[Greys, str]:
             "the masks of a video or folder are of one kind"
         )
     greys = [file for file in counted if len(file.greys(white))]
-    if ids or (greys and not soft and not whites):
+    if ids or (greys and not soft and not any(file in whites for file in greys)):
         lossy = [file.path for file in greys if file.path.suffix.lower() in (".jpg", ".jpeg")]
         if lossy:
             raise UserError(f"{lossy[0]}: holds object ids, which JPEG changes; write them as PNG")
@@ -237,6 +237,6 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         return (values, None) if mode == "L" else (values.astype(np.uint16), None)
     deep = "16-bit " if deep_colour else ""
     raise UserError(
-        f"{path}: a mask picture holds one object id a pixel (palette or grey, 8 or 16 bits), "
-        f"this one is {deep}{mode}; write it so"
+        f"{path}: a mask picture holds one object id a pixel, as palette or grey of 8 or 16 bits; "
+        f"this one is {deep}{mode}"
     )
