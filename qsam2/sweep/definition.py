@@ -22,7 +22,7 @@ from typing_extensions import Self
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, load_recipe
 from qsam2.recipe.load import parse_overrides, read_yaml
-from qsam2.recipe.section import Section, describe, did_you_mean
+from qsam2.recipe.section import Name, Section, describe, did_you_mean
 
 Values = dict[str, Any]
 """Values of dotted recipe keys."""
@@ -185,7 +185,7 @@ class Hyperband(Section):
 class SweepDefinition(Section):
     """The file's keys, as W&B documents them."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None = None
+    name: Name | None = None
     """Default: the file's name."""
     description: str = ""
     """May say `N s per run` (or `N s a run`), which estimates start from."""

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import find, override, read_recipe
-from qsam2.recipe.section import Section, did_you_mean
+from qsam2.recipe.section import Name, Section, did_you_mean
 from qsam2.sweep.definition import Values, as_text, read_definition
 
 FLOAT = "float"
@@ -59,7 +59,7 @@ class Cross(Section):
 class TableDefinition(Section):
     """Content of a table's file. Values replace those of the keys above them."""
 
-    name: Annotated[str, Field(pattern=r"^[\w\-]+$")]
+    name: Name
     title: str
     recipe: Path
     """Base recipe of all runs; path relative to the table's file."""
