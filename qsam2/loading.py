@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from qsam2.data.transforms import FrameSequence
 from qsam2.data.video import open_video
-from qsam2.errors import UserError
+from qsam2.errors import UserError, shown
 from qsam2.fast.model import FAST_MEMORY, make_fast
 from qsam2.formats import packed
 from qsam2.layers.audit import AuditError, audit
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, SIZES, load_sam2
-from qsam2.models.checkpoints import guess_size, read_state_dict
+from qsam2.models.checkpoints import ANCHOR, guess_size, is_safetensors, read_state_dict
 from qsam2.models.nano.scratch import initialise
+from qsam2.output import listed
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import merge
 
@@ -42,7 +44,7 @@ def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2,
         path = path / "model.safetensors"
         if not path.is_file():
             raise UserError(f"{target} holds no model.safetensors: the run is not finished; run its recipe again")
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, of what no path can be
         if str(target) in SIZES:
             return _load_float({"model": {"size": str(target)}}, overrides)
         raise UserError(f"{target} is no run folder, no model file and no size ({', '.join(SIZES)})")
@@ -51,9 +53,14 @@ def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2,
         return _load_packed(path, overrides)
     values = _float_recipe(path, metadata)
     if not values:
-        guess = guess_size(read_state_dict(path))
+        state = read_state_dict(path)
+        guess = guess_size(state)
         if guess is None:
-            raise UserError(f"{path} is no SAM2 checkpoint that qsam2 knows: its shapes are of no size of SAM 2 or 2.1")
+            what = "its shapes are of no size of SAM 2 or 2.1"
+            if ANCHOR not in state:
+                what = f"it lacks {ANCHOR}, as Meta names it, and holds {listed([shown(name) for name in state])}"
+            raise UserError(f"{path} is no SAM2 checkpoint that qsam2 knows: {what}")
+        del state
         values = {"model": {"size": guess[0], "version": guess[1]}}
     return _load_float(merge(values, {"model": {"checkpoint": str(path)}}), overrides)
 
@@ -91,7 +98,7 @@ def _float_recipe(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         return {}
     try:
         with safe_open(path, framework="pt") as file:
