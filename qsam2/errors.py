@@ -10,6 +10,9 @@ SHOWN = 200
 LONGEST = 2000
 """Characters of a whole message."""
 
+NOT_THIS_JSON = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""Errors of reading JSON that is damaged or of another shape."""
+
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 4, 20, 20, 20
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = SHOWN

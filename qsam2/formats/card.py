@@ -11,7 +11,8 @@ from qsam2.data.unlabelled import OWN_MASKS, is_unlabelled
 from qsam2.formats.packed import model_bytes, save_packed, save_weights
 from qsam2.models.checkpoints import find_checkpoint
 from qsam2.output import version, write_text
-from qsam2.recipe import Recipe
+from qsam2.recipe import Recipe, build_recipe
+from qsam2.recipe.portable import portable
 from qsam2.recipe.quantize import ConvertedLayer
 from qsam2.run import Run
 
@@ -27,7 +28,7 @@ def export_model(run: Run) -> None:
     folder.record("bytes", model_bytes(run.model))
     if run.silent:
         return
-    values = recipe.model_dump(mode="json")
+    values = portable(recipe.model_dump(mode="json"))
     if recipe.quantize is None:
         save_weights(folder.model, run.model, values)
         return
@@ -39,7 +40,7 @@ def export_model(run: Run) -> None:
 
 def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLayer]) -> dict[str, Any]:
     """The card as plain values, the content of `card.json`."""
-    calibrate = recipe.calibrate
+    calibrate, values = recipe.calibrate, portable(recipe.model_dump(mode="json"))
     protocol = metrics.get("quantized", {}).get("protocol", recipe.evaluate.protocol)
     models = [name for name in ("float", "ptq", "quantized") if name in metrics]
     scores = {name: {key: metrics[name][key] for key in HEADLINE if key in metrics[name]} for name in models}
@@ -52,7 +53,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         "method": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
         "training_steps": recipe.trainer.max_steps if recipe.train else 0,
         "calibration": {
-            "sources": list(recipe.data.train),
+            "sources": values["data"]["train"],
             "stills": calibrate.stills,
             "clips": calibrate.clips,
             "frames_a_clip": calibrate.num_frames,
@@ -65,7 +66,11 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
                 *([f"rounding and activation steps ({recipe.reconstruct.method})"] if recipe.reconstruct else []),
             ],
         },
-        "evaluation": {"data": recipe.data.scored, "protocol": protocol, "evaluator": f"qsam2 {version()}"},
+        "evaluation": {
+            "data": build_recipe(values).data.scored,
+            "protocol": protocol,
+            "evaluator": f"qsam2 {version()}",
+        },
         **({"prompts": OWN_MASKS} if without_masks else {}),
         "scores": scores,
         "bytes": metrics.get("bytes"),
@@ -73,7 +78,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         "float_layers": {
             row.name: row.reason for row in layers if row.weight_bits is None and "Attention" not in row.kind
         },
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": values,
     }
 
 

@@ -274,7 +274,7 @@ class Recipe(Section):
     name: Name = "run"
     """Name of the run."""
     output: Path | None = None
-    """Run folder. null: runs/NAME."""
+    """Run folder. null: runs/NAME, of sizes other than nano runs/NAME-SIZE."""
     seed: NonNegativeInt = 0
     """Seed of all random draws."""
     debug: Literal["fast", "overfit", "profile"] | None = None
@@ -336,5 +336,6 @@ class Recipe(Section):
 
     @property
     def run_folder(self) -> Path:
-        """Folder of the run's files."""
-        return self.output or Path("runs") / self.name
+        """Folder of the run's files; runs of one recipe at several sizes have one each."""
+        size = "" if self.model.size == "nano" or self.model.size in self.name else f"-{self.model.size}"
+        return self.output or Path("runs") / f"{self.name}{size}"

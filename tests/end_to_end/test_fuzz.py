@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -34,6 +35,8 @@ from qsam2.sweep.definition import load_sweep
 
 pytestmark = pytest.mark.prove
 SIZE = (24, 32)
+PASSWD = base64.b64encode(b"root:x:0:").decode()
+"""How /etc/passwd begins if it is taken into a page."""
 RECIPE = {
     "name": "fuzz",
     "model": {"size": "nano", "image_size": 64},
@@ -228,7 +231,8 @@ def run_folder(rng: random.Random, folder: Path) -> None:
         file.write_bytes(encode_json(rng, mutate(rng, json.loads(data))))
     else:
         file.write_bytes(damage(rng, data))
-    assert "root:" not in render(read_run(run))
+    page = render(read_run(run))
+    assert "root:x:" not in page and PASSWD not in page and str(folder) not in page
 
 
 def changed_tensor(rng: random.Random, tensor: torch.Tensor) -> Any:
