@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +15,18 @@ from torch import Tensor
 
 from qsam2.data.transforms import FrameSequence
 from qsam2.data.video import open_video
-from qsam2.errors import UserError
+from qsam2.errors import UserError, shown
 from qsam2.fast.model import FAST_MEMORY, make_fast
 from qsam2.formats import packed
 from qsam2.layers.audit import AuditError, audit
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2, SIZES, load_sam2
-from qsam2.models.checkpoints import guess_size, read_state_dict
+from qsam2.models.checkpoints import ANCHOR, check_amount, guess_size, is_safetensors, read_state_dict
 from qsam2.models.nano.scratch import initialise
-from qsam2.recipe import Recipe, build_recipe
+from qsam2.output import listed
+from qsam2.recipe import Recipe, build_recipe, load_recipe
 from qsam2.recipe.load import merge
+from qsam2.recipe.portable import without_places
 
 if TYPE_CHECKING:
     from sam2.sam2_image_predictor import SAM2ImagePredictor
@@ -37,23 +40,29 @@ def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2,
     Raises:
         UserError: there is no such model, it cannot be read, or an override is wrong.
     """
-    path = Path(target)
+    path, places = Path(target), {}
     if path.is_dir():
+        places = _places_of(path)
         path = path / "model.safetensors"
         if not path.is_file():
             raise UserError(f"{target} holds no model.safetensors: the run is not finished; run its recipe again")
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, of what no path can be
         if str(target) in SIZES:
             return _load_float({"model": {"size": str(target)}}, overrides)
         raise UserError(f"{target} is no run folder, no model file and no size ({', '.join(SIZES)})")
     metadata = _metadata(path)
     if metadata.get("format") == packed.FORMAT:
-        return _load_packed(path, overrides)
-    values = _float_recipe(path, metadata)
+        return _load_packed(path, places, overrides)
+    values = merge(_float_recipe(path, metadata), places)
     if not values:
-        guess = guess_size(read_state_dict(path))
+        state = read_state_dict(path)
+        guess = guess_size(state)
         if guess is None:
-            raise UserError(f"{path} is no SAM2 checkpoint that qsam2 knows: its shapes are of no size of SAM 2 or 2.1")
+            what = "its shapes are of no size of SAM 2 or 2.1"
+            if ANCHOR not in state:
+                what = f"it lacks {ANCHOR}, as Meta names it, and holds {listed([shown(name) for name in state])}"
+            raise UserError(f"{path} is no SAM2 checkpoint that qsam2 knows: {what}")
+        del state
         values = {"model": {"size": guess[0], "version": guess[1]}}
     return _load_float(merge(values, {"model": {"checkpoint": str(path)}}), overrides)
 
@@ -65,11 +74,22 @@ def _load_float(values: dict[str, Any], overrides: Sequence[str]) -> tuple[SAM2,
     return load_sam2(**recipe.model.model_dump()), recipe
 
 
-def _load_packed(path: Path, overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
-    values = packed.read_header(path)["recipe"]
+def _places_of(folder: Path) -> dict[str, Any]:
+    """Data and checkpoint of a run folder's recipe, for a run of this machine; nowhere to write is taken from it."""
+    try:
+        recipe = load_recipe(folder / "recipe.yaml")
+    except UserError:  # none, or of another version: the model's own recipe says all but these places
+        return {}
+    return recipe.model_dump(mode="json", include={"data": True, "model": {"checkpoint"}, "evaluate": {"stills"}})
+
+
+def _load_packed(path: Path, places: dict[str, Any], overrides: Sequence[str]) -> tuple[SAM2, Recipe]:
+    values = merge(without_places(packed.read_header(path)["recipe"]), places)
     recipe, own = build_recipe(values, overrides), build_recipe(values)
     if fixed := [key for key in ("model", "quantize") if getattr(recipe, key) != getattr(own, key)]:
         raise UserError(f"{path} is a quantized model: {', '.join(fixed)} cannot be changed by an override")
+    most = path.stat().st_size * 8 // 2  # at two bits each
+    check_amount(most, recipe.model.size, f"packed model {path}")
     model = load_sam2(**{**recipe.model.model_dump(), "checkpoint": None})
     rows = packed.load_packed(path, model)
     try:
@@ -86,12 +106,12 @@ def _float_recipe(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         return {}
     with contextlib.suppress(KeyError, ValueError, RecursionError):
         if isinstance(values := json.loads(metadata["recipe"]), dict):
-            return values
+            return without_places(values)
     raise UserError(f"{path} is damaged: its header holds no recipe; copy or export it again")
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         return {}
     try:
         with safe_open(path, framework="pt") as file:

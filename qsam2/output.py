@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsam2.errors import UserError
+from qsam2.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,9 +127,13 @@ def read_json(file: Path) -> Any:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}): copy it again, or carry out the run anew") from error
+        values = json.loads(file.read_bytes())
+        json.dumps(values, ensure_ascii=False).encode()  # halves of surrogate pairs cannot be written into a page
+        return values
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is damaged ({shortened(str(error))}): copy it again, or carry out the run anew"
+        ) from error
 
 
 def listed(names: Sequence[str]) -> str:

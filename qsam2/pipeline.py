@@ -23,6 +23,7 @@ from qsam2.layers.convert import convert_layers
 from qsam2.loading import load_float
 from qsam2.memory.reader import use_memory
 from qsam2.recipe import Recipe
+from qsam2.recipe.portable import portable
 from qsam2.reconstruction.block_by_block import reconstruct_blocks
 from qsam2.report.stage import report
 from qsam2.run import Run, RunFolder, is_first_rank
@@ -78,7 +79,9 @@ def begin(recipe: Recipe, folder: RunFolder) -> Run:
         recipe=recipe,
         folder=folder,
         device=device_of(recipe.trainer),
-        loggers=build_loggers(recipe.log, folder=folder.path, name=recipe.name, config=recipe.model_dump(mode="json")),
+        loggers=build_loggers(
+            recipe.log, folder=folder.path, name=recipe.name, config=portable(recipe.model_dump(mode="json"))
+        ),
         videos=videos,
         stills=open_stills(recipe),
         sources=sources,

@@ -19,7 +19,7 @@ from torch import Tensor
 from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
 from qsam2.models import SAM2
-from qsam2.output import write_text
+from qsam2.output import read_json, write_text
 from qsam2.recipe import Recipe, load_recipe, save_recipe
 from qsam2.recipe.quantize import ConvertedLayer
 
@@ -48,11 +48,10 @@ class RunFolder:
         self._metrics_file = self.path / "metrics.json"
         self._begin(recipe)
         self.metrics: dict[str, Any] = {"seconds": {}}
-        if self._metrics_file.is_file():
-            try:
-                self.metrics = json.loads(self._metrics_file.read_text())
-            except ValueError as error:
-                raise UserError(f"{self._metrics_file} is damaged ({error}): remove it to run anew") from error
+        if (metrics := read_json(self._metrics_file)) is not None:
+            if not isinstance(metrics, dict) or not isinstance(metrics.get("seconds"), dict):
+                raise UserError(f"{self._metrics_file} holds no metrics of a run: remove it to run anew")
+            self.metrics = metrics
 
     @property
     def finished(self) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qsam2.calibration.forward import run_sample
-from qsam2.errors import UserError
+from qsam2.errors import NOT_THIS_JSON, UserError
 from qsam2.layers.convert import QUANT_LAYERS
 from qsam2.layers.hooks import watch_inputs
 from qsam2.recipe.quantize import QuantizeRecipe, Rule
@@ -155,14 +155,17 @@ def measured_costs(file: Path, layers: Iterable[str], choices: Sequence[int]) ->
         UserError: the file is missing or not a sensitivity measurement, or a group was not measured.
     """
     try:
-        rows = json.loads(file.read_text())["groups"]
+        rows = json.loads(file.read_bytes())["groups"]
         measured: Costs = {}
         for row in rows:
             if row["part"] == "weights":
-                measured.setdefault(row["group"], {})[int(row["bits"])] = max(float(row["loss"]), 0.0)
+                bits, loss = row["bits"], float(row["loss"])
+                if bits not in range(1, 17) or not math.isfinite(loss):
+                    raise ValueError(f"a loss of {loss} at {bits} bits")
+                measured.setdefault(row["group"], {})[int(bits)] = max(loss, 0.0)
     except OSError as error:
         raise UserError(UNMEASURED.format(file=file, problem=f"cannot be read ({error.strerror})")) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except NOT_THIS_JSON as error:
         raise UserError(UNMEASURED.format(file=file, problem="is no result of a sensitivity measurement")) from error
     groups = dict.fromkeys(group_of(name) for name in layers)
     if lacking := [group for group in groups if group not in measured]:

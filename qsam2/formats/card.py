@@ -13,7 +13,8 @@ from qsam2.evaluation.metrics.scores import amount_text, remarks
 from qsam2.formats.packed import model_bytes, save_packed, save_weights
 from qsam2.models.checkpoints import find_checkpoint
 from qsam2.output import version, write_text
-from qsam2.recipe import Recipe
+from qsam2.recipe import Recipe, build_recipe
+from qsam2.recipe.portable import portable
 from qsam2.recipe.quantize import ConvertedLayer
 from qsam2.run import Run
 
@@ -29,7 +30,7 @@ def export_model(run: Run) -> None:
     folder.record("bytes", model_bytes(run.model))
     if run.silent:
         return
-    values = recipe.model_dump(mode="json")
+    values = portable(recipe.model_dump(mode="json"))
     if recipe.quantize is None:
         save_weights(folder.model, run.model, values)
         return
@@ -41,7 +42,7 @@ def export_model(run: Run) -> None:
 
 def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLayer]) -> dict[str, Any]:
     """The card as plain values, the content of `card.json`."""
-    calibrate = recipe.calibrate
+    calibrate, values = recipe.calibrate, portable(recipe.model_dump(mode="json"))
     protocol = metrics.get("quantized", {}).get("protocol", recipe.evaluate.protocol)
     models = [name for name in ("float", "ptq", "quantized") if name in metrics]
     scored = metrics[models[-1]] if models else {}
@@ -55,7 +56,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         "method": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
         "training_steps": recipe.trainer.max_steps if recipe.train else 0,
         "calibration": {
-            "sources": list(recipe.data.train),
+            "sources": values["data"]["train"],
             "stills": calibrate.stills,
             "clips": calibrate.clips,
             "frames_a_clip": calibrate.num_frames,
@@ -69,7 +70,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
             ],
         },
         "evaluation": {
-            "data": recipe.data.scored,
+            "data": build_recipe(values).data.scored,
             "protocol": protocol,
             "evaluator": f"qsam2 {version()}",
             "scored": amount_text(scored),
@@ -83,7 +84,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         "float_layers": {
             row.name: row.reason for row in layers if row.weight_bits is None and "Attention" not in row.kind
         },
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": values,
     }
 
 

@@ -47,19 +47,20 @@ MAX_SIZE_PX = 4096
 
 @dataclass(frozen=True)
 class Size:
-    """One size of SAM 2: configuration in the `sam2` package, native resolution in pixels."""
+    """One size of SAM 2: configuration in the `sam2` package, number of weights, native resolution in pixels."""
 
     config: str
+    parameters: int
     image_size: int = 1024
 
 
 SIZES = {
-    "nano": Size("t", image_size=320),
-    "nano_heavy": Size("t", image_size=320),
-    "tiny": Size("t"),
-    "small": Size("s"),
-    "base_plus": Size("b+"),
-    "large": Size("l"),
+    "nano": Size("t", 4_252_290, image_size=320),
+    "nano_heavy": Size("t", 4_252_290, image_size=320),
+    "tiny": Size("t", 38_962_754),
+    "small": Size("s", 46_060_610),
+    "base_plus": Size("b+", 80_850_434),
+    "large": Size("l", 224_446_898),
 }
 VERSIONS = ("2", "2.1")
 EMBEDDED = ("nano", "nano_heavy")

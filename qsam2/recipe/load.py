@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import ValidationError
 
-from qsam2.errors import UserError
+from qsam2.errors import UserError, shortened, shown
 from qsam2.recipe.recipe import ModelRecipe, Recipe, Size
 from qsam2.recipe.section import describe, did_you_mean
 
@@ -56,8 +57,75 @@ _SCALARS = {
 }
 
 
+MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 2**19, 50_000, 40, 400
+"""Bounds of a YAML file: its size, its values with each alias written out, their nesting, letters of a number."""
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[Any]] = {}
+    nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise ValueError(f"it has more than {MAX_NODES} values")
+        return super().compose_node(parent, index)
+
+    def get_single_data(self) -> Any:
+        """The document as plain values, after it was checked: see `parse_yaml`."""
+        document = self.get_single_node()
+        if document is None:
+            return None
+        _check_nodes(document)
+        return self.construct_document(document)
+
+
+def _check_nodes(document: yaml.Node) -> None:
+    """Raise ValueError where a document repeats a key, or would become more than a file of this size holds."""
+    nodes, count = [(document, 0)], 0
+    while nodes:
+        node, depth = nodes.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_NODES:
+            raise ValueError("it is nested too deeply, or its aliases make too much of it")
+        if isinstance(node, yaml.ScalarNode):
+            _check_text(node)
+            if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+                raise ValueError(f"line {node.start_mark.line + 1} has a number of {len(node.value)} digits")
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += [(child, depth + 1) for child in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, child in node.value:
+                line = f"line {key.start_mark.line + 1}"
+                if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
+                    raise ValueError(f"{line} has a key that is no text")
+                _check_text(key)
+                if key.value in keys:
+                    raise ValueError(f"{line} gives {shown(key.value)} a second time: remove one")
+                keys.add(key.value)
+                nodes.append((child, depth + 1))
+
+
+def _check_text(node: yaml.ScalarNode) -> None:
+    if re.search("[\0\ud800-\udfff]", node.value):
+        raise ValueError(f"line {node.start_mark.line + 1} has a null character or half of a surrogate pair")
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Plain values of YAML 1.2 text: mappings, lists, texts, numbers, true, false, null.
+
+    Raises:
+        ValueError: it cannot be read, repeats a key, or is far larger than it looks; one line says which.
+    """
+    try:
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"it has {len(text)} bytes or more, at most {MAX_BYTES} are read")
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from error  # PyYAML's constructors raise more than its own
 
 
 class _Dumper(yaml.SafeDumper):
@@ -83,7 +151,7 @@ def find(file: str | Path, kind: Kind) -> Path:
         UserError: there is neither; the message names the nearest.
     """
     path = Path(file)
-    if path.is_file():
+    if os.path.isfile(path):  # False, too, of what no path can be
         return path
     kinds: tuple[Kind, ...] = ("recipe",) if kind == "recipe" else ("sweep", "table")  # one command takes both
     names = {name: file for kind in kinds for name, file in shipped(kind).items()}
@@ -135,7 +203,7 @@ def read_recipe(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
             return _resolve(layers, overrides, f"recipe {file}")
         beside, chain = path.parent / str(base), [*chain, str(base)]
         try:
-            path = beside if beside.is_file() else find(str(base), "recipe")
+            path = beside if os.path.isfile(beside) else find(str(base), "recipe")
         except UserError as error:
             raise UserError(f"recipe {path}: base: {error}") from error
         if path.resolve() in seen:
@@ -151,9 +219,12 @@ def read_yaml(file: str | Path, kind: Kind) -> dict[str, Any]:
     """
     path = find(file, kind)
     try:
-        values = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{kind} {file} is not valid YAML: {' '.join(str(error).split())}") from error
+        with path.open("rb") as opened:
+            values = parse_yaml(opened.read(MAX_BYTES + 1))
+    except OSError as error:
+        raise UserError(f"{kind} {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{kind} {file} is not valid YAML: {shortened(str(error))}") from error
     if not isinstance(values, dict):
         raise UserError(f"{kind} {file} holds no `key: value` pairs")
     return values
@@ -161,15 +232,17 @@ def read_yaml(file: str | Path, kind: Kind) -> dict[str, Any]:
 
 def _resolve(layers: Sequence[Mapping[str, Any]], overrides: Iterable[str], what: str) -> dict[str, Any]:
     """Layers of values, the lowest first, as one; each layer's `sizes` lie directly over it."""
-    sources = (override({}, overrides), *reversed(layers))
-    size = next((size for source in sources if (size := _size(source)) is not None), ModelRecipe().size)
     values: dict[str, Any] = {}
+    for layer in layers:
+        values = merge(values, layer)
+    size = _size(override(values, overrides)) or ModelRecipe().size  # `model={}` resets it
+    values = {}
     for layer in layers:
         values = merge(values, {key: value for key, value in layer.items() if key != "sizes"})
         sizes = layer.get("sizes") or {}
         if not isinstance(sizes, Mapping):
             raise UserError(
-                f"{what}: sizes={sizes!r}: give a mapping from sizes to values, as sizes: {{nano*: {{...}}}}"
+                f"{what}: sizes={shown(sizes)}: give a mapping from sizes to values, as sizes: {{nano*: {{...}}}}"
             )
         for pattern, part in sizes.items():
             key = f"{what}: sizes.{pattern}"
@@ -177,7 +250,7 @@ def _resolve(layers: Sequence[Mapping[str, Any]], overrides: Iterable[str], what
                 hint = did_you_mean(str(pattern), SIZES)
                 raise UserError(f"{key} matches no size: there are {', '.join(SIZES)}{hint}")
             if not isinstance(part, Mapping) or _size(part) is not None:
-                raise UserError(f"{key}={part!r}: give a mapping of recipe keys other than model.size")
+                raise UserError(f"{key}={shown(part)}: give a mapping of recipe keys other than model.size")
             if fnmatch.fnmatchcase(str(size), str(pattern)):
                 values = merge(values, part)
     return values
@@ -198,11 +271,14 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
     for text in overrides:
         key, equals, written = text.partition("=")
         if not equals or not all(key.split(".")):
-            raise UserError(f"{text!r} is no override; write key=value with a dotted key, as trainer.max_steps=100")
+            raise UserError(
+                f"{shown(text)} is no override; write key=value with a dotted key, as trainer.max_steps=100"
+            )
         try:
-            value = yaml.load(written, _Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{text!r}: {written!r} is not a valid YAML value") from error
+            value = parse_yaml(written)
+        except ValueError as error:
+            reason = f"{shortened(repr(written), 60)} is not a valid YAML value ({shortened(str(error))})"
+            raise UserError(f"{shown(text)}: {reason}") from error
         for part in reversed(key.split(".")):
             value = {part: value}
         changed = merge(changed, value)

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 
 from qsam2.recipe.calibrate import CalibrateRecipe, ReconstructRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.section import Names, Section
+from qsam2.recipe.section import LearningRate, Name, Names, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -141,11 +141,11 @@ class TrainRecipe(Section):
     Defaults: Meta's fine-tuning (sam2.1_hiera_b+_MOSE_finetune.yaml) without dropout; for quantizers our own.
     """
 
-    lr: PositiveFloat = 5e-6
+    lr: Annotated[LearningRate, Field(gt=0)] = 5e-6
     """Initial learning rate outside the image encoder."""
-    image_encoder_lr: NonNegative = 3e-6
+    image_encoder_lr: LearningRate = 3e-6
     """Initial learning rate of the image encoder. 0: it and its quantizers stay as they are, without gradients."""
-    quantizer_lr: PositiveFloat = 1e-3
+    quantizer_lr: Annotated[LearningRate, Field(gt=0)] = 1e-3
     """Initial learning rate of learned steps and clips, which are stored as logarithms."""
     lr_end: Share = 0.1
     """Final learning rates, as a share of the initial ones."""
@@ -271,10 +271,10 @@ class LogRecipe(Section):
 class Recipe(Section):
     """One run, from checkpoint to report. Sections that are null by default are stages that a run can leave out."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] = "run"
+    name: Name = "run"
     """Name of the run."""
     output: Path | None = None
-    """Run folder. null: runs/NAME."""
+    """Run folder. null: runs/NAME, of sizes other than nano runs/NAME-SIZE."""
     seed: NonNegativeInt = 0
     """Seed of all random draws."""
     debug: Literal["fast", "overfit", "profile"] | None = None
@@ -336,5 +336,6 @@ class Recipe(Section):
 
     @property
     def run_folder(self) -> Path:
-        """Folder of the run's files."""
-        return self.output or Path("runs") / self.name
+        """Folder of the run's files; runs of one recipe at several sizes have one each."""
+        size = "" if self.model.size == "nano" or self.model.size in self.name else f"-{self.model.size}"
+        return self.output or Path("runs") / f"{self.name}{size}"

@@ -161,10 +161,10 @@ def save_clips(
             shown.append(_keep_clip(folder, f"clip{len(shown)}", clip))
     worst = worst_frames(scored)
     by_name = {video.name: video for video in videos}
-    for row in worst:
+    for place, row in enumerate(worst):
         clip = TrackedVideo.of(by_name[row["video"]], tracked, frames)
         assert clip is not None
-        row["picture"] = f"worst_{row['video']}_{row['frame']}.jpg"
+        row["picture"] = f"worst{place}.jpg"  # a video's name may be no file's
         write_bytes(folder / row["picture"], _jpeg(panels(clip, row["frame"])))
     return {"models": list(tracked), "clips": shown, "worst": worst}
 

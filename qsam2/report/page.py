@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
+from qsam2.errors import UserError, shortened
 from qsam2.evaluation.metrics.interval import interval_text, paired_difference
 from qsam2.evaluation.metrics.scores import amount_text, remarks
 from qsam2.output import read_json, version
@@ -27,7 +28,29 @@ REPORT = "report.html"
 
 
 def render(run: SavedRun) -> str:
-    """The page as HTML. An unfinished run shows what there is and which stages are to come."""
+    """The page as HTML. An unfinished run shows what there is and which stages are to come.
+
+    Raises UserError where the folder holds figures of another shape than runs write, as one from elsewhere may.
+    """
+    try:
+        return _page(run)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        TemplateError,
+    ) as error:
+        reason = f"{type(error).__name__}: {shortened(str(error))}"
+        raise UserError(
+            f"{run.path}: its figures are not as a run writes them ({reason}): copy the folder again, or carry out the "
+            "run anew"
+        ) from error
+
+
+def _page(run: SavedRun) -> str:
     scored = run.metrics.get("float") or {}
     layers, memory = run.saved(LAYERS) or {}, run.saved(MEMORY)
     rows = layers.get("layers", [])

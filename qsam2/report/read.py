@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import base64
 import csv
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qsam2.errors import UserError
+from qsam2.errors import UserError, shortened
 from qsam2.output import read_json
-from qsam2.recipe import Recipe, load_recipe
+from qsam2.recipe import Recipe, build_recipe, load_recipe
+from qsam2.recipe.portable import portable
 from qsam2.report.draw import Curve
 from qsam2.train.trainer import CURVES
 
 FOLDER = "report"
 LAYERS, CLIPS, MEMORY = "layers.json", "clips.json", "memory.json"
+KINDS = {".mp4": "video/mp4", ".jpg": "image/jpeg"}
+MAX_MEDIA_BYTES = 2**26
+"""Size of a film or picture that a page takes in; those of a run have some 100 kB."""
 MODELS = ("float", "ptq", "quantized")
 """Keys of `metrics.json` that hold score blocks, in the order in which they are computed."""
 
@@ -47,10 +52,14 @@ class SavedRun:
         return read_curves(self.path / CURVES)
 
     def media(self, name: str) -> str | None:
-        """A picture or film as a data URL; None if there is no such file."""
-        file = self.path / FOLDER / name
-        kind = "video/mp4" if name.endswith(".mp4") else "image/jpeg"
-        return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}" if file.is_file() else None
+        """A picture or film in `report/` as a data URL; None if there is no such file there, or one beyond all use."""
+        kind, folder = KINDS.get(Path(name).suffix), (self.path / FOLDER).resolve()
+        if kind is None or Path(name).name != name or not os.path.isfile(folder / name):
+            return None
+        file = (folder / name).resolve()  # a link may lead elsewhere
+        if file.parent != folder or file.stat().st_size > MAX_MEDIA_BYTES:
+            return None
+        return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
     @property
     def missing_stages(self) -> list[str]:
@@ -77,23 +86,27 @@ def read_run(path: Path) -> SavedRun:
     metrics = read_json(path / "metrics.json") or {}
     if not isinstance(metrics, dict) or not isinstance(metrics.get("seconds", {}), dict):
         raise UserError(f"{path / 'metrics.json'} holds no metrics of a run: copy it again, or carry out the run anew")
-    return SavedRun(path, recipe, metrics)
+    elsewhere = build_recipe(portable(recipe.model_dump(mode="json")))  # pages are sent to others
+    return SavedRun(path, elsewhere, metrics)
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
     """All logged figures; of steps that a resumed run repeated, the later values. UserError if a file is damaged."""
     values: dict[str, dict[int, float]] = {}
-    versions = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
-    for path in versions:
+    files = [path for path in folder.glob("version_*/metrics.csv") if path.parent.name[len("version_") :].isdecimal()]
+    for path in sorted(files, key=lambda path: int(path.parent.name[len("version_") :])):
         try:
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    step = int(row["step"])
+                    if not 0 <= (step := int(row["step"])) < 2**53:
+                        raise ValueError(f"step {step}")
                     for name, text in row.items():
                         if text and name != "step":
                             values.setdefault(name, {})[step] = float(text)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): remove it, the report does without") from error
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(
+                f"{path} is damaged ({shortened(str(error))}): remove it, the report does without"
+            ) from error
     return {name: sorted(by_step.items()) for name, by_step in values.items()}
 
 

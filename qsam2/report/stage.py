@@ -21,6 +21,7 @@ from qsam2.memory.reader import MemoryReader
 from qsam2.memory.sharing import KeySet
 from qsam2.models import SAM2
 from qsam2.output import read_json, write_text
+from qsam2.recipe import save_recipe
 from qsam2.report.layer_statistics import measure_layers
 from qsam2.report.overlays import contact_sheet, save_clips
 from qsam2.report.page import REPORT, render
@@ -35,8 +36,8 @@ COLUMNS = (
     *("scale", "weight_snr_db", "weight_clipped", "input_snr_db", "input_clipped"),
 )
 """Columns of the per-layer table: `scale` is a mean, signal to noise is in dB, clipped values are shares."""
-FILES = ("model.safetensors", "card.md", "card.json", "recipe.yaml")
-"""Files of the artifact: the packed model, its card and its recipe."""
+FILES = ("model.safetensors", "card.md", "card.json")
+"""Files of the artifact, beside the recipe: the packed model and its card."""
 
 
 def report(run: Run) -> None:
@@ -131,5 +132,7 @@ def log_results(loggers: Sequence[Logger], metrics: dict[str, Any], pictures: Se
         artifact = wandb.Artifact(f"model-{logger.experiment.id}", type="model")
         for name in FILES:
             artifact.add_file(str(folder / name), policy="immutable")  # no second copy on this disk
+        with artifact.new_file("recipe.yaml", mode="w") as file:
+            file.write(save_recipe(read_run(folder).recipe))
         logger.experiment.log_artifact(artifact)
     logger.experiment.finish()

@@ -22,7 +22,7 @@ from typing_extensions import Self
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, load_recipe
 from qsam2.recipe.load import parse_overrides, read_yaml
-from qsam2.recipe.section import Section, describe, did_you_mean
+from qsam2.recipe.section import Name, Section, describe, did_you_mean
 
 Values = dict[str, Any]
 """Values of dotted recipe keys."""
@@ -31,6 +31,9 @@ S = TypeVar("S", bound=Section)
 
 STUDY = "sweep.db"
 """SQLite file in a sweep's folder: the states of all runs."""
+
+MAX_RUNS = 10_000
+"""Most runs of a grid or table: each is checked before the first starts."""
 
 ARGUMENTS = "${args_no_hyphens}"
 SCORES = ("J&F", "J", "F", "fidelity", "seconds_per_frame")
@@ -135,6 +138,14 @@ class Parameter(Section):
         return self.values
 
     @property
+    def count(self) -> int:
+        """The number of choices; 0 for a continuous range."""
+        if self.kind == "int_uniform":
+            assert isinstance(self.min, int) and isinstance(self.max, int)
+            return self.max + 1 - self.min
+        return len(self.choices or ())
+
+    @property
     def ends(self) -> tuple[Any, ...]:
         """All choices, or both ends of a range; empty for distributions that only W&B draws."""
         if self.values is not None:
@@ -185,7 +196,7 @@ class Hyperband(Section):
 class SweepDefinition(Section):
     """The file's keys, as W&B documents them."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None = None
+    name: Name | None = None
     """Default: the file's name."""
     description: str = ""
     """May say `N s per run` (or `N s a run`), which estimates start from."""
@@ -269,9 +280,19 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
             raise UserError(f"{override}: {key} is a parameter of the sweep {path}; change it there")
     parse_overrides(overrides)
     sweep = Sweep(path, definition, recipe, (*fixed, *overrides))
+    if definition.method == "grid" and (count := grid_size(sweep)) > MAX_RUNS:
+        raise UserError(
+            f"sweep {path}: its grid has {count:,} runs, at most {MAX_RUNS:,} are carried out: give fewer values, or "
+            "method random or bayes with run_cap"
+        )
     for values in combinations(sweep) if definition.method == "grid" else edges(sweep):
         _check_metric(sweep, sweep.recipe_of(values))
     return sweep
+
+
+def grid_size(sweep: Sweep) -> int:
+    """The number of runs of a grid."""
+    return math.prod(parameter.count for parameter in sweep.drawn.values())
 
 
 def combinations(sweep: Sweep) -> Iterator[Values]:
@@ -293,7 +314,7 @@ def count_runs(sweep: Sweep, runs: int | None) -> int:
     """The number of runs in all, at most `runs`; raises UserError if nothing limits it."""
     limits = [limit for limit in (runs, sweep.definition.run_cap) if limit is not None]
     if sweep.definition.method == "grid":
-        limits.append(len(list(combinations(sweep))))
+        limits.append(grid_size(sweep))
     elif not limits:
         raise UserError(f"sweep {sweep.file}: method {sweep.definition.method} has no end: give --count N or run_cap")
     return min(limits)
@@ -324,7 +345,7 @@ def _check_method(path: Path, definition: SweepDefinition) -> None:
     if rule and rule.min_iter is None and (rule.max_iter is None or rule.s is None):
         raise UserError(f"sweep {path}: early_terminate lacks its first rung: give min_iter, or max_iter and s")
     for key, parameter in definition.parameters.items():
-        if definition.method == "grid" and parameter.choices is None:
+        if definition.method == "grid" and not parameter.count:
             raise UserError(
                 f"sweep {path}: parameters.{key} has the distribution {parameter.kind}, which a grid cannot walk "
                 "through: give values, or method random or bayes"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qsam2.errors import UserError
+from qsam2.errors import NOT_THIS_JSON, UserError
 from qsam2.evaluation.metrics.interval import paired_difference
 from qsam2.formats.card import checkpoint_source
 from qsam2.output import write_text
@@ -31,9 +31,9 @@ UNITS = {"davis": "J&F", "sav": "J&F by SA-V's protocol", "stills": "mask IoU fr
 def read_results(file: Path, table: TableDefinition) -> Results:
     """Read earlier results of a table; raises UserError if the file holds something else."""
     try:
-        results = json.loads(file.read_text())
+        results = json.loads(file.read_bytes())
         name, _ = results["name"], [cell["digest"] for cell in results["cells"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *NOT_THIS_JSON) as error:
         raise UserError(f"{file} does not hold the results of a table: give the JSON that --write wrote") from error
     if name != table.name:
         raise UserError(f"{file} holds the results of table {name!r}, not of {table.name!r}")

@@ -16,7 +16,7 @@ from filelock import FileLock
 from qsam2.errors import UserError
 from qsam2.evaluation.scoring import score_against, weights_digest
 from qsam2.loading import load_float, load_model
-from qsam2.output import code_version, write_text
+from qsam2.output import code_version, read_json, write_text
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe
 from qsam2.run import is_first_rank
@@ -77,7 +77,11 @@ class TablePlan(Plan):
 def read_scores(run: TableRun) -> dict[str, Any] | None:
     """A run's scores so far; None before it has begun."""
     file = run.recipe.run_folder / SCORES
-    return json.loads(file.read_text()) if file.is_file() else None
+    scores = read_json(file)
+    keys = {"recipe", "weights", "version", "seconds", "error", "sets"}
+    if scores is not None and not (isinstance(scores, dict) and keys <= scores.keys()):
+        raise UserError(f"{file} holds no scores of a table's run: remove it to run anew")
+    return scores
 
 
 def is_finished(table: TableDefinition, run: TableRun, weights: str | None = None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from qsam2.calibration.activation_ranges import find_sam2_ranges
 from qsam2.calibration.allocation import group_of
 from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.sources import open_train, open_videos
-from qsam2.errors import UserError
+from qsam2.errors import NOT_THIS_JSON, UserError
 from qsam2.evaluation.scoring import compare, score_float, score_videos, weights_digest
 from qsam2.layers.convert import QUANT_ATTENTIONS, QUANT_LAYERS, convert, quantizers, set_state
 from qsam2.loading import load_float, load_model
@@ -116,10 +117,12 @@ def _begun(output: Path | None, result: Mapping[str, Any]) -> list[dict[str, Any
     if output is None or not output.is_file():
         return []
     try:
-        earlier = json.loads(output.read_text())
+        earlier = json.loads(output.read_bytes())
         same = all(earlier[key] == result[key] for key in ("weights", "quantize", "data"))
         rows = earlier["groups"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(math.isfinite(row["loss"]) and {"group", "part", "bits", "J&F"} <= row.keys() for row in rows):
+            raise ValueError("a row without a finite loss")
+    except (OSError, *NOT_THIS_JSON) as error:
         raise UserError(f"{output} is no result of a sensitivity measurement: give another --json") from error
     if not same:
         raise UserError(f"{output} holds a measurement of another model, quantizer or data: give another --json")

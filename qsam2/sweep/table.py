@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import find, override, read_recipe
-from qsam2.recipe.section import Section, did_you_mean
-from qsam2.sweep.definition import Values, as_text, read_definition
+from qsam2.recipe.section import Name, Section, did_you_mean
+from qsam2.sweep.definition import MAX_RUNS, Values, as_text, read_definition
 
 FLOAT = "float"
 """Method of the runs that score the float models."""
@@ -59,7 +60,7 @@ class Cross(Section):
 class TableDefinition(Section):
     """Content of a table's file. Values replace those of the keys above them."""
 
-    name: Annotated[str, Field(pattern=r"^[\w\-]+$")]
+    name: Name
     title: str
     recipe: Path
     """Base recipe of all runs; path relative to the table's file."""
@@ -115,6 +116,12 @@ def table_runs(table: TableDefinition, output: Path, overrides: Iterable[str] = 
     """
     overrides = list(overrides)
     runs: dict[str, TableRun] = {}
+    sizes = [
+        [*(len(getattr(cross, f"{axis}s") or table.axis(axis)) for axis in Place._fields), len(cross.seeds)]
+        for cross in table.runs
+    ]
+    if (count := sum(map(math.prod, sizes))) > MAX_RUNS:
+        raise UserError(f"table {table.name}: it has {count:,} runs, at most {MAX_RUNS:,} are carried out: name fewer")
     for cross in table.runs:
         axes = (getattr(cross, f"{axis}s") or tuple(table.axis(axis)) for axis in Place._fields)
         for *names, seed in product(*axes, cross.seeds):

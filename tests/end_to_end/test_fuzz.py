@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -34,6 +35,8 @@ from qsam2.sweep.definition import load_sweep
 
 pytestmark = pytest.mark.prove
 SIZE = (24, 32)
+PASSWD = base64.b64encode(b"root:x:0:").decode()
+"""How /etc/passwd begins if it is taken into a page."""
 RECIPE = {
     "name": "fuzz",
     "model": {"size": "nano", "image_size": 64},
@@ -75,12 +78,16 @@ def assert_videos(spec: str) -> None:
                 assert mask.shape == (height, width) and mask.dtype == bool
 
 
-def recipe_file(rng: random.Random, folder: Path) -> None:
-    tree = mutate(rng, RECIPE)
+def encode_yaml(tree: Any) -> bytes:
+    """YAML of a tree, also of integers and trees beyond what PyYAML writes."""
     try:
-        text = yaml.safe_dump(tree, allow_unicode=True, sort_keys=False).encode(errors="surrogatepass")
-    except (ValueError, RecursionError):  # integers and trees beyond what PyYAML writes
-        text = str(tree).encode(errors="surrogatepass")
+        return yaml.safe_dump(tree, allow_unicode=True, sort_keys=False).encode(errors="surrogatepass")
+    except (ValueError, RecursionError):
+        return str(tree).encode(errors="surrogatepass")
+
+
+def recipe_file(rng: random.Random, folder: Path) -> None:
+    text = encode_yaml(mutate(rng, RECIPE))
     if rng.random() < 0.3:
         text = damage(rng, text)
     if rng.random() < 0.1:
@@ -120,8 +127,8 @@ def overrides(rng: random.Random, folder: Path) -> None:
 
 
 def sweep_file(rng: random.Random, folder: Path) -> None:
-    data = yaml.safe_dump(mutate(rng, SWEEP)) if rng.random() < 0.8 else yaml.safe_dump(SWEEP)
-    (folder / "sweep.yaml").write_bytes(damage(rng, data.encode()) if rng.random() < 0.3 else data.encode())
+    data = encode_yaml(mutate(rng, SWEEP) if rng.random() < 0.8 else SWEEP)
+    (folder / "sweep.yaml").write_bytes(damage(rng, data) if rng.random() < 0.3 else data)
     load_sweep(folder / "sweep.yaml")
 
 
@@ -224,7 +231,8 @@ def run_folder(rng: random.Random, folder: Path) -> None:
         file.write_bytes(encode_json(rng, mutate(rng, json.loads(data))))
     else:
         file.write_bytes(damage(rng, data))
-    assert "root:" not in render(read_run(run))
+    page = render(read_run(run))
+    assert "root:x:" not in page and PASSWD not in page and str(folder) not in page
 
 
 def changed_tensor(rng: random.Random, tensor: torch.Tensor) -> Any:

@@ -85,6 +85,21 @@ def test_scalars_of_a_file_are_read_as_on_the_command_line(tmp_path: Path) -> No
     assert load_recipe(tmp_path / "r.yaml", ["model.version=2"]).model.version == "2"
 
 
+@pytest.mark.parametrize("text", [b"\xef\xbb\xbfname: \xc3\xbc\n", "name: \u00fc\n".encode("utf-16")])
+def test_recipes_in_other_encodings_of_unicode(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "r.yaml").write_bytes(text)
+    assert load_recipe(tmp_path / "r.yaml").name == "\u00fc"
+
+
+def test_a_reset_size_is_not_that_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "model: {size: tiny}\ntrain: {}\nsizes: {tiny: {train: {lr: 3}}, nano: {train: {lr: 2}}}\n"
+    )
+    assert load_recipe(tmp_path / "r.yaml").train.lr == 3
+    reset = load_recipe(tmp_path / "r.yaml", ["model={}"])
+    assert (reset.model.size, reset.train.lr) == ("nano", 2)
+
+
 def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
     fields = [field.annotation for field in model.model_fields.values()]
     parts = [part for annotation in fields for part in (annotation, *typing.get_args(annotation))]
@@ -231,6 +246,11 @@ def test_a_base_is_a_shipped_name_too(folder: Path) -> None:
     assert recipe.train.image_encoder_lr == pytest.approx(9e-6)
 
 
+BILLION = "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -245,6 +265,24 @@ def test_a_base_is_a_shipped_name_too(folder: Path) -> None:
         (b"\xff\xfe\x00", "recipe r.yaml is not valid YAML"),
         (b"\x89PNG\r\n\x1a\n\x00", "recipe r.yaml is not valid YAML"),
         ("!!python/object/apply:os.mkdir [pwned]", "recipe r.yaml is not valid YAML"),
+        ("name: a\ntrain: {lr: 1}\nname: b\n", "recipe r.yaml is not valid YAML: line 3 gives 'name' a second time"),
+        ("train:\n  lr: 1\n  lr: 2\n", "recipe r.yaml is not valid YAML: line 3 gives 'lr' a second time"),
+        (
+            "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + BILLION,
+            "recipe r.yaml is not valid YAML: it is nested too deeply,",
+        ),
+        ("a: &a [*a, *a]\n", "recipe r.yaml is not valid YAML: it is nested too deeply,"),
+        ("a: " + "[" * 5000, "recipe r.yaml is not valid YAML: it is nested too deeply"),
+        ("a: " + "[" * 100 + "]" * 100, "recipe r.yaml is not valid YAML: it is nested too deeply"),
+        ("- a: 1\n" * 30_000, "recipe r.yaml is not valid YAML: it has more than 50000 values"),
+        ("# " + "x" * 10**6, "recipe r.yaml is not valid YAML: it has 524289 bytes or more"),
+        (f"seed: {'9' * 5000}\n", "recipe r.yaml is not valid YAML: line 1 has a number of 5000 digits"),
+        ("seed: !!int x\n", "recipe r.yaml is not valid YAML: invalid literal for int()"),
+        ("seed: !!timestamp x\n", "recipe r.yaml is not valid YAML: "),
+        ("seed: !!set {a, b}\n", "seed={"),
+        ("1: 2\n", "recipe r.yaml is not valid YAML: line 1 has a key that is no text"),
+        ("? [a]\n: 2\n", "recipe r.yaml is not valid YAML: line 1 has a key that is no text"),
+        ('output: "\\ud800"\n', "recipe r.yaml is not valid YAML: line 1 has a null character or half"),
         ("- 1\n- 2\n", "recipe r.yaml holds no `key: value` pairs"),
         ("just words\n", "recipe r.yaml holds no `key: value` pairs"),
         ("", "recipe r.yaml holds no `key: value` pairs"),

@@ -57,13 +57,38 @@ MESSAGES = {
     "model.size=tiy": "model.size='tiy': should be 'nano', 'nano_heavy', 'tiny', 'small', 'base_plus' or 'large'; did",
     "debug=foo": "debug='foo': should be 'fast', 'overfit' or 'profile'",
     "debug=[fast]": "debug=['fast']: should be 'fast', 'overfit' or 'profile'",
-    "name=a b": r"name='a b': String should match pattern '^[\w.\-]+$'",
+    "name=a b": "name='a b': give letters, digits, '_', '-' and '.', not dots alone",
+    "name=..": "name='..': give letters, digits, '_', '-' and '.', not dots alone",
+    "name=[.]": "name=['.']: should be a valid string",
+    f"name={'x' * 300}": "name='xxx",
+    "output={}": "output={}: Input is not a valid path",
+    "train.lr=true": "train.lr=True: should be a number, not true or false",
+    "trainer.devices=true": "trainer.devices=True: should be a number, not true or false",
+    "data.weights=[true]": "data.weights=[True]: should be a number, not true or false",
+    "quantize.rules=[{match: a, bits: true}]": "quantize.rules.0.bits=True: should be a number, not true or false",
+    "train.lr=1e300": "train.lr=1e+300: should be a number from -4294967295 to 4294967295",
+    "train.lr='1e300'": "train.lr='1e300': should be a number from -4294967295 to 4294967295",
+    "train.lr=2000": "train.lr=2000: should be less than or equal to 1000",
+    "train.losses.dice=-.inf": "train.losses.dice=-inf: should be a finite number",
+    "train.losses.dice='nan'": "train.losses.dice='nan': should be a finite number",
+    "seed=99999999999": "seed=99999999999: should be a number from -4294967295 to 4294967295",
+    f"seed={'9' * 4000}": f"'seed={'9' * 90}",
+    f"trainer.max_steps=!!int 0x{'f' * 6000}": "'trainer.max_steps=!!int 0xff",
+    "seed=!!int x": "'seed=!!int x': '!!int x' is not a valid YAML value",
+    "train={lr: 1, lr: 2}": "'train={lr: 1, lr: 2}': '{lr: 1, lr: 2}' is not a valid YAML value (line 1 gives 'lr' a",
+    "data={1: 2}": "'data={1: 2}': '{1: 2}' is not a valid YAML value (line 1 has a key that is no text",
+    "data=&a [*a, *a]": "'data=&a [*a, *a]': '&a [*a, *a]' is not a valid YAML value (it is nested too deeply",
+    f"data={'[' * 3000}": f"'data={'[' * 90}",
+    'output="a\\0b"': "'output=\"a\\\\0b\"': '\"a\\\\0b\"' is not a valid YAML value (line 1 has a null character",
+    f"data.val={'x ' * 3000}": "data.val='x x ",
+    f"{'x' * 3000}=1": "unknown recipe key 'xxx",
 }
 
 
 @pytest.mark.parametrize("override", MESSAGES)
 def test_messages(override: str) -> None:
     assert error_of(override).startswith(MESSAGES[override])
+    assert len(error_of(override)) < 700, "shows at most 200 characters of the value, beside the keys that there are"
 
 
 def test_a_quantizer_is_said_in_full() -> None:
@@ -86,6 +111,22 @@ def test_unknown_keys_name_the_nearest(override: str, unknown: str, holder: str,
     message, hint = error_of(override), f"; did you mean {nearest!r}?"
     assert message.startswith(f"unknown recipe key {unknown!r}: {holder}")
     assert message.endswith(hint) if nearest else "did you mean" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("lr=3", "train.lr or reconstruct.lr?"),
+        ("max_steps=3", "trainer.max_steps?"),
+        ("train.max_steps=3", "trainer.max_steps?"),
+        ("num_worker=0", "data.num_workers?"),
+        ("trainer.seed=1", "seed?"),
+        ("bits=4", "quantize.weights.bits or quantize.activations.bits?"),
+        ("quantize.weights.bit=4", "'bits'?"),
+    ],
+)
+def test_unknown_keys_name_those_of_other_sections(override: str, hint: str) -> None:
+    assert error_of(override).endswith(f"; did you mean {hint}")
 
 
 @given(st.text("abcdefgmopst_", min_size=1, max_size=8), st.sampled_from(["", "trainer.", "quantize.weights."]))

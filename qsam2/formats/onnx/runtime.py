@@ -289,10 +289,10 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     """Content of an export's `model.json`; raises UserError if it is missing, damaged or of another version."""
     file = Path(folder) / "model.json"
     try:
-        description = json.loads(file.read_text())
+        description = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{folder} holds no complete export ({file.name}: {error.strerror}): export again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}): export again") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UserError(f"{file} is no description of an ONNX export of qsam2: export again")
