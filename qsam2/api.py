@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qsam2 import pipeline
 from qsam2.data.sources import open_videos, source_of
 from qsam2.data.unlabelled import is_unlabelled
@@ -52,6 +54,7 @@ class Quantized:
         return self.folder / "model.safetensors"
 
 
+@torch.inference_mode(False)  # as `load`
 def quantize(
     checkpoint: str | Path,
     recipe: str | Path | None = None,
@@ -133,6 +136,7 @@ def _sources(spec: str) -> dict[str, Any]:
     return {"train": [spec]}
 
 
+@torch.inference_mode(False)  # as `load`
 def evaluate(
     model: str | Path,
     data: str | Path | None = None,
@@ -183,6 +187,7 @@ def evaluate(
     )
 
 
+@torch.inference_mode(False)  # as `load`
 def export(model: str | Path, format: str, out: str | Path, *, overrides: Sequence[str] = ()) -> dict[Path, int]:
     """Write a MODEL for other runtimes, as `qsam2 export`: {file: bytes}.
 
