@@ -23,7 +23,6 @@ from qsam2.output import quiet_libraries, read_json, write_whole
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import SIZES, merge, read_recipe
 from qsam2.recipe.quantize import parse_bits
-from qsam2.run import alone_in
 
 log = logging.getLogger("qsam2")
 
@@ -104,9 +103,7 @@ def quantize(
     plan = build_recipe(values, overrides)
     if plan.quantize is None:
         raise UserError("quantize=null quantizes nothing: give a recipe with quantize, or --bits")
-    with alone_in(plan.run_folder):
-        metrics = pipeline.run_recipe(plan)
-    return Quantized(plan.run_folder, plan, metrics)
+    return Quantized(plan.run_folder, plan, pipeline.carry_out(plan))
 
 
 def _calibration_alone(size: str, bits: int | str, sources: Mapping[str, Any]) -> dict[str, Any]:

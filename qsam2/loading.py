@@ -39,6 +39,11 @@ def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2,
         UserError: there is no such model, it cannot be read, or an override is wrong.
     """
     path = Path(target)
+    if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx"))):
+        raise UserError(
+            f"{target} is an export for ONNX Runtime, which is not loaded as a MODEL: give the run or file that it was "
+            "made from, or track with qsam2.formats.onnx.runtime, see docs/onnx.md"
+        )
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
@@ -126,6 +131,7 @@ def load(
     if fast:
         loaded = make_fast(loaded)
     use_memory(loaded, recipe.memory)
+    loaded.size = recipe.model.size
     return loaded
 
 
@@ -151,8 +157,8 @@ def video_predictor(
     """A model with the interface of `sam2`'s `SAM2VideoPredictor` that holds no more of a video than it still needs.
 
     `init_state` takes a folder of JPEG or PNG frames or a video file (`open_video`), or frames. Masks are those of
-    `sam2`'s predictor, but the state is bounded: new objects can be prompted on any frame, an object can be corrected on
-    its latest 32 frames (`memory.correctable`), and what reads a forgotten frame is a UserError
+    `sam2`'s predictor, but the state is bounded: new objects can be prompted on any frame, an object can be corrected
+    on its latest 32 frames (`memory.correctable`), and what reads a forgotten frame is a UserError
     (`overrides=["memory.bounded=false"]` keeps everything, as `sam2` does). Arguments and errors as `load`.
 
     Example:

@@ -147,6 +147,8 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
     memory_reader: MemoryReader | None = None
     memory_bound: MemoryBound | None = None
     video_reader: VideoReader | None = None
+    size: str | None = None
+    """One of `SIZES`, as `qsam2.load` sets it."""
 
     def __init__(self, decoder_mlp_dim: int = 2048, **kwargs: Any) -> None:
         self.decoder_mlp_dim = decoder_mlp_dim
@@ -294,12 +296,12 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         self._check_owner(state)
         frame = checked_number(frame_idx, state["num_frames"])
         index = state["obj_id_to_idx"].get(obj_id)
-        if index is not None and frame in state["frames_tracked_per_obj"][index]:
-            if not state["output_dict_per_obj"][index]["cond_frame_outputs"]:  # an assertion in sam2
-                raise UserError(
-                    f"frame {frame} of object {obj_id!r} cannot be corrected, its prompts were cleared: prompt it where "
-                    "they were and track it again, or remove_object and add it anew"
-                )
+        corrects = index is not None and frame in state["frames_tracked_per_obj"][index]
+        if corrects and not state["output_dict_per_obj"][index]["cond_frame_outputs"]:  # an assertion in sam2
+            raise UserError(
+                f"frame {frame} of object {obj_id!r} cannot be corrected, its prompts were cleared: prompt it where "
+                "they were and track it again, or remove_object and add it anew"
+            )
         if self.memory_bound is not None:
             self.memory_bound.check_prompt(self, state, frame, obj_id, reads=reads)
         return frame
