@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qsam2 import pipeline
 from qsam2.data.sources import open_videos, source_of
 from qsam2.data.unlabelled import is_unlabelled
@@ -21,7 +23,6 @@ from qsam2.output import quiet_libraries, read_json, write_whole
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import SIZES, merge, read_recipe
 from qsam2.recipe.quantize import parse_bits
-from qsam2.run import alone_in
 
 log = logging.getLogger("qsam2")
 
@@ -52,6 +53,7 @@ class Quantized:
         return self.folder / "model.safetensors"
 
 
+@torch.inference_mode(False)  # as `load`
 def quantize(
     checkpoint: str | Path,
     recipe: str | Path | None = None,
@@ -101,9 +103,7 @@ def quantize(
     plan = build_recipe(values, overrides)
     if plan.quantize is None:
         raise UserError("quantize=null quantizes nothing: give a recipe with quantize, or --bits")
-    with alone_in(plan.run_folder):
-        metrics = pipeline.run_recipe(plan)
-    return Quantized(plan.run_folder, plan, metrics)
+    return Quantized(plan.run_folder, plan, pipeline.carry_out(plan))
 
 
 def _calibration_alone(size: str, bits: int | str, sources: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +133,7 @@ def _sources(spec: str) -> dict[str, Any]:
     return {"train": [spec]}
 
 
+@torch.inference_mode(False)  # as `load`
 def evaluate(
     model: str | Path,
     data: str | Path | None = None,
@@ -183,6 +184,7 @@ def evaluate(
     )
 
 
+@torch.inference_mode(False)  # as `load`
 def export(model: str | Path, format: str, out: str | Path, *, overrides: Sequence[str] = ()) -> dict[Path, int]:
     """Write a MODEL for other runtimes, as `qsam2 export`: {file: bytes}.
 

@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 from qsam2.commands import benchmark, evaluate, export, predict, quantize, recipes, report, sensitivity, sweep, train
+from qsam2.commands.common import without_bars
 from qsam2.errors import UserError
 from qsam2.output import version
 
@@ -31,11 +32,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
-    message, status = "", 0
+    message, status, options = "", 0, None
     os.environ.setdefault(*WAITING)
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        with stopped_by_sigterm():
+        with stopped_by_sigterm(), without_bars() if options.quiet else nullcontext():
             options.run(options)
     except UserError as error:
         message, status = f"error: {error}", 2
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         status = 130
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks
-            message = "stopped; the same command goes on from the last checkpoint"
+            message = f"stopped; the same command {options.resumes if options else 'begins anew'}"
     if message:
         _end_progress_bars()
         print(message, file=sys.stderr)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 
+@torch.inference_mode(False)  # weights made under a caller's inference mode could be neither trained nor cached
 def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2, Recipe]:
     """A model ready for inference, in eval mode, and its recipe changed by `key=value` overrides.
 
@@ -41,6 +42,11 @@ def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2,
         UserError: there is no such model, it cannot be read, or an override is wrong.
     """
     path, places = Path(target), {}
+    if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx"))):
+        raise UserError(
+            f"{target} is an export for ONNX Runtime, which is not loaded as a MODEL: give the run or file that it was "
+            "made from, or track with qsam2.formats.onnx.runtime, see docs/onnx.md"
+        )
     if path.is_dir():
         places = _places_of(path)
         path = path / "model.safetensors"
@@ -120,6 +126,7 @@ def _metadata(path: Path) -> dict[str, str]:
         raise UserError(f"{path} cannot be read: truncated or another kind of file; copy or export it again") from error
 
 
+@torch.inference_mode(False)
 def load(
     model: str | Path, overrides: Sequence[str] = (), *, device: str | torch.device = "cpu", fast: bool = False
 ) -> SAM2:
@@ -144,6 +151,7 @@ def load(
     if fast:
         loaded = make_fast(loaded)
     use_memory(loaded, recipe.memory)
+    loaded.size = recipe.model.size
     return loaded
 
 
@@ -169,7 +177,8 @@ def video_predictor(
     """A model with the interface of `sam2`'s `SAM2VideoPredictor` that holds no more of a video than it still needs.
 
     `init_state` takes a folder of JPEG or PNG frames or a video file (`open_video`), or frames. Masks are those of
-    `sam2`'s predictor, but the state is bounded: a frame that was forgotten cannot be corrected, which is a UserError
+    `sam2`'s predictor, but the state is bounded: new objects can be prompted on any frame, an object can be corrected
+    on its latest 32 frames (`memory.correctable`), and what reads a forgotten frame is a UserError
     (`overrides=["memory.bounded=false"]` keeps everything, as `sam2` does). Arguments and errors as `load`.
 
     Example:
@@ -209,6 +218,7 @@ def predictor_of(model: SAM2) -> SAM2ImagePredictor:
     return predictor
 
 
+@torch.inference_mode(False)
 def load_float(recipe: Recipe) -> SAM2:
     """The float model that a recipe starts from; raises UserError as `load_sam2`."""
     drop_path = recipe.train.drop_path if recipe.train else 0.0

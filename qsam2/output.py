@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import stat
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,6 +80,7 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all: `write` gets a temporary name beside it, which is then renamed.
 
     The folder is made if it is missing. Files that several processes write at once are safe: each has its own name.
+    Permissions are those of any new file (umask), also where a library writes its files for their owner alone.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; nothing of the file is left.
@@ -87,7 +89,11 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     try:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             write(temporary)
+            if stat.S_IMODE(temporary.stat().st_mode) != mode:
+                temporary.chmod(mode)
             os.replace(temporary, file)
     finally:
         with contextlib.suppress(OSError):

@@ -13,8 +13,10 @@ from qsam2.calibration.allocation import allocate_bits
 from qsam2.calibration.gptq import round_weights
 from qsam2.calibration.smooth import smooth_norms
 from qsam2.calibration.weights import calibrate_weights
+from qsam2.data.clips import Source
 from qsam2.data.sources import open_stills, open_train, open_val
 from qsam2.data.unlabelled import has_masks
+from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.evaluation.own_masks import label_footage
 from qsam2.evaluation.scoring import score_calibrated, score_result, score_teacher
@@ -26,11 +28,19 @@ from qsam2.recipe import Recipe
 from qsam2.recipe.portable import portable
 from qsam2.reconstruction.block_by_block import reconstruct_blocks
 from qsam2.report.stage import report
-from qsam2.run import Run, RunFolder, is_first_rank
+from qsam2.run import Run, RunFolder, alone_in, is_first_rank
 from qsam2.train.trainer import build_loggers, device_of
 from qsam2.train.video_training import train
 
 log = logging.getLogger("qsam2")
+
+
+def carry_out(recipe: Recipe) -> dict[str, Any]:
+    """`run_recipe`, alone in the run folder. A new folder is made only once the data has been found to be usable."""
+    if not recipe.run_folder.exists():
+        open_data(recipe)
+    with alone_in(recipe.run_folder):
+        return run_recipe(recipe)
 
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -62,6 +72,14 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     return folder.metrics
 
 
+def open_data(recipe: Recipe) -> tuple[list[Video], list[Video], list[Source]]:
+    """The videos and stills that a recipe scores on, and the sources that it calibrates and trains on."""
+    videos, stills, sources = open_val(recipe), open_stills(recipe), open_train(recipe)
+    if has_masks(videos) and all(len(video) == 1 for video in videos):
+        raise UserError(f"data.val={recipe.data.scored}: a run is scored on videos; for stills use qsam2 evaluate")
+    return videos, stills, sources
+
+
 def begin(recipe: Recipe, folder: RunFolder) -> Run:
     """Open the data of a run and build its float model and, if it quantizes, the teacher.
 
@@ -71,9 +89,7 @@ def begin(recipe: Recipe, folder: RunFolder) -> Run:
     if not is_first_rank():  # one rank logs for all
         log.setLevel(logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
-    videos, sources = open_val(recipe), open_train(recipe)
-    if has_masks(videos) and all(len(video) == 1 for video in videos):
-        raise UserError(f"data.val={recipe.data.scored}: a run is scored on videos; for stills use qsam2 evaluate")
+    videos, stills, sources = open_data(recipe)
     model = load_float(recipe)
     return Run(
         recipe=recipe,
@@ -83,7 +99,7 @@ def begin(recipe: Recipe, folder: RunFolder) -> Run:
             recipe.log, folder=folder.path, name=recipe.name, config=portable(recipe.model_dump(mode="json"))
         ),
         videos=videos,
-        stills=open_stills(recipe),
+        stills=stills,
         sources=sources,
         model=model,
         teacher=copy.deepcopy(model) if recipe.quantize is not None else None,

@@ -31,7 +31,7 @@ with bf16 autocast and compiled; our exported float graphs in ONNX Runtime, in i
 install openvino nncf); qsam2's fast path with keys shared at 3 frames, and exact. Engines whose packages are missing
 are left out, and the table says so."""
 
-OF_ALL_COMMANDS = {"command", "benchmark", "run", "json", "overrides"}
+OF_ALL_COMMANDS = {"command", "benchmark", "run", "json", "overrides", "quiet", "verbose", "resumes"}
 
 
 def add(commands: Commands) -> None:
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.overrides:
         raise UserError(f"{options.overrides[0]!r} is a key of a recipe, and this benchmark reads none: leave it out")
     make_room(options.json)
-    quiet_logs()
+    quiet_logs(options)
     chosen = {flag: value for flag, value in vars(options).items() if flag not in OF_ALL_COMMANDS}
     if options.benchmark == "quantizers":
         from qsam2.benchmark.peers import PEERS

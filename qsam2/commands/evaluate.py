@@ -61,7 +61,7 @@ def _score_masks(options: argparse.Namespace) -> dict[str, Any]:
     flags += ["--fast"] * options.fast
     if idle := [*flags, *options.overrides]:
         raise UserError(f"{idle[0]} does nothing with --pred and --gt, which are scored as they are: leave it out")
-    quiet_logs()
+    quiet_logs(options)
     from qsam2.evaluation.mask_files import score_folders
 
     block = score_folders(options.pred, options.gt, options.protocol or "davis")
@@ -71,7 +71,7 @@ def _score_masks(options: argparse.Namespace) -> dict[str, Any]:
 def _score_model(options: argparse.Namespace) -> dict[str, Any]:
     if not options.model:
         raise UserError("nothing to score: give a MODEL (run folder, file or size), or --pred DIR --gt DIR")
-    quiet_logs()
+    quiet_logs(options)
     from qsam2.api import evaluate
 
     flags = ("data", "reference", "protocol", "frames", "videos", "fast", "save_masks", "overrides")

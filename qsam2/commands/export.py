@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    quiet_logs()
+    quiet_logs(options)
     from qsam2.api import export
 
     for file, size in export(options.model, options.format, options.out, overrides=options.overrides).items():

@@ -61,7 +61,7 @@ def _predict(options: argparse.Namespace) -> None:
     check_model(options.model)
     if not options.input.exists():
         raise UserError(f"{options.input} does not exist: give a picture, a folder of frames or a video file")
-    quiet_logs(trains=False)
+    quiet_logs(options, trains=False)
     from qsam2.predict.predict import predict
 
     flags = ("out", "overrides", "device", "fast", "force")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qsam2.commands.common import Commands, add_parser, check_model, quiet_logs
+from qsam2.commands.common import RESUMES, Commands, add_parser, check_model, quiet_logs
 
 EPILOG = """examples:
   qsam2 quantize nano --bits 8 --data pictures/
@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     """The parser of `qsam2 quantize`."""
     summary = "quantize a model on your data, without writing a recipe"
     usage = "%(prog)s [-h] CHECKPOINT [--bits BITS] [--recipe RECIPE] [--data DATA] [options] [key=value ...]"
-    parser = add_parser(commands, "quantize", _quantize, summary, EPILOG, usage)
+    parser = add_parser(commands, "quantize", _quantize, summary, EPILOG, usage, resumes=RESUMES)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="float model: file or size")
     parser.add_argument("--bits", metavar="BITS", help="8, w4a8, or w4 (weights alone); default: 8, or the recipe's")
     parser.add_argument("--recipe", type=Path, metavar="RECIPE", help="a file, or a name that qsam2 recipes lists")
@@ -41,7 +41,7 @@ def _quantize(options: argparse.Namespace) -> None:
         from qsam2.data.sources import source_of
 
         source_of(options.data)
-    quiet_logs()
+    quiet_logs(options)
     from qsam2.api import quantize
     from qsam2.recipe import save_recipe
     from qsam2.report.page import results_table

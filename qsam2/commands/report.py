@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
 def _report(options: argparse.Namespace) -> None:
     if options.overrides:
         raise UserError(f"{options.overrides[0]} does nothing here: a report shows a run as it was")
-    quiet_logs()
+    quiet_logs(options)
     from qsam2.output import write_text
     from qsam2.report.compare import render_comparison
     from qsam2.report.page import REPORT, render

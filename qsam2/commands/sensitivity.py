@@ -8,6 +8,7 @@ from pathlib import Path
 from qsam2.commands.common import Commands, add_parser, check_positive, make_room, quiet_logs
 from qsam2.errors import UserError
 
+SUMMARY, RESUMES = "rank groups of layers by their loss", "goes on where it was stopped"
 EPILOG = """examples:
   qsam2 sensitivity nano --json sensitivity.json
   qsam2 sensitivity runs/ptq-w4a4 --bits 2 3 4
@@ -24,7 +25,7 @@ it started from, and the result is written into it), a checkpoint or a size."""
 def add(commands: Commands) -> None:
     """The parser of `qsam2 sensitivity`."""
     usage = "%(prog)s [-h] MODEL [--bits B ...] [--data KIND:ROOT:SPLIT] [options] [key=value ...]"
-    parser = add_parser(commands, "sensitivity", _sensitivity, "rank groups of layers by their loss", EPILOG, usage)
+    parser = add_parser(commands, "sensitivity", _sensitivity, SUMMARY, EPILOG, usage, resumes=RESUMES)
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint or size")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4], metavar="B", help="weight bits (default: 2 4)")
     parser.add_argument("--data", metavar="KIND:ROOT:SPLIT", help="default: train split of the recipe's first source")
@@ -40,7 +41,7 @@ def _sensitivity(options: argparse.Namespace) -> None:
     folder = Path(options.model) if Path(options.model).is_dir() else Path()
     output = options.json or folder / "sensitivity.json"
     make_room(output)
-    quiet_logs()
+    quiet_logs(options)
     from qsam2.sweep.sensitivity import measure_sensitivity, ranking
 
     chosen = {flag: getattr(options, flag) for flag in ("bits", "data", "videos", "frames")}

@@ -14,24 +14,33 @@ from qsam2.errors import UserError
 if TYPE_CHECKING:
     from qsam2.sweep.definition import Sweep
 
-EPILOG = """examples:
+EXAMPLES = {
+    "sweep": """examples:
   qsam2 sweep recipes/sweeps/bits.yaml --dry-run
   qsam2 sweep recipes/sweeps/calibration.yaml --jobs 2 --count 12
   qsam2 sweep recipes/sweeps/methods.yaml data.val=davis:/data/DAVIS:val
+
+FILE is a sweep in Weights & Biases' format, whose command names a recipe. If you are logged in, the sweep is created on
+wandb.ai and this machine is its first agent; others join with the command that is shown. Without an account, or with
+log.wandb=offline, Optuna draws the runs here and they are logged offline as one group.""",
+    "table": """examples:
   qsam2 table recipes/tables/qat.yaml --jobs 2 --write docs/qat.md
   qsam2 table recipes/tables/ptq.yaml --keep docs/tables/ptq.json
 
-FILE is a sweep in Weights & Biases' format, whose command names a recipe, or a table, which compares methods at several
-settings. Each run is a process with a run folder and a log. The same command goes on where it was stopped: finished
-runs are not repeated, a run that was cut off resumes, a failed run is marked and tried again.
+FILE is a table, which compares methods at several settings. --write puts it between <!-- table:NAME --> and
+<!-- /table:NAME --> of a Markdown file and its figures into docs/tables/NAME.json beside it (tables/NAME.json if the
+file is in docs/). --keep takes cells from such a JSON file instead of running them, if their recipes, seeds, data and
+checkpoints are still those of the table.""",
+}
+BOTH = """
 
-Sweeps: if you are logged in, the sweep is created on wandb.ai and this machine is its first agent; others join with the
-command that is shown. Without an account, or with log.wandb=offline, Optuna draws the runs here and they are logged
-offline as one group.
-
-Tables: --write puts the table between <!-- table:NAME --> and <!-- /table:NAME --> of a Markdown file and its figures
-into docs/tables/NAME.json beside it (tables/NAME.json if the file is in docs/). --keep takes cells from such a JSON
-file instead of running them, if their recipes, seeds, data and checkpoints are still those of the table."""
+Each run is a process with a run folder and a log. The same command goes on where it was stopped: finished runs are not
+repeated, a run that was cut off resumes, a failed run is marked and tried again. qsam2 {other} is the same command with
+the examples of a {other}."""
+SUMMARIES = {
+    "sweep": "carry out many runs of a recipe and rank them",
+    "table": "compare methods at several settings, a run a cell",
+}
 
 TABLES_ONLY = ("keep", "write", "render", "only")
 SWEEPS_ONLY = ("count",)
@@ -41,9 +50,10 @@ def add(commands: Commands) -> None:
     """The parsers of `qsam2 sweep` and `qsam2 table`."""
     usage = """%(prog)s [-h] FILE [--output DIR] [--jobs N] [--dry-run] [key=value ...]
        sweeps: [--count N]    tables: [--keep RESULTS] [--write DOCUMENT] [--render] [--only RUN]"""
-    for word in ("sweep", "table"):
-        summary = "carry out many runs of a recipe and compare them"
-        parser = add_parser(commands, word, _run, summary, EPILOG, usage)
+    resumes = "goes on: finished runs are not repeated"
+    for word, other in (("sweep", "table"), ("table", "sweep")):
+        epilog = EXAMPLES[word] + BOTH.format(other=other)
+        parser = add_parser(commands, word, _run, SUMMARIES[word], epilog, usage, resumes=resumes)
         parser.add_argument("file", type=Path, metavar="FILE", help="YAML, or a name that qsam2 recipes lists")
         parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs (default: runs/sweeps/NAME)")
         parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
@@ -72,7 +82,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
     sweep = load_sweep(options.file, options.overrides)
     folder = options.output or Path("runs", "sweeps", sweep.name)
-    quiet_logs()
+    quiet_logs(options)
     from qsam2.train.trainer import has_wandb_key
 
     if options.dry_run:
@@ -122,7 +132,7 @@ def _table(options: argparse.Namespace) -> None:
     table = load_table(options.file)
     folder = options.output or Path("runs", "tables", table.name)
     runs = table_runs(table, folder, options.overrides)
-    quiet_logs()
+    quiet_logs(options)
     if options.only:
         named = {run.name: run for run in [*float_runs(runs), *runs]}
         if options.only not in named:

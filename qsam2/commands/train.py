@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from qsam2.commands.common import Commands, add_parser, quiet_logs
+from qsam2.commands.common import RESUMES, Commands, add_parser, quiet_logs
 
 EPILOG = """examples:
   qsam2 train demo
@@ -21,7 +21,7 @@ debug=fast runs two steps of everything, debug=overfit one clip, debug=profile s
 def add(commands: Commands) -> None:
     """The parser of `qsam2 train`."""
     summary, usage = "carry out a recipe: quantize, train, score", "%(prog)s [-h] RECIPE [--dry-run] [key=value ...]"
-    parser = add_parser(commands, "train", _train, summary, EPILOG, usage)
+    parser = add_parser(commands, "train", _train, summary, EPILOG, usage, resumes=RESUMES)
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that qsam2 recipes lists")
     parser.add_argument("--dry-run", action="store_true", help="show keys, layers and bits, and an estimate of time")
 
@@ -32,18 +32,17 @@ def _train(options: argparse.Namespace) -> None:
     sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
     own = [f"output=runs/sweeps/{sweep}/{run}"] if sweep and run else []  # an agent of Weights & Biases started it
     recipe = load_recipe(options.recipe, [*own, *options.overrides])
-    quiet_logs()
+    quiet_logs(options)
     if options.dry_run:
         from qsam2.report.plan import plan
 
         print(plan(recipe))
         return
-    from qsam2.pipeline import run_recipe  # imports torch: a mistake in the recipe should not wait for it
+    from qsam2.pipeline import carry_out  # imports torch: a mistake in the recipe should not wait for it
     from qsam2.report.page import results_table
-    from qsam2.run import alone_in, is_first_rank
+    from qsam2.run import is_first_rank
 
-    with alone_in(recipe.run_folder):
-        metrics = run_recipe(recipe)
+    metrics = carry_out(recipe)
     if is_first_rank():
         print(results_table(metrics))
         print(recipe.run_folder / "report.html")

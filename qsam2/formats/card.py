@@ -12,13 +12,18 @@ from qsam2.evaluation.metrics.interval import interval_note, interval_text
 from qsam2.evaluation.metrics.scores import amount_text, remarks
 from qsam2.formats.packed import model_bytes, save_packed, save_weights
 from qsam2.models.checkpoints import find_checkpoint
+from qsam2.models.sam2 import EMBEDDED
 from qsam2.output import version, write_text
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.portable import portable
 from qsam2.recipe.quantize import ConvertedLayer
 from qsam2.run import Run
 
-NANO_LICENCE = "Apache-2.0; see the model card of nano for its training data"
+NANO_LICENCE = (
+    "made from the weights of nano: non-commercial research and evaluation, as their training data allow; see "
+    "qsam2/models/nano/nano.md, Licence of the weights"
+)
+OWN_LICENCE = "that of the data it was trained on: the weights were random at first"
 OFFICIAL_LICENCE = "that of the source checkpoint (SAM 2 and 2.1: Apache-2.0)"
 HEADLINE = ("J&F", "J", "F", "fidelity", "box_mIoU", "versus_float", "seconds_per_frame")
 """Scores of a model that the card states."""
@@ -52,7 +57,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         "name": recipe.name,
         "qsam2": version(),
         "source": checkpoint_source(recipe),
-        "licence": NANO_LICENCE if recipe.model.size == "nano" else OFFICIAL_LICENCE,
+        "licence": weights_licence(recipe),
         "method": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
         "training_steps": recipe.trainer.max_steps if recipe.train else 0,
         "calibration": {
@@ -134,6 +139,13 @@ def render(card: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def weights_licence(recipe: Recipe) -> str:
+    """The licence of a model made by a recipe, as far as its source tells."""
+    if recipe.model.checkpoint is None:
+        return OWN_LICENCE
+    return NANO_LICENCE if recipe.model.size in EMBEDDED else OFFICIAL_LICENCE
 
 
 def checkpoint_source(recipe: Recipe) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from qsam2.layers.attention import QuantAttention, QuantizedAttention, QuantMult
 from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantizedLayer, QuantLinear
 from qsam2.output import aligned
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
-from qsam2.recipe.quantize import ConvertedLayer, LayerPlan, QuantizeRecipe
+from qsam2.recipe.quantize import OWN_BITS, ConvertedLayer, LayerPlan, QuantizeRecipe
 from qsam2.run import Run
 
 QUANT_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
@@ -42,7 +42,8 @@ def convert_layers(run: Run) -> None:
         return
     with run.folder.stage("convert"):
         run.layers = convert(run.model, run.recipe.quantize)
-        log.info("\n%s", conversion_table(run.layers))
+        log.info("%s", exceptions_table(run.layers))
+        log.debug("\n%s", conversion_table(run.layers))
 
 
 def convert(model: nn.Module, quantize: QuantizeRecipe) -> list[ConvertedLayer]:
@@ -116,6 +117,13 @@ def set_state(model: nn.Module, state: QuantizerState) -> None:
     """Put all quantizers of a model into a state."""
     for _, quantizer in quantizers(model):
         quantizer.state = state
+
+
+def exceptions_table(rows: Sequence[ConvertedLayer]) -> str:
+    """How many layers have the recipe's bits, and the rows of the others."""
+    others = [row for row in rows if row.reason != OWN_BITS]
+    summary = f"{len(rows) - len(others)} of {len(rows)} layers have the recipe's bits"
+    return f"{summary}; the others:\n{conversion_table(others)}" if others else summary
 
 
 def conversion_table(rows: Sequence[ConvertedLayer]) -> str:

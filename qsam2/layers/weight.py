@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from qsam2.quantizers import Quantizer
 from qsam2.quantizers.fake_quant import Codes, dequantize
-from qsam2.quantizers.step_cache import clear_after_backward, hidden_from_checkpointing
+from qsam2.quantizers.step_cache import clear_after_backward, hidden_from_checkpointing, version_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,7 +75,7 @@ class QuantizedLayer(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
         def source() -> tuple[object, ...]:
-            return dtype, quantizer.training, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
+            return dtype, quantizer.training, *((tensor.data_ptr(), version_of(tensor)) for tensor in tensors)
 
         cached = self._cached
         if cached is None or cached.source != source() or needs_graph > cached.has_graph:

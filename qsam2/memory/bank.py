@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sam2.modeling.sam2_base import NO_OBJ_SCORE
 from sam2.modeling.sam2_utils import get_1d_sine_pe, select_closest_cond_frames
 from torch import Tensor
 
@@ -17,8 +20,12 @@ from qsam2.memory.cache import FrameMemory
 if TYPE_CHECKING:
     from qsam2.models import SAM2
 
+log = logging.getLogger("qsam2")
+
 REMEMBERED, FORGOTTEN = "remembered", "forgotten"
 """Keys of an object's `Remembered` and its `Spans` of forgotten frames in its output dictionary, beside sam2's two."""
+NO_MASK = torch.full((1, 1, 1, 1), NO_OBJ_SCORE)
+"""Mask logits of a forgotten frame, which sam2 resizes: those that it has for an object without a mask."""
 HISTORY = 256
 """How many similarities of a video a quantile is taken over: the latest, so that the state does not grow."""
 
@@ -113,8 +120,15 @@ def _pointers(
 class Spans:
     """A set of frame numbers, kept as spans of neighbours."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: Iterable[int] = ()) -> None:
         self.spans: list[tuple[int, int]] = []
+        for time in times:
+            self.add(time)
+
+    def __str__(self) -> str:
+        if not self.spans:
+            return "no frame"
+        return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in self.spans)
 
     def __contains__(self, time: int) -> bool:
         return any(first <= time <= last for first, last in self.spans)
@@ -128,54 +142,77 @@ class Spans:
 
 
 class BoundedState:
-    """A tracking state that does not grow: what no later frame can ask for is forgotten (ours).
+    """A tracking state that does not grow: what no later frame or correction can ask for is forgotten (ours).
 
-    Keeps of each object: its conditioning frames; everything of the frames that a tracked frame can still read, those
-    within reach of the current frame or of a conditioning frame on either side, from where tracking can start in the
-    other direction; and object pointers as far as they are read. Bytes are constant where the windows of pointers
-    around the prompted and the current frame are apart, from 2 * (max_obj_ptrs_in_encoder - 1) + 1 frames on.
+    Kept of each object are its conditioning frames, and all that tracking or a correction reads on either side of them,
+    of the current frame and of the `correctable` frames that were tracked last: memory features up to `num_maskmem` - 1
+    frames away, object pointers up to `max_obj_ptrs_in_encoder` - 1. Bytes are constant once the windows of pointers
+    around the prompted and the latest frames are apart.
 
-    What was forgotten cannot be prompted or read again, which is an error rather than another mask.
+    A new object reads nothing of the others and can be prompted on any frame. What reads a forgotten frame is an error
+    rather than another mask.
     """
+
+    def __init__(self, correctable: int) -> None:
+        self.correctable = correctable
 
     def forget(self, model: SAM2, state: dict[str, Any], frame_idx: int) -> None:
         """After a frame was tracked."""
         for index, outputs in state["output_dict_per_obj"].items():
-            others, prompted = outputs["non_cond_frame_outputs"], outputs["cond_frame_outputs"]
+            others, tracked = outputs["non_cond_frame_outputs"], state["frames_tracked_per_obj"][index]
+            if frame_idx in tracked:
+                tracked[frame_idx] = tracked.pop(frame_idx)  # in the order of tracking, the latest last
+            latest = itertools.islice(reversed(tracked), self.correctable)
+            anchors = {frame_idx, *outputs["cond_frame_outputs"], *latest}
             forgotten = outputs.setdefault(FORGOTTEN, Spans())
-            anchors = [frame_idx, *prompted]
-            for time in [time for time in others if not _within(time, anchors, _reach(model))]:
+            for time in list(others):
+                distance = min(abs(time - anchor) for anchor in anchors)
+                if distance <= _reach(model):
+                    continue
                 forgotten.add(time)
-                if _within(time, anchors, model.max_obj_ptrs_in_encoder - 1):
-                    others[time] = {**dict.fromkeys(others[time]), "obj_ptr": others[time]["obj_ptr"]}
+                if distance < model.max_obj_ptrs_in_encoder:
+                    pointer = others[time]["obj_ptr"]
+                    others[time] = {**dict.fromkeys(others[time]), "obj_ptr": pointer, "pred_masks": NO_MASK}
                 else:
                     del others[time]
-            tracked = state["frames_tracked_per_obj"][index]
             for time in [time for time in tracked if time in forgotten and not _whole(outputs, time)]:
                 del tracked[time]
 
-    def check_prompt(self, model: SAM2, state: dict[str, Any], frame_idx: int, *, corrected: int | None) -> None:
-        """Raises UserError where a frame that is prompted, or what a correction of that object reads, is forgotten."""
-        what = f"prompting frame {frame_idx}"
-        for index in state["output_dict_per_obj"]:
-            self._check(state, index, [frame_idx], what)
-        index = state["obj_id_to_idx"].get(corrected)
-        tracked = state["frames_tracked_per_obj"].get(index, {}).get(frame_idx)
-        if tracked is not None:
-            self._check(state, index, _read_from(model, frame_idx, tracked["reverse"]), what)
+    def check_prompt(self, model: SAM2, state: dict[str, Any], frame_idx: int, obj_id: int, *, reads: bool) -> None:
+        """Raises UserError where an object's frame, or what its correction reads (a mask does not), is forgotten."""
+        for index, outputs in state["output_dict_per_obj"].items():
+            if _is_lost(outputs, frame_idx) and (other := state["obj_idx_to_id"][index]) != obj_id:
+                log.warning("frame %d of object %s is forgotten: its mask there is returned empty", frame_idx, other)
+        index = state["obj_id_to_idx"].get(obj_id)
+        if index is None:
+            return
+        outputs, tracked = state["output_dict_per_obj"][index], state["frames_tracked_per_obj"][index]
+
+        def is_correctable(time: int) -> bool:
+            reverse = tracked[time]["reverse"] if reads and time in tracked else None
+            return not _is_lost(outputs, time) and (reverse is None or _can_read(model, outputs, time, reverse))
+
+        if not is_correctable(frame_idx):
+            others = filter(is_correctable, _frames_of(outputs))
+            raise UserError(
+                f"frame {frame_idx} of object {obj_id} cannot be corrected, memory.bounded=true has forgotten it or "
+                f"frames that it reads: {Spans(others)} can; memory.correctable=N keeps the latest N, "
+                "memory.bounded=false all"
+            )
 
     def check_start(self, model: SAM2, state: dict[str, Any], start: int, *, reverse: bool) -> None:
         """Raises UserError where tracking from a frame on would read what has been forgotten."""
-        for index in state["output_dict_per_obj"]:
-            self._check(state, index, _read_from(model, start, reverse), f"tracking from frame {start}")
+        every = state["output_dict_per_obj"].values()
 
-    def _check(self, state: dict[str, Any], index: int, times: Iterable[int], what: str) -> None:
-        outputs = state["output_dict_per_obj"][index]
-        lost = [time for time in times if time in outputs.get(FORGOTTEN, ()) and not _whole(outputs, time)]
-        if lost:
+        def can_start(time: int) -> bool:
+            return all(_can_read(model, outputs, time, reverse) for outputs in every)
+
+        if not can_start(start):
+            known = {time + step for outputs in every for time in _frames_of(outputs) for step in (-1, 0, 1)}
+            possible = (time for time in known if 0 <= time < state["num_frames"] and can_start(time))
             raise UserError(
-                f"{what} needs frame {lost[0]} of object {state['obj_idx_to_id'][index]}, which memory.bounded=true "
-                "has forgotten: start at a prompted frame, correct the latest frame, or set memory.bounded=false"
+                f"tracking from frame {start} reads frames that memory.bounded=true has forgotten: it can start at "
+                f"{Spans(possible)}; memory.correctable=N keeps the latest N, memory.bounded=false all"
             )
 
 
@@ -184,12 +221,23 @@ def _reach(model: SAM2) -> int:
     return (model.num_maskmem - 1) * model.memory_temporal_stride_for_eval
 
 
-def _read_from(model: SAM2, frame_idx: int, reverse: bool) -> list[int]:
-    return [frame_idx + (back if reverse else -back) for back in range(1, _reach(model) + 1)]
+def _can_read(model: SAM2, outputs: dict[str, Any], frame_idx: int, reverse: bool) -> bool:
+    """True if nothing is forgotten that an object reads on a frame: memory features, and pointers further back."""
+    forgotten = outputs.get(FORGOTTEN, ())
+    for back in range(1, max(_reach(model) + 1, model.max_obj_ptrs_in_encoder)):
+        time = frame_idx + (back if reverse else -back)
+        is_there = _whole(outputs, time) if back <= _reach(model) else time in _frames_of(outputs)
+        if time in forgotten and not is_there:
+            return False
+    return True
 
 
-def _within(time: int, anchors: Iterable[int], reach: int) -> bool:
-    return any(abs(time - anchor) <= reach for anchor in anchors)
+def _frames_of(outputs: dict[str, Any]) -> set[int]:
+    return {*outputs["cond_frame_outputs"], *outputs["non_cond_frame_outputs"]}
+
+
+def _is_lost(outputs: dict[str, Any], time: int) -> bool:
+    return time in outputs.get(FORGOTTEN, ()) and not _whole(outputs, time)
 
 
 def _whole(outputs: dict[str, Any], time: int) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qsam2.layers.attention import RotaryTable, is_quantizing, quantizer_of, rotate, split_heads
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, build_quantizer
+from qsam2.quantizers.step_cache import version_of
 from qsam2.recipe.quantizer_specs import MinMaxSpec
 
 CODES_A_BYTE = {2: 4, 3: 2, 4: 2}
@@ -119,7 +120,7 @@ class TemporalKeys:
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         tensors = [positions, *attention.k_proj.parameters(), *attention.k_proj.buffers()]
         codes = [quantizer.state for quantizer in _part_quantizers(attention) if quantizer is not None]
-        source = precision, len(table[0]), *codes, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        source = precision, len(table[0]), *codes, *((tensor.data_ptr(), version_of(tensor)) for tensor in tensors)
         kept = self._kept.get(layer)
         if kept is None or kept[0] != source:
             kept = self._kept[layer] = source, temporal_keys(attention, positions.flatten(1), table)

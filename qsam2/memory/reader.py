@@ -39,7 +39,7 @@ def use_memory(model: SAM2, recipe: MemoryRecipe) -> None:
     if model.num_maskmem == 0 and recipe != MemoryRecipe():
         raise UserError("memory.*: this model has a memory of length 0 (num_maskmem=0): leave these keys out")
     model.memory_reader = MemoryReader(recipe) if recipe.reads_anew else None
-    model.memory_bound = BoundedState() if recipe.bounded else None
+    model.memory_bound = BoundedState(recipe.correctable) if recipe.bounded else None
 
 
 class MemoryReader:

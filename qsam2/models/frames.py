@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -55,6 +56,18 @@ class FrameStream:
                 "prompt and track frames in their order, or give the video as a sequence"
             )
         return self.recent[index]
+
+
+def checked_number(number: int, length: int) -> int:
+    """Return the number of a frame as an int; raises UserError if a video of this length has none of that number."""
+    try:
+        index = operator.index(number)
+    except TypeError:
+        index = -1
+    if not 0 <= index < length:
+        last = "on, as it is a stream" if length == UNKNOWN_LENGTH else f"to {length - 1}"
+        raise UserError(f"frame {number!r}: the video has frames 0 {last}")
+    return index
 
 
 def checked(frame: Tensor, index: int, image_size: int) -> Tensor:

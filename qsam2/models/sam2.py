@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import sys
 import weakref
@@ -27,7 +28,7 @@ from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch import Tensor, nn
 
 from qsam2.errors import UserError
-from qsam2.models.frames import CheckedFrames, EndOfStream, FrameStream
+from qsam2.models.frames import CheckedFrames, EndOfStream, FrameStream, checked_number
 from qsam2.recipe.recipe import MemoryRecipe
 
 # SAM2Train needs this module for an annotation alone, whose import (tensordict) takes a second of every inference.
@@ -129,7 +130,7 @@ class MemoryBound(Protocol):
     """Removes state that no later frame reads; see `qsam2.memory.bank`."""
 
     def forget(self, model: SAM2, state: dict[str, Any], frame_idx: int) -> None: ...
-    def check_prompt(self, model: SAM2, state: dict[str, Any], frame_idx: int, *, corrected: int | None) -> None: ...
+    def check_prompt(self, model: SAM2, state: dict[str, Any], frame_idx: int, obj_id: int, *, reads: bool) -> None: ...
     def check_start(self, model: SAM2, state: dict[str, Any], start: int, *, reverse: bool) -> None: ...
 
 
@@ -147,6 +148,8 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
     memory_reader: MemoryReader | None = None
     memory_bound: MemoryBound | None = None
     video_reader: VideoReader | None = None
+    size: str | None = None
+    """One of `SIZES`, as `qsam2.load` sets it."""
 
     def __init__(self, decoder_mlp_dim: int = 2048, **kwargs: Any) -> None:
         self.decoder_mlp_dim = decoder_mlp_dim
@@ -239,15 +242,29 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, *args: Any, **kwargs: Any
     ) -> tuple[int, list[int], Tensor]:
         """Prompt as in `sam2`; raises UserError if the frame or the state cannot be used."""
-        self._check_prompt(inference_state, frame_idx, corrected=obj_id)
-        return super().add_new_points_or_box(inference_state, frame_idx, obj_id, *args, **kwargs)
+        frame = self._check_prompt(inference_state, frame_idx, obj_id, reads=True)
+        with _new_object_only_if_prompted(self, inference_state, obj_id):
+            return super().add_new_points_or_box(inference_state, frame, obj_id, *args, **kwargs)
 
     def add_new_mask(
         self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, mask: Tensor | np.ndarray
     ) -> tuple[int, list[int], Tensor]:
-        """Prompt as in `sam2`; raises UserError if the frame or the state cannot be used."""
-        self._check_prompt(inference_state, frame_idx)
-        return super().add_new_mask(inference_state, frame_idx, obj_id, mask)
+        """Prompt as in `sam2`; raises UserError if the frame, the mask's shape or the state cannot be used."""
+        if np.ndim(mask) != 2:
+            raise UserError(f"the mask has the shape {tuple(np.shape(mask))}: give one of (height, width)")
+        frame = self._check_prompt(inference_state, frame_idx, obj_id, reads=False)
+        with _new_object_only_if_prompted(self, inference_state, obj_id):
+            return super().add_new_mask(inference_state, frame, obj_id, mask)
+
+    def clear_all_prompts_in_frame(
+        self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, need_output: bool = True
+    ) -> tuple[int, list[int], Tensor] | None:
+        """As in `sam2`; raises UserError if there is no such frame or object."""
+        self._check_owner(inference_state)
+        if obj_id not in inference_state["obj_id_to_idx"]:
+            raise UserError(f"there is no object {obj_id!r}, only {list(inference_state['obj_id_to_idx'])}")
+        frame = checked_number(frame_idx, inference_state["num_frames"])
+        return super().clear_all_prompts_in_frame(inference_state, frame, obj_id, need_output)
 
     def propagate_in_video(
         self,
@@ -258,9 +275,16 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
     ) -> Iterator[tuple[int, list[int], Tensor]]:
         """Track as in `sam2`; a stream is tracked to its end. Raises UserError if start or state cannot be used."""
         self._check_owner(inference_state)
-        if self.memory_bound is not None and start_frame_idx is not None:
-            self.memory_bound.check_start(self, inference_state, start_frame_idx, reverse=reverse)
-        frames = super().propagate_in_video(inference_state, start_frame_idx, max_frame_num_to_track, reverse)
+        if max_frame_num_to_track is not None and max_frame_num_to_track < 0:
+            raise UserError(f"max_frame_num_to_track={max_frame_num_to_track}: give 0 or more, or None for all")
+        start = start_frame_idx
+        if start is not None:
+            start = checked_number(start, inference_state["num_frames"])
+        elif prompted := _prompted_frames(inference_state):
+            start = min(prompted)
+        if self.memory_bound is not None and start is not None:
+            self.memory_bound.check_start(self, inference_state, start, reverse=reverse)
+        frames = super().propagate_in_video(inference_state, start, max_frame_num_to_track, reverse)
         try:
             for frame_idx, object_ids, masks in frames:
                 if self.memory_bound is not None:
@@ -269,15 +293,42 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         except EndOfStream:
             return
 
-    def _check_prompt(self, state: dict[str, Any], frame_idx: int, corrected: int | None = None) -> None:
+    def _check_prompt(self, state: dict[str, Any], frame_idx: int, obj_id: int, *, reads: bool) -> int:
         self._check_owner(state)
+        frame = checked_number(frame_idx, state["num_frames"])
+        index = state["obj_id_to_idx"].get(obj_id)
+        corrects = index is not None and frame in state["frames_tracked_per_obj"][index]
+        if corrects and not state["output_dict_per_obj"][index]["cond_frame_outputs"]:  # an assertion in sam2
+            raise UserError(
+                f"frame {frame} of object {obj_id!r} cannot be corrected, its prompts were cleared: prompt it where "
+                "they were and track it again, or remove_object and add it anew"
+            )
         if self.memory_bound is not None:
-            self.memory_bound.check_prompt(self, state, frame_idx, corrected=corrected)
+            self.memory_bound.check_prompt(self, state, frame, obj_id, reads=reads)
+        return frame
 
     def _check_owner(self, state: dict[str, Any]) -> None:
         owner = state.get("model")
         if owner is None or owner() is not self:
             raise UserError("this state was started by another model: start one with this model's init_state")
+
+
+def _prompted_frames(state: dict[str, Any]) -> set[int]:
+    """Conditioning frames of all objects, those prompted since they were last tracked included."""
+    outputs = [*state["output_dict_per_obj"].values(), *state["temp_output_dict_per_obj"].values()]
+    return {frame for output in outputs for frame in output["cond_frame_outputs"]}
+
+
+@contextlib.contextmanager
+def _new_object_only_if_prompted(model: SAM2, state: dict[str, Any], obj_id: int) -> Iterator[None]:
+    """Context manager: sam2 adds an object before it looks at the prompt, and then cannot track for want of one."""
+    is_new = obj_id not in state["obj_id_to_idx"]
+    try:
+        yield
+    except Exception:
+        if is_new:
+            model.remove_object(state, obj_id, need_output=False)
+        raise
 
 
 def _memory_in_own_dtype(

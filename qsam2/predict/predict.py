@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,9 +26,12 @@ from qsam2.data.video import Picture, Video, VideoFile, open_video
 from qsam2.errors import UserError
 from qsam2.loading import image_predictor, video_predictor
 from qsam2.models import SAM2
+from qsam2.models.sam2 import EMBEDDED
 from qsam2.output import writing
 from qsam2.predict.parse import Prompts, Word, read_prompts
 from qsam2.report.overlays import COLOURS, overlay, write_video
+
+log = logging.getLogger("qsam2")
 
 FRAMES_PER_SECOND = Fraction(24)
 """Frame rate of the overlay if the source is a folder of frames."""
@@ -67,38 +72,48 @@ def predict(
         picture = Picture(source)
         prompts = read_prompts(words, picture)
         with outputs(out, ("mask.png", "overlay.png"), replace=force) as folder:
-            ids = segment_picture(image_predictor(model, overrides, device=device, fast=fast), picture, prompts)
-            write_ids(folder / "mask.png", ids, list(prompts))
-            drawn = _overlay(picture.frame(0), ids, list(prompts))
+            predictor = image_predictor(model, overrides, device=device, fast=fast)
+            _say_what_nano_is(predictor.model)
+            ids = segment_picture(predictor, picture, prompts)
+            write_ids(folder / "mask.png", ids, prompts)
+            drawn = _overlay(picture.frame(0), ids, prompts)
             Image.fromarray(drawn).save(folder / "overlay.png", format="PNG")
         return [out / "mask.png", out / "overlay.png"]
     video = open_video(source)
     prompts = read_prompts(words, video)
     with outputs(out, ("masks", "overlay.mp4"), replace=force) as folder:
         predictor = video_predictor(model, overrides, device=device, fast=fast)
+        _say_what_nano_is(predictor)
         _track(predictor, video, prompts, folder)
     return [out / "masks", out / "overlay.mp4"]
 
 
 def _track(predictor: SAM2, video: Video, prompts: Prompts, folder: Path) -> None:
-    object_ids = sorted(prompts)
     (folder / "masks").mkdir()
     paths = [folder / "masks" / f"{name}.png" for name in video.frame_names]
     for index, ids in track_objects(predictor, video, prompts):
         if paths[index].exists():  # objects prompted on an earlier frame keep their pixels
             earlier = read_ids(paths[index])
             ids[earlier > 0] = earlier[earlier > 0]
-        write_ids(paths[index], ids, object_ids)
+        write_ids(paths[index], ids, prompts)
     frames = (
-        _overlay(video.frame(index), read_ids(path), object_ids)
-        for index, path in enumerate(tqdm(paths, desc="overlay"))
+        _overlay(video.frame(index), read_ids(path), prompts) for index, path in enumerate(tqdm(paths, desc="overlay"))
     )
     rate = video.frames_per_second if isinstance(video, VideoFile) else None
     write_video(str(folder / "overlay.mp4"), frames, frames_per_second=rate or FRAMES_PER_SECOND)
 
 
-def _overlay(frame: np.ndarray, ids: np.ndarray, object_ids: Sequence[int]) -> np.ndarray:
-    return overlay(frame, [ids == object_id for object_id in object_ids])
+def _overlay(frame: np.ndarray, ids: np.ndarray, object_ids: Collection[int]) -> np.ndarray:
+    return overlay(frame, [ids == object_id for object_id in sorted(object_ids)])
+
+
+def _say_what_nano_is(model: SAM2) -> None:
+    if model.size in EMBEDDED:
+        log.info(
+            "%s is for trying things out, on photographs it gives fragments; for an official size give tiny instead, "
+            "whose weights are fetched once, or its file, see docs/checkpoint.md",
+            model.size,
+        )
 
 
 def segment_picture(predictor: SAM2ImagePredictor, picture: Video, prompts: Prompts) -> np.ndarray:
@@ -197,9 +212,12 @@ def outputs(folder: Path, names: Sequence[str], *, replace: bool) -> Iterator[Pa
                 folder.rmdir()
 
 
-def write_ids(path: Path, ids: np.ndarray, object_ids: Sequence[int]) -> None:
-    """Write object ids, uint8 (H, W), as a palette PNG like DAVIS's; the palette has the colours of the overlay."""
-    colours = {object_id: COLOURS[index % len(COLOURS)] for index, object_id in enumerate(object_ids)}
+def write_ids(path: Path, ids: np.ndarray, object_ids: Collection[int]) -> None:
+    """Write object ids, uint8 (H, W), as a palette PNG like DAVIS's; the palette has the colours of the overlay.
+
+    Colours are in the order of the ids, in pictures and videos alike.
+    """
+    colours = dict(zip(sorted(object_ids), itertools.cycle(COLOURS), strict=False))
     picture = Image.fromarray(ids).convert("P")
     picture.putpalette([channel for value in range(256) for channel in colours.get(value, BACKGROUND)])
     picture.save(path, format="PNG")

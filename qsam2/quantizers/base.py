@@ -20,7 +20,7 @@ from qsam2.quantizers.grid import Grid
 from qsam2.quantizers.observers import Distribution, Observer
 from qsam2.quantizers.passes import to_levels
 from qsam2.quantizers.ranges import least_error_grid
-from qsam2.quantizers.step_cache import clear_after_backward, hidden_from_checkpointing
+from qsam2.quantizers.step_cache import clear_after_backward, hidden_from_checkpointing, version_of
 from qsam2.recipe.quantizer_specs import QuantizerSpec, Role
 
 
@@ -153,9 +153,9 @@ class Quantizer(nn.Module):
             clear_after_backward(scale, self, "_shared")
         return self._shared[:2]
 
-    def _learned(self) -> tuple[tuple[int, int], ...]:
+    def _learned(self) -> tuple[tuple[int, object], ...]:
         """Identities of the learned parameters, which a shared range keeps alive by its graph, and their versions."""
-        return tuple((id(param), param._version) for param in self._parameters.values() if param is not None)
+        return tuple((id(param), version_of(param)) for param in self._parameters.values() if param is not None)
 
     # State
 

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 
+def version_of(tensor: Tensor) -> object:
+    """How often a tensor was written to; never the same for one of `torch.inference_mode`, where nobody counts."""
+    return object() if tensor.is_inference() else tensor._version
+
+
 def hidden_from_checkpointing() -> AbstractContextManager[None]:
     """Context in which saved tensors are hidden from activation checkpointing, which would recompute them."""
     return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)

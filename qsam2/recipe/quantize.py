@@ -41,6 +41,10 @@ class AllocateRecipe(Section):
         return self
 
 
+OWN_BITS = "the recipe's bits"
+"""Reason of the layers that no rule matches."""
+
+
 class Rule(Section):
     """Bits of the layers whose name matches, or their exemption from quantization.
 
@@ -150,7 +154,7 @@ class QuantizeRecipe(Section):
         """Quantizers of the layer of this name, with the reason."""
         rule = self.rule_for(name)
         if rule is None:
-            return LayerPlan(self.weights, self.activations, "the recipe's bits")
+            return LayerPlan(self.weights, self.activations, OWN_BITS)
         if rule.keep_float:
             return LayerPlan(None, None, rule.reason)
         weights = _with_bits(self.weights, rule.weight_bits or rule.bits)

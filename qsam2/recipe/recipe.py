@@ -237,6 +237,8 @@ class MemoryRecipe(Section):
     many share as the budget requires."""
     bounded: bool = False
     """Keep only what later frames can still read, so that the state does not grow; the masks are the same."""
+    correctable: NonNegativeInt = 32
+    """With `bounded`: number of an object's latest tracked frames that stay correctable by points, boxes and masks."""
 
     @model_validator(mode="after")
     def _sharing_has_a_budget(self) -> MemoryRecipe:

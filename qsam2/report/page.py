@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
-from qsam2.errors import NOT_THIS_JSON, UserError, shortened
+from qsam2.errors import UserError, shortened
 from qsam2.evaluation.metrics.interval import interval_text, paired_difference
 from qsam2.evaluation.metrics.scores import amount_text, remarks
 from qsam2.output import read_json, version

@@ -66,13 +66,24 @@ class SafeCheckpointIO(TorchCheckpointIO):
 class ProgressBar(TQDMProgressBar):
     """Lightning's progress bar on stderr, where all others are, that also starts at the right step in a resumed run."""
 
-    def init_train_tqdm(self) -> Any:
+    def _on_stderr(self, stage: str) -> Any:
         with contextlib.redirect_stdout(sys.stderr):  # Lightning asks for stdout, where results are printed
-            return super().init_train_tqdm()
+            return getattr(TQDMProgressBar, f"init_{stage}_tqdm")(self)
+
+    def init_sanity_tqdm(self) -> Any:
+        return self._on_stderr("sanity")
+
+    def init_train_tqdm(self) -> Any:
+        return self._on_stderr("train")
 
     def init_validation_tqdm(self) -> Any:
-        with contextlib.redirect_stdout(sys.stderr):
-            return super().init_validation_tqdm()
+        return self._on_stderr("validation")
+
+    def init_test_tqdm(self) -> Any:
+        return self._on_stderr("test")
+
+    def init_predict_tqdm(self) -> Any:
+        return self._on_stderr("predict")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)

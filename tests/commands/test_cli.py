@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 from small_models import write_davis
+from tqdm import tqdm
 
 from qsam2 import __version__
 from qsam2.cli import main, parse
 from qsam2.data.synthetic.moving_objects import moving_objects
+from qsam2.errors import UserError
 from qsam2.recipe import Recipe
 from qsam2.recipe.load import FOLDERS, shipped
+from qsam2.train.trainer import ProgressBar
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["model.image_size=64", "model.checkpoint=null"]
@@ -117,13 +123,87 @@ def test_train_carries_out_the_recipe(
     assert out[3:] == ["float32 4.00 MB  packed 0.50 MB", "runs/mine/report.html"]
 
 
-def test_interruption(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(recipe: Recipe) -> None:
+@pytest.mark.parametrize(
+    ("command", "by", "resumes"),
+    [
+        ("train r.yaml", "pipeline.run_recipe", "goes on from what the run folder holds"),
+        ("quantize nano", "pipeline.carry_out", "goes on from what the run folder holds"),
+        ("sensitivity nano", "sweep.sensitivity.measure_sensitivity", "goes on where it was stopped"),
+        ("sweep bits", "sweep.runner.carry_out", "goes on: finished runs are not repeated"),
+        ("table ptq", "sweep.runner.carry_out", "goes on: finished runs are not repeated"),
+        ("predict nano r.yaml --out out", "predict.predict.predict", "begins anew"),
+        ("evaluate nano", "evaluation.scoring.evaluate_model", "begins anew"),
+        ("export nano --format onnx --out out", "api.export", "begins anew"),
+        ("benchmark memory", "benchmark.remembered_frames.benchmark_memory", "begins anew"),
+    ],
+)
+def test_interruption(
+    command: str,
+    by: str,
+    resumes: str,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qsam2.pipeline.run_recipe", interrupt)
-    assert main(["train", str(recipe)]) == 130
-    assert capsys.readouterr().err == "stopped; the same command goes on from the last checkpoint\n"
+    monkeypatch.setattr(f"qsam2.{by}", interrupt)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main(command.split()) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped; the same command {resumes}"
+
+
+@pytest.mark.parametrize(("flag", "said"), [("", "some"), ("--verbose", "all some"), ("--quiet", "")])
+def test_what_is_logged(
+    flag: str, said: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Log lines stand on lines of their own above open progress bars, all of it on stderr."""
+
+    def carry_out(recipe: Recipe) -> None:
+        log = logging.getLogger("qsam2")
+        for _ in tqdm(range(2), "bar", disable=False):
+            log.debug("all")
+            log.info("some")
+            log.warning("wrong")
+        raise UserError("bad")
+
+    monkeypatch.setattr("qsam2.pipeline.carry_out", carry_out)
+    monkeypatch.setattr(logging.root, "handlers", [])  # those of pytest
+    assert main(["train", str(recipe), *flag.split()]) == 2
+    out, err = capsys.readouterr()
+    lines = [line.strip() for line in err.replace("\r", "\n").splitlines() if line.strip()]
+    assert out == "" and [line for line in lines if not line.startswith("bar:")] == [
+        *[*said.split(), "wrong"] * 2,
+        "error: bad",
+    ]
+    assert any(line.startswith("bar:") for line in lines) == (flag != "--quiet")
+
+
+@pytest.mark.parametrize("stage", ["sanity", "train", "validation", "test", "predict"])
+def test_lightnings_bars_are_on_stderr(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar()
+    bar._trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+    with getattr(bar, f"init_{stage}_tqdm")() as shown:
+        shown.refresh()
+    out, err = capsys.readouterr()
+    assert out == "" and "?it/s" in err
+
+
+def test_sweep_and_table_show_examples_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, other in (("sweep", "table"), ("table", "sweep")):
+        with pytest.raises(SystemExit):
+            main([word, "--help"])
+        help_text = capsys.readouterr().out
+        assert f"  qsam2 {word} recipes/{word}s/" in help_text and f"qsam2 {other} recipes" not in help_text
+
+
+@pytest.mark.parametrize("command", ["train", "quantize"])
+def test_data_that_cannot_be_used_leaves_no_run_folder(command: str, recipe: Path, refused: Refused) -> None:
+    words = ["quantize", "nano"] if command == "quantize" else ["train", recipe]
+    assert "nowhere" in refused(*words, "data.train=davis:nowhere:train", "output=new")
+    assert "nowhere" in refused(*words, "data.val=davis:nowhere:val", "output=new")
+    assert not Path("new").exists()
 
 
 def test_shipped_files_are_listed_with_their_titles_and_printed(

@@ -21,6 +21,7 @@ from waiting import HANG_S
 import qsam2.formats.card
 from qsam2.cli import main
 from qsam2.errors import UserError
+from qsam2.output import write_tensors, write_text
 from qsam2.recipe import build_recipe
 from qsam2.run import RunFolder, alone_in
 from qsam2.train.trainer import SafeCheckpointIO
@@ -77,6 +78,23 @@ def test_damaged_figures(values: dict[str, Any]) -> None:
     (Path(values["output"]) / "metrics.json").write_text('{"float": {"J&')
     with pytest.raises(UserError, match=r"metrics.json is damaged \(.*\): remove it to run anew"):
         RunFolder(build_recipe(values))
+
+
+# Permissions
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_files_have_the_permissions_that_new_ones_have(umask: int, tmp_path: Path) -> None:
+    """safetensors writes files that their owner alone can read."""
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
+        write_text(tmp_path / "a.txt", "a")
+        write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {})  # over another one
+    finally:
+        os.umask(before)
+    for file in tmp_path.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 # A full disk

@@ -53,7 +53,7 @@ def test_a_signal_stops_all_of_a_run(
         process.send_signal(by)
         assert process.wait(HANG_S) == 130
         wait_until(lambda: not is_left(process))
-        assert log.read_text().count("stopped; the same command goes on from the last checkpoint") == 1
+        assert log.read_text().count("stopped; the same command goes on from what the run folder holds") == 1
     finally:
         if is_left(process):
             os.killpg(process.pid, signal.SIGKILL)

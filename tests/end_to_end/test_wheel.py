@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy, so that the checkout stays clean."""
     folder = tmp_path_factory.mktemp("wheel")
     unwanted = shutil.ignore_patterns("__pycache__")
-    for name in ("qsam2", "recipes"):
+    for name in ("qsam2", "recipes", "data"):
         shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True, ignore=unwanted)
     for name in ("pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY_NOTICES.md"):
         shutil.copy(ROOT / name, folder / "source")
@@ -64,6 +64,11 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         f"qsam2/{file.relative_to(ROOT / 'qsam2')}" for file in (ROOT / "qsam2/report/templates").iterdir()
     }
     assert names >= {f"qsam2/models/nano/{name}.safetensors" for name in ("nano", "nano_heavy")}
+    assert names >= {f"qsam2/models/nano/{name}.md" for name in ("nano", "data")}  # the weights' card and data terms
+    metadata = next(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert "License-Expression: Apache-2.0 AND LicenseRef-nano-weights" in text
+    assert "License-File: qsam2/models/nano/nano.md" in text and "License-File: data/nano.md" in text
     modules = {file.relative_to(ROOT).as_posix() for file in (ROOT / "qsam2").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
 

@@ -13,7 +13,7 @@ from torch import nn
 from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.errors import UserError
 from qsam2.layers.attention import QuantizedAttention
-from qsam2.layers.convert import conversion_table, convert, quantized_weights, quantizers, set_state
+from qsam2.layers.convert import conversion_table, convert, exceptions_table, quantized_weights, quantizers, set_state
 from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from qsam2.models import SAM2, build_sam2
 from qsam2.quantizers import QuantizerState
@@ -140,6 +140,15 @@ def test_every_default_rule_but_one_a_version_finds_its_layer(version):
     unused = {rule.match for rule in DEFAULT_RULES} - deciding
     heads = {"obj_ptr_proj", "sam_mask_decoder.pred_obj_score_head"}
     assert len(unused) == 2 and unused <= heads | {f"{head}.layers.2" for head in heads}
+
+
+def test_layers_with_other_bits_are_told(model):
+    rows = convert(model, recipe({"match": "obj_ptr_tpos_proj", "keep_float": True}))
+    first, *lines = exceptions_table(rows).splitlines()
+    others = [line.split()[0] for line in lines[1:]]
+    assert first == f"{len(rows) - len(others)} of {len(rows)} layers have the recipe's bits; the others:"
+    assert 5 < len(others) < 20 and "obj_ptr_tpos_proj" in others and "image_encoder.trunk.patch_embed.proj" in others
+    assert exceptions_table([row for row in rows if row.name not in others]).endswith("layers have the recipe's bits")
 
 
 def test_the_table_is_aligned_text(model):

@@ -93,6 +93,77 @@ def reset(model: Any, state: Any) -> Masks:
 USES = [*(("float", use) for use in (clicks, boxes, masks, reset, several_objects)), ("packed", several_objects)]
 
 
+def objects_added_later(model: Any, state: Any) -> Masks:
+    """After tracking to the end: on a forgotten frame, tracked anew; then on a late one, tracked from there on."""
+    found = [model.add_new_mask(state, 0, 1, square()), *model.propagate_in_video(state)]
+    model.add_new_points_or_box(state, 8, 2, points=[[60.0, 30.0]], labels=[1])
+    found += model.propagate_in_video(state)
+    found.append(model.add_new_points_or_box(state, 22, 3, box=[40.0, 5.0, 70.0, 40.0]))
+    return [*found, *model.propagate_in_video(state, start_frame_idx=22)]
+
+
+def corrections(model: Any, state: Any) -> Masks:
+    """A few frames back after the end of the video was reached, and again after tracking it twice from there."""
+    found = [model.add_new_points_or_box(state, 0, 1, points=[[20.0, 20.0]], labels=[1])]
+    found += model.propagate_in_video(state)
+    found.append(model.add_new_points_or_box(state, 20, 1, points=[[30.0, 28.0]], labels=[0]))
+    found += model.propagate_in_video(state, start_frame_idx=21)
+    found.append(model.add_new_mask(state, 22, 1, square(20)))
+    return [*found, *model.propagate_in_video(state, start_frame_idx=23), *model.propagate_in_video(state, 19)]
+
+
+def back_and_forth(model: Any, state: Any) -> Masks:
+    """From the prompt to the end and to the start; the last frame corrected, and back from there."""
+    found = [model.add_new_mask(state, 6, 1, square()), *model.propagate_in_video(state)]
+    found += model.propagate_in_video(state, start_frame_idx=6, max_frame_num_to_track=5, reverse=True)
+    found.append(model.add_new_points_or_box(state, 23, 1, points=[[60.0, 5.0]], labels=[0]))
+    return [*found, *model.propagate_in_video(state, start_frame_idx=23, reverse=True)]
+
+
+def removed_and_added(model: Any, state: Any) -> Masks:
+    """An object that is removed after the end and added anew, one whose second prompt is cleared."""
+    model.add_new_mask(state, 0, 1, square())
+    model.add_new_mask(state, 0, 2, square(40))
+    model.add_new_mask(state, 20, 2, square(44))
+    found = [*model.propagate_in_video(state), model.clear_all_prompts_in_frame(state, 20, 2)]
+    model.remove_object(state, 1)
+    found.append(model.add_new_points_or_box(state, 21, 1, points=[[20.0, 20.0]], labels=[1]))
+    return [*found, *model.propagate_in_video(state, start_frame_idx=21)]
+
+
+@pytest.mark.parametrize("use", [objects_added_later, corrections, back_and_forth, removed_and_added])
+def test_orders_in_which_frames_are_forgotten(
+    use: Callable[[Any, Any], Masks], models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "frames", pictures(24))
+    stock = stock_predictor("float", models["float"])
+    ours = qsam2.video_predictor(models["float"], ["memory.correctable=8"])
+    with torch.autocast("cpu", torch.bfloat16):  # sam2 cannot track before a prompt in float32
+        states = [model.init_state(str(folder)) for model in (stock, ours)]
+        expected, found = (use(model, state) for model, state in zip((stock, ours), states, strict=True))
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    for (_, _, mine), (frame, _, theirs) in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs), f"frame {frame} differs"
+    outputs = states[1]["output_dict_per_obj"][0]
+    assert outputs["forgotten"].spans
+
+
+@pytest.mark.parametrize("memory", [[], ["memory.cache=true"]])
+def test_a_model_built_under_inference_mode(memory: list[str], models: dict[str, Path], folder: Path) -> None:
+    with torch.inference_mode():
+        model = qsam2.video_predictor(models["packed"], memory)
+        found = clicks(model, model.init_state(folder))
+        moved = clicks(
+            model.double().float(), model.init_state(folder)
+        )  # its weights are inference tensors from now on
+    other = qsam2.video_predictor(models["packed"], memory)
+    for rows in zip(found, moved, clicks(other, other.init_state(folder)), strict=True):
+        assert torch.equal(rows[0][2], rows[2][2]) and torch.equal(rows[1][2], rows[2][2])
+    with torch.inference_mode():
+        float_model = qsam2.load(models["float"])
+    float_model.image_encoder(torch.zeros(1, 3, SIZE_PX, SIZE_PX))["vision_features"].sum().backward()
+
+
 @pytest.mark.parametrize(("kind", "use"), USES)
 def test_videos_get_the_masks_of_sam2s_own_class(
     kind: str, use: Callable[[Any, Any], Masks], models: dict[str, Path], folder: Path
@@ -180,7 +251,7 @@ def test_a_long_video_is_not_kept(models: dict[str, Path], tmp_path: Path, monke
         return frame
 
     monkeypatch.setattr(FrameSequence, "__getitem__", recorded)
-    model = qsam2.video_predictor(models["float"])
+    model = qsam2.video_predictor(models["float"], ["memory.correctable=1"])
     state = model.init_state(write_video(tmp_path / "clip.mp4", pictures(28, 46, 80)))
     assert not read  # nothing is decoded before it is needed
     model.add_new_points_or_box(state, 0, 1, points=[[20.0, 20.0]], labels=[1])

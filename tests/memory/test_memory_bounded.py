@@ -93,17 +93,18 @@ def test_a_stream_can_be_corrected_on_its_latest_frame(model: SAM2) -> None:
 # Bytes
 
 
-@pytest.mark.parametrize("memory", [{}, SHARED])
-def test_bytes_are_constant(memory: dict[str, Any], model: SAM2) -> None:
-    """From frame 31 on, where pointers near the prompted and near the current frame are apart; see `BoundedState`."""
-    state = start(model, endless(44), bounded=True, **memory)
+@pytest.mark.parametrize(("memory", "correctable"), [({}, 0), (SHARED, 4)])
+def test_bytes_are_constant(memory: dict[str, Any], correctable: int, model: SAM2) -> None:
+    """Once pointers near the prompted and near the latest frames are apart; see `BoundedState`."""
+    state = start(model, endless(48), bounded=True, correctable=correctable, **memory)
     seen = {index: state_bytes(state) for index, _, _ in model.propagate_in_video(state)}
-    assert len(seen) == 44
-    assert {seen[index] for index in range(31, 44)} == {seen[31]}
+    apart = 31 + max(correctable - 1, 0)
+    assert len(seen) == 48
+    assert {seen[index] for index in range(apart, 48)} == {seen[apart]}
     pointer_bytes = 4 * 128
-    assert seen[31] - seen[20] == 11 * pointer_bytes  # and nothing else before
+    assert seen[apart] - seen[apart - 11] == 11 * pointer_bytes  # and nothing else before
     tracked, outputs = state["frames_tracked_per_obj"][0], state["output_dict_per_obj"][0]
-    assert len(tracked) < 20 and len(outputs["non_cond_frame_outputs"]) < 40 and len(outputs["forgotten"].spans) < 4
+    assert len(tracked) < 24 and len(outputs["non_cond_frame_outputs"]) < 44 and len(outputs["forgotten"].spans) < 4
 
 
 def test_bytes_of_an_unbounded_state_grow(model: SAM2) -> None:
@@ -122,19 +123,71 @@ def error_of(action: Any) -> str:
     return str(caught.value)
 
 
-def test_forgotten_frames_cannot_be_prompted_or_read(model: SAM2) -> None:
-    state = start(model, video(LENGTH), bounded=True)
+CLICK = {"points": [[3.0, 4.0]], "labels": [1]}
+
+
+def test_forgotten_frames_cannot_be_corrected_or_read(model: SAM2, message: Any) -> None:
+    state = start(model, video(LENGTH), bounded=True, correctable=2)
     list(model.propagate_in_video(state))
-    what = "of object 1, which memory.bounded=true has forgotten"
-    assert f"prompting frame 10 needs frame 10 {what}" in error_of(lambda: model.add_new_mask(state, 10, 1, box(4)))
-    click = {"points": [[3.0, 4.0]], "labels": [1]}
-    assert what in error_of(lambda: model.add_new_points_or_box(state, 12, 2, **click))
-    assert "tracking from frame 18 needs frame 16" in error_of(lambda: list(model.propagate_in_video(state, 18)))
-    assert what in error_of(lambda: list(model.propagate_in_video(state, 9, reverse=True)))
-    assert "prompting frame 22 needs frame 16" in error_of(lambda: model.add_new_points_or_box(state, 22, 1, **click))
-    model.add_new_points_or_box(state, 22, 2, **click)  # a new object there reads nothing
-    model.add_new_points_or_box(state, 23, 1, **click)  # the latest frame and those around prompted ones are there
-    model.add_new_points_or_box(state, 5, 1, **click)
+    for action in (
+        lambda: model.add_new_mask(state, 10, 1, box(4)),
+        lambda: model.add_new_points_or_box(state, 12, 1, **CLICK),
+        lambda: model.add_new_points_or_box(state, 21, 1, **CLICK),  # it is there, but not all that it reads
+    ):
+        assert "memory.correctable=N" in message(error_of(action))
+    assert "can start at 0 to 7, 22 to 23;" in message(error_of(lambda: list(model.propagate_in_video(state, 18))))
+    assert "has forgotten" in message(error_of(lambda: list(model.propagate_in_video(state, 9, reverse=True))))
+    for frame in (22, 23, 5):  # the latest two and those around prompted ones are there
+        model.add_new_points_or_box(state, frame, 1, **CLICK)
+    model.add_new_points_or_box(state, 12, 2, **CLICK)  # a new object reads nothing
+    masks = model.add_new_points_or_box(state, 13, 3, **CLICK)[2]
+    assert masks.shape[0] == 3 and bool((masks[0] == -1024).all()) and bool((masks[2] != -1024).any())
+
+
+def test_tracking_starts_by_itself_where_nothing_is_forgotten(model: SAM2, message: Any) -> None:
+    """From the earliest prompt on, which may be another one than before."""
+    state = start(model, video(LENGTH), bounded=True, correctable=0)
+    model.add_new_mask(state, 20, 2, box(30))
+    list(model.propagate_in_video(state))
+    model.remove_object(state, 1)
+    model.add_new_mask(state, 8, 3, box(10))
+    assert "tracking from frame 8 reads frames" in message(error_of(lambda: list(model.propagate_in_video(state))))
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_frames_that_the_video_does_not_have(bounded: bool, model: SAM2, message: Any) -> None:
+    state = start(model, video(4), bounded=bounded)
+    for frame in (4, 400, -1, 1.5, "2", None):
+        actions = [
+            lambda frame=frame: model.add_new_points_or_box(state, frame, 2, **CLICK),
+            lambda frame=frame: model.add_new_mask(state, frame, 2, box(4)),
+            lambda frame=frame: model.clear_all_prompts_in_frame(state, frame, 1),
+            lambda frame=frame: list(model.propagate_in_video(state, frame)),
+        ]
+        for action in actions if frame is not None else actions[:3]:
+            assert error_of(action) == f"frame {frame!r}: the video has frames 0 to 3"
+    assert "give 0 or more" in message(error_of(lambda: list(model.propagate_in_video(state, 0, -1))))
+    assert "no object 2" in message(error_of(lambda: model.clear_all_prompts_in_frame(state, 0, 2)))
+    assert "(height, width)" in message(error_of(lambda: model.add_new_mask(state, 0, 2, box(4)[None])))
+    with pytest.raises(ValueError, match="must be provided together"):  # sam2's own
+        model.add_new_points_or_box(state, 0, 2, points=[[3.0, 4.0]])
+    assert state["obj_ids"] == [1] and len(follow(model, state, start_frame_idx=torch.tensor(1))) == 3
+    stream = start(model, iter(video(2)), bounded=bounded)
+    assert "0 on, as it is a stream" in message(error_of(lambda: model.add_new_mask(stream, -1, 1, box(4))))
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_correction_needs_a_prompt(bounded: bool, model: SAM2, message: Any) -> None:
+    state = start(model, video(4), bounded=bounded)
+    list(model.propagate_in_video(state))
+    model.clear_all_prompts_in_frame(state, 0, 1)
+    for prompt in (
+        lambda: model.add_new_points_or_box(state, 2, 1, **CLICK),
+        lambda: model.add_new_mask(state, 2, 1, box(4)),
+    ):
+        assert "its prompts were cleared" in message(error_of(prompt))
+    model.add_new_mask(state, 0, 1, box(4))
+    assert len(follow(model, state)) == 4
 
 
 def test_frames_of_a_stream_that_are_not_there(model: SAM2) -> None:

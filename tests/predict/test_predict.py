@@ -168,6 +168,27 @@ def test_a_mask_of_several_ids_prompts_all_of_them(
 # Whole or not at all
 
 
+def test_colours_are_in_the_order_of_ids(models: dict[str, Path], folder: Path, picture: Path, out: Path) -> None:
+    """In pictures and videos alike, whatever the order of the prompts."""
+    words = ["--object", "5", "--box", "40,5,70,40", "--object", "2", "--point", "20,20"]
+    run(models["float"], picture, out / "picture", *words)
+    run(models["float"], folder, out / "video", *words)
+    for path in (out / "picture" / "mask.png", out / "video" / "masks" / "0.png"):
+        with Image.open(path) as mask:
+            palette = np.array(mask.getpalette()).reshape(-1, 3)
+        assert [tuple(palette[index]) for index in (2, 5)] == list(COLOURS[:2])
+    ids = read(out / "picture" / "mask.png")
+    with Image.open(out / "picture" / "overlay.png") as drawn:
+        outlines = {tuple(colour) for colour in np.array(drawn).reshape(-1, 3)} & set(COLOURS)
+    assert {COLOURS[(2, 5).index(own_id)] for own_id in np.unique(ids[ids > 0])} == outlines
+
+
+@pytest.mark.parametrize("fast", [[], ["--fast"]])
+def test_nano_says_what_it_is_for(fast: list[str], picture: Path, out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run("nano", picture, out, *CLICK, *fast, "model.image_size=64")
+    assert "nano is for trying things out" in caplog.text and "tiny" in caplog.text
+
+
 def test_what_is_there_is_not_overwritten_silently(
     models: dict[str, Path], picture: Path, out: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -285,6 +306,15 @@ def test_inputs_that_cannot_be_read_are_one_line(
 
 def test_a_model_that_is_not_there_is_one_line(picture: Path, refused: Callable[..., str]) -> None:
     assert "nanno" in refused("nanno", picture, *CLICK)
+
+
+def test_an_onnx_export_is_no_model(tmp_path: Path, picture: Path, refused: Callable[..., str]) -> None:
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "model.json").write_text("{}")
+    (exported / "image_encoder.onnx").write_bytes(b"")
+    for model in (exported, exported / "image_encoder.onnx"):
+        assert "is an export for ONNX Runtime" in refused(model, picture, *CLICK)
 
 
 def test_a_picture_has_one_frame(picture: Path, refused: Callable[..., str]) -> None:
