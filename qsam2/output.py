@@ -7,16 +7,22 @@ import importlib.metadata
 import json
 import logging
 import os
+import platform
+import re
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qsam2.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
+ABSOLUTE = re.compile(r"(?<![^:])(/|~)[^:]*")
+"""An absolute path, at the start of a text or behind a colon."""
 
 
 def quiet_libraries(*, trains: bool = True) -> None:
@@ -50,6 +56,14 @@ def code_version() -> str:
         for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "qsam2"])
     )
     return f"{version()} ({commit}{'+' if changes else ''})" if commit else version()
+
+
+def cpu_name() -> str:
+    """Name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows it
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager
@@ -119,6 +133,11 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is damaged ({error}): copy it again, or carry out the run anew") from error
 
 
+def encodable(text: str) -> str:
+    """The text with ? for what UTF-8 cannot hold, as in file names of other encodings."""
+    return text.encode(errors="replace").decode()
+
+
 def listed(names: Sequence[str]) -> str:
     """The first three names and the number of the others: "a, b, c and 7 more"."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -129,3 +148,17 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def without_folders(value: T) -> T:
+    """Plain values in which absolute paths are shortened to their last part: what leaves this machine names no folder.
+
+    A path may stand for itself or in a source, as in `davis:/data/DAVIS:val`.
+    """
+    if isinstance(value, str):
+        return ABSOLUTE.sub(lambda path: PurePosixPath(path[0]).name, value)  # type: ignore[return-value]
+    if isinstance(value, Mapping):
+        return {key: without_folders(item) for key, item in value.items()}  # type: ignore[return-value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(without_folders, value))  # type: ignore[return-value]
+    return value

@@ -26,7 +26,9 @@ from qsam2.recipe import Recipe
 from qsam2.reconstruction.block_by_block import reconstruct_blocks
 from qsam2.report.stage import report
 from qsam2.run import Run, RunFolder, is_first_rank
-from qsam2.train.trainer import build_loggers, device_of
+from qsam2.stored_model import StoredModel
+from qsam2.train.loggers import build_loggers
+from qsam2.train.trainer import device_of
 from qsam2.train.video_training import train
 
 log = logging.getLogger("qsam2")
@@ -44,14 +46,15 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         return folder.metrics
     run = begin(recipe, folder)
     label_footage(run)
+    stored = StoredModel(run)  # a resumed run goes on behind the last stage that it holds
     allocate_bits(run)
-    calibrate_weights(run)
-    smooth_norms(run)
+    stored.carry_out(calibrate_weights)
+    stored.carry_out(smooth_norms)
     convert_layers(run)  # before scoring, so that a rule without a match is reported at once
     score_teacher(run)
-    calibrate_ranges(run)
-    round_weights(run)
-    reconstruct_blocks(run)
+    stored.carry_out(calibrate_ranges)
+    stored.carry_out(round_weights)
+    stored.carry_out(reconstruct_blocks)
     use_memory(run.model, recipe.memory)  # the teacher's memory stays unchanged
     score_calibrated(run)
     train(run)
@@ -78,7 +81,7 @@ def begin(recipe: Recipe, folder: RunFolder) -> Run:
         recipe=recipe,
         folder=folder,
         device=device_of(recipe.trainer),
-        loggers=build_loggers(recipe.log, folder=folder.path, name=recipe.name, config=recipe.model_dump(mode="json")),
+        loggers=build_loggers(recipe),
         videos=videos,
         stills=open_stills(recipe),
         sources=sources,

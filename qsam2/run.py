@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,10 @@ class RunFolder:
         self.path = recipe.run_folder
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model.safetensors"
+        self.stages = self.path / "checkpoints" / "stages"
+        """What finished stages leave for a resumed run: the model, and the masks behind its scores."""
+        self.carried_out: list[str] = []
+        """Stages of this process, in order."""
         self._metrics_file = self.path / "metrics.json"
         self._begin(recipe)
         self.metrics: dict[str, Any] = {"seconds": {}}
@@ -67,6 +72,7 @@ class RunFolder:
         yield
         seconds = time.perf_counter() - started
         log.info("%s: %.1f s", name, seconds)
+        self.carried_out.append(name)
         self.metrics["seconds"][name] = round(self.metrics["seconds"].get(name, 0.0) + seconds, 3)
         self._save()
 
@@ -74,6 +80,11 @@ class RunFolder:
         """Write a figure into `metrics.json`."""
         self.metrics[key] = value
         self._save()
+
+    def forget_stages(self) -> None:
+        """Remove what only a resumed run would need."""
+        if is_first_rank():
+            shutil.rmtree(self.stages, ignore_errors=True)
 
     def _begin(self, recipe: Recipe) -> None:
         text = save_recipe(recipe)
@@ -144,6 +155,23 @@ class Run:
         for network in (self.model, self.teacher):
             if network is not None:
                 network.to(self.device).eval()
+
+
+def amount_scored(block: Mapping[str, Any]) -> str:
+    """How much is behind a score block, as far as it says: "2 videos with 3 objects, 40 frames"."""
+    per_object = block.get("per_object", {})
+    groups = "images" if "images" in block else "videos"
+    if not per_object and groups not in block:
+        return "an unknown amount"
+    counts = {
+        groups: block.get(groups, len(per_object)),
+        "objects": block.get("objects", sum(map(len, per_object.values()))),
+        "frames": block.get("frames"),
+    }
+    videos, objects, frames = (
+        f"{number} {name[:-1] if number == 1 else name}" if number else "" for name, number in counts.items()
+    )
+    return f"{videos} with {objects}{f', {frames}' if frames else ''}"
 
 
 def is_first_rank() -> bool:

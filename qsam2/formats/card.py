@@ -13,11 +13,11 @@ from qsam2.models.checkpoints import find_checkpoint
 from qsam2.output import version, write_text
 from qsam2.recipe import Recipe
 from qsam2.recipe.quantize import ConvertedLayer
-from qsam2.run import Run
+from qsam2.run import Run, amount_scored
 
 NANO_LICENCE = "Apache-2.0; see the model card of nano for its training data"
 OFFICIAL_LICENCE = "that of the source checkpoint (SAM 2 and 2.1: Apache-2.0)"
-HEADLINE = ("J&F", "J", "F", "fidelity", "box_mIoU", "versus_float", "seconds_per_frame")
+HEADLINE = ("J&F", "J", "F", "fidelity", "box_mIoU", "versus_float", "videos", "frames", "objects")
 """Scores of a model that the card states."""
 
 
@@ -40,7 +40,8 @@ def export_model(run: Run) -> None:
 def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLayer]) -> dict[str, Any]:
     """The card as plain values, the content of `card.json`."""
     calibrate = recipe.calibrate
-    protocol = metrics.get("quantized", {}).get("protocol", recipe.evaluate.protocol)
+    block = metrics.get("quantized", {})
+    protocol = block.get("protocol", recipe.evaluate.protocol)
     models = [name for name in ("float", "ptq", "quantized") if name in metrics]
     scores = {name: {key: metrics[name][key] for key in HEADLINE if key in metrics[name]} for name in models}
     without_masks = any(is_unlabelled(spec) for spec in (*recipe.data.train, recipe.data.scored))
@@ -65,7 +66,12 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
                 *([f"rounding and activation steps ({recipe.reconstruct.method})"] if recipe.reconstruct else []),
             ],
         },
-        "evaluation": {"data": recipe.data.scored, "protocol": protocol, "evaluator": f"qsam2 {version()}"},
+        "evaluation": {
+            "data": recipe.data.scored,
+            "protocol": protocol,
+            "evaluator": f"qsam2 {version()}",
+            "amount": amount_scored(block),
+        },
         **({"prompts": OWN_MASKS} if without_masks else {}),
         "scores": scores,
         "bytes": metrics.get("bytes"),
@@ -103,7 +109,8 @@ def render(card: dict[str, Any]) -> str:
         f"- Calibration: {calibration['stills']} stills and {calibration['clips']} clips of "
         f"{calibration['frames_a_clip']} frames from {', '.join(calibration['sources'])}, "
         f"seed {calibration['seed']}; fitted: {', '.join(calibration['fitted'])}",
-        f"- Evaluation: {card['evaluation']['data']}, {card['evaluation']['protocol']} protocol, "
+        f"- Evaluation: {card['evaluation']['amount']} of {card['evaluation']['data']}, "
+        f"{card['evaluation']['protocol']} protocol, "
         f"{card['evaluation']['evaluator']}",
         *([f"- Prompts where the data has no masks: {card['prompts']}"] if "prompts" in card else []),
         f"- Format: {card['format']}",

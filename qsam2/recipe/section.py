@@ -34,6 +34,8 @@ def _listed(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
 """One text or a list of them."""
+Tags = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+"""As `Names`, which may be none."""
 
 
 def describe(error: ValidationError, schema: type[BaseModel], kind: str) -> str:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import base64
 import csv
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qsam2.errors import UserError
-from qsam2.output import read_json
-from qsam2.recipe import Recipe, load_recipe
+from qsam2.output import encodable, read_json, without_folders
+from qsam2.recipe import Recipe, build_recipe, load_recipe
 from qsam2.report.draw import Curve
-from qsam2.train.trainer import CURVES
+from qsam2.train.loggers import CURVES
 
 FOLDER = "report"
-LAYERS, CLIPS, MEMORY = "layers.json", "clips.json", "memory.json"
+LAYERS, CLIPS, MEMORY, MADE = "layers.json", "clips.json", "memory.json", "made.json"
 MODELS = ("float", "ptq", "quantized")
 """Keys of `metrics.json` that hold score blocks, in the order in which they are computed."""
 
@@ -35,11 +36,16 @@ class SavedRun:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.path.resolve().name
+        return encodable(self.path.resolve().name)
 
     def saved(self, name: str) -> Any:
-        """Values of `LAYERS`, `CLIPS` or `MEMORY`; None if the run saved none."""
+        """Values of `LAYERS`, `CLIPS`, `MEMORY` or `MADE` (date, machine, code); None if the run saved none."""
         return read_json(self.path / FOLDER / name)
+
+    @cached_property
+    def shown_recipe(self) -> Recipe:
+        """The recipe without the folders of this machine."""
+        return shown_recipe(self.recipe)
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
@@ -48,7 +54,10 @@ class SavedRun:
 
     def media(self, name: str) -> str | None:
         """A picture or film as a data URL; None if there is no such file."""
-        file = self.path / FOLDER / name
+        folder = (self.path / FOLDER).resolve()
+        file = (folder / name).resolve()
+        if file.parent != folder:  # the folder may come from elsewhere: nothing outside of it is shown
+            return None
         kind = "video/mp4" if name.endswith(".mp4") else "image/jpeg"
         return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}" if file.is_file() else None
 
@@ -80,8 +89,17 @@ def read_run(path: Path) -> SavedRun:
     return SavedRun(path, recipe, metrics)
 
 
+def shown_recipe(recipe: Recipe) -> Recipe:
+    """A recipe as it is shown to others: absolute paths are shortened to their last part."""
+    return build_recipe(without_folders(recipe.model_dump(mode="json")))
+
+
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """All logged figures; of steps that a resumed run repeated, the later values. UserError if a file is damaged."""
+    """All logged figures that are finite; of steps that a resumed run repeated, the later values.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     values: dict[str, dict[int, float]] = {}
     versions = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     for path in versions:
@@ -90,7 +108,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
                 for row in csv.DictReader(file):
                     step = int(row["step"])
                     for name, text in row.items():
-                        if text and name != "step":
+                        if text and name != "step" and math.isfinite(float(text)):
                             values.setdefault(name, {})[step] = float(text)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it, the report does without") from error
