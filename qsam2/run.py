@@ -85,6 +85,8 @@ class RunFolder:
         """Remove what only a resumed run would need."""
         if is_first_rank():
             shutil.rmtree(self.stages, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.checkpoints.rmdir()  # if nothing else is in it
 
     def _begin(self, recipe: Recipe) -> None:
         text = save_recipe(recipe)

@@ -45,4 +45,5 @@ class MasksFile:
                 names = json.loads(str(found["names"]))
                 return {(video, item): found[str(index)] for index, (video, item) in enumerate(names)}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path} is damaged ({error}): remove it, and the model is scored again") from error
+            problem = f"{self.path} is damaged ({type(error).__name__})"
+            raise UserError(f"{problem}: remove it, and the model is scored again") from error

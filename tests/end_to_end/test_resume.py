@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from messages import Message
 from safetensors.torch import load_file
 from small_runs import CLICKS, ROOT, RUNS, TRAIN_FLOAT, read_checkpoint, small, without_seconds
-from waiting import HANG_S
+from waiting import HANG_S, wait_until
 from wandb_file import records
 
 from qsam2 import pipeline
@@ -269,7 +269,10 @@ def test_a_resumed_run_goes_on_in_wandb(checkpoint: Path, tmp_path: Path, monkey
     monkeypatch.setenv("WANDB_SILENT", "true")
     time.sleep(1)  # wandb names its folders by the second
     run_recipe(build_recipe(values))
-    begun, resumed = (list(records(file)) for file in sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb")))
+    files = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
+    for file in files:  # its last record is written shortly after the end of the run
+        wait_until(lambda file=file: any(record.WhichOneof("record_type") == "exit" for record in records(file)))
+    begun, resumed = (list(records(file)) for file in files)
     for part in (begun, resumed):
         (own,) = [record.run for record in part if record.run.run_id]
         assert own.resume and own.run_id == (tmp_path / "run" / "wandb" / "id").read_text()
