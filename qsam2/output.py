@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import platform
 import stat
 import subprocess
 import warnings
@@ -64,6 +65,14 @@ def code_digest() -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             digest.update(f"{package} {importlib.metadata.version(package)}".encode())
     return digest.hexdigest()
+
+
+def cpu_name() -> str:
+    """Name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows it
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager
@@ -140,6 +149,11 @@ def read_json(file: Path) -> Any:
         raise UserError(
             f"{file} is damaged ({shortened(str(error))}): copy it again, or carry out the run anew"
         ) from error
+
+
+def encodable(text: str) -> str:
+    """The text with ? for what UTF-8 cannot hold, as in file names of other encodings."""
+    return text.encode(errors="replace").decode()
 
 
 def listed(names: Sequence[str]) -> str:

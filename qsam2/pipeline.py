@@ -25,11 +25,12 @@ from qsam2.layers.convert import convert_layers
 from qsam2.loading import load_float
 from qsam2.memory.reader import use_memory
 from qsam2.recipe import Recipe
-from qsam2.recipe.portable import portable
 from qsam2.reconstruction.block_by_block import reconstruct_blocks
 from qsam2.report.stage import report
 from qsam2.run import Run, RunFolder, alone_in, is_first_rank
-from qsam2.train.trainer import build_loggers, device_of
+from qsam2.stored_model import StoredModel
+from qsam2.train.loggers import build_loggers
+from qsam2.train.trainer import device_of
 from qsam2.train.video_training import train
 
 log = logging.getLogger("qsam2")
@@ -55,14 +56,15 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         return folder.metrics
     run = begin(recipe, folder)
     label_footage(run)
+    stored = StoredModel(run)  # a resumed run goes on behind the last stage that it holds
     allocate_bits(run)
-    calibrate_weights(run)
-    smooth_norms(run)
+    stored.carry_out(calibrate_weights)
+    stored.carry_out(smooth_norms)
     convert_layers(run)  # before scoring, so that a rule without a match is reported at once
     score_teacher(run)
-    calibrate_ranges(run)
-    round_weights(run)
-    reconstruct_blocks(run)
+    stored.carry_out(calibrate_ranges)
+    stored.carry_out(round_weights)
+    stored.carry_out(reconstruct_blocks)
     use_memory(run.model, recipe.memory)  # the teacher's memory stays unchanged
     score_calibrated(run)
     train(run)
@@ -95,9 +97,7 @@ def begin(recipe: Recipe, folder: RunFolder) -> Run:
         recipe=recipe,
         folder=folder,
         device=device_of(recipe.trainer),
-        loggers=build_loggers(
-            recipe.log, folder=folder.path, name=recipe.name, config=portable(recipe.model_dump(mode="json"))
-        ),
+        loggers=build_loggers(recipe),
         videos=videos,
         stills=stills,
         sources=sources,

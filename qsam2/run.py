@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,10 @@ class RunFolder:
         self.path = recipe.run_folder
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model.safetensors"
+        self.stages = self.path / "checkpoints" / "stages"
+        """What finished stages leave for a resumed run: the model, and the masks behind its scores."""
+        self.carried_out: list[str] = []
+        """Stages of this process, in order."""
         self._metrics_file = self.path / "metrics.json"
         self._begin(recipe)
         self.metrics: dict[str, Any] = {"seconds": {}}
@@ -66,6 +71,7 @@ class RunFolder:
         yield
         seconds = time.perf_counter() - started
         log.info("%s: %.1f s", name, seconds)
+        self.carried_out.append(name)
         self.metrics["seconds"][name] = round(self.metrics["seconds"].get(name, 0.0) + seconds, 3)
         self._save()
 
@@ -73,6 +79,13 @@ class RunFolder:
         """Write a figure into `metrics.json`."""
         self.metrics[key] = value
         self._save()
+
+    def forget_stages(self) -> None:
+        """Remove what only a resumed run would need."""
+        if is_first_rank():
+            shutil.rmtree(self.stages, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.checkpoints.rmdir()  # if nothing else is in it
 
     def _begin(self, recipe: Recipe) -> None:
         text = save_recipe(recipe)

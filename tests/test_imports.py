@@ -28,6 +28,7 @@ FLOORS = (
     ("loading", "reconstruction"),
     ("evaluation",),
     ("report",),
+    ("stored_model",),
     ("pipeline", "predict"),
     ("sweep", "benchmark"),
     ("api",),

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
+from qsam2.output import cpu_name
 
 WARM_UPS = 2
 PACKAGES = ("qsam2", "torch", "sam2", "brevitas", "torchao")
@@ -131,8 +131,4 @@ def machine() -> dict[str, Any]:
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows it
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor() or platform.machine()
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "versions": versions}
+    return {"cpu": cpu_name(), "threads": torch.get_num_threads(), "versions": versions}

@@ -13,8 +13,8 @@ EPILOG = """examples:
   qsam2 report runs/qat-w4a4 runs/ptq-w4a4 --out comparison.html
 
 Of one run the page that the run itself wrote last, drawn anew from what its folder keeps; no model is run. Of an
-unfinished run what there is, and which stages are to come. Of several runs their scores side by side, against bytes and
-time with the Pareto front, and what their recipes differ in. The page is one file that needs no network."""
+unfinished run what there is, and which stages are to come. Of several runs their scores side by side, against bytes
+with the Pareto front, and what their recipes differ in. The page is one file that needs no network."""
 
 
 def add(commands: Commands) -> None:

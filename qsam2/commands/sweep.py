@@ -83,7 +83,7 @@ def _sweep(options: argparse.Namespace) -> None:
     sweep = load_sweep(options.file, options.overrides)
     folder = options.output or Path("runs", "sweeps", sweep.name)
     quiet_logs(options)
-    from qsam2.train.trainer import has_wandb_key
+    from qsam2.train.loggers import has_wandb_key
 
     if options.dry_run:
         print(_list_sweep(sweep, folder, options.count, options.jobs))

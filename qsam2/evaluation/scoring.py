@@ -24,6 +24,7 @@ from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
 from qsam2.evaluation.images import ITEM_KEYS, score_stills
 from qsam2.evaluation.mask_files import check_masks_folder, write_masks
+from qsam2.evaluation.masks_of_run import MasksFile
 from qsam2.evaluation.metrics.interval import interval_note, interval_text, paired_difference
 from qsam2.evaluation.metrics.scores import amount_text
 from qsam2.evaluation.own_masks import label_videos
@@ -254,6 +255,11 @@ def score_result(run: Run) -> None:
 def score(run: Run, model: SAM2, name: str, reference: Predictions | None = None) -> None:
     """Score a model into `metrics.json` under `name`; one with a float `reference` is audited and compared with it."""
     recipe, folder = run.recipe, run.folder
+    masks = MasksFile.of(run, name)
+    if name in folder.metrics and (predictions := masks.read()) is not None:  # before the run was resumed
+        run.predictions[name] = predictions
+        log.info("%s was scored before: %s", name, headline(folder.metrics[name]))
+        return
     if reference is not None:
         image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.device)
         log.info("%s", audit(model, run.layers, recipe.quantize, lambda: model.forward_image(image)))
@@ -272,6 +278,7 @@ def score(run: Run, model: SAM2, name: str, reference: Predictions | None = None
         block["versus_float"] = compare(block, folder.metrics["float"])
         if name == "quantized" and "ptq" in folder.metrics:
             block["versus_ptq"] = compare(block, folder.metrics["ptq"])
+    masks.write(predictions)
     folder.record(name, block)
     log.info("%s: %s", name, headline(block))
     run.predictions[name] = predictions

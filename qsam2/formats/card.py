@@ -25,7 +25,7 @@ NANO_LICENCE = (
 )
 OWN_LICENCE = "that of the data it was trained on: the weights were random at first"
 OFFICIAL_LICENCE = "that of the source checkpoint (SAM 2 and 2.1: Apache-2.0)"
-HEADLINE = ("J&F", "J", "F", "fidelity", "box_mIoU", "versus_float", "seconds_per_frame")
+HEADLINE = ("J&F", "J", "F", "fidelity", "box_mIoU", "versus_float", "scored")
 """Scores of a model that the card states."""
 
 

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 
 from qsam2.recipe.calibrate import CalibrateRecipe, ReconstructRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.section import LearningRate, Name, Names, Section
+from qsam2.recipe.section import LearningRate, Name, Names, Section, Tags
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -264,10 +264,18 @@ class LogRecipe(Section):
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """auto: online if an API key is configured, else offline."""
+    entity: str | None = None
+    """User or team that owns the project. null: the account's own."""
     project: str = "qsam2"
     """Project that runs are logged to."""
     group: str | None = None
     """Group that the run belongs to; a sweep sets its own name."""
+    job_type: str | None = None
+    """Kind of run within its group, as "ptq" or "qat"."""
+    tags: Tags = ()
+    """Words to filter runs by: one, or a list."""
+    notes: str | None = None
+    """Remark on the run."""
 
 
 class Recipe(Section):

@@ -103,6 +103,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)
 Name = Annotated[str, Field(pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", max_length=100)]
 """A name that is also a folder's: not . or .., which are folders already."""
 LearningRate = Annotated[float, Field(ge=0, le=1000)]
+Tags = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+"""As `Names`, which may be none."""
 
 
 def describe(error: ValidationError, schema: type[BaseModel], kind: str) -> str:

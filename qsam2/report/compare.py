@@ -1,7 +1,8 @@
-"""The page of several runs: scores side by side, accuracy against bytes and time, differences of the recipes."""
+"""The page of several runs: scores side by side, accuracy against bytes, differences of the recipes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +34,8 @@ def render_comparison(runs: Sequence[SavedRun]) -> str:
         floats={name: rows[0] for name, rows in scores.items()},
         unfinished={name: run.missing_stages for name, run in names.items() if run.missing_stages},
         settings=_settings(scored),
-        by_bytes=_pareto(scored, scores, "MB", "MB"),
-        by_time=_pareto(scored, scores, "seconds", "seconds a frame"),
+        trained_steps=any(run.recipe.train for run in runs),
+        by_bytes=_pareto(scored, scores),
         loss=draw_loss(curves),
         trained=list(curves),
         differences=recipe_differences(names),
@@ -42,12 +43,18 @@ def render_comparison(runs: Sequence[SavedRun]) -> str:
 
 
 def unique_names(runs: Sequence[SavedRun]) -> dict[str, SavedRun]:
-    """Runs by folder name, or by path if two folders have the same name; UserError if a run is given twice."""
+    """Runs by folder name, or by path below the folder of all if two have the same name.
+
+    Raises:
+        UserError: a run is given twice.
+    """
     paths = [run.path.resolve() for run in runs]
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise UserError(f"{twice} is given twice: give different runs")
     short = [run.name for run in runs]
-    return {str(run.path) if short.count(run.name) > 1 else run.name: run for run in runs}
+    above = os.path.commonpath(paths)
+    return {os.path.relpath(path, above) if short.count(run.name) > 1 else run.name: run
+            for path, run in zip(paths, runs, strict=True)}  # fmt: skip
 
 
 def recipe_differences(runs: dict[str, SavedRun]) -> dict[str, list[Any]]:
@@ -84,15 +91,15 @@ def _settings(runs: dict[str, SavedRun]) -> list[str]:
     return [f"{name}: {text}" for name, text in settings.items()] if differ else []
 
 
-def _pareto(runs: dict[str, SavedRun], scores: dict[str, list[dict[str, Any]]], cost: str, axis: str) -> Markup | None:
-    """J&F of all models against the column `cost` of their score rows; None if no model has both."""
+def _pareto(runs: dict[str, SavedRun], scores: dict[str, list[dict[str, Any]]]) -> Markup | None:
+    """J&F of all models against their bytes; None if no model has both."""
     points: dict[tuple[str, float], Point] = {}
     for name, run in runs.items():
         for row in scores[name]:
             is_float = row["model"] == "float"
-            if row["model"] == "ptq" or row[cost][0] is None or "J&F" not in row:
+            if row["model"] == "ptq" or not row["MB"] or "J&F" not in row:
                 continue  # an intermediate model if the run trains, else the same as `quantized`
             label = f"float {run.recipe.model.size}" if is_float and run.recipe.quantize is not None else name
-            point = Point(label, float(row[cost][0]), row["J&F"][0], is_float)
+            point = Point(label, row["MB"], row["J&F"][0], is_float)
             points.setdefault((label, point.score), point)
-    return draw_pareto(list(points.values()), axis) if points else None
+    return draw_pareto(list(points.values()), "MB") if points else None

@@ -19,7 +19,11 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+
+from qsam2.output import encodable
+from qsam2.train.loggers import SCALE
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; the page has lighter ones for dark mode.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c8c8c"
@@ -51,7 +55,6 @@ SMOOTHING = 20
 """Largest window of the moving average, in logged values; short runs use a fifth of all values."""
 MOVED = 4
 """Number of quantizers with a line of their own: those whose step size changed most."""
-SCALE = "scale/"
 READINGS = {
     "own keys": (BLUE, "o", 22),
     "shared keys": (ORANGE, "s", 22),
@@ -71,21 +74,32 @@ def new_figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
 
 
 def inline(figure: Figure, label: str) -> Markup:
-    """A figure as an `<svg role="img">` element labelled `label`; black becomes the colour of the surrounding text."""
+    """A figure as an `<svg role="img">` element labelled `label`; black becomes the colour of the surrounding text.
+
+    Text is shown as it is: a name with dollar signs is no formula.
+    """
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
+    for words in figure.findobj(Text):
+        words.set(parse_math=False, text=encodable(words.get_text()))
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+    settings = {"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False}
+    with matplotlib.rc_context(settings):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
-    svg = svg[svg.index("<svg") + len("<svg ") :].replace("#000000", "currentColor")
-    for colour, name in VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{name}, {colour})")
+    svg = re.sub(r'style="[^"]*"', _with_variables, svg[svg.index("<svg") + len("<svg ") :])
     prefix = re.sub(r"\W+", "-", label)[:40]  # makes ids unique within the page; those that nothing refers to go
     used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda match: f' id="{prefix}-{match[1]}"' if match[1] in used else "", svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", svg)
     return Markup(f'<svg role="img" aria-label="{escape(label)}" {svg}')
+
+
+def _with_variables(style: re.Match[str]) -> str:
+    text = style[0].replace("#000000", "currentColor")
+    for colour, name in VARIABLES.items():
+        text = text.replace(colour, f"var(--{name}, {colour})")
+    return text
 
 
 def draw_noise(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -148,7 +162,7 @@ def draw_sensitivity(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _name_rows(axes: Axes, names: Sequence[str], xlabel: str) -> None:
     """One name per row, the first on top; the legend goes above."""
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), list(map(encodable, names)), fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="y", color=GREY, linewidth=0.4, alpha=0.5)
     axes.set_xlabel(xlabel)
@@ -182,6 +196,7 @@ def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> Markup:
             axes.axvline(level, color=GREEN, linewidth=0.8, linestyle=":", label="grid" if level == first else None)
         axes.set_title(_wrapped(f"{_short(row['layer'])}, {row['bits']} bits"), fontsize=8)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # the default is a formula
         axes.minorticks_off()
         axes.set(xlim=row["reach"], ylim=(SMALLEST, 1))
         axes.tick_params(labelsize=7)
@@ -248,7 +263,7 @@ def draw_loss(curves: Mapping[str, Curve]) -> Markup | None:
     if not shown:
         return None
     figure, axes = new_figure(8, 3)
-    tops, parts, alone = [], [], len(shown) == 1
+    tops, parts, alone, lines = [], [], len(shown) == 1, {}
     for (name, curve), style in zip(shown.items(), itertools.cycle(SERIES), strict=False):
         steps, losses = np.array(curve).T
         width = min(SMOOTHING, max(len(losses) // 5, 1))
@@ -259,23 +274,21 @@ def draw_loss(curves: Mapping[str, Curve]) -> Markup | None:
         if alone:
             name = f"mean of {width}" if width > 1 else "logged steps"
         if alone and width > 1:
-            axes.plot(steps, losses, color=GREY, linewidth=0.6, label="logged steps")
+            lines["logged steps"], *_ = axes.plot(steps, losses, color=GREY, linewidth=0.6)
         line = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 2}
-        axes.plot(steps[width - 1 :], mean, **line, label=name)
+        lines[name], *_ = axes.plot(steps[width - 1 :], mean, **line)
         tops.append(float(np.quantile(losses, 0.98)))
     axes.set(xlabel="step", ylabel="loss", ylim=(0, 1.1 * max(tops)))
-    axes.legend(frameon=False)
+    axes.legend(list(lines.values()), list(lines), frameon=False)  # labels of their own could not begin with _
     return inline(figure, "Loss " + "; ".join(parts))
 
 
 def draw_clips(curves: Mapping[str, Curve]) -> Markup | None:
     """Learned step sizes (None without any) as multiples of their first values: the middle 80 %, `MOVED` extremes."""
-    scales = {name.removeprefix(SCALE): curve for name, curve in curves.items() if name.startswith(SCALE)}
-    scales = {name: curve for name, curve in scales.items() if len(curve) > 1 and curve[0][1] > 0}
-    if not scales:
+    relative = _relative(curves)
+    if not relative:
         return None
     figure, axes = new_figure(8, 3.6)
-    relative = {name: [(step, value / curve[0][1]) for step, value in curve] for name, curve in scales.items()}
     parts = []
     for role, colour, dashes, hatch in (("weight", BLUE, "-", "//"), ("input", ORANGE, "--", "\\\\")):
         group = [np.array(c) for name, c in relative.items() if ("weight_quantizer" in name) == (role == "weight")]
@@ -289,15 +302,31 @@ def draw_clips(curves: Mapping[str, Curve]) -> Markup | None:
         axes.plot(steps, middle, color=colour, linestyle=dashes, linewidth=2, label=f"{role}s, median of {len(group)}")
         parts.append(f"{len(group)} of {role}s end at {middle[-1]:.2f} times their start in the median "
                      f"({low[-1]:.2f} to {high[-1]:.2f} for 80 %)")  # fmt: skip
-    farthest = sorted(relative, key=lambda name: -abs(np.log(max(relative[name][-1][1], 1e-9))))[:MOVED]
-    for index, name in enumerate(farthest):
-        steps, moved = np.array(relative[name]).T
+    for index, (name, curve) in enumerate(moved_most(curves).items()):
+        steps, moved = np.array(curve).T
         axes.plot(steps, moved, color=GREY, linewidth=0.8)
         if index == 0:  # further names would lie on one another
             axes.annotate(name.removesuffix("_quantizer"), (steps[-1], moved[-1]), fontsize=8, ha="right", va="bottom")
     axes.set(xlabel="step", ylabel="step size / its first")
     axes.legend(frameon=False, loc="best")
     return inline(figure, "Learned clips: " + "; ".join(parts))
+
+
+def moved_most(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """The `MOVED` step sizes that changed most, by quantizer, as multiples of their first values."""
+    relative = _relative(curves)
+    names = sorted(relative, key=lambda name: -abs(np.log(max(relative[name][-1][1], 1e-9))))[:MOVED]
+    return {name: relative[name] for name in names}
+
+
+def _relative(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Logged step sizes as multiples of their first values, by quantizer."""
+    scales = {name.removeprefix(SCALE): curve for name, curve in curves.items() if name.startswith(SCALE)}
+    return {
+        name: [(step, value / curve[0][1]) for step, value in curve]
+        for name, curve in scales.items()
+        if len(curve) > 1 and curve[0][1] > 0
+    }
 
 
 def draw_memory(used: Mapping[str, Any]) -> Markup:

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qsam2.data.unlabelled import has_masks
 from qsam2.data.video import Predictions, Video
 from qsam2.evaluation.metrics.jf import region_similarity
-from qsam2.output import write_bytes
+from qsam2.output import encodable, write_bytes
 
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 """Okabe and Ito's palette, which colour-blind people can tell apart; one colour per object."""
@@ -115,7 +115,7 @@ def contact_sheet(
     for row, name in enumerate(names):
         for column, index in enumerate(chosen):
             masks = clip.at(name, index) if row else clip.annotation(index) or {}
-            label = [video.name] * (row == column == 0) + [name] * (column == 0) + [f"frame {index}"]
+            label = [encodable(video.name)] * (row == column == 0) + [name] * (column == 0) + [f"frame {index}"]
             cell = Image.new("RGB", (COLUMN_PX, height), "white")  # clips a long label
             ImageDraw.Draw(cell).text((0, 0), ", ".join(label), fill="black", font=font)
             picture = Image.fromarray(overlay(video.frame(index), list(masks.values())))
@@ -161,10 +161,10 @@ def save_clips(
             shown.append(_keep_clip(folder, f"clip{len(shown)}", clip))
     worst = worst_frames(scored)
     by_name = {video.name: video for video in videos}
-    for place, row in enumerate(worst):
+    for index, row in enumerate(worst):
         clip = TrackedVideo.of(by_name[row["video"]], tracked, frames)
         assert clip is not None
-        row["picture"] = f"worst{place}.jpg"  # a video's name may be no file's
+        row["picture"] = f"worst{index}.jpg"  # a video's name need not be one of a file
         write_bytes(folder / row["picture"], _jpeg(panels(clip, row["frame"])))
     return {"models": list(tracked), "clips": shown, "worst": worst}
 

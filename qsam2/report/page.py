@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
-from qsam2.errors import UserError, shortened
+from qsam2.errors import NOT_THIS_JSON, UserError, shortened
 from qsam2.evaluation.metrics.interval import interval_text, paired_difference
 from qsam2.evaluation.metrics.scores import amount_text, remarks
-from qsam2.output import read_json, version
+from qsam2.output import encodable, read_json, version
 from qsam2.recipe import save_recipe
 from qsam2.report.draw import (
     draw_clips,
@@ -21,7 +22,7 @@ from qsam2.report.draw import (
     draw_sensitivity,
     draw_worst,
 )
-from qsam2.report.read import CLIPS, LAYERS, MEMORY, MODELS, SavedRun
+from qsam2.report.read import CLIPS, LAYERS, MADE, MEMORY, MODELS, SavedRun
 
 SENSITIVITY = "sensitivity.json"
 REPORT = "report.html"
@@ -34,15 +35,7 @@ def render(run: SavedRun) -> str:
     """
     try:
         return _page(run)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RecursionError,
-        TemplateError,
-    ) as error:
+    except (*NOT_THIS_JSON, ArithmeticError, TemplateError) as error:
         reason = f"{type(error).__name__}: {shortened(str(error))}"
         raise UserError(
             f"{run.path}: its figures are not as a run writes them ({reason}): copy the folder again, or carry out the "
@@ -51,17 +44,22 @@ def render(run: SavedRun) -> str:
 
 
 def _page(run: SavedRun) -> str:
-    scored = run.metrics.get("float") or {}
     layers, memory = run.saved(LAYERS) or {}, run.saved(MEMORY)
     rows = layers.get("layers", [])
     sensitivity = (read_json(run.path / SENSITIVITY) or {}).get("groups")
+    scores = score_rows(run.metrics)
     return fill(
         "run.html.j2",
         run=run,
-        scored=amount_text(scored),
-        left_out=remarks(scored.get("left_out", {})),
+        recipe=run.recipe,
+        folder=shlex.quote(run.name),
+        python_folder=repr(run.name),
+        made=run.saved(MADE),
+        scored=scored_on(run),
+        left_out=remarks((run.metrics.get("float") or {}).get("left_out", {})),
+        verdict=verdict(run, scores),
         recipe_text=save_recipe(run.recipe),
-        rows=score_rows(run.metrics),
+        rows=scores,
         noise=draw_noise(rows),
         worst_layers=draw_worst(rows),
         # the lowest signal to noise of weights first, layers without it last
@@ -82,15 +80,56 @@ def fill(template: str, **values: Any) -> str:
     loader, blocks = PackageLoader("qsam2.report"), {"trim_blocks": True, "lstrip_blocks": True}
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
     pages.filters["interval"] = interval_text
-    return pages.get_template(template).render(version=version(), **values)
+    return encodable(pages.get_template(template).render(version=version(), **values))
+
+
+def scored_on(run: SavedRun) -> str:
+    """How much was scored: "2 videos, 40 frames, 3 objects of davis:DAVIS:val"."""
+    amount = amount_text(run.metrics.get("float") or {}) or "an unknown amount"
+    return f"{amount} of {run.recipe.data.scored}"
+
+
+def verdict(run: SavedRun, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What a reader wants to know first, one fact per line: {"what", "value", "more"}. Nothing before the end."""
+    last = rows[-1] if rows else {}
+    shipped = "float" if run.recipe.quantize is None else "quantized"
+    if last.get("model") != shipped:
+        return []
+    facts = []
+    if last["smaller"]:
+        more = f"than float32: {last['MB']:.2f} MB instead of {rows[0]['MB']:.2f} MB"
+        facts.append({"what": "Size", "value": f"{last['smaller']:.1f}× smaller", "more": more})
+    for key, what in (("J&F", "J&F"), ("box_mIoU", "mIoU of boxes")):
+        if key in last:
+            value, versus = last[key]
+            more = versus_text(versus, f"the float model's {rows[0][key][0]:.1f}") if versus else ""
+            facts.append({"what": what, "value": f"{value:.1f}", "more": more})
+    if last["fidelity"] is not None and shipped != "float":
+        more = "mean IoU of its masks with the float model's"
+        facts.append({"what": "Fidelity", "value": f"{last['fidelity']:.1f} %", "more": more})
+    if run.recipe.train is not None and (versus := run.metrics[shipped].get("versus_ptq")):
+        facts.append({"what": "Training", "value": f"{versus['difference']:+.1f}",
+                      "more": versus_text(versus, "calibration alone", with_value=False)})  # fmt: skip
+    facts.append({"what": "Scored on", "value": "", "more": scored_on(run)})
+    return facts
+
+
+def versus_text(versus: Mapping[str, Any], other: str, *, with_value: bool = True) -> str:
+    """A difference to another model in words: "-1.0 (-1.7 to -0.3) to the float model's 93.0: worse"."""
+    low, high = versus["low"], versus["high"]
+    value = f"{versus['difference']:+.1f} " if with_value else ""
+    if low is None:
+        return f"{value}against {other}; one video gives no interval"
+    finding = "better" if low > 0 else "worse" if high < 0 else "equal" if low == high == 0 else "no sure difference"
+    return f"{value}({low:+.1f} to {high:+.1f}) against {other}: {finding}"
 
 
 def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per scored model: scores, bytes, seconds per frame, and their differences to the float model.
+    """One row per scored model: scores and their differences to the float model, and bytes.
 
     "J&F", "J", "F" of data with masks, and "box_mIoU" where stills were scored: (score, difference with its 95 %
     interval or None); "fidelity", and "versus_fidelity", its difference to 100 with the interval, without masks; "MB",
-    "seconds": (value, difference or None).
+    "smaller" (times), or None.
     """
     float_block, sizes = metrics.get("float"), metrics.get("bytes", {})
     rows = []
@@ -110,10 +149,8 @@ def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             difference = None if name == "float" else paired_difference(*boxes, key="box_IoU", unit="images")
             row["box_mIoU"] = block["box_mIoU"], difference
         size = sizes.get("float32" if name == "float" else "packed")
-        row["MB"] = size and size / 1e6, size and name != "float" and (size - sizes["float32"]) / 1e6
+        row["MB"] = size and size / 1e6
         row["smaller"] = size and name != "float" and sizes["float32"] / size
-        seconds, float_seconds = block.get("seconds_per_frame"), float_block.get("seconds_per_frame")
-        row["seconds"] = seconds, seconds and float_seconds and name != "float" and seconds - float_seconds
         rows.append(row)
     return rows
 

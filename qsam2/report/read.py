@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import math
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from qsam2.errors import UserError, shortened
-from qsam2.output import read_json
+from qsam2.output import encodable, read_json
 from qsam2.recipe import Recipe, build_recipe, load_recipe
 from qsam2.recipe.portable import portable
 from qsam2.report.draw import Curve
-from qsam2.train.trainer import CURVES
+from qsam2.train.loggers import CURVES
 
 FOLDER = "report"
-LAYERS, CLIPS, MEMORY = "layers.json", "clips.json", "memory.json"
+LAYERS, CLIPS, MEMORY, MADE = "layers.json", "clips.json", "memory.json", "made.json"
 KINDS = {".mp4": "video/mp4", ".jpg": "image/jpeg"}
 MAX_MEDIA_BYTES = 2**26
 """Size of a film or picture that a page takes in; those of a run have some 100 kB."""
@@ -34,16 +35,16 @@ class SavedRun:
     """A run folder; what `report/` and the curves hold is read when it is asked for."""
 
     path: Path
-    recipe: Recipe
+    recipe: Recipe  # without the folders of the machine that made the run
     metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.path.resolve().name
+        return encodable(self.path.resolve().name)
 
     def saved(self, name: str) -> Any:
-        """Values of `LAYERS`, `CLIPS` or `MEMORY`; None if the run saved none."""
+        """Values of `LAYERS`, `CLIPS`, `MEMORY` or `MADE` (date, machine, code); None if the run saved none."""
         return read_json(self.path / FOLDER / name)
 
     @cached_property
@@ -91,7 +92,11 @@ def read_run(path: Path) -> SavedRun:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """All logged figures; of steps that a resumed run repeated, the later values. UserError if a file is damaged."""
+    """All logged figures that are finite; of steps that a resumed run repeated, the later values.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     values: dict[str, dict[int, float]] = {}
     files = [path for path in folder.glob("version_*/metrics.csv") if path.parent.name[len("version_") :].isdecimal()]
     for path in sorted(files, key=lambda path: int(path.parent.name[len("version_") :])):
@@ -101,7 +106,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
                     if not 0 <= (step := int(row["step"])) < 2**53:
                         raise ValueError(f"step {step}")
                     for name, text in row.items():
-                        if text and name != "step":
+                        if text and name != "step" and math.isfinite(float(text)):
                             values.setdefault(name, {})[step] = float(text)
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise UserError(

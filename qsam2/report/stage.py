@@ -1,14 +1,17 @@
-"""The last stage of a run: saves what its report shows, logs to Weights & Biases, writes the report."""
+"""The last stage of a run: saves what its report shows, writes the report, logs to Weights & Biases."""
 
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 
@@ -20,28 +23,31 @@ from qsam2.memory.bank import Bank
 from qsam2.memory.reader import MemoryReader
 from qsam2.memory.sharing import KeySet
 from qsam2.models import SAM2
-from qsam2.output import read_json, write_text
-from qsam2.recipe import save_recipe
+from qsam2.output import code_version, cpu_name, read_json, write_text
+from qsam2.recipe import Recipe, save_recipe
+from qsam2.report.draw import moved_most
 from qsam2.report.layer_statistics import measure_layers
 from qsam2.report.overlays import contact_sheet, save_clips
 from qsam2.report.page import REPORT, render
-from qsam2.report.read import CLIPS, FOLDER, LAYERS, MEMORY, MODELS, read_run
-from qsam2.run import Run
+from qsam2.report.read import CLIPS, FOLDER, LAYERS, MADE, MEMORY, MODELS, read_curves, read_run
+from qsam2.run import Run, flat
+from qsam2.train.loggers import CURVES, Wandb
 
 OVERLAYS = 3
 """Number of videos with a contact sheet in Weights & Biases."""
-SCORES = ("J&F", "J", "F", "fidelity", "box_mIoU", "seconds_per_frame")
+SCORES = ("J&F", "J", "F", "fidelity", "box_mIoU")
+VERSUS = ("versus_float", "versus_ptq", "scored")
 COLUMNS = (
     *("name", "kind", "weight_bits", "activation_bits", "reason"),
     *("scale", "weight_snr_db", "weight_clipped", "input_snr_db", "input_clipped"),
 )
 """Columns of the per-layer table: `scale` is a mean, signal to noise is in dB, clipped values are shares."""
-FILES = ("model.safetensors", "card.md", "card.json")
-"""Files of the artifact, beside the recipe: the packed model and its card."""
+FILES = ("model.safetensors", "card.md", "card.json", REPORT)
+"""Files of the artifact, beside the recipe: the packed model, its card, the report."""
 
 
 def report(run: Run) -> None:
-    """Stage: measure layers, draw masks, log to Weights & Biases and write `report.html`, which ends a run."""
+    """Stage: measure layers, draw masks, write `report.html`, which ends a run, then log to Weights & Biases."""
     if run.silent:
         return
     folder = run.folder.path
@@ -62,8 +68,17 @@ def report(run: Run) -> None:
             save(MEMORY, memory_use(run.model, run.videos[0], frames))
         here = {name for name, _ in run.predictions["float"]}  # videos that this process tracked
         pictures = [contact_sheet(v, run.predictions, frames=frames) for v in run.videos[:OVERLAYS] if v.name in here]
-    log_results(run.loggers, run.folder.metrics, pictures)
+    save(MADE, {"date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "machine": machine(run.device),
+                "code": code_version()})  # fmt: skip
     write_text(folder / REPORT, render(read_run(folder)))
+    run.folder.forget_stages()
+    log_results(run.loggers, run.recipe, run.folder.metrics, pictures)
+
+
+def machine(device: torch.device) -> str:
+    """The processor or GPU that a run used, the operating system, and the version of torch."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return f"{name}, {platform.system()}, torch {torch.__version__}"
 
 
 def memory_use(model: SAM2, video: Video, frames: int | None) -> dict[str, Any]:
@@ -105,34 +120,63 @@ def _row(frame: int, bank: Bank, sets: list[KeySet]) -> dict[str, Any]:
 
 
 @rank_zero_only
-def log_results(loggers: Sequence[Logger], metrics: dict[str, Any], pictures: Sequence[Image]) -> None:
-    """Log final scores, bytes and seconds, the per-layer table, mask overlays, a clip, and the model as an artifact.
+def log_results(loggers: Sequence[Logger], recipe: Recipe, metrics: dict[str, Any], pictures: Sequence[Image]) -> None:
+    """Log what a finished run found, see `_log`; an error is a warning."""
+    if (logger := next((logger for logger in loggers if isinstance(logger, Wandb)), None)) is not None:
+        logger.attempt(lambda: _log(logger, recipe, metrics, pictures))
 
-    Table, clip and model are read from the run folder, which is the logger's folder.
+
+def _log(logger: Wandb, recipe: Recipe, metrics: dict[str, Any], pictures: Sequence[Image]) -> None:
+    """Log scores and differences with their intervals, bytes, seconds, the per-layer table, the step sizes that moved
+    most, mask overlays, a clip, and the model with card, recipe and report as an artifact.
+
+    All but the pictures are read from the run folder, which is the logger's folder.
     """
-    logger = next((logger for logger in loggers if isinstance(logger, WandbLogger)), None)
-    if logger is None:
-        return
     import wandb  # takes a second: only if it is used
 
-    scores = {
-        f"{model}/{key}": metrics[model][key] for model in MODELS for key in SCORES if key in metrics.get(model, {})
-    }
-    amounts = {f"{kind}/{name}": value for kind in ("bytes", "seconds") for name, value in metrics[kind].items()}
-    logger.log_metrics({**scores, **amounts})
+    figures = final_figures(metrics)
+    logger.log_metrics(figures)
     folder = Path(str(logger.save_dir))
     if layers := read_json(folder / FOLDER / LAYERS):
         rows = [[row.get(column) for column in COLUMNS] for row in layers["layers"]]
         logger.log_table("layers", columns=list(COLUMNS), data=rows)
+    if moved := moved_most(read_curves(folder / CURVES)):
+        steps, ratios = zip(*(zip(*curve, strict=True) for curve in moved.values()), strict=True)
+        title = "step sizes that moved most, as multiples of their first"
+        logger.experiment.log({"moved": wandb.plot.line_series(steps, ratios, list(moved), title, "step")})
     if pictures:
         logger.log_image("overlays", list(pictures))
     if clips := sorted(map(str, (folder / FOLDER).glob("*.mp4"))):
         logger.log_video("clips", clips[:1])
-    if "quantized" in metrics:
-        artifact = wandb.Artifact(f"model-{logger.experiment.id}", type="model")
-        for name in FILES:
-            artifact.add_file(str(folder / name), policy="immutable")  # no second copy on this disk
-        with artifact.new_file("recipe.yaml", mode="w") as file:
-            file.write(save_recipe(read_run(folder).recipe))
+    if recipe.quantize is not None:
+        artifact = wandb.Artifact(model_name(recipe, metrics), type="model", metadata={"run": recipe.name, **figures})
+        shown = folder / "wandb" / "recipe.yaml"
+        write_text(shown, save_recipe(read_run(folder).recipe))
+        for file in (shown, *(folder / name for name in FILES)):
+            artifact.add_file(str(file), policy="immutable")  # no second copy on this disk
         logger.experiment.log_artifact(artifact)
     logger.experiment.finish()
+
+
+def final_figures(metrics: dict[str, Any]) -> dict[str, float]:
+    """{"MODEL/SCORE", "MODEL/versus_OTHER/difference" with its ends "low" and "high", "bytes/FORMAT", "seconds/STAGE"}.
+
+    A comparison of stills is one of "point_IoU" and one of "box_IoU", whose names come in between.
+    """
+    blocks = {name: metrics[name] for name in MODELS if name in metrics}
+    figures = {f"{name}/{key}": block[key] for name, block in blocks.items() for key in SCORES if key in block}
+    for name, block in blocks.items():
+        versus = flat({key: block[key] for key in VERSUS if key in block})
+        numbers = {key: value for key, value in versus.items() if isinstance(value, (int, float))}
+        figures |= {f"{name}/{key.replace('.', '/')}": value for key, value in numbers.items()}
+    amounts = {kind: metrics.get(kind, {}) for kind in ("bytes", "seconds")}
+    return figures | {f"{kind}/{name}": value for kind, values in amounts.items() for name, value in values.items()}
+
+
+def model_name(recipe: Recipe, metrics: dict[str, Any]) -> str:
+    """Name of a quantized model: its size and bits, as "nano-w4a8"; allocated bits by their average, as "nano-w3.5"."""
+    assert recipe.quantize is not None
+    weights, activations = recipe.quantize.weights, recipe.quantize.activations
+    average = metrics.get("allocated_bits", {}).get("average", weights and weights.bits)
+    bits = [*([f"w{average:.3g}"] if weights else []), *([f"a{activations.bits}"] if activations else [])]
+    return f"{recipe.model.size}-{''.join(bits) or 'float'}"

@@ -14,7 +14,7 @@ from qsam2.output import aligned, read_json, write_text
 from qsam2.report.read import read_curves
 from qsam2.sweep.definition import LOCAL, LOGARITHMIC, STUDY, Parameter, Sweep, Values, combinations, count_runs
 from qsam2.sweep.runner import Job, Plan, RunFailed, RunState, disk_is_full
-from qsam2.train.trainer import CURVES
+from qsam2.train.loggers import CURVES
 
 try:
     import optuna

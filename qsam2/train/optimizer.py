@@ -6,7 +6,7 @@ Learned step sizes and clips of quantizers have a group of their own (ours).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -62,6 +62,18 @@ def _float_lr(name: str, model: SAM2, recipe: TrainRecipe) -> float:
     trunk = model.image_encoder.trunk
     depth = trunk.get_num_layers() + 1 - trunk.get_layer_id(name)
     return recipe.image_encoder_lr * recipe.layer_decay**depth
+
+
+def rates(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Present learning rates: of "image_encoder", the largest of its layers, all other "weights", and other roles."""
+    found: dict[str, float] = {}
+    for group in groups:
+        parts = {group["role"]}
+        if group["role"] == "weights":
+            parts = {"image_encoder" if name.startswith(ENCODER) else "weights" for name in group["names"]}
+        for part in parts:
+            found[part] = max(group["lr"], found.get(part, 0.0))
+    return found
 
 
 def cosine_share(step: int, *, max_steps: int, end: float, warmup_steps: int = 0) -> float:

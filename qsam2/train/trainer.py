@@ -1,4 +1,4 @@
-"""The one factory of Lightning Trainers, and the loggers of a run.
+"""The one factory of Lightning Trainers.
 
 Every stage that fits or scores gets its Trainer from `build_trainer`, which decides device, strategy, precision and
 progress; `training_options` adds what training needs: checkpoints, weight averaging, frozen statistics.
@@ -7,36 +7,28 @@ progress; `training_options` adds what training needs: checkpoints, weight avera
 from __future__ import annotations
 
 import contextlib
-import netrc
-import os
-import secrets
 import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import Logger
 
 from qsam2.errors import UserError
-from qsam2.output import code_version, write_text, write_whole
+from qsam2.output import write_whole
 from qsam2.quantizers import Quantizer
-from qsam2.recipe.recipe import LogRecipe, Recipe, TrainerRecipe
+from qsam2.recipe.recipe import Recipe, TrainerRecipe
+from qsam2.train.loggers import LogScales
 
 LAST = "last.ckpt"
 """File name, in a run's `checkpoints/`, of the checkpoint that a killed run resumes from."""
-CURVES = "curves"
-"""Folder of the training curves within the run folder; each start of the run adds `version_*/metrics.csv`."""
-WANDB_ID = "wandb/id"
-"""File of the Weights & Biases run id within the run folder."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -128,18 +120,6 @@ class WeightAverage(EMAWeightAveraging):
             module.load_state_dict(checkpoint["state_dict"])
 
 
-class LogScales(Callback):
-    """Logs the mean scale of each quantizer every `every` steps: a diverging step size shows here first."""
-
-    def __init__(self, quantizers: Mapping[str, Quantizer], every: int) -> None:
-        self.quantizers = quantizers
-        self.every = every
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            module.log_dict({f"scale/{name}": quantizer.scale.mean() for name, quantizer in self.quantizers.items()})
-
-
 def build_trainer(
     recipe: TrainerRecipe,
     *,
@@ -228,49 +208,3 @@ def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dic
 def device_of(recipe: TrainerRecipe) -> torch.device:
     """Device of the recipe's Trainer; raises UserError as `build_trainer` does."""
     return build_trainer(recipe, folder=Path(".")).strategy.root_device
-
-
-def build_loggers(recipe: LogRecipe, *, folder: Path, name: str, config: dict[str, Any]) -> list[Logger]:
-    """CSV logger (a new version each time the run is resumed) and, unless switched off, Weights & Biases.
-
-    With `recipe.wandb` "auto", W&B is online if a key is configured and offline otherwise. A resumed run continues its
-    W&B run.
-    """
-    loggers: list[Logger] = [CSVLogger(folder, name=CURVES, flush_logs_every_n_steps=1)]
-    if recipe.wandb != "off":
-        offline = recipe.wandb == "offline" or (recipe.wandb == "auto" and not has_wandb_key())
-        loggers.append(
-            WandbLogger(
-                name=name,
-                project=recipe.project,
-                group=recipe.group,
-                save_dir=folder,
-                offline=offline,
-                id=_wandb_id(folder),
-                resume="allow",
-                config={**config, "qsam2": code_version()},
-            )
-        )
-    return loggers
-
-
-@rank_zero_only
-def _wandb_id(folder: Path) -> str:
-    """W&B run id: WANDB_RUN_ID if a sweep agent sets it, else a random one kept in the run folder."""
-    if agent_id := os.environ.get("WANDB_RUN_ID"):
-        return agent_id
-    file = folder / WANDB_ID
-    if not file.is_file():
-        write_text(file, secrets.token_hex(4))
-    return file.read_text()
-
-
-def has_wandb_key() -> bool:
-    """True if WANDB_API_KEY is set or `wandb login` was done (wandb's own check would prompt for a key)."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False

@@ -33,7 +33,7 @@ from qsam2.quantizers.kernels import choose_kernels
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
 from qsam2.run import Run
 from qsam2.train.losses import ImageNetDistillation, embedding_distillation, mask_distillation, segmentation_loss
-from qsam2.train.optimizer import cosine_share, parameter_groups
+from qsam2.train.optimizer import cosine_share, parameter_groups, rates
 from qsam2.train.trainer import LAST, build_trainer, training_options
 
 log = logging.getLogger("qsam2")
@@ -216,7 +216,7 @@ class VideoTraining(L.LightningModule):
             gradients[group["role"]] += [p.grad.float() for p in group["params"] if p.grad is not None]
         norms = {role: torch.nn.utils.get_total_norm(parts) for role, parts in gradients.items() if parts}
         self.log_dict({f"gradient_norm/{role}": norm for role, norm in norms.items()})
-        self.log("lr", optimizer.param_groups[-1]["lr"])
+        self.log_dict({f"lr/{part}": rate for part, rate in rates(optimizer.param_groups).items()})
 
 
 def train(run: Run) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,14 @@ import wandb
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from messages import Message
 from safetensors.torch import load_file
 from small_runs import CLICKS, ROOT, RUNS, TRAIN_FLOAT, read_checkpoint, small, without_seconds
-from waiting import HANG_S
+from waiting import HANG_S, wait_until
 from wandb_file import records
 
+from qsam2 import pipeline
+from qsam2.errors import UserError
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
@@ -96,6 +101,106 @@ def test_sigkill_in_mid_training(checkpoint: Path, runs: dict[str, Path], tmp_pa
         assert torch.equal(ends[0]["state_dict"][name], tensor), name
 
 
+COUNTED = {
+    "qsam2.calibration.weights": ("gather_inputs",),
+    "qsam2.calibration.smooth": ("gather_reader_inputs",),
+    "qsam2.calibration.activation_ranges": ("find_sam2_ranges",),
+    "qsam2.calibration.gptq": ("round_sam2",),
+    "qsam2.reconstruction.block_by_block": ("Reconstruction",),
+    "qsam2.evaluation.scoring": ("score_float", "score_any"),
+}
+"""What the stages of calibration and scoring call for their work."""
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Calls of what `COUNTED` names, from now on."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str, work: Any) -> Any:
+        def counted(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return work(*args, **options)
+
+        return counted
+
+    for module, names in COUNTED.items():
+        for name in names:
+            original = getattr(importlib.import_module(module), name)
+            monkeypatch.setattr(f"{module}.{name}", counting(name, original))
+    return calls
+
+
+def test_what_is_calibrated_and_scored_is_not_done_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies at the start of each stage in turn carries out each once, and ends as one that did not die."""
+    minmax = {"method": "minmax", "bits": 4, "range": "minmax"}
+    settings = {
+        "calibrate": {"weights": "frobenius", "smooth": [0.5], "rounding": "gptq", "stills": 2, "clips": 2},
+        "quantize": {"weights": minmax, "activations": minmax},
+        "reconstruct": {"method": "brecq", "iterations": 2, "blocks": ["obj_ptr_proj"]},
+    }
+    whole = tmp_path / "whole"
+    run_recipe(build_recipe(small(checkpoint, whole, **settings)))
+    values = small(checkpoint, tmp_path / "killed", **settings)
+    calls = count_calls(monkeypatch)
+    for stage in (
+        "smooth_norms",
+        "calibrate_ranges",
+        "round_weights",
+        "reconstruct_blocks",
+        "score_calibrated",
+        "report",
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(pipeline, stage, _die_as(stage))
+            run_recipe(build_recipe(values))
+    run_recipe(build_recipe(values))
+    assert calls == {
+        "gather_inputs": 1, "gather_reader_inputs": 1, "find_sam2_ranges": 1, "round_sam2": 1, "Reconstruction": 1,
+        "score_float": 1, "score_any": 2,
+    }  # fmt: skip
+    assert_same_results(tmp_path / "killed", whole)
+    layers = [json.loads((folder / "report" / "layers.json").read_text()) for folder in (tmp_path / "killed", whole)]
+    assert layers[0] == layers[1]
+    assert not (tmp_path / "killed" / "checkpoints" / "stages").exists()
+
+
+def _die_as(stage: str) -> Any:
+    def die(run: Any) -> None:
+        raise Killed
+
+    die.__name__ = stage
+    return die
+
+
+def test_qat_is_calibrated_and_scored_once(
+    checkpoint: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = small(checkpoint, tmp_path / "killed", **RUNS["qat"] | {"log": {"wandb": "off"}})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(2, patch)
+        run_recipe(build_recipe(values))
+    calls = count_calls(monkeypatch)
+    run_recipe(build_recipe(values))
+    assert calls == {"score_any": 1}  # the trained model
+    assert_same_results(tmp_path / "killed", runs["qat"])
+
+
+@pytest.mark.parametrize("file", ["model.ckpt", "float-0-of-1.npz"])
+def test_a_damaged_file_of_a_stage_is_named(
+    file: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: Message
+) -> None:
+    values = small(checkpoint, tmp_path / "run", **RUNS["ptq"])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pipeline, "round_weights", _die_as("round_weights"))
+        run_recipe(build_recipe(values))
+    (tmp_path / "run" / "checkpoints" / "stages" / file).write_bytes(b"damaged")
+    with pytest.raises(UserError) as error:
+        run_recipe(build_recipe(values))
+    assert file in message(error)
+
+
 def test_a_kill_between_the_batches_of_a_step(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +269,10 @@ def test_a_resumed_run_goes_on_in_wandb(checkpoint: Path, tmp_path: Path, monkey
     monkeypatch.setenv("WANDB_SILENT", "true")
     time.sleep(1)  # wandb names its folders by the second
     run_recipe(build_recipe(values))
-    begun, resumed = (list(records(file)) for file in sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb")))
+    files = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
+    for file in files:  # its last record is written shortly after the end of the run
+        wait_until(lambda file=file: any(record.WhichOneof("record_type") == "exit" for record in records(file)))
+    begun, resumed = (list(records(file)) for file in files)
     for part in (begun, resumed):
         (own,) = [record.run for record in part if record.run.run_id]
         assert own.resume and own.run_id == (tmp_path / "run" / "wandb" / "id").read_text()

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from messages import Message
@@ -19,6 +20,7 @@ from qsam2.evaluation.scoring import evaluate_model
 from qsam2.loading import load_model
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe, load_recipe
+from qsam2.recipe.portable import portable
 from qsam2.report import read
 from qsam2.report.page import render
 
@@ -137,23 +139,39 @@ def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(
 def test_wandb_holds_the_whole_run(runs: dict[str, Path]) -> None:
     config, history = read_run(runs["qat"])
     recipe = yaml.safe_load((runs["qat"] / "recipe.yaml").read_text())
-    assert {key: config[key] for key in recipe} == recipe
+    assert {key: config[key] for key in recipe} == portable(recipe)
+    assert config["output"] == "qat" and str(runs["qat"].parent) not in json.dumps(config)
     assert config["qsam2"].startswith(__version__)
 
     logged = {key: value for step in history for key, value in step.items()}
     curve = [step["loss"] for step in history if "loss" in step]
     assert len(curve) == recipe["trainer"]["max_steps"]
-    assert {"lr", "loss/mask", "loss/dice", "loss/iou", "loss/class", "loss/distill_masks"} <= logged.keys()
+    assert {f"lr/{part}" for part in ("image_encoder", "weights", "quantizers")} <= logged.keys()
+    assert {"loss/mask", "loss/dice", "loss/iou", "loss/class", "loss/distill_masks"} <= logged.keys()
     assert {"gradient_norm/weights", "gradient_norm/quantizers"} <= logged.keys()
-    assert sum(key.startswith("scale/") for key in logged) > 300
+    assert not [key for key in logged if key.startswith("scale/")]
+    quantiles = [key for key in logged if key.startswith("step_size/")]
+    assert len(quantiles) == 6
+    curves = read.read_run(runs["qat"]).curves
+    assert sum(key.startswith("scale/") for key in curves) > 300  # all of them in the CSV file
+    last = {key.removeprefix("scale/"): curve[-1][1] / curve[0][1] for key, curve in curves.items() if "scale/" in key}
+    weights = [ratio for key, ratio in last.items() if key.endswith("weight_quantizer")]
+    assert logged["step_size/weights_p50"] == pytest.approx(np.median(weights), rel=1e-4)
 
     figures = metrics(runs["qat"])
     for model in ("float", "ptq", "quantized"):
         assert logged[f"{model}/J&F"] == pytest.approx(figures[model]["J&F"])
+        if model != "float":
+            versus = {key: logged[f"{model}/versus_float/{key}"] for key in ("difference", "low", "high")}
+            assert versus == pytest.approx({key: figures[model]["versus_float"][key] for key in versus})
+    assert "quantized/versus_ptq/difference" in logged
     assert logged["bytes/packed"] == figures["bytes"]["packed"]
     assert logged["seconds/train"] == figures["seconds"]["train"]
 
     files = next(runs["qat"].glob("wandb/offline-run-*/files"))
+    moved = json.loads((files / logged["moved_table.path"]).read_text())["data"]
+    farthest = sorted(last, key=lambda name: -abs(np.log(last[name])))[:4]
+    assert {row[1] for row in moved} == set(farthest)
     table = json.loads((files / logged["layers.path"]).read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     by_name = {row["name"]: row for row in rows}
@@ -171,7 +189,19 @@ def test_wandb_holds_the_model_and_its_card(runs: dict[str, Path]) -> None:
     (file,) = runs["qat"].glob("wandb/offline-run-*/*.wandb")
     (artifact,) = [r.artifact for r in records(file) if r.artifact.type == "model"]
     kept = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
-    assert kept == {name: runs["qat"] / name for name in ("model.safetensors", "card.md", "card.json", "recipe.yaml")}
+    files = ("model.safetensors", "card.md", "card.json", "report.html", "wandb/recipe.yaml")
+    assert kept == {Path(name).name: runs["qat"] / name for name in files}
+    assert str(runs["qat"].parent) not in kept["recipe.yaml"].read_text()
+    assert artifact.name == "nano-w4a4"
+    metadata = json.loads(artifact.metadata)
+    assert metadata["run"] == "run" and metadata["quantized/J&F"] == metrics(runs["qat"])["quantized"]["J&F"]
+    (own,) = [r.run for r in records(file) if r.run.run_id]
+    assert (own.run_group, own.job_type, list(own.tags), own.notes) == (
+        "tests",
+        "qat",
+        ["small", "generated"],
+        "a note",
+    )
     assert file.stem == f"run-{(runs['qat'] / 'wandb' / 'id').read_text()}"
 
 
@@ -197,8 +227,8 @@ def test_stills_are_scored_beside_the_videos(runs: dict[str, Path]) -> None:
     alone = evaluate_model(str(run), [f"data.val={spec}"])
     assert alone["box_mIoU"] == pytest.approx(figures["quantized"]["box_mIoU"])
     page = (run / "report.html").read_text()
-    assert '<th scope="col">mIoU</th>' in page and f"{count} instances of\n{spec}" in page
-    assert f"<td>{figures['float']['box_mIoU']:.1f}</td>" in page
+    assert '<th scope="col">mIoU</th>' in page and f"{count} instances of\ninstance_png:stills." in page
+    assert f'<td data-label="mIoU">{figures["float"]["box_mIoU"]:.1f}</td>' in page
     assert json.loads((run / "card.json").read_text())["scores"]["ptq"]["box_mIoU"] == figures["ptq"]["box_mIoU"]
 
 

@@ -14,7 +14,7 @@ from qsam2.data.video import Video
 from qsam2.evaluation.metrics.interval import paired_difference
 from qsam2.recipe import build_recipe, save_recipe
 from qsam2.report.overlays import save_clips
-from qsam2.report.read import CLIPS, FOLDER, LAYERS, MEMORY, SavedRun, read_run
+from qsam2.report.read import CLIPS, FOLDER, LAYERS, MADE, MEMORY, SavedRun, read_run
 
 W2 = {"quantize": {"weights": {"method": "lsc", "bits": 2}}}
 QAT = {**W2, "train": {}, "trainer": {"max_steps": 7}, "memory": {"sharing": "adaptive", "frames": 3}}
@@ -64,10 +64,13 @@ def metrics_of(**scores: float) -> dict[str, Any]:
         if model != "float":
             found[model]["fidelity"] = 88.84
             found[model]["versus_float"] = paired_difference(found[model]["per_object"], found["float"]["per_object"])
+        if model == "quantized":
+            found[model]["versus_ptq"] = paired_difference(found[model]["per_object"], found["ptq"]["per_object"])
     found["bytes"] = {"float32": 16_000_000, "bfloat16": 8_000_000, "packed": 2_500_000}
     return found
 
 
+DATE, MACHINE, CODE = "2026-01-02 03:04 UTC", "a processor, Linux, torch 2", "0.1.0 (abc1234)"
 METRICS = metrics_of(float=70.0, ptq=50.0, quantized=65.0)
 
 
@@ -134,6 +137,8 @@ def write_run(path: Path, values: dict[str, Any] = QAT, metrics: dict[str, Any] 
     if recipe.quantize is not None:
         models += ("ptq", "quantized")
         save(path, LAYERS, layers())
+    if metrics is not None and "bytes" in metrics:
+        save(path, MADE, {"date": DATE, "machine": MACHINE, "code": CODE})
     if recipe.memory.sharing != "none":
         save(path, MEMORY, memory())
     video = Squares()

@@ -58,7 +58,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "quantize": W4A4,
         "train": merge(TRAIN, CLICKS),
         "trainer": {"max_steps": 4, "checkpoint_every": 1},
-        "log": {"wandb": "offline", "group": "tests"},
+        "log": {
+            "wandb": "offline",
+            "group": "tests",
+            "job_type": "qat",
+            "tags": ["small", "generated"],
+            "notes": "a note",
+        },
     },
     "ptq": {"quantize": W4A4},
     "float": {

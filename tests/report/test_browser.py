@@ -23,7 +23,7 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--no-first-run", "--allow-file-access-from-files", "--enable-logging=stderr", "--dump-dom",
 )  # fmt: skip
-WIDTHS = {"desktop": 1200, "phone": 390}
+WIDTHS = {"desktop": 1280, "phone": 390}
 
 # Shows each page in a frame of each width and, once all have loaded, writes down what became of them.
 PROBE = """<!doctype html><title>probe</title><style>iframe { border: 0 }</style><pre id="found"></pre>FRAMES
@@ -37,6 +37,8 @@ window.onload = () => {
       width: root.clientWidth,
       needed: root.scrollWidth,
       resources: frame.contentWindow.performance.getEntriesByType("resource").map(entry => entry.name),
+      tables: [...inner.querySelectorAll("main > section > .wide")].map(
+        table => [table.getAttribute("aria-label"), table.scrollWidth - table.clientWidth]),
       charts: [...inner.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().height),
       pictures: [...inner.querySelectorAll("main figure > img")].map(image => image.naturalWidth),
       films: [...inner.querySelectorAll("video")].map(
@@ -49,6 +51,7 @@ window.onload = () => {
   document.getElementById("found").textContent = JSON.stringify(seen);
 };
 </script>"""
+W8 = {"quantize": {part: {"method": "minmax", "bits": 8, "range": "mse"} for part in ("weights", "activations")}}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
         pytest.skip("no chromium or google-chrome is installed: pages are not opened in a browser")
     folder = tmp_path_factory.mktemp("browser")
     qat, ptq = kept_run(folder / "qat"), kept_run(folder / "ptq", W2)
-    pages = {"run": render(qat), "comparison": render_comparison([qat, ptq])}
+    third = kept_run(folder / "nano_w8a8_least_error", W8)
+    pages = {"run": render(qat), "comparison": render_comparison([qat, ptq, third])}
     frames = []
     for name, page in pages.items():
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
@@ -86,7 +90,9 @@ def test_pages_fit_the_screen_and_show_charts_and_pictures(seen: tuple[dict[str,
     pages = seen[0]
     for name, page in pages.items():
         assert page["needed"] <= page["width"] <= WIDTHS[name.split("-")[1]], name
-    assert len(pages["run-phone"]["charts"]) == 7 and len(pages["comparison-desktop"]["charts"]) == 3
+    assert len(pages["run-phone"]["charts"]) == 7 and len(pages["comparison-desktop"]["charts"]) == 2
+    for page in pages.values():  # no table needs to be scrolled
+        assert page["tables"] and all(beyond <= 0 for _, beyond in page["tables"]), page["tables"]
     assert all(height > 100 for page in pages.values() for height in page["charts"])
     assert pages["run-desktop"]["pictures"] == [640] * 2
     assert all(size >= 12 for page in pages.values() for size in page["textSizes"])

@@ -7,6 +7,8 @@ import copy
 import io
 import json
 import re
+import shutil
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from PIL import Image
 from qsam2.cli import main
 from qsam2.errors import UserError
 from qsam2.evaluation.scoring import headline
-from qsam2.report.page import render, results_table, score_rows
+from qsam2.report.compare import render_comparison
+from qsam2.report.page import render, results_table, score_rows, versus_text
 from qsam2.report.read import read_run
 
 FLOAT_METRICS = {key: METRICS[key] for key in ("float", "bytes")} | {"seconds": {"train": 12.34, "score float": 1.0}}
@@ -86,9 +89,9 @@ def page(html: str) -> Page:
 def test_the_headline_has_all_models_with_their_differences(page: Page) -> None:
     rows = {row[0]: row for row in page.rows[1:4]}
     assert [row[0] for row in page.rows[:4]] == ["model", "float", "ptq", "quantized"]
-    assert rows["float"] == ["float", "70.0", "69.0", "71.0", "", "16.00", "0.123"]
+    assert rows["float"] == ["float", "70.0", "69.0", "71.0", "", "16.00"]
     ptq, quantized = rows["ptq"], rows["quantized"]
-    assert ptq[1] == "50.0 -20.0 (-20.5 to -19.5)" and ptq[4:6] == ["88.8", "2.50 -13.50 (6.4× smaller)"]
+    assert ptq[1] == "50.0 -20.0 (-20.5 to -19.5)" and ptq[4:6] == ["88.8", "2.50 6.4× smaller"]
     assert quantized[1].startswith("65.0 -5.0 (") and quantized[2].startswith("64.0 -5.0 (")
     assert "weights at 2 bits (lsc), activations in float, trained for 7 steps" in page.text
     assert "on 2 videos with 3 objects of moving_objects, in percent." in page.text
@@ -96,15 +99,53 @@ def test_the_headline_has_all_models_with_their_differences(page: Page) -> None:
     assert "max_steps: 7" in page.text
 
 
-def test_differences_of_seconds_and_what_is_not_known() -> None:
+def test_the_result_stands_on_top_with_who_made_it_and_how_it_is_used(page: Page) -> None:
+    assert [text for _, text in page.headings][:4] == ["qat", "Result", "Tracked clips", "Scores"]
+    top = page.text[: page.text.index("Tracked clips")]
+    for fact in (
+        "Size 6.4× smaller than float32: 2.50 MB instead of 16.00 MB",
+        "J&F 65.0 -5.0 (",
+        ") against the float model's 70.0: worse",
+        "Fidelity 88.8 % mean IoU of its masks with the float model's",
+        "Training +15.0 (",
+        ") against calibration alone: better",
+        "Scored on 2 videos with 3 objects of moving_objects",
+        "Finished 2026-01-02 03:04 UTC on a processor, Linux, torch 2, with qsam2 0.1.0 (abc1234).",
+        "qsam2 predict qat clip.mp4",
+        "predictor = qsam2.video_predictor('qat')",
+    ):
+        assert fact in top, fact
+    assert "seconds a frame" not in page.text
+
+
+def test_how_much_was_scored(tmp_path: Path) -> None:
     metrics = copy.deepcopy(METRICS)
-    metrics["quantized"]["seconds_per_frame"] = 0.2234
-    row = score_rows(metrics)[2]
-    assert row["seconds"] == (0.2234, pytest.approx(0.1))
+    metrics["float"] |= {"videos": 2, "objects": 3, "frames": 1}
+    assert (
+        "Scored on 2 videos with 3 objects, 1 frame, of moving_objects"
+        in Page(render(kept_run(tmp_path / "run", QAT, metrics))).text
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (-2.0, -0.1, "-1.0 (-2.0 to -0.1) against it: worse"),
+        (0.5, 2.0, "-1.0 (+0.5 to +2.0) against it: better"),
+        (-2.0, 0.5, "-1.0 (-2.0 to +0.5) against it: no sure difference"),
+        (0.0, 0.0, "-1.0 (+0.0 to +0.0) against it: equal"),
+        (None, None, "-1.0 against it; one video gives no interval"),
+    ],
+)
+def test_a_difference_in_words(low: float | None, high: float | None, says: str) -> None:
+    assert versus_text({"difference": -1.0, "low": low, "high": high}, "it") == says
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    metrics = copy.deepcopy(METRICS)
     del metrics["bytes"]
-    metrics["float"]["seconds_per_frame"] = None
     row = score_rows(metrics)[2]
-    assert not row["MB"][0] and not row["smaller"] and row["seconds"][0] == 0.2234 and not row["seconds"][1]
+    assert not row["MB"] and not row["smaller"]
 
 
 def test_mean_iou_of_stills_stands_in_the_headline_with_its_difference() -> None:
@@ -130,8 +171,8 @@ def test_the_layers_stand_by_their_noise(page: Page) -> None:
 
 def test_sections_of_a_run_that_has_everything(page: Page) -> None:
     assert [text for _, text in page.headings] == [
-        "qat", "Scores", "Where the loss is", "Weights and inputs on their grids", "Training", "Tracked clips",
-        "Memory over time", "Worst frames", "Size and time", "Recipe",
+        "qat", "Result", "Tracked clips", "Scores", "Where the loss is", "Weights and inputs on their grids",
+        "Training", "Memory over time", "Worst frames", "Size and time", "Recipe",
     ]  # fmt: skip
     labels = [attributes["aria-label"] or "" for tag, attributes in page.elements if tag == "svg"]
     assert len(labels) == len(set(labels)) == 7
@@ -146,7 +187,7 @@ def test_sections_of_a_run_that_has_everything(page: Page) -> None:
 
 def test_a_calibrated_run_and_a_float_run(tmp_path: Path) -> None:
     calibrated = Page(render(kept_run(tmp_path / "ptq", W2)))
-    assert "activations in float, calibrated only; qsam2" in calibrated.text
+    assert "activations in float, calibrated only, seed 0." in calibrated.text
     trained = Page(render(kept_run(tmp_path / "float", {"train": {}}, FLOAT_METRICS)))
     assert "SAM 2.1 nano, trained for 2000 steps" in trained.text
     assert [row[0] for row in trained.rows] == ["model", "float", "format", "float32", "bfloat16", "packed", "stage",
@@ -275,6 +316,52 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert ["<b>", "1.0"] in page.rows
 
 
+NAMES = ("$$", "cost $a_1$", r"$\alpha", r"a\$b", "_hidden", "run #000000", "<b>&amp;", "\udcff")
+"""Formulas, entities, colours and names that are no text, as names of folders, videos and groups of layers."""
+
+
+def test_any_name_is_shown_as_it_is(tmp_path: Path) -> None:
+    made = write_run(tmp_path / "made")
+    rows = [{"group": name, "part": "weights", "bits": 2, "loss": 1.0} for name in NAMES]
+    (made / "sensitivity.json").write_text(json.dumps({"groups": rows}))
+    clips = json.loads((made / "report" / "clips.json").read_text())
+    clips["clips"] *= len(NAMES)
+    clips["clips"] = [{**clip, "video": name} for clip, name in zip(clips["clips"], NAMES, strict=True)]
+    (made / "report" / "clips.json").write_text(json.dumps(clips))
+    for index, name in enumerate(NAMES):
+        shutil.copytree(made, tmp_path / f"{index}" / name)
+    folders = [read_run(tmp_path / f"{index}" / name) for index, name in enumerate(NAMES)]
+    for page, captions in ((render(read_run(made)), "figcaption"), (render_comparison(folders), "th")):
+        drawn = "".join(re.findall(r"<svg .*?</svg>", page, re.DOTALL))
+        for name in NAMES:
+            shown = escape(name.replace("\udcff", "?"), quote=False)
+            assert f">{shown}<" in drawn, name
+            assert re.search(rf"<{captions}[^>]*>{re.escape(shown)}", page), name
+
+
+def test_pictures_outside_of_the_folder_are_not_shown(tmp_path: Path) -> None:
+    run = kept_run(tmp_path / "run")
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    (tmp_path / "run" / "report" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    assert run.media("clip0.jpg")
+    for name in ("../../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "../metrics.json"):
+        assert run.media(name) is None
+
+
+def test_the_page_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    values = {**QAT, "data": {"root": "/home/me/data", "val": "davis:/home/me/DAVIS:val", "train": ["sav:~/sav"]},
+              "model": {"checkpoint": "/home/me/tiny.pt"}, "evaluate": {"float_cache": "/home/me/cache"}}  # fmt: skip
+    html = render(kept_run(tmp_path / "run", values))
+    assert "/home/me" not in html and "~/" not in html and str(tmp_path) not in html
+    assert "of davis:DAVIS:val" in html and "checkpoint: tiny.pt" in html
+
+
+def test_curves_that_diverged_are_drawn_as_far_as_they_go(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    (path / "curves/version_0/metrics.csv").write_text("step,loss\n1,2.0\n2,1.0\n3,nan\n4,inf\n")
+    assert "Loss from 2.00 to 1.00 over 2 logged steps" in render(read_run(path))
+
+
 def test_an_unfinished_run_says_what_is_to_come(tmp_path: Path) -> None:
     metrics = metrics_of(float=70.0, ptq=50.0)
     del metrics["bytes"], metrics["seconds"]["train"], metrics["seconds"]["score quantized"]
@@ -295,12 +382,10 @@ def test_an_unfinished_run_says_what_is_to_come(tmp_path: Path) -> None:
             None,  # it has just begun
             [
                 "not finished: calibrate weights, convert, score float, calibrate, score ptq, train, score quantized",
-                "No model has been scored yet.",
-                "They are drawn when all models are scored.",
             ],
-            "kept no",
+            "Scores",
         ),
-        (W2, METRICS, ["kept no figures of its layers", "kept no clips"], "not finished"),  # by an older version
+        (W2, METRICS, ["Scores", "Size and time"], "Where the loss is"),  # by an older version
     ],
 )
 def test_a_run_that_kept_nothing(tmp_path: Path, values: Any, metrics: Any, says: list[str], silent: str) -> None:
@@ -344,6 +429,7 @@ def test_a_full_disk_leaves_the_old_page(
 def test_table_on_the_terminal() -> None:
     metrics = copy.deepcopy(METRICS)
     metrics["quantized"]["versus_float"] = {"difference": -5.0, "low": -6.0, "high": -4.0}
+    del metrics["quantized"]["versus_ptq"]
     lines = results_table(metrics).splitlines()
     assert [line.split()[:4] for line in lines[1:4]] == [
         ["float", "70.0", "69.0", "71.0"],

@@ -176,7 +176,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
     file, out = str(write(tmp_path)), tmp_path / "out"
-    monkeypatch.setattr("qsam2.train.trainer.has_wandb_key", lambda: False)
+    monkeypatch.setattr("qsam2.train.loggers.has_wandb_key", lambda: False)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -17,7 +17,7 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainerRecipe, TrainRecipe
-from qsam2.train.trainer import build_trainer, choose_strategy, has_wandb_key
+from qsam2.train.trainer import build_trainer, choose_strategy
 from qsam2.train.video_training import VideoTraining, prompted_forward, record_clicks, set_dropout, set_prompts
 
 DRAWN = (
@@ -198,18 +198,3 @@ def test_several_devices_get_ddp_that_allows_unused_parameters(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert choose_strategy(TrainerRecipe.model_validate(given)) == strategy
-
-
-def test_a_key_of_weights_and_biases_is_found_where_wandb_looks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    assert not has_wandb_key()
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
-    assert has_wandb_key()
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert not has_wandb_key()
-    monkeypatch.setenv("WANDB_API_KEY", "key")
-    assert has_wandb_key()
