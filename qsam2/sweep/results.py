@@ -269,7 +269,8 @@ def _intervals(results: Results) -> str:
         return text
     narrow = (
         "percentile intervals over objects, which are too narrow: they cover the true difference in 77 to 87 of 100 "
-        "cases instead of 95 (Experiments, 2026-11-30), and the scores of each object that new ones need were not kept."
+        "cases instead of 95 (docs/experiments.md, 2026-11-30), and the scores of each object, which others need, were "
+        "not kept."
     )
     return f"Intervals are {narrow}" if all(old) else f"{text} Those marked ° are {narrow}"
 
