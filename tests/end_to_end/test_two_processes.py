@@ -130,7 +130,7 @@ def test_evaluate_writes_and_prints_once(checkpoint: Path, tmp_path: Path) -> No
         text=True,
         check=False,
     )
-    assert refused.returncode == 1 and "--save-masks needs one process, trainer.devices=2" in refused.stderr
+    assert refused.returncode == 2 and "--save-masks needs one process, trainer.devices=2" in refused.stderr
 
 
 @pytest.mark.prove
