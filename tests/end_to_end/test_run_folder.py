@@ -171,7 +171,9 @@ def test_wandb_holds_the_model_and_its_card(runs: dict[str, Path]) -> None:
     (file,) = runs["qat"].glob("wandb/offline-run-*/*.wandb")
     (artifact,) = [r.artifact for r in records(file) if r.artifact.type == "model"]
     kept = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
-    assert kept == {name: runs["qat"] / name for name in ("model.safetensors", "card.md", "card.json", "recipe.yaml")}
+    recipe = kept.pop("recipe.yaml").read_text()
+    assert kept == {name: runs["qat"] / name for name in ("model.safetensors", "card.md", "card.json")}
+    assert "name: qat" in recipe and str(runs["qat"]) not in recipe, "no path of this machine"
     assert file.stem == f"run-{(runs['qat'] / 'wandb' / 'id').read_text()}"
 
 
