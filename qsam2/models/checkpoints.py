@@ -27,6 +27,8 @@ HIERA_WIDTH, HIERA_STAGES = 96, (2, 3, 16, 3)
 
 ANCHOR = "image_encoder.trunk.patch_embed.proj.weight"
 """A name that all SAM 2 models have once."""
+PICKLE = b"\x80"
+"""First byte of Python's pickles."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 SHA256 = {
@@ -114,10 +116,14 @@ def find_checkpoint(size: str, version: str = "2.1") -> Path:
 def is_safetensors(path: Path) -> bool:
     """True if a file begins as safetensors do, whatever its name: eight bytes of length, then JSON."""
     try:
-        with path.open("rb") as file:
-            return file.read(9)[8:] == b"{"
+        return _start(path)[8:9] == b"{"
     except OSError:
         return False
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(200)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -147,7 +153,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         what, refused = "", re.search(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)", str(error))
         if refused:
             what = f"beside tensors it holds {refused[1]}, which could run code"
-        elif "Unsupported operand" in str(error):
+        elif "Unsupported operand" in str(error) and _start(path)[:1] == PICKLE:
             what = "it is damaged, or a pickle that PyTorch did not write, which could run code"
         if what:
             raise UserError(
@@ -163,8 +169,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def _check_kind(path: Path) -> None:
     """Raise UserError if a file is of another kind, or a zip file that would unpack to far more than its size."""
-    with path.open("rb") as file:
-        start = file.read(200).lstrip()
+    start = _start(path).lstrip()
     size_bytes = path.stat().st_size
     what = ""
     if not size_bytes:

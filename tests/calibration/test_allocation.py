@@ -139,7 +139,25 @@ def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path, {4: 1.0})
     with pytest.raises(UserError, match=r"sensitivity\.json lacks h; run qsam2 sensitivity"):
         measured_costs(file, ["g.a", "h.a"], CHOICES)
-    for text in ("[]", "{", '{"groups": [{"group": "g"}]}', '{"groups": 3}'):
+    row = '{"groups": [{"group": "g", "part": "weights", "bits": %s, "loss": %s}]}'
+    impossible = [
+        ("4", "NaN"),
+        ("4", "Infinity"),
+        ("4", "1e400"),
+        ("4", '"nan"'),
+        ("-1", "1"),
+        ("1e400", "1"),
+        ("0.5", "1"),
+    ]
+    deep = '{"groups": ' + "[" * 5000
+    for text in (
+        "[]",
+        "{",
+        '{"groups": [{"group": "g"}]}',
+        '{"groups": 3}',
+        deep,
+        *(row % pair for pair in impossible),
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match="is no result of a sensitivity measurement"):
             measured_costs(file, ["g.a"], CHOICES)

@@ -91,6 +91,16 @@ def test_recipes_in_other_encodings_of_unicode(tmp_path: Path, text: bytes) -> N
     assert load_recipe(tmp_path / "r.yaml").name == "\u00fc"
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "folder"),
+    [("run", "nano", "runs/run"), ("run", "tiny", "runs/run-tiny"), ("tiny-w8", "tiny", "runs/tiny-w8")],
+)
+def test_runs_of_several_sizes_have_a_folder_each(name: str, size: str, folder: str) -> None:
+    recipe = Recipe.model_validate({"name": name, "model": {"size": size}})
+    assert recipe.run_folder == Path(folder)
+    assert build_recipe(recipe.model_dump(mode="json"), ["output=x"]).run_folder == Path("x")
+
+
 def test_a_reset_size_is_not_that_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         "model: {size: tiny}\ntrain: {}\nsizes: {tiny: {train: {lr: 3}}, nano: {train: {lr: 2}}}\n"

@@ -152,6 +152,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
         one({"min": 0.0, "max": 1.0}, "calibrate.smooth"),
         "parameters.calibrate.smooth has the distribution uniform, which a grid cannot",
     ),
+    (one({"min": 0, "max": 999_999_999}, "seed"), "its grid has 1,000,000,000 runs, at most 10,000 are carried out"),
+    (
+        {
+            "parameters": {
+                key: {"values": list(range(1, 1001))} for key in ("seed", "data.num_frames", "data.max_stride")
+            }
+        },
+        "its grid has 1,000,000,000 runs, at most 10,000 are carried out: give fewer values, or method random or bayes",
+    ),
+    (one({"min": 0, "max": 1e300}), "parameters.quantize.weights.bits.max=1e+300: should be a number from"),
     ({"command": ["x", "${args_no_hyphens}"]}, "command names no recipe; write [..., RECIPE.yaml,"),
     ({"command": ["a.yaml", "b.yaml", "${args_no_hyphens}"]}, "command names more than one recipe;"),
     ({"command": COMMAND[:-1]}, "command lacks ${args_no_hyphens}, the values of a run;"),
