@@ -132,7 +132,8 @@ def read_frame(path: Path, size: tuple[int, int]) -> np.ndarray:
     Raises UserError naming the mode for floating point and other depths.
     """
     with opened(path) as picture:
-        frame = np.array(upright(_in_8_bits(picture, path)).convert("RGB"))
+        picture = upright(_in_8_bits(picture, path))
+        frame = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))  # a conversion is a copy
     return of_size(frame, size, path)
 
 

@@ -190,13 +190,16 @@ def davis_pictures(rng: random.Random, folder: Path) -> None:
     masks.mkdir(parents=True)
     listing = b"s\n" if rng.random() < 0.7 else damage(rng, b"s\n")
     (folder / "ImageSets/2017/val.txt").write_bytes(listing)
+    is_whole = True
+    grey = picture(rng)[..., :1].repeat(3, axis=2)
     for name in ("00000", "00001"):
-        frame, mask = Image.fromarray(picture(rng)), Image.fromarray(ids())
+        frame, mask = Image.fromarray(grey), Image.fromarray(ids())
         size = rng.choice([None] * 6 + [(1, 1), (0, 7), (31, 24)])
         for image, file in ((frame, frames / f"{name}.jpg"), (mask, masks / f"{name}.png")):
             if size and all(size) and rng.random() < 0.5:
-                image = image.resize(size)
+                image, is_whole = image.resize(size), False
             mode = rng.choice([image.mode] * 6 + ["1", "L", "P", "RGBA", "CMYK", "I;16", "F", "I", "LA"])
+            is_whole &= mode in ((image.mode, "RGBA", "L", "LA", "I", "I;16") if image is frame else (image.mode, "I"))
             kind = rng.choice(
                 [file.suffix[1:].replace("jpg", "jpeg")] * 8 + ["png", "bmp", "tiff", "webp", "gif", "ppm"]
             )
@@ -211,8 +214,18 @@ def davis_pictures(rng: random.Random, folder: Path) -> None:
                     data[12:16] + rng.choice([b"\x00\x00\xff\xff" * 2, b"\x7f\xff\xff\xff" * 2, bytes(8)]) + data[24:29]
                 )
                 data = data[:12] + head + zlib.crc32(head).to_bytes(4, "big") + data[33:]
-            file.write_bytes(damage(rng, data) if rng.random() < 0.3 else data)
+                is_whole = False
+            is_whole &= kind in ("jpeg", "png", "bmp", "tiff")
+            if rng.random() < 0.3:
+                data, is_whole = damage(rng, data), False
+            file.write_bytes(data)
     assert_videos(f"davis:{folder}:val")
+    for video in open_videos(f"davis:{folder}:val") if is_whole else ():
+        for index in range(len(video)):
+            assert abs(video.frame(index).mean() - grey.mean()) < 6
+            assert {k: mask.tolist() for k, mask in video.masks(index).items()} == {
+                k: (ids() == k).tolist() for k in (1, 2)
+            }
 
 
 def run_folder(rng: random.Random, folder: Path) -> None:
