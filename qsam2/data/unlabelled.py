@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from qsam2.data.pictures import IMAGE_SUFFIXES, list_pictures, subfolders
-from qsam2.data.video import FrameFolder, Masks, Picture, Video, VideoFile
+from qsam2.data.video import FrameFolder, Masks, Picture, Video
+from qsam2.data.video_file import VideoFile
 from qsam2.errors import UserError
 
 UNLABELLED = ("images", "video")

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from qsam2.data.pictures import decode_rle, list_pictures, read_index_mask, read_json, split_ids, subfolders
-from qsam2.data.video import FrameFolder, Masks, Video, open_video
+from qsam2.data.video import FrameFolder, Masks, Video
+from qsam2.data.video_file import open_video
 from qsam2.errors import UserError
 
 ANNOTATE_EVERY = 4  # frames: SA-V's training videos have 24 per second, and 6 masks

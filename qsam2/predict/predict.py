@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from qsam2.data.pictures import IMAGE_SUFFIXES, read_index_mask
 from qsam2.data.transforms import FrameSequence
-from qsam2.data.video import Picture, Video, VideoFile, open_video
+from qsam2.data.video import Picture, Video
+from qsam2.data.video_file import VideoFile, open_video
 from qsam2.errors import UserError
 from qsam2.loading import image_predictor, video_predictor
 from qsam2.models import SAM2

@@ -8,7 +8,6 @@ import os
 import pickle
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +18,6 @@ from pycocotools import mask as coco_mask
 from small_datasets import box, check, film, rle, save
 
 from qsam2.data.pictures import decode_rle, read_frame, read_index_mask
-from qsam2.data.video import FrameFolder, VideoFile
 from qsam2.data.video_datasets import _read_masklets, davis_videos, sav_videos
 from qsam2.errors import UserError
 
@@ -159,39 +157,6 @@ def test_object_folders_of_val_and_test(sav):
     assert video.masks(2) is None
     save(sav / "sav_val/val.txt", "sav_7\n")
     assert [v.name for v in sav_videos(sav / "sav_val", "val")] == ["sav_7"]
-
-
-def test_any_frame_of_a_video_file_equals_decoding_from_the_start(tmp_path):
-    path = film(tmp_path / "long.mp4", (picture(i % 12) for i in range(120)), gop=25)
-    with av.open(str(path)) as container:
-        expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    video = VideoFile(path)
-    assert len(video) == 120 and video.masks(3) is None and video.frames_per_second == 24
-    for i in [0, 1, 5, 4, 119, 60, 60, 61, 24, 25, 118, 0]:
-        np.testing.assert_array_equal(video.frame(i), expected[i], err_msg=str(i))
-
-
-def test_errors_of_video_files(tmp_path):
-    broken = save(tmp_path / "broken.mp4", b"no video at all")
-    check("broken.mp4: cannot be read as a video", lambda: VideoFile(broken).size)
-    check("nowhere.mp4: cannot be read as a video", lambda: VideoFile(tmp_path / "nowhere.mp4").frame(0))
-    whole = film(tmp_path / "whole.mp4", map(picture, range(FRAMES)))
-    save(broken, whole.read_bytes()[: whole.stat().st_size // 2])
-    check("broken.mp4: (cannot be read as a video|holds no video stream)", lambda: len(VideoFile(broken)))
-    noise = np.random.default_rng(0).integers(0, 255, (60, *SIZE, 3), dtype=np.uint8)
-    indexed = film(tmp_path / "fast.mp4", noise, movflags="faststart").read_bytes()
-    save(broken, indexed[: len(indexed) // 2])  # cut short behind its index
-    check("broken.mp4: holds .. of 60 frames, it was cut short", lambda: len(VideoFile(broken)))
-    sound = tmp_path / "sound.wav"
-    with av.open(str(sound), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
-        samples.sample_rate = 8000
-        container.mux(stream.encode(samples))
-    check("sound.wav: holds no video stream", lambda: VideoFile(sound).size)
-    check("empty: holds no frames", lambda: FrameFolder(tmp_path / "empty"))
-    with pytest.raises(IndexError):
-        VideoFile(whole).frame(FRAMES)
 
 
 MANUAL, VAL = "sav/sav_000/sav_000001_manual.json", "sav/sav_val"

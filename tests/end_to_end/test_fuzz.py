@@ -7,9 +7,11 @@ import json
 import math
 import random
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -183,6 +185,42 @@ def sav_file(rng: random.Random, folder: Path) -> None:
     assert_videos(f"sav:{folder}:train")
 
 
+FILMS = [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.webm", "libvpx")]
+FILMS += [("a.mov", "mjpeg"), ("a.mpg", "mpeg2video"), ("a.h264", "libx264"), ("a.gif", "gif")]
+
+
+@lru_cache
+def film_bytes(name: str, codec: str) -> bytes:
+    """A film of twelve frames, key frames among them."""
+    stream = io.BytesIO()
+    stream.name = name
+    with av.open(
+        stream, "w", format={"mkv": "matroska", "ts": "mpegts", "mpg": "mpeg"}.get(name[2:], name[2:])
+    ) as film:
+        video = film.add_stream(codec, rate=25, options={"g": "5", "threads": "1"})
+        (video.height, video.width), rng = SIZE, random.Random(0)
+        video.pix_fmt = {"mjpeg": "yuvj420p", "gif": "rgb8"}.get(codec, "yuv420p")
+        for _ in range(12):
+            film.mux(video.encode(av.VideoFrame.from_ndarray(picture(rng), format="rgb24")))
+        film.mux(video.encode())
+    return stream.getvalue()
+
+
+def video_file(rng: random.Random, folder: Path) -> None:
+    name, codec = rng.choice(FILMS)
+    data = film_bytes(name, codec)
+    for _ in range(rng.choice([1, 1, 3])):
+        if rng.random() < 0.5:  # among the headers, at either end
+            at = rng.randrange(min(700, len(data)))
+            at = at if rng.random() < 0.5 else len(data) - 1 - at
+            value = rng.choice([bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", rng.randbytes(4)])
+            data = data[:at] + value + data[at + 4 :]
+        else:
+            data = damage(rng, data) or b"\0"
+    (folder / name).write_bytes(data)
+    assert_videos(f"video:{folder / name}:all")
+
+
 def davis_pictures(rng: random.Random, folder: Path) -> None:
     frames, masks = folder / "JPEGImages/480p/s", folder / "Annotations/480p/s"
     (folder / "ImageSets/2017").mkdir(parents=True)
@@ -314,7 +352,7 @@ def state() -> dict[str, torch.Tensor]:
     ("case", "count"),
     [
         (recipe_file, 350), (overrides, 150), (sweep_file, 100), (coco_file, 300), (yolo_file, 200), (sav_file, 200),
-        (davis_pictures, 300), (run_folder, 200),
+        (video_file, 200), (davis_pictures, 300), (run_folder, 200),
     ],
 )  # fmt: skip
 def test_files(case: Case, count: int, tmp_path: Path) -> None:
