@@ -1,20 +1,19 @@
-"""Checked reading of pictures, masks and JSON: a damaged file is an error that names it, never other pixels."""
+"""Checked reading of pictures and masks: a damaged file is an error that names it, never other pixels."""
 
 from __future__ import annotations
 
 import io
-import json
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from qsam2.errors import UserError
+from qsam2.inputs import short
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -47,7 +46,7 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except _BROKEN as error:
         raise UserError(
-            f"{path}: cannot be read as a picture ({_one_line(error)}); fetch the file again or remove it"
+            f"{path}: cannot be read as a picture ({short(error)}); fetch the file again or remove it"
         ) from error
 
 
@@ -94,47 +93,6 @@ def split_ids(ids: np.ndarray) -> dict[int, np.ndarray]:
     return {int(i): ids == i for i in np.unique(ids) if i != 0}
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError where it is absent or malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({_one_line(error)}); fetch or write it again") from error
-
-
-def decode_rle(region: Any, size: tuple[int, int], path: Path) -> np.ndarray:
-    """A COCO run-length code, compressed or not -> bool (H, W). Raises UserError naming `path` for a malformed one.
-
-    Not `pycocotools.mask.decode`, which fills the rest of a mask from memory when its runs end early.
-    """
-    try:
-        height, width = (int(side) for side in region["size"])
-        counts = region["counts"]
-        runs = np.array(counts) if isinstance(counts, list) else _run_lengths(counts)
-        if runs.dtype.kind not in "iu" or (runs < 0).any() or runs.sum() != height * width:
-            raise ValueError(f"its runs do not make up {height}x{width} pixels")
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-        raise UserError(f"{path}: holds a malformed run-length code ({_one_line(error)}); fetch it again") from error
-    if (height, width) != tuple(size):
-        raise UserError(f"{path}: has a mask of {height}x{width} (height x width), its picture is {size[0]}x{size[1]}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-def _run_lengths(text: str | bytes) -> np.ndarray:
-    """COCO's compressed counts: 5 bits a character, lowest first, signed; from the third on less the last but one."""
-    digits = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(digits & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(ends[-1] + 1) - np.repeat(starts, ends - starts + 1)
-    runs = np.add.reduceat((digits[: ends[-1] + 1] & 31) << (5 * place), starts)
-    runs -= np.where(digits[ends] & 16, 1 << (5 * (place[ends] + 1)), 0)
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs
-
-
 def _of_size(array: np.ndarray, size: tuple[int, int] | None, path: Path) -> np.ndarray:
     if size is not None and array.shape[:2] != tuple(size):
         raise UserError(
@@ -142,7 +100,3 @@ def _of_size(array: np.ndarray, size: tuple[int, int] | None, path: Path) -> np.
             f"expected {size[0]}x{size[1]}; all frames and masks of a video or still have one size"
         )
     return array
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -23,6 +23,7 @@ from av.stream import Disposition
 
 from qsam2.data.video import FrameFolder, Video
 from qsam2.errors import UserError
+from qsam2.inputs import short
 
 MAX_PIXELS = 1 << 26
 """Largest frame, twice 8K: a damaged header may claim any size."""
@@ -145,7 +146,7 @@ class VideoFile(Video):
                     picture = self._upright(frame)
                     break
             except _FAILURES as error:
-                reason = _one_line(error)
+                reason = short(error)
         else:
             raise UserError(f"{self.path}: frame {index} cannot be decoded ({reason}); fetch it again or re-encode it")
         if picture.shape[:2] != self.size:
@@ -218,7 +219,7 @@ class VideoFile(Video):
         return np.ascontiguousarray((picture.swapaxes(0, 1) if turned else picture)[::down, ::right])
 
     def _damaged(self, error: Exception) -> UserError:
-        reason = _one_line(error)
+        reason = short(error)
         return UserError(f"{self.path}: cannot be read as a video ({reason}); fetch it again or re-encode it as mp4")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -266,10 +267,6 @@ def _keys(packets: Sequence[_Packet], frames: Sequence[int], first: int) -> list
         if packet.is_key and place:
             keys.append(_Key(place, number, packet.pts if packet.dts is None else packet.dts))
     return keys
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def open_video(path: str | Path) -> Video:
