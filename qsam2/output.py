@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import subprocess
@@ -14,10 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qsam2 import inputs
 from qsam2.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+OF_A_RUN = "copy it again, or carry out the run anew"
+"""What to do about a damaged file of a run."""
 
 
 def quiet_libraries(*, trains: bool = True) -> None:
@@ -118,18 +121,9 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_whole(file, write)
 
 
-def read_json(file: Path) -> Any:
-    """Values of a JSON file that qsam2 wrote; None if there is no such file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}): copy it again, or carry out the run anew") from error
+def read_json(file: Path, shape: Any = Any, *, what: str = "", advice: str = OF_A_RUN) -> Any:
+    """Values of a JSON file that qsam2 wrote, see `inputs.read_json`; None if there is no such file."""
+    return inputs.read_json(file, shape, what=what, advice=advice) if file.is_file() else None
 
 
 def listed(names: Sequence[str]) -> str:

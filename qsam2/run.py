@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
 from qsam2.models import SAM2
-from qsam2.output import write_text
+from qsam2.output import read_json, write_text
 from qsam2.recipe import Recipe, load_recipe, save_recipe
 from qsam2.recipe.quantize import ConvertedLayer
 
@@ -30,6 +31,12 @@ if TYPE_CHECKING:  # inference needs no Lightning and no training data
     from qsam2.data.clips import Source
 
 log = logging.getLogger("qsam2")
+
+
+class Metrics(TypedDict):
+    """Figures of a run, `metrics.json`; the others are those of its stages."""
+
+    seconds: dict[str, float]
 
 
 class RunFolder:
@@ -49,10 +56,7 @@ class RunFolder:
         self._begin(recipe)
         self.metrics: dict[str, Any] = {"seconds": {}}
         if self._metrics_file.is_file():
-            try:
-                self.metrics = json.loads(self._metrics_file.read_text())
-            except ValueError as error:
-                raise UserError(f"{self._metrics_file} is damaged ({error}): remove it to run anew") from error
+            self.metrics = read_json(self._metrics_file, Metrics, advice="remove it to run anew")
 
     @property
     def finished(self) -> bool:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from typing_extensions import TypedDict
 
 from qsam2.errors import UserError
 from qsam2.evaluation.scoring import score_against, weights_digest
 from qsam2.loading import load_float, load_model
-from qsam2.output import code_version, write_text
+from qsam2.output import code_version, read_json, write_text
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe
 from qsam2.run import is_first_rank
@@ -24,8 +25,6 @@ from qsam2.sweep.runner import Job, Plan, RunFailed, RunState
 from qsam2.sweep.table import TableDefinition, TableRun, float_runs
 
 SCORES = "scores.json"
-"""File in a run's folder: {"recipe" (keys that the table sets), "weights" (hash of the float model), "version",
-"seconds", "error", "sets": {SET: {"set", "block"}}}."""
 
 log = logging.getLogger("qsam2")
 
@@ -74,10 +73,25 @@ class TablePlan(Plan):
         return "scored"
 
 
+class _ScoredSet(TypedDict):
+    set: dict[str, Any]
+    block: dict[str, Any]
+
+
+class Scores(TypedDict):
+    """File in a run's folder: "recipe" has the keys that the table sets, "weights" the hash of the float model."""
+
+    recipe: dict[str, Any]
+    weights: str | None
+    version: str
+    seconds: float
+    error: str | None
+    sets: dict[str, _ScoredSet]
+
+
 def read_scores(run: TableRun) -> dict[str, Any] | None:
     """A run's scores so far; None before it has begun."""
-    file = run.recipe.run_folder / SCORES
-    return json.loads(file.read_text()) if file.is_file() else None
+    return read_json(run.recipe.run_folder / SCORES, Scores, advice="remove it to run again")
 
 
 def is_finished(table: TableDefinition, run: TableRun, weights: str | None = None) -> bool:
