@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qsam2.data.transforms import FrameSequence
-from qsam2.data.video import open_video
+from qsam2.data.video_file import open_video
 from qsam2.errors import UserError, shown
 from qsam2.fast.model import FAST_MEMORY, make_fast
 from qsam2.formats import packed

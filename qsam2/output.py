@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -16,10 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsam2.errors import UserError, shortened
+from qsam2 import inputs
+from qsam2.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+OF_A_RUN = "copy it again, or carry out the run anew"
+"""What to do about a damaged file of a run."""
 
 
 def quiet_libraries(*, trains: bool = True) -> None:
@@ -133,22 +136,9 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_whole(file, write)
 
 
-def read_json(file: Path) -> Any:
-    """Values of a JSON file that qsam2 wrote; None if there is no such file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_bytes())
-        json.dumps(values, ensure_ascii=False).encode()  # halves of surrogate pairs cannot be written into a page
-        return values
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is damaged ({shortened(str(error))}): copy it again, or carry out the run anew"
-        ) from error
+def read_json(file: Path, shape: Any = Any, *, what: str = "", advice: str = OF_A_RUN) -> Any:
+    """Values of a JSON file that qsam2 wrote, see `inputs.read_json`; None if there is no such file."""
+    return inputs.read_json(file, shape, what=what, advice=advice) if file.is_file() else None
 
 
 def encodable(text: str) -> str:

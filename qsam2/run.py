@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
@@ -31,6 +32,12 @@ if TYPE_CHECKING:  # inference needs no Lightning and no training data
     from qsam2.data.clips import Source
 
 log = logging.getLogger("qsam2")
+
+
+class Metrics(TypedDict):
+    """Figures of a run, `metrics.json`; the others are those of its stages."""
+
+    seconds: dict[str, float]
 
 
 class RunFolder:
@@ -53,10 +60,8 @@ class RunFolder:
         self._metrics_file = self.path / "metrics.json"
         self._begin(recipe)
         self.metrics: dict[str, Any] = {"seconds": {}}
-        if (metrics := read_json(self._metrics_file)) is not None:
-            if not isinstance(metrics, dict) or not isinstance(metrics.get("seconds"), dict):
-                raise UserError(f"{self._metrics_file} holds no metrics of a run: remove it to run anew")
-            self.metrics = metrics
+        if self._metrics_file.is_file():
+            self.metrics = read_json(self._metrics_file, Metrics, advice="remove it to run anew")
 
     @property
     def finished(self) -> bool:

@@ -19,6 +19,7 @@ MAX_LINES = 450
 # From the ground up: a room may import itself and those of the lines above its own.
 FLOORS = (
     ("errors",),
+    ("inputs",),
     ("output", "recipe"),
     ("data", "models", "quantizers", "metrics"),
     ("run",),

@@ -7,23 +7,25 @@ Costs are an importance times 2^-b (Mix-QSAM2), or losses measured by `qsam2 sen
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from qsam2.calibration.forward import run_sample
-from qsam2.errors import NOT_THIS_JSON, UserError
+from qsam2.errors import UserError
+from qsam2.inputs import read_json
 from qsam2.layers.convert import QUANT_LAYERS
 from qsam2.layers.hooks import watch_inputs
 from qsam2.recipe.quantize import QuantizeRecipe, Rule
@@ -38,7 +40,23 @@ GROUP = re.compile(
     r"sam_mask_decoder\.transformer|[^.]+"
 )
 """Parts of SAM 2 whose sensitivity is measured: a block of the trunk, a layer of the memory attention, ..."""
-UNMEASURED = "quantize.allocate.sensitivity: {file} {problem}; run qsam2 sensitivity on this model and give its JSON"
+SENSITIVITY = "the result of a sensitivity measurement"
+MEASURE = "run qsam2 sensitivity on this model and give its JSON"
+
+
+class Measurement(TypedDict):
+    """Loss of one group's weights or activations at some bits."""
+
+    group: str
+    part: Literal["weights", "activations"]
+    bits: Annotated[int, Field(ge=1, le=32)]
+    loss: Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Sensitivity(TypedDict):
+    """File that `qsam2 sensitivity` writes."""
+
+    groups: list[Measurement]
 
 
 def allocate_bits(run: Run) -> None:
@@ -155,21 +173,16 @@ def measured_costs(file: Path, layers: Iterable[str], choices: Sequence[int]) ->
         UserError: the file is missing or not a sensitivity measurement, or a group was not measured.
     """
     try:
-        rows = json.loads(file.read_bytes())["groups"]
-        measured: Costs = {}
-        for row in rows:
-            if row["part"] == "weights":
-                bits, loss = row["bits"], float(row["loss"])
-                if bits not in range(1, 17) or not math.isfinite(loss):
-                    raise ValueError(f"a loss of {loss} at {bits} bits")
-                measured.setdefault(row["group"], {})[int(bits)] = max(loss, 0.0)
-    except OSError as error:
-        raise UserError(UNMEASURED.format(file=file, problem=f"cannot be read ({error.strerror})")) from error
-    except NOT_THIS_JSON as error:
-        raise UserError(UNMEASURED.format(file=file, problem="is no result of a sensitivity measurement")) from error
+        rows = read_json(file, Sensitivity, what=SENSITIVITY, advice=MEASURE)["groups"]
+    except UserError as error:
+        raise UserError(f"quantize.allocate.sensitivity: {error}") from error
+    measured: Costs = {}
+    for row in rows:
+        if row["part"] == "weights":
+            measured.setdefault(row["group"], {})[row["bits"]] = max(row["loss"], 0.0)
     groups = dict.fromkeys(group_of(name) for name in layers)
     if lacking := [group for group in groups if group not in measured]:
-        raise UserError(UNMEASURED.format(file=file, problem=f"lacks {lacking[0]}"))
+        raise UserError(f"quantize.allocate.sensitivity: {file} lacks {lacking[0]}: {MEASURE}")
     return {group: _filled(measured[group], choices) for group in groups}
 
 

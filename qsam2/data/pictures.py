@@ -1,11 +1,10 @@
-"""Checked reading of pictures and JSON: a damaged file is an error that names it, never other pixels.
+"""Checked reading of pictures: a damaged file is an error that names it, never other pixels.
 
 Mask pictures are read by `qsam2.data.index_masks.MaskFiles`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import warnings
@@ -13,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from qsam2.errors import UserError
+from qsam2.inputs import short
 
 _log = logging.getLogger(__name__)
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -27,7 +26,7 @@ OTHER_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jfif", ".ppm", ".
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 """What PIL may read, whatever a file is called: some of its other formats start programs."""
 MAX_PIXELS = 100_000_000
-"""Largest picture that is read, 10,000 x 10,000: beyond, a small file can claim any amount of memory."""
+"""Largest picture or frame of a film that is read, 10,000 x 10,000: a small file can claim any amount of memory."""
 _LEFT_BY_SYSTEMS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -95,9 +94,9 @@ def opened(path: Path) -> Iterator[Image.Image]:
         pixels = int(re.findall(r"\d+", str(error))[0])
         raise UserError(f"{path}: has {pixels:,} pixels, at most {MAX_PIXELS:,} are read; scale it down") from error
     except Exception as error:  # PIL raises many kinds on damaged files
-        raise UserError(
-            f"{path}: cannot be read as a picture ({_one_line(error)}); fetch the file again or remove it"
-        ) from error
+        no_picture = isinstance(error, UnidentifiedImageError)
+        reason = f"it is none of {', '.join(FORMATS)}" if no_picture else short(error)
+        raise UserError(f"{path}: cannot be read as a picture ({reason}); fetch the file again or remove it") from error
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -132,7 +131,8 @@ def read_frame(path: Path, size: tuple[int, int]) -> np.ndarray:
     Raises UserError naming the mode for floating point and other depths.
     """
     with opened(path) as picture:
-        frame = np.array(upright(_in_8_bits(picture, path)).convert("RGB"))
+        picture = upright(_in_8_bits(picture, path))
+        frame = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))  # a conversion is a copy
     return of_size(frame, size, path)
 
 
@@ -191,47 +191,6 @@ def _depth(folder: Path, changed_ns: int) -> int:
     return bits
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError where it is absent or malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({_one_line(error)}); fetch or write it again") from error
-
-
-def decode_rle(region: Any, size: tuple[int, int], path: Path) -> np.ndarray:
-    """A COCO run-length code, compressed or not -> bool (H, W). Raises UserError naming `path` for a malformed one.
-
-    Not `pycocotools.mask.decode`, which fills the rest of a mask from memory when its runs end early.
-    """
-    try:
-        height, width = (int(side) for side in region["size"])
-        counts = region["counts"]
-        runs = np.array(counts) if isinstance(counts, list) else _run_lengths(counts)
-        if runs.dtype.kind not in "iu" or (runs < 0).any() or runs.sum() != height * width:
-            raise ValueError(f"its runs do not make up {height}x{width} pixels")
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-        raise UserError(f"{path}: holds a malformed run-length code ({_one_line(error)}); fetch it again") from error
-    if (height, width) != tuple(size):
-        raise UserError(f"{path}: has a mask of {height}x{width} (height x width), its picture is {size[0]}x{size[1]}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-def _run_lengths(text: str | bytes) -> np.ndarray:
-    """COCO's compressed counts: 5 bits a character, lowest first, signed; from the third on less the last but one."""
-    digits = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(digits & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(ends[-1] + 1) - np.repeat(starts, ends - starts + 1)
-    runs = np.add.reduceat((digits[: ends[-1] + 1] & 31) << (5 * place), starts)
-    runs -= np.where(digits[ends] & 16, 1 << (5 * (place[ends] + 1)), 0)
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs
-
-
 def of_size(array: np.ndarray, size: tuple[int, int] | None, path: Path) -> np.ndarray:
     if size is not None and array.shape[:2] != tuple(size):
         raise UserError(
@@ -239,7 +198,3 @@ def of_size(array: np.ndarray, size: tuple[int, int] | None, path: Path) -> np.n
             f"expected {size[0]}x{size[1]}; all frames and masks of a video or still have one size"
         )
     return array
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
+from typing_extensions import NotRequired, TypedDict
 
 from qsam2.data.index_masks import MaskFiles, split_ids
-from qsam2.data.pictures import decode_rle, files_below, list_files, list_pictures, read_json, subfolders
+from qsam2.data.pictures import files_below, list_files, list_pictures, subfolders
+from qsam2.data.regions import decode_region, fill_polygons
 from qsam2.data.video import Masks, Picture
 from qsam2.errors import UserError
+from qsam2.inputs import read_json, read_text, short
 
+MARGIN = 1e-3
+"""What YOLO's coordinates may lie outside 0..1, as rounding leaves them; they are clipped."""
+_SHORTEST_LABEL = 64  # bytes; longer files hold something, and are read when they are asked for
 _log = logging.getLogger(__name__)
+
+
+class _CocoImage(TypedDict):
+    id: int | str
+    file_name: str
+
+
+class _CocoAnnotation(TypedDict):
+    image_id: int | str
+    segmentation: list[Any] | dict[str, Any]
+    iscrowd: NotRequired[int | bool]
+
+
+class _Coco(TypedDict):
+    images: list[_CocoImage]
+    annotations: list[_CocoAnnotation]
+
+
+class _Sa1bAnnotation(TypedDict):
+    segmentation: list[Any] | dict[str, Any]
+
+
+class _Sa1b(TypedDict):
+    annotations: list[_Sa1bAnnotation]
 
 
 def coco_stills(root: Path, split: str) -> list[Picture]:
     """COCO's pictures that have instances; crowds are left out.
 
     ``ROOT/annotations/instances_SPLIT[2017].json`` with ``ROOT[/images]/SPLIT[2017]``, or ``ROOT/instances.json`` with
-    ``ROOT/images`` for any split. Raises UserError naming the file that is missing or malformed.
+    ``ROOT/images`` for any split. A file name may have folders, from the pictures' folder or from ROOT.
+    Raises UserError naming the file that is missing, malformed or outside ROOT.
     """
     choices = [(root / "instances.json", [root / "images"])]
     for name in (split, f"{split}2017"):
@@ -34,20 +66,49 @@ def coco_stills(root: Path, split: str) -> list[Picture]:
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise UserError(f"{folders[0]}: is missing, it should hold the pictures of {path}")
-    data = read_json(path)
-    regions: dict[Any, list[Any]] = defaultdict(list)
-    try:
-        for annotation in data["annotations"]:
-            if not annotation.get("iscrowd", 0):
-                regions[annotation["image_id"]].append(annotation["segmentation"])
-        names = [(image["file_name"], regions[image["id"]]) for image in data["images"] if image["id"] in regions]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is not COCO's instance format ({type(error).__name__}: {error})") from error
-    present = {picture.name for picture in list_pictures(folder)}
-    missing = [name for name, _ in names if name not in present]
+    data: _Coco = read_json(path, _Coco, what="COCO's instance format")
+    regions: dict[int | str, list[Any]] = defaultdict(list)
+    for annotation in data["annotations"]:
+        if not annotation.get("iscrowd", 0):
+            regions[annotation["image_id"]].append(annotation["segmentation"])
+    annotated = [(image["file_name"], regions[image["id"]]) for image in data["images"] if image["id"] in regions]
+    names = [name for name, _ in annotated]
+    pictures = [_inside(root, folder, name, path) for name in names]
+    missing = [name for name, picture in zip(names, pictures, strict=True) if picture is None]
     if missing:
-        raise UserError(f"{folder / missing[0]}: is missing, but {path} annotates it ({len(missing)} missing in all)")
-    return _non_empty([Picture(folder / name, partial(_regions, path, region)) for name, region in names], path)
+        raise UserError(
+            f"{folder / short(missing[0])}: is missing, but {path} annotates it ({len(missing)} missing in all)"
+        )
+    stills = [
+        Picture(picture, partial(_regions, path, region))
+        for picture, (_, region) in zip(pictures, annotated, strict=True)
+        if picture is not None
+    ]
+    return _non_empty(_named_apart(stills, names), path)
+
+
+def _inside(root: Path, folder: Path, name: str, path: Path) -> Path | None:
+    """The picture that COCO's file names, below the pictures' folder or the dataset's; None if there is none.
+
+    Raises UserError if the name leads out of the dataset's folder.
+    """
+    parts = PurePosixPath(name).parts
+    if ".." in parts or name.startswith("/"):
+        raise UserError(f"{path}: names the picture {short(name)!r}, outside of {root}; give names within it")
+    for place in (folder, root, root / "images"):
+        with contextlib.suppress(OSError, ValueError):  # no name that a file can have
+            if (place / name).is_file():
+                return place / name
+    return None
+
+
+def _named_apart(stills: list[Picture], names: Sequence[str]) -> list[Picture]:
+    """Stills whose names differ: where two files of different folders are called alike, by folder and file."""
+    count = Counter(still.name for still in stills)
+    for still, name in zip(stills, names, strict=True):
+        if count[still.name] > 1:
+            still.name = name.replace("/", "-")
+    return stills
 
 
 def sa1b_stills(root: Path) -> list[Picture]:
@@ -69,7 +130,7 @@ def yolo_stills(root: Path, split: str) -> list[Picture]:
     name = next((name for name in (split, f"{split}2017") if (images / name).is_dir()), None)
     if name is None:
         raise UserError(f"{images}: has no split {split!r}; there is {', '.join(subfolders(images)) or 'no folder'}")
-    files = {path.stem: path for path in list_files(labels / name, (".txt",)) if path.stat().st_size}
+    files = {path.stem: path for path in list_files(labels / name, (".txt",)) if not _is_blank(path)}
     pictures = [path for path in list_pictures(images / name) if path.stem in files]
     stray = sorted(files.keys() - {path.stem for path in pictures})
     if stray:
@@ -97,52 +158,38 @@ def _non_empty(stills: list[Picture], place: Path) -> list[Picture]:
 
 def _regions(path: Path, regions: list[Any], size: tuple[int, int]) -> Masks:
     """COCO segmentations (polygons or run-length codes) -> instances."""
-    return {
-        k: decode_rle(region, size, path) if isinstance(region, dict) else _fill(region, size, path)
-        for k, region in enumerate(regions, 1)
-    }
+    return {k: decode_region(region, size, path) for k, region in enumerate(regions, 1)}
 
 
 def _sa1b_file(path: Path, size: tuple[int, int]) -> Masks:
-    data = read_json(path)
-    try:
-        regions = [annotation["segmentation"] for annotation in data["annotations"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not SA-1B's format ({type(error).__name__}: {error})") from error
-    return _regions(path, regions, size)
+    data: _Sa1b = read_json(path, _Sa1b, what="SA-1B's format")
+    return _regions(path, [annotation["segmentation"] for annotation in data["annotations"]], size)
+
+
+def _is_blank(path: Path) -> bool:
+    return path.stat().st_size < _SHORTEST_LABEL and not read_text(path).strip()
 
 
 def _polygon_file(path: Path, size: tuple[int, int]) -> Masks:
     height, width = size
+    lines = [(k, line) for k, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     instances = {}
-    for k, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for instance, (k, line) in enumerate(lines, 1):
         try:
-            points = np.array([float(number) for number in line.split()[1:]]).reshape(-1, 2)
+            number, *coordinates = map(float, line.split())
+            if number < 0 or not number.is_integer():
+                raise ValueError(f"the class is {number}")
+            points = np.array(coordinates).reshape(-1, 2)
         except ValueError as error:
-            raise UserError(f"{path}, line {k}: is not a class and pairs of coordinates ({error})") from error
+            raise UserError(f"{path}, line {k}: is not a class and pairs of coordinates ({short(error)})") from error
         if len(points) < 3:
             raise UserError(f"{path}, line {k}: has {len(points)} points, a polygon needs 3; boxes are not masks")
-        if not ((points >= 0) & (points <= 1)).all():
+        if not ((points >= -MARGIN) & (points <= 1 + MARGIN)).all():
             raise UserError(f"{path}, line {k}: coordinates must lie in 0..1, they are shares of width and height")
-        instances[k] = _fill([(points * (width, height)).ravel().tolist()], size, path)
+        pixels = points.clip(0, 1) * (width, height)
+        instances[instance] = fill_polygons([pixels.ravel().tolist()], size, path)
     return instances
 
 
 def _index_file(masks: MaskFiles, path: Path, size: tuple[int, int]) -> Masks:
     return split_ids(masks.read(path, size))
-
-
-def _fill(polygons: Any, size: tuple[int, int], path: Path) -> np.ndarray:
-    """The union of polygons [[x1, y1, x2, ...], ...] in pixels as bool (H, W), rasterised by COCO's rule.
-
-    Polygons of fewer than three points, which COCO has a few of, have no area.
-    """
-    try:
-        if any(len(polygon) % 2 for polygon in polygons):
-            raise ValueError("a coordinate lacks its pair")
-        areas = [polygon for polygon in polygons if len(polygon) >= 6]
-        if not areas:
-            return np.zeros(size, dtype=bool)
-        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(areas, *size))).astype(bool)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: holds a malformed polygon ({error}); fetch the file again") from error

@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from qsam2.data.pictures import OTHER_SUFFIXES, PICTURE_SUFFIXES, list_files, list_pictures, subfolders
-from qsam2.data.video import FrameFolder, Masks, Picture, Video, VideoFile
+from qsam2.data.video import FrameFolder, Masks, Picture, Video
+from qsam2.data.video_file import VideoFile
 from qsam2.errors import UserError
 
 _log = logging.getLogger(__name__)

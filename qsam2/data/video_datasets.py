@@ -6,14 +6,19 @@ import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import MinLen
+from typing_extensions import TypedDict
 
 from qsam2.data.index_masks import MaskFiles, split_ids
-from qsam2.data.pictures import decode_rle, files_below, list_pictures, read_json, subfolders
-from qsam2.data.video import FrameFolder, Masks, Video, open_video
+from qsam2.data.pictures import files_below, list_pictures, subfolders
+from qsam2.data.regions import decode_rle
+from qsam2.data.video import FrameFolder, Masks, Video
+from qsam2.data.video_file import open_video
 from qsam2.errors import UserError
+from qsam2.inputs import read_json, read_text, short
 
 ANNOTATE_EVERY = 4  # frames: SA-V's training videos have 24 per second, and 6 masks
 
@@ -65,7 +70,9 @@ def davis_videos(root: Path, split: str) -> list[DavisVideo]:
         raise UserError(f"{frames}: holds no sequences; each is a folder of frames")
     unknown = sorted(set(names) - set(present))
     if unknown:
-        raise UserError(f"{frames}: lacks the sequence {unknown[0]!r}, listed in the split {split!r}; add or unlist it")
+        raise UserError(
+            f"{frames}: lacks the sequence {short(unknown[0])!r}, listed in the split {split!r}; add or unlist it"
+        )
     return [DavisVideo(frames / name, masks / name) for name in names]
 
 
@@ -84,8 +91,8 @@ def _split_names(root: Path, split: str) -> list[str]:
 
 
 def _lines(path: Path, what: str) -> list[str]:
-    """The lines of a split's list that are not blank."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a split's list, each once, without blank ones."""
+    lines = list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
     if not lines:
         raise UserError(f"{path}: lists no {what}; write one name per line")
     return lines
@@ -124,6 +131,11 @@ class JsonSavVideo(SavVideo):
 
     @cached_property
     def annotated_frames(self) -> list[int]:  # type: ignore[override]
+        unnumbered = [name for name in self.frame_names if not name.isdecimal()]
+        if unnumbered:
+            raise UserError(
+                f"{self._frames_at}: has the frame {short(unnumbered[0])!r}; SA-V's are named by numbers, as 00000"
+            )
         numbers = [int(name) for name in self.frame_names]
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             raise UserError(f"{self._path}: the frames of its video are not numbered without gaps; add those that lack")
@@ -150,8 +162,10 @@ class FolderSavVideo(SavVideo):
         names = subfolders(folder)
         if not names:
             raise UserError(f"{folder}: holds no object folders (000, 001, ...) of masks")
-        if others := [name for name in names if not name.isdigit()]:
+        if others := [name for name in names if not name.isdecimal()]:
             raise UserError(f"{folder / others[0]}: is not an object's folder; they are numbers such as 000")
+        if len({int(name) for name in names}) < len(names):
+            raise UserError(f"{folder}: has two folders of one number; name each object's folder once, as 000")
         paths = {int(name) + 1: list_pictures(folder / name) for name in names}
         self._masks = {k: {path.stem: path for path in files} for k, files in paths.items()}
         self._files = {k: MaskFiles(files, folder.parent) for k, files in paths.items()}
@@ -189,9 +203,12 @@ def sav_videos(root: Path, split: str) -> Sequence[SavVideo]:
         raise UserError(f"{root}: has no {split}.txt or sav_{split}.txt; the splits are train, auto, val and test")
     names = _lines(path, "videos")
     frames, masks = folder / "JPEGImages_24fps", folder / "Annotations_6fps"
-    for place in (folder / name for name in names for folder in (frames, masks)):
-        if not place.is_dir():
-            raise UserError(f"{place}: is missing, but {path} lists {place.name}; add it or take it from the list")
+    for place in (frames, masks):
+        present = set(subfolders(place))
+        if missing := [name for name in names if name not in present]:
+            raise UserError(
+                f"{place / short(missing[0])}: is missing, but {path} lists {short(missing[0])}; add it or take it off"
+            )
     return [FolderSavVideo(name, frames / name, masks / name) for name in names]
 
 
@@ -210,10 +227,11 @@ def _with_json(root: Path, kind: str) -> list[JsonSavVideo]:
     return videos
 
 
+class _Annotation(TypedDict):
+    masklet: Annotated[list[list[dict[str, Any] | None]], MinLen(1)]
+
+
 @lru_cache(maxsize=8)  # a file is some MB of text, and a clip reads several of its frames
 def _read_masklets(path: Path) -> list[list[dict[str, Any] | None]]:
-    data = read_json(path)
-    masklets = data.get("masklet") if isinstance(data, dict) else None
-    if not isinstance(masklets, list) or not masklets or not all(isinstance(regions, list) for regions in masklets):
-        raise UserError(f"{path}: has no list 'masklet' of one list of masks per frame; it is not SA-V's annotation")
-    return masklets
+    annotation: _Annotation = read_json(path, _Annotation, what="SA-V's annotation")
+    return annotation["masklet"]

@@ -120,7 +120,9 @@ def _pair(gt: Path, pred: Path, protocol: Protocol, stray: set[str]) -> tuple[_F
     if not true_files:
         raise UserError(f"{gt}: no PNG files; {protocol} ground truth is laid out as {LAYOUT[protocol]}")
     stray |= pred_files.keys() - true_files.keys()
-    return _Frames(gt, true_files), _Frames(pred, {name: pred_files[name] for name in true_files if name in pred_files})
+    scored = {name: pred_files[name] for name in true_files if name in pred_files}
+    dataset = 1 if protocol == "sav" else 0
+    return _Frames(gt, true_files, gt.parents[dataset]), _Frames(pred, scored, pred.parents[dataset])
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
@@ -135,8 +137,8 @@ def _by_name(folder: Path) -> dict[str, Path]:
 class _Frames:
     """The mask files of a folder by name; what their values mean is decided by them alone."""
 
-    def __init__(self, folder: Path, paths: dict[str, Path]) -> None:
-        self.folder, self.paths, self._files = folder, paths, MaskFiles([*paths.values()])
+    def __init__(self, folder: Path, paths: dict[str, Path], dataset: Path) -> None:
+        self.folder, self.paths, self._files = folder, paths, MaskFiles([*paths.values()], dataset)
 
     def read(self, name: str) -> np.ndarray:
         """Object ids (H, W)."""

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from qsam2.data.index_masks import read_ids
 from qsam2.data.pictures import PICTURE_SUFFIXES
 from qsam2.data.transforms import FrameSequence
-from qsam2.data.video import Picture, Video, VideoFile, open_video
+from qsam2.data.video import Picture, Video
+from qsam2.data.video_file import VideoFile, open_video
 from qsam2.errors import UserError
 from qsam2.loading import image_predictor, video_predictor
 from qsam2.models import SAM2

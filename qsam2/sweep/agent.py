@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+from typing_extensions import TypedDict
 from wandb.errors import Error
 
 from qsam2.errors import UserError
@@ -17,6 +18,14 @@ from qsam2.sweep.definition import ARGUMENTS, Sweep, edges
 
 AGENT = "wandb.json"
 """File in a sweep's folder: {"id", "project", "entity", "config"} of the sweep on wandb.ai."""
+
+
+class _Agent(TypedDict):
+    id: str
+    project: str
+    entity: str | None
+    config: Any
+
 
 log = logging.getLogger("qsam2")
 
@@ -33,9 +42,7 @@ def run_agent(sweep: Sweep, folder: Path, *, runs: int | None, jobs: int) -> Non
     command = [*words[:place], *(word for word in sweep.overrides if word not in words), *words[place:]]
     config = {**read_yaml(sweep.file, "sweep"), "name": sweep.name, "command": command}
     file = folder / AGENT
-    kept: dict[str, Any] = read_json(file) or {}
-    if kept and not {"id", "project", "entity", "config"} <= set(kept):
-        raise UserError(f"{file} names no sweep on wandb.ai: remove it to create one")
+    kept: dict[str, Any] = read_json(file, _Agent, advice="give another folder with --output") or {}
     if kept and kept["config"] != config:
         raise UserError(f"{folder} holds another sweep, {kept['id']}; give another folder with --output")
     project = sweep.definition.project or sweep.recipe_of(next(edges(sweep))).log.project

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
-from qsam2.errors import NOT_THIS_JSON, UserError
+from qsam2.errors import UserError
 from qsam2.evaluation.metrics.interval import paired_difference
 from qsam2.evaluation.metrics.scores import amount_text
 from qsam2.formats.card import checkpoint_source
+from qsam2.inputs import read_json, read_text, short
 from qsam2.output import write_text
 from qsam2.sweep.scores import is_finished, read_scores
 from qsam2.sweep.table import Place, TableDefinition, TableRun, float_runs
@@ -25,19 +27,34 @@ from qsam2.sweep.table import Place, TableDefinition, TableRun, float_runs
 Results = dict[str, Any]
 """Results of a table, as plain values."""
 
+
+class _Cell(TypedDict):
+    digest: Any
+    sets: dict[str, Any]
+    seeds: list[int]
+    model: str
+
+
+class _Results(TypedDict):
+    name: str
+    cells: list[_Cell]
+    runs: dict[str, Any]
+    versions: list[str]
+    sets: dict[str, Any]
+    float: dict[str, dict[str, Any]]
+
+
 ENDS = ("difference", "low", "high")
 UNITS = {"davis": "J&F", "sav": "J&F by SA-V's protocol", "stills": "mask IoU from a box"}
 
 
 def read_results(file: Path, table: TableDefinition) -> Results:
     """Read earlier results of a table; raises UserError if the file holds something else."""
-    try:
-        results = json.loads(file.read_bytes())
-        name, _ = results["name"], [cell["digest"] for cell in results["cells"]]
-    except (OSError, *NOT_THIS_JSON) as error:
-        raise UserError(f"{file} does not hold the results of a table: give the JSON that --write wrote") from error
-    if name != table.name:
-        raise UserError(f"{file} holds the results of table {name!r}, not of {table.name!r}")
+    results: Results = read_json(
+        file, _Results, what="the results of a table", advice="give the JSON that --write wrote"
+    )
+    if results["name"] != table.name:
+        raise UserError(f"{file} holds the results of table {short(results['name'])!r}, not of {table.name!r}")
     return results
 
 
@@ -231,7 +248,7 @@ def _split(document: Path, name: str) -> tuple[str, str, str]:
     start, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
     if not document.is_file():
         raise UserError(f"{document} does not exist; give a Markdown file that holds {start} and {end}")
-    head, opened, rest = document.read_text().partition(start)
+    head, opened, rest = read_text(document).partition(start)
     inside, closed, tail = rest.partition(end)
     if not opened or not closed:
         raise UserError(f"{document} lacks a place for the table: write the lines {start} and {end} where it belongs")

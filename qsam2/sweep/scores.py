@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from typing_extensions import TypedDict
 
 from qsam2.errors import UserError
 from qsam2.evaluation.scoring import score_against, weights_digest
@@ -24,8 +25,6 @@ from qsam2.sweep.runner import Job, Plan, RunFailed, RunState
 from qsam2.sweep.table import TableDefinition, TableRun, float_runs
 
 SCORES = "scores.json"
-"""File in a run's folder: {"recipe" (keys that the table sets), "weights" (hash of the float model), "version",
-"seconds", "error", "sets": {SET: {"set", "block"}}}."""
 
 log = logging.getLogger("qsam2")
 
@@ -74,14 +73,25 @@ class TablePlan(Plan):
         return "scored"
 
 
+class _ScoredSet(TypedDict):
+    set: dict[str, Any]
+    block: dict[str, Any]
+
+
+class Scores(TypedDict):
+    """File in a run's folder: "recipe" has the keys that the table sets, "weights" the hash of the float model."""
+
+    recipe: dict[str, Any]
+    weights: str | None
+    version: str
+    seconds: float
+    error: str | None
+    sets: dict[str, _ScoredSet]
+
+
 def read_scores(run: TableRun) -> dict[str, Any] | None:
     """A run's scores so far; None before it has begun."""
-    file = run.recipe.run_folder / SCORES
-    scores = read_json(file)
-    keys = {"recipe", "weights", "version", "seconds", "error", "sets"}
-    if scores is not None and not (isinstance(scores, dict) and keys <= scores.keys()):
-        raise UserError(f"{file} holds no scores of a table's run: remove it to run anew")
-    return scores
+    return read_json(run.recipe.run_folder / SCORES, Scores, advice="remove it to run again")
 
 
 def is_finished(table: TableDefinition, run: TableRun, weights: str | None = None) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 from qsam2.calibration.activation_ranges import find_sam2_ranges
-from qsam2.calibration.allocation import group_of
+from qsam2.calibration.allocation import SENSITIVITY, Sensitivity, group_of
 from qsam2.data.calibration_data import CalibrationData
 from qsam2.data.sources import open_train, open_videos
-from qsam2.errors import NOT_THIS_JSON, UserError
+from qsam2.errors import UserError
 from qsam2.evaluation.scoring import compare, score_float, score_videos, weights_digest
+from qsam2.inputs import read_json
 from qsam2.layers.convert import QUANT_ATTENTIONS, QUANT_LAYERS, convert, quantizers, set_state
 from qsam2.loading import load_float, load_model
 from qsam2.models import SAM2
@@ -117,17 +117,10 @@ def _begun(output: Path | None, result: Mapping[str, Any]) -> list[dict[str, Any
     """Rows that an earlier call has measured."""
     if output is None or not output.is_file():
         return []
-    try:
-        earlier = json.loads(output.read_bytes())
-        same = all(earlier[key] == result[key] for key in ("weights", "quantize", "data"))
-        rows = earlier["groups"]
-        if not all(math.isfinite(row["loss"]) and {"group", "part", "bits", "J&F"} <= row.keys() for row in rows):
-            raise ValueError("a row without a finite loss")
-    except (OSError, *NOT_THIS_JSON) as error:
-        raise UserError(f"{output} is no result of a sensitivity measurement: give another --json") from error
-    if not same:
+    earlier: Sensitivity = read_json(output, Sensitivity, what=SENSITIVITY, advice="give another --json")
+    if any(earlier.get(key) != result[key] for key in ("weights", "quantize", "data")):
         raise UserError(f"{output} holds a measurement of another model, quantizer or data: give another --json")
-    return rows
+    return list(earlier["groups"])
 
 
 def _quantized(

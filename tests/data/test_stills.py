@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +90,97 @@ def test_polygons_are_united_and_those_without_area_ignored(root):
     assert not masks[2].any()
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "still"),
+    [
+        ("a/1.png", "images/a/1.png", "1"),  # from the folder of the pictures
+        ("images/a/1.png", "images/a/1.png", "1"),  # from the dataset's folder
+        ("val2017/1.png", "val2017/1.png", "1"),
+        ("val2017/1.png", "images/val2017/1.png", "1"),
+        ("./3.png", "images/3.png", "3"),
+    ],
+)
+def test_coco_names_with_a_folder(root: Path, name: str, place: str, still: str) -> None:
+    save(root / "coco" / place, PICTURE)
+    save(root / COCO, {"images": [{"id": 1, "file_name": name}], "annotations": coco_json([BOX])["annotations"]})
+    (picture,) = READERS["coco"](root / "coco")
+    assert picture.name == still
+    np.testing.assert_array_equal(picture.frame(0), PICTURE)
+    np.testing.assert_array_equal(picture.masks(0)[1], MASK)
+
+
+def test_pictures_of_one_name_in_two_folders_have_two_names(root: Path) -> None:
+    content = coco_json([BOX], [BOX])
+    for number, folder in enumerate("ab"):
+        save(root / f"coco/images/{folder}/1.png", PICTURE + number)
+        content["images"][number]["file_name"] = f"{folder}/1.png"
+        content["annotations"][number]["image_id"] = number + 1
+    save(root / COCO, content)
+    stills = READERS["coco"](root / "coco")
+    assert [still.name for still in stills] == ["a-1.png", "b-1.png"]
+    assert [int(still.frame(0)[0, 0, 0]) for still in stills] == [77, 78]
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.png", "a/../../../outside.png", "/etc/passwd", "..", "images/../../x.png"]
+)
+def test_coco_names_do_not_leave_the_dataset(root: Path, name: str) -> None:
+    save(root / "outside.png", PICTURE)
+    (root / "coco/images/a").mkdir()
+    save(root / COCO, {"images": [{"id": 1, "file_name": name}], "annotations": coco_json([BOX])["annotations"]})
+    check("names the picture .*, outside of .*coco; give names within it", lambda: READERS["coco"](root / "coco"))
+
+
+@pytest.mark.parametrize("name", ["", ".", "x" * 5000, "a\0b", "\ud800", "images"])
+def test_coco_names_that_no_picture_has(root: Path, name: str) -> None:
+    save(root / COCO, {"images": [{"id": 1, "file_name": name}], "annotations": coco_json([BOX])["annotations"]})
+    check("is missing, but .*instances.json annotates it", lambda: READERS["coco"](root / "coco"))
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        [math.nan, *BOX[1:]], [math.inf, *BOX[1:]], [-math.inf, *BOX[1:]], [4e8, *BOX[1:]], [-4.5e8, *BOX[1:]],
+        [1e300, *BOX[1:]], [10**30, *BOX[1:]], [10**400, *BOX[1:]], [331, *BOX[1:]], [True, *BOX[1:]], [None, *BOX[1:]],
+        ["4", *BOX[1:]], [[4], *BOX[1:]], {"a": 1}, "444444", 4, None, [0, 0, 300, 0, 300, 300, 0, 300] * 5000,
+    ],
+)  # fmt: skip
+def test_polygons_that_would_kill_the_process_are_one_line(root: Path, polygon: Any) -> None:
+    """pycocotools casts corners to 32-bit integers and reserves memory by their distance."""
+    save(root / COCO, coco_json([BOX, polygon]))
+    check("instances.json: holds a malformed polygon", lambda: READERS["coco"](root / "coco")[0].masks(0))
+
+
+def test_polygons_may_reach_over_the_edge(root: Path) -> None:
+    save(root / COCO, coco_json([[-20.5, -1e2, 60, -1e2, 60, 1e2, -20.5, 1e2]]))
+    assert READERS["coco"](root / "coco")[0].masks(0)[1].all()
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [2**63 - 1, 2**63 - 1, 602], [2**62] * 4 + [600], [2**64 - 1, 601], [10**30, 1], [-1, 601], [600.0],
+        [True, 599], [[300, 300]], [1, [599]], [], "P" * 13 + "0", "o" * 20 + "0h5", "h5\u00e9", "\ud800",
+        {"a": 1}, 600, None,
+    ],
+)  # fmt: skip
+def test_run_lengths_whose_sum_wraps_around_are_one_line(root: Path, counts: Any) -> None:
+    save(root / COCO, coco_json({"size": SIZE, "counts": counts}))
+    check("instances.json: holds a malformed run-length code", lambda: READERS["coco"](root / "coco")[0].masks(0))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_yolo_labels_as_people_have_them(root: Path, encoding: str) -> None:
+    """Blank lines, and coordinates that rounding has moved over the edge."""
+    text = f"\n0 {POLYGON}\r\n  \n44.0 -0.0004 0 1.000001 0 1 1 0 1\n\n"
+    save(root / YOLO, text.encode(encoding))
+    save(root / "yolo/labels/train2017/2.txt", " \n\n".encode(encoding))  # has no objects, as an empty file
+    (still,) = READERS["yolo"](root / "yolo")
+    masks = still.masks(0)
+    assert list(masks) == [1, 2] and masks[2].all()
+    np.testing.assert_array_equal(masks[1], MASK)
+
+
 def test_labels_without_a_picture_are_left_out_with_a_warning(root, caplog):
     save(root / "yolo/labels/train2017/4.txt", "0 0 0 1 0 1 1\n")
     assert len(yolo_stills(root / "yolo", "train")) == 1
@@ -111,19 +204,19 @@ COCO, YOLO, PNG = "coco/instances.json", "yolo/labels/train2017/1.txt", "instanc
             "instances.json: holds a malformed polygon .*coordinate lacks its pair",
         ),
         (COCO, coco_json([["a", "b", "c", "d", "e", "f"]]), "instances.json: holds a malformed polygon"),
-        (COCO, coco_json(5), "instances.json: holds a malformed polygon"),
+        (COCO, coco_json(5), "instances.json is not COCO's instance format"),
         (COCO, coco_json({"size": SIZE, "counts": [1, 2]}), "json: holds a malformed run-length code .*20x30"),
         (COCO, coco_json(rle(np.ones((5, 5), bool))), "instances.json: has a mask of 5x5"),
-        (COCO, [], "instances.json: is not COCO's instance format"),
-        (COCO, {"images": []}, "instances.json: is not COCO's instance format"),
-        (COCO, {"images": [], "annotations": [{}]}, "instances.json: is not COCO's instance format"),
-        (COCO, {"images": [], "annotations": [1]}, "instances.json: is not COCO's instance format"),
-        (COCO, "{", "instances.json: is not valid JSON"),
+        (COCO, [], "instances.json is not COCO's instance format"),
+        (COCO, {"images": []}, "instances.json is not COCO's instance format"),
+        (COCO, {"images": [], "annotations": [{}]}, "instances.json is not COCO's instance format"),
+        (COCO, {"images": [], "annotations": [1]}, "instances.json is not COCO's instance format"),
+        (COCO, "{", "instances.json is not COCO's instance format .not valid JSON"),
         (COCO, {"images": [], "annotations": []}, "instances.json: has no annotated pictures"),
         (COCO, None, "coco: has neither instances.json nor annotations/instances_val.json"),
         ("coco/images/1.png", None, r"1.png: is missing, but .*instances.json annotates it \(1 missing"),
         ("coco/images", None, "images: is missing, it should hold the pictures of .*instances.json"),
-        ("sa1b/sa_000/sa_1.json", {"masks": 1}, "sa_1.json: is not SA-1B's format"),
+        ("sa1b/sa_000/sa_1.json", {"masks": 1}, "sa_1.json is not SA-1B's format"),
         ("sa1b/sa_000/sa_1.jpg", None, "sa_1.jpg: is missing, but sa_1.json annotates it"),
         ("sa1b/sa_000/sa_1.json", None, "sa1b: has no annotated pictures"),
         (YOLO, "0 0.1 0.2 x", "1.txt, line 1: is not a class and pairs of coordinates"),
@@ -135,6 +228,11 @@ COCO, YOLO, PNG = "coco/instances.json", "yolo/labels/train2017/1.txt", "instanc
         ),
         (YOLO, "0 1 2 30 40 50 60", "1.txt, line 1: coordinates must lie in 0..1"),
         (YOLO, "0 nan 0 1 0 1 1", "1.txt, line 1: coordinates must lie in 0..1"),
+        (YOLO, "0 1.01 0 1 0 1 1", "1.txt, line 1: coordinates must lie in 0..1"),
+        (YOLO, "0 inf 0 1 0 1 1", "1.txt, line 1: coordinates must lie in 0..1"),
+        (YOLO, "\n0 0,1 0 1 0 1 1", "1.txt, line 2: is not a class and pairs of coordinates"),
+        (YOLO, "0.5 0.1 0.2 0.3 0.4 0.5 0.6", "1.txt, line 1: is not a class and pairs of coordinates"),
+        (YOLO, b"\x89PNG\r\n\x1a\n\0\0", "1.txt is no text"),
         (YOLO, "", "labels/train2017: has no annotated pictures"),
         ("yolo/images/train2017", None, "images: has no split 'train'; there is away"),
         (f"{PNG}/a.png", IDS[:5], "instance_png/a.png: is 5x30 .* expected 20x30"),

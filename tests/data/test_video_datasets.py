@@ -8,7 +8,6 @@ import os
 import pickle
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,8 +18,8 @@ from pycocotools import mask as coco_mask
 from small_datasets import box, check, film, rle, save
 
 from qsam2.data.index_masks import read_ids
-from qsam2.data.pictures import decode_rle, read_frame
-from qsam2.data.video import FrameFolder, VideoFile
+from qsam2.data.pictures import read_frame
+from qsam2.data.regions import decode_rle
 from qsam2.data.video_datasets import _read_masklets, davis_videos, sav_videos
 from qsam2.errors import UserError
 
@@ -128,6 +127,15 @@ def test_ids_of_a_mask_file(tmp_path, values, mode, ids):
     assert found.shape == pixels.shape[:2] and set(np.unique(found)) == {0} | ids
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_lists_in_any_usual_encoding(davis, sav, encoding):
+    sequence(davis, "bär")
+    save(davis / "ImageSets/val.txt", "bear\r\nbär\r\n\r\nbear\r\n".encode(encoding))
+    assert [video.name for video in davis_videos(davis, "val")] == ["bear", "bär"]
+    save(sav / "sav_val/sav_val.txt", "sav_7\r\n".encode(encoding))
+    assert [video.name for video in sav_videos(sav, "val")] == ["sav_7"]
+
+
 @pytest.mark.parametrize("frames_as_pictures", [False, True])
 def test_json_masklets_on_every_fourth_frame(sav, frames_as_pictures):
     if frames_as_pictures:
@@ -162,39 +170,6 @@ def test_object_folders_of_val_and_test(sav):
     assert [v.name for v in sav_videos(sav / "sav_val", "val")] == ["sav_7"]
 
 
-def test_any_frame_of_a_video_file_equals_decoding_from_the_start(tmp_path):
-    path = film(tmp_path / "long.mp4", (picture(i % 12) for i in range(120)), gop=25)
-    with av.open(str(path)) as container:
-        expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    video = VideoFile(path)
-    assert len(video) == 120 and video.masks(3) is None and video.frames_per_second == 24
-    for i in [0, 1, 5, 4, 119, 60, 60, 61, 24, 25, 118, 0]:
-        np.testing.assert_array_equal(video.frame(i), expected[i], err_msg=str(i))
-
-
-def test_errors_of_video_files(tmp_path):
-    broken = save(tmp_path / "broken.mp4", b"no video at all")
-    check("broken.mp4: cannot be read as a video", lambda: VideoFile(broken).size)
-    check("nowhere.mp4: cannot be read as a video", lambda: VideoFile(tmp_path / "nowhere.mp4").frame(0))
-    whole = film(tmp_path / "whole.mp4", map(picture, range(FRAMES)))
-    save(broken, whole.read_bytes()[: whole.stat().st_size // 2])
-    check("broken.mp4: (cannot be read as a video|holds no video stream)", lambda: len(VideoFile(broken)))
-    noise = np.random.default_rng(0).integers(0, 255, (60, *SIZE, 3), dtype=np.uint8)
-    indexed = film(tmp_path / "fast.mp4", noise, movflags="faststart").read_bytes()
-    save(broken, indexed[: len(indexed) // 2])  # cut short behind its index
-    check("broken.mp4: holds .. of 60 frames, it was cut short", lambda: len(VideoFile(broken)))
-    sound = tmp_path / "sound.wav"
-    with av.open(str(sound), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
-        samples.sample_rate = 8000
-        container.mux(stream.encode(samples))
-    check("sound.wav: holds no video stream", lambda: VideoFile(sound).size)
-    check("empty: holds no frames", lambda: FrameFolder(tmp_path / "empty"))
-    with pytest.raises(IndexError):
-        VideoFile(whole).frame(FRAMES)
-
-
 MANUAL, VAL = "sav/sav_000/sav_000001_manual.json", "sav/sav_val"
 MASKS, LIST = f"{VAL}/Annotations_6fps/sav_7", f"{VAL}/sav_val.txt"
 GOOD = rle(square(0, 0))
@@ -222,10 +197,18 @@ CODES = ["zzzz", "", "`", [40, 8], [32 * 48 + 1, -1], [0.5, 1535.5], None, GOOD[
         (f"{MASKS}/object/new.txt", "", "val", "sav_7/object: is not an object's folder"),
         (LIST, "sav_7\nsav_8\n", "val", "JPEGImages_24fps/sav_8: is missing, but .*sav_val.txt lists sav_8"),
         (LIST, "\n", "val", "sav_val.txt: lists no videos"),
+        (LIST, "..", "val", "JPEGImages_24fps/..: is missing, but .*sav_val.txt lists"),
+        (LIST, "x" * 5000, "val", r"xx\.\.\.: is missing, but .*sav_val.txt lists"),
+        (LIST, b"\xff\xfea", "val", "sav_val.txt is no text"),
+        (f"{MASKS}/0/00004.png", IDS, "val", "sav_7: has two folders of one number"),
+        (f"{MASKS}/²/00004.png", IDS, "val", "sav_7/²: is not an object's folder"),
+        (MANUAL, "[" * 5000, "train", "manual.json is not SA-V's annotation"),
+        (MANUAL, {"masklet": []}, "train", "manual.json is not SA-V's annotation"),
+        (MANUAL, {"masklet": [[1]]}, "train", "manual.json is not SA-V's annotation"),
         (LIST, "sav_9", "val", "Annotations_6fps/sav_9: holds no object folders"),
-        (MANUAL, '{"masklet": [[', "train", "manual.json: is not valid JSON"),
-        (MANUAL, {"masks": []}, "train", "manual.json: has no list 'masklet'"),
-        (MANUAL, ["masklet"], "train", "manual.json: has no list 'masklet'"),
+        (MANUAL, '{"masklet": [[', "train", "manual.json is not SA-V's annotation"),
+        (MANUAL, {"masks": []}, "train", "manual.json is not SA-V's annotation"),
+        (MANUAL, ["masklet"], "train", "manual.json is not SA-V's annotation"),
         (MANUAL, {"masklet": [[{"size": SIZE}]]}, "train", "manual.json: holds a malformed run-length code"),
         *((MANUAL, {"masklet": [[GOOD | {"counts": code}]]}, "train", "a malformed run-length code") for code in CODES),
         (MANUAL, {"masklet": [[rle(IDS[:30])]]}, "train", "has a mask of 30x48 .* its picture is 32x48"),
@@ -253,6 +236,9 @@ def test_errors_of_absent_files(davis, sav):
     check("_manual.json: has no frames: neither .*1.mp4 nor .*sav_000001 exists", lambda: sav_videos(sav, "train"))
     (frames(sav / "JPEGImages_24fps/sav_000001") / "00003.jpg").unlink()
     check("the frames of its video are not numbered without gaps", lambda: sav_videos(sav, "train")[0].masks(0))
+    for path in (sav / "JPEGImages_24fps/sav_000001").iterdir():
+        path.rename(path.with_stem(f"frame{path.stem}"))
+    check("has the frame 'frame00000'; SA-V's are named by numbers", lambda: sav_videos(sav, "train")[0].masks(0))
     save(davis / "JPEGImages/bear/00000.jpg", b"no picture")  # the first is read at opening, for its size
     check("JPEGImages/bear/00000.jpg: cannot be read as a picture", lambda: davis_videos(davis, "val"))
 

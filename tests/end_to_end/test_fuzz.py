@@ -8,9 +8,11 @@ import json
 import math
 import random
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -190,22 +192,61 @@ def sav_file(rng: random.Random, folder: Path) -> None:
     assert_videos(f"sav:{folder}:train")
 
 
+FILMS = [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.webm", "libvpx")]
+FILMS += [("a.mov", "mjpeg"), ("a.mpg", "mpeg2video"), ("a.h264", "libx264"), ("a.gif", "gif")]
+
+
+@lru_cache
+def film_bytes(name: str, codec: str) -> bytes:
+    """A film of twelve frames, key frames among them."""
+    stream = io.BytesIO()
+    stream.name = name
+    with av.open(
+        stream, "w", format={"mkv": "matroska", "ts": "mpegts", "mpg": "mpeg"}.get(name[2:], name[2:])
+    ) as film:
+        video = film.add_stream(codec, rate=25, options={"g": "5", "threads": "1"})
+        (video.height, video.width), rng = SIZE, random.Random(0)
+        video.pix_fmt = {"mjpeg": "yuvj420p", "gif": "rgb8"}.get(codec, "yuv420p")
+        for _ in range(12):
+            film.mux(video.encode(av.VideoFrame.from_ndarray(picture(rng), format="rgb24")))
+        film.mux(video.encode())
+    return stream.getvalue()
+
+
+def video_file(rng: random.Random, folder: Path) -> None:
+    name, codec = rng.choice(FILMS)
+    data = film_bytes(name, codec)
+    for _ in range(rng.choice([1, 1, 3])):
+        if rng.random() < 0.5:  # among the headers, at either end
+            at = rng.randrange(min(700, len(data)))
+            at = at if rng.random() < 0.5 else len(data) - 1 - at
+            value = rng.choice([bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", rng.randbytes(4)])
+            data = data[:at] + value + data[at + 4 :]
+        else:
+            data = damage(rng, data) or b"\0"
+    (folder / name).write_bytes(data)
+    assert_videos(f"video:{folder / name}:all")
+
+
 def davis_pictures(rng: random.Random, folder: Path) -> None:
     frames, masks = folder / "JPEGImages/480p/s", folder / "Annotations/480p/s"
     (folder / "ImageSets/2017").mkdir(parents=True)
     frames.mkdir(parents=True)
     masks.mkdir(parents=True)
-    listing = b"s\n" if rng.random() < 0.7 else damage(rng, b"s\n")
+    listing = b"s\n" if rng.random() < 0.9 else damage(rng, b"s\n")
     (folder / "ImageSets/2017/val.txt").write_bytes(listing)
+    is_whole = True
+    grey = picture(rng)[..., :1].repeat(3, axis=2)
     for name in ("00000", "00001"):
-        frame, mask = Image.fromarray(picture(rng)), Image.fromarray(ids())
-        size = rng.choice([None] * 6 + [(1, 1), (0, 7), (31, 24)])
+        frame, mask = Image.fromarray(grey), Image.fromarray(ids())
+        size = rng.choice([None] * 20 + [(1, 1), (0, 7), (31, 24)])
         for image, file in ((frame, frames / f"{name}.jpg"), (mask, masks / f"{name}.png")):
             if size and all(size) and rng.random() < 0.5:
-                image = image.resize(size)
-            mode = rng.choice([image.mode] * 6 + ["1", "L", "P", "RGBA", "CMYK", "I;16", "F", "I", "LA"])
+                image, is_whole = image.resize(size), False
+            mode = rng.choice([image.mode] * 12 + ["1", "L", "P", "RGBA", "CMYK", "I;16", "F", "I", "LA"])
+            is_whole &= mode in ((image.mode, "RGBA", "L", "LA", "I", "I;16") if image is frame else (image.mode, "I"))
             kind = rng.choice(
-                [file.suffix[1:].replace("jpg", "jpeg")] * 8 + ["png", "bmp", "tiff", "webp", "gif", "ppm"]
+                [file.suffix[1:].replace("jpg", "jpeg")] * 12 + ["png", "bmp", "tiff", "webp", "gif", "ppm"]
             )
             buffer = io.BytesIO()
             try:
@@ -213,13 +254,23 @@ def davis_pictures(rng: random.Random, folder: Path) -> None:
             except (OSError, ValueError, KeyError):
                 image.save(buffer, "png")
             data = buffer.getvalue()
-            if kind == "png" and rng.random() < 0.2:  # another size in the header, with a right checksum
+            if kind == "png" and rng.random() < 0.05:  # another size in the header, with a right checksum
                 head = (
                     data[12:16] + rng.choice([b"\x00\x00\xff\xff" * 2, b"\x7f\xff\xff\xff" * 2, bytes(8)]) + data[24:29]
                 )
                 data = data[:12] + head + zlib.crc32(head).to_bytes(4, "big") + data[33:]
-            file.write_bytes(damage(rng, data) if rng.random() < 0.3 else data)
+                is_whole = False
+            is_whole &= kind in ("jpeg", "png", "bmp", "tiff")
+            if rng.random() < 0.1:
+                data, is_whole = damage(rng, data), False
+            file.write_bytes(data)
     assert_videos(f"davis:{folder}:val")
+    for video in open_videos(f"davis:{folder}:val") if is_whole else ():
+        for index in range(len(video)):
+            assert abs(video.frame(index).mean() - grey.mean()) < 6
+            assert {k: mask.tolist() for k, mask in video.masks(index).items()} == {
+                k: (ids() == k).tolist() for k in (1, 2)
+            }
 
 
 def run_folder(rng: random.Random, folder: Path) -> None:
@@ -322,7 +373,7 @@ def state() -> dict[str, torch.Tensor]:
     ("case", "count"),
     [
         (recipe_file, 350), (overrides, 150), (sweep_file, 100), (coco_file, 300), (yolo_file, 200), (sav_file, 200),
-        (davis_pictures, 300), (run_folder, 200),
+        (video_file, 200), (davis_pictures, 300), (run_folder, 200),
     ],
 )  # fmt: skip
 def test_files(case: Case, count: int, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -66,7 +67,8 @@ def mutate(rng: random.Random, tree: Any) -> Any:
         elif deed < 0.85 and isinstance(parent, dict):
             parent[rng.choice(["zz", "", "..", f"{key}x"])] = parent[key]
         elif isinstance(parent[key], (int, float)) and not isinstance(parent[key], bool):
-            parent[key] = rng.choice([-1, 0.5, 1000, 2**31, 1e-9]) * parent[key]
+            with contextlib.suppress(OverflowError):  # thousands of digits
+                parent[key] = rng.choice([-1, 0.5, 1000, 2**31, 1e-9]) * parent[key]
         else:
             parent[key] = str(parent[key])
     return tree
@@ -74,7 +76,10 @@ def mutate(rng: random.Random, tree: Any) -> Any:
 
 def encode_json(rng: random.Random, tree: Any) -> bytes:
     """JSON of a tree, now and then in an encoding or with doubled keys that people's files have."""
-    text = json.dumps(tree, ensure_ascii=rng.random() < 0.9)
+    try:
+        text = json.dumps(tree, ensure_ascii=rng.random() < 0.9)
+    except RecursionError:
+        text = '{"a":[' * 900 + "]}" * 900
     return text.encode(rng.choice(["utf-8"] * 8 + ["utf-16", "utf-8-sig"]), errors="surrogatepass")
 
 

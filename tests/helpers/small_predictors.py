@@ -91,12 +91,14 @@ def write_folder(folder: Path, frames: list[np.ndarray]) -> Path:
     return folder
 
 
-def write_video(path: Path, frames: list[np.ndarray], rate: int = 12) -> Path:
-    """Frames of even size as H.264, with frames that are decoded out of their order."""
+def write_video(path: Path, frames: list[np.ndarray], rate: int = 12, degrees: int = 0) -> Path:
+    """Frames of even size as H.264, with frames that are decoded out of their order; shown turned counter-clockwise."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"bf": "2", "g": "8"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
+        if degrees:
+            stream.set_display_rotation(degrees)
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         container.mux(stream.encode())

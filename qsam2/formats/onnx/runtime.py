@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import TypedDict
 
 from qsam2.errors import UserError
 from qsam2.formats.onnx.resize import resize, resize_frame
+from qsam2.inputs import read_json, short
 
 FORMAT, VERSION = "qsam2-onnx", 1
 GRAPHS = ("image_encoder", "memory_attention", "memory_encoder", "prompt_encoder", "mask_decoder")
@@ -285,20 +286,39 @@ class OnnxTracker:
         return frame
 
 
+class _File(TypedDict):
+    sha256: str
+
+
+class Description(TypedDict):
+    """Properties of a model that a tracker needs besides its graphs."""
+
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    memory_slots: int
+    channels: int
+    pointers: int
+    binarize_prompted_masks: bool
+    choices_from_points: list[int]
+    choices_while_tracking: bool
+    stability_delta: float
+    stability_threshold: float
+    files: dict[str, _File]
+
+
 def read_description(folder: str | Path) -> dict[str, Any]:
     """Content of an export's `model.json`; raises UserError if it is missing, damaged or of another version."""
     file = Path(folder) / "model.json"
-    try:
-        description = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{folder} holds no complete export ({file.name}: {error.strerror}): export again") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}): export again") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    if not file.is_file():
+        raise UserError(f"{folder} holds no complete export (no {file.name}): export again")
+    description: dict[str, Any] = read_json(file, dict[str, Any], advice="export again")
+    if description.get("format") != FORMAT:
         raise UserError(f"{file} is no description of an ONNX export of qsam2: export again")
     if description.get("version") != VERSION:
-        raise UserError(f"{file} has version {description.get('version')}, this qsam2 reads {VERSION}: export again")
-    return description
+        version = short(description.get("version"))
+        raise UserError(f"{file} has version {version}, this qsam2 reads {VERSION}: export again")
+    return read_json(file, Description, advice="export again")
 
 
 def as_bfloat16(x: Floats) -> Floats:
@@ -313,6 +333,6 @@ def _read_graph(folder: str | Path, name: str, description: dict[str, Any]) -> b
         data = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): export again") from error
-    if hashlib.sha256(data).hexdigest() != description["files"][file.name]["sha256"]:
+    if hashlib.sha256(data).hexdigest() != description["files"].get(file.name, {}).get("sha256"):
         raise UserError(f"{file} is not the file that was exported (another SHA-256): copy or export it again")
     return data
