@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from qsam2.errors import UserError
 from qsam2.layers.attention import QuantAttention, QuantizedAttention, QuantMultiScaleAttention, QuantRoPEAttention
+from qsam2.layers.products import product_table, products
 from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantizedLayer, QuantLinear
-from qsam2.output import aligned
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.recipe.quantize import ConvertedLayer, LayerPlan, QuantizeRecipe
 from qsam2.run import Run
@@ -42,7 +42,7 @@ def convert_layers(run: Run) -> None:
         return
     with run.folder.stage("convert"):
         run.layers = convert(run.model, run.recipe.quantize)
-        log.info("\n%s", conversion_table(run.layers))
+        log.info("\n%s", product_table(products(run.layers, run.recipe.memory)))
 
 
 def convert(model: nn.Module, quantize: QuantizeRecipe) -> list[ConvertedLayer]:
@@ -116,13 +116,6 @@ def set_state(model: nn.Module, state: QuantizerState) -> None:
     """Put all quantizers of a model into a state."""
     for _, quantizer in quantizers(model):
         quantizer.state = state
-
-
-def conversion_table(rows: Sequence[ConvertedLayer]) -> str:
-    """Rows as text: layer, kind, bits of weights and activations (- for float), reason."""
-    cells: list[tuple[str, ...]] = [("layer", "kind", "weights", "activations", "reason")]
-    cells += [tuple("-" if value is None else str(value) for value in astuple(row)) for row in rows]
-    return aligned(cells)
 
 
 def _quantized(name: str, layer: Any, plan: LayerPlan) -> QuantizedLayer | QuantizedAttention:
