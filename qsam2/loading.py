@@ -31,6 +31,8 @@ from qsam2.recipe.portable import without_places
 if TYPE_CHECKING:
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
+    from qsam2.run import Run
+
 
 @torch.inference_mode(False)  # weights made under a caller's inference mode could be neither trained nor cached
 def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2, Recipe]:
@@ -104,6 +106,32 @@ def _load_packed(path: Path, places: dict[str, Any], overrides: Sequence[str]) -
         first = str(error).splitlines()[1].strip()
         raise UserError(f"packed model {path} is damaged ({first}): copy or export it again") from error
     return model.eval(), recipe
+
+
+@torch.no_grad()
+def verify_export(run: Run) -> None:
+    """Stage: load the run's file back. It has to be the model, in all that it holds and in what it computes.
+
+    Raises:
+        RuntimeError: it is not, which is a fault of the program; the file is removed and the run not finished.
+    """
+    if run.silent:
+        return
+    file, model = run.folder.model, run.model.to(run.device).eval()
+    try:
+        loaded = load_model(file)[0].to(run.device)
+    except UserError as error:
+        problem = f"cannot be loaded: {error}"
+    else:
+        different = packed.differing(model, loaded)
+        image = torch.ones(1, 3, model.image_size, model.image_size, device=run.device)
+        ours, theirs = (each.forward_image(image)["backbone_fpn"] for each in (model, loaded))
+        if not different and not all(map(torch.equal, ours, theirs)):
+            different = ["its image features"]
+        problem = f"differs from the model in {listed(different)}" if different else ""
+    if problem:
+        file.unlink()
+        raise RuntimeError(f"the file that this run wrote is removed: it {problem}")
 
 
 def _float_recipe(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from qsam2.evaluation.own_masks import label_footage
 from qsam2.evaluation.scoring import score_calibrated, score_result, score_teacher
 from qsam2.formats.card import export_model
 from qsam2.layers.convert import convert_layers
-from qsam2.loading import load_float
+from qsam2.loading import load_float, verify_export
 from qsam2.memory.reader import use_memory
 from qsam2.recipe import Recipe
 from qsam2.reconstruction.block_by_block import reconstruct_blocks
@@ -31,7 +31,7 @@ from qsam2.run import Run, RunFolder, alone_in, is_first_rank
 from qsam2.stored_model import StoredModel
 from qsam2.train.loggers import build_loggers
 from qsam2.train.trainer import device_of
-from qsam2.train.video_training import train
+from qsam2.train.video_training import train, without_noise
 
 log = logging.getLogger("qsam2")
 
@@ -70,6 +70,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     train(run)
     score_result(run)
     export_model(run)
+    verify_export(run)
     report(run)
     return folder.metrics
 
@@ -102,5 +103,5 @@ def begin(recipe: Recipe, folder: RunFolder) -> Run:
         stills=stills,
         sources=sources,
         model=model,
-        teacher=copy.deepcopy(model) if recipe.quantize is not None else None,
+        teacher=without_noise(copy.deepcopy(model)) if recipe.quantize is not None else None,
     )

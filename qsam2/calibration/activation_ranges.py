@@ -11,7 +11,6 @@ frames; the range of the set is that of its widest clip.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -30,8 +29,6 @@ from qsam2.quantizers import QuantizerState
 from qsam2.run import Run
 
 Batch = TypeVar("Batch")
-PASSES = 2
-"""Passes over each clip: from masks and from clicks."""
 FEATURES_BYTES = 2e9
 """Memory for image features shared by two stages of calibration: 120 frames at 1024 px."""
 
@@ -139,25 +136,25 @@ class RangeHierarchy:
 
     def __init__(self) -> None:
         self.lower, self.upper = math.inf, -math.inf
-        self._calls: list[tuple[int, int, float, float]] = []
+        self._lowest: dict[tuple[int, int], float] = {}
+        self._highest: dict[tuple[int, int], float] = {}
 
     def add(self, image: int, tracked: int, lower: float, upper: float) -> None:
-        """Include the extremes of one call, with the numbers of its image and of its tracked frame."""
-        self._calls.append((image, tracked, lower, upper))
+        """Include the extremes of one call, with the number of its image and the index of its tracked frame.
 
-    def end_clip(self, length: int = 0) -> None:
-        """End a clip of `length` tracked frames, tracked any number of times: all calls since the last one."""
-        lowest: dict[tuple[int, int], float] = {}
-        highest: dict[tuple[int, int], float] = {}
-        for image, tracked, lower, upper in self._calls:
-            frame = image, tracked % length if length else tracked
-            lowest[frame] = min(lower, lowest.get(frame, lower))
-            highest[frame] = max(upper, highest.get(frame, upper))
-        if self._calls:
-            second = min(len(lowest), 2) - 1
-            self.lower = min(self.lower, sorted(lowest.values())[second])
-            self.upper = max(self.upper, sorted(highest.values(), reverse=True)[second])
-        self._calls = []
+        A clip may be tracked any number of times: all calls of a frame belong together.
+        """
+        frame = image, tracked
+        self._lowest[frame] = min(lower, self._lowest.get(frame, lower))
+        self._highest[frame] = max(upper, self._highest.get(frame, upper))
+
+    def end_clip(self) -> None:
+        """End a clip: all calls since the last one."""
+        if self._lowest:
+            second = min(len(self._lowest), 2) - 1
+            self.lower = min(self.lower, sorted(self._lowest.values())[second])
+            self.upper = max(self.upper, sorted(self._highest.values(), reverse=True)[second])
+        self._lowest, self._highest = {}, {}
 
 
 class HierarchicalData(CalibrationData):
@@ -179,26 +176,26 @@ class HierarchicalData(CalibrationData):
     def _watched(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         observing = [q for _, q in quantizers(self.model) if q.state is QuantizerState.OBSERVE]
         clips, stills = ([RangeHierarchy() for _ in observing] for _ in range(2))
-        ranges, passed = clips, Counter[str]()
+        ranges, images = clips, 0
 
-        def count(module: str, *_: object) -> None:
-            passed[module] += 1
+        def count(*_: object) -> None:
+            nonlocal images
+            images += 1
 
         def record(index: str, args: tuple[Tensor, ...], _: object) -> None:
             lower, upper = (float(bound) for bound in args[0].aminmax())
-            ranges[int(index)].add(passed["image_encoder"], passed["memory_encoder"], lower, upper)
+            ranges[int(index)].add(images, self.model.tracked_frame, lower, upper)
 
         with (
             hooked({str(index): quantizer for index, quantizer in enumerate(observing)}, record, before=True),
             hooked({"image_encoder": self.model.image_encoder}, count, before=True),
-            hooked({"memory_encoder": self.model.memory_encoder}, count),  # the last module of a tracked frame
         ):
             for sample in samples:
-                ranges, passed["memory_encoder"] = clips if sample.tracked else stills, 0
+                ranges = clips if sample.tracked else stills
                 yield sample
                 if sample.tracked:
                     for hierarchy in clips:
-                        hierarchy.end_clip(passed["memory_encoder"] // PASSES)
+                        hierarchy.end_clip()
         for quantizer, of_clips, of_stills in zip(observing, clips, stills, strict=True):
             of_stills.end_clip()
             quantizer.limit_observed(min(of_clips.lower, of_stills.lower), max(of_clips.upper, of_stills.upper))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from qsam2.data.sources import open_val
 from qsam2.data.unlabelled import has_masks
@@ -32,6 +31,7 @@ from qsam2.evaluation.tracking import say_left_out, score_videos
 from qsam2.fast.model import FAST_MEMORY, FastSAM2, make_fast
 from qsam2.layers.audit import audit
 from qsam2.layers.convert import finalize, quantizers
+from qsam2.layers.products import track_noise
 from qsam2.loading import load_model
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
@@ -262,8 +262,7 @@ def score(run: Run, model: SAM2, name: str, reference: Predictions | None = None
         log.info("%s was scored before: %s", name, headline(folder.metrics[name]))
         return
     if reference is not None:
-        image = torch.zeros(1, 3, model.image_size, model.image_size, device=model.device)
-        log.info("%s", audit(model, run.layers, recipe.quantize, lambda: model.forward_image(image)))
+        log.info("%s", audit(model.to(run.device), run.layers, recipe.quantize, lambda: track_noise(model)))
     settings = recipe.evaluate, recipe.trainer
     with folder.stage(f"score {name}", f"{len(run.videos)} videos"):
         if reference is None and model.memory_reader is None:  # cached scores are of models that read memory as sam2

@@ -11,9 +11,10 @@ from qsam2.data.unlabelled import OWN_MASKS, is_unlabelled
 from qsam2.evaluation.metrics.interval import interval_note, interval_text
 from qsam2.evaluation.metrics.scores import amount_text, remarks
 from qsam2.formats.packed import model_bytes, save_packed, save_weights
+from qsam2.layers.products import VALUES, products
 from qsam2.models.checkpoints import find_checkpoint
 from qsam2.models.sam2 import EMBEDDED
-from qsam2.output import version, write_text
+from qsam2.output import listed, version, write_text
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.portable import portable
 from qsam2.recipe.quantize import ConvertedLayer
@@ -89,6 +90,9 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         "float_layers": {
             row.name: row.reason for row in layers if row.weight_bits is None and "Attention" not in row.kind
         },
+        "float_products": {
+            f"{row.name}: {row.what}": row.reason for row in products(layers, recipe.memory) if None in row.bits
+        },
         "recipe": values,
     }
 
@@ -137,6 +141,10 @@ def render(card: dict[str, Any]) -> str:
         "",
         *([f"- `{name}`: {reason}" for name, reason in card["float_layers"].items()] or ["- none"]),
         "",
+        "Products with an operand in float:",
+        "",
+        *_by_product(card["float_products"]),
+        "",
     ]
     return "\n".join(lines)
 
@@ -146,6 +154,17 @@ def weights_licence(recipe: Recipe) -> str:
     if recipe.model.checkpoint is None:
         return OWN_LICENCE
     return NANO_LICENCE if recipe.model.size in EMBEDDED else OFFICIAL_LICENCE
+
+
+def _by_product(rows: dict[str, str]) -> list[str]:
+    """Lines of the products in float, those of one kind and reason in one."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name, reason in rows.items():
+        layer, what = name.rsplit(": ", 1)
+        layers.setdefault((what, "" if what == VALUES else reason), []).append(layer)
+    return [
+        f"- {what}: {listed(names)}" + (f" ({reason})" if reason else "") for (what, reason), names in layers.items()
+    ]
 
 
 def checkpoint_source(recipe: Recipe) -> dict[str, Any]:

@@ -209,6 +209,18 @@ def load_packed(path: str | Path, model: nn.Module) -> list[ConvertedLayer]:
     return rows
 
 
+def differing(model: nn.Module, other: nn.Module) -> list[str]:
+    """Names of what a file holds, weights, grids and all in float, that is not the same in two models."""
+
+    def contents(model: nn.Module) -> dict[str, Tensor]:
+        weights = {f"{name}.weight": layer.weight for name, layer, _ in quantized_weights(model)}
+        return {**_float_tensors(model), **_grids(model), **weights}
+
+    ours, theirs = contents(model), contents(other)
+    same = {name for name in ours.keys() & theirs.keys() if torch.equal(ours[name], theirs[name].to(ours[name]))}
+    return sorted((ours.keys() | theirs.keys()) - same)
+
+
 def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without quantized weights and quantizers."""
     left_out = [f"{name}." for name, _ in quantizers(model)]

@@ -16,6 +16,7 @@ from sam2.modeling.backbones.hieradet import MultiScaleAttention, do_pool
 from sam2.modeling.sam.transformer import Attention, RoPEAttention
 from torch import Tensor, nn
 
+from qsam2.layers.products import is_watched
 from qsam2.layers.weight import recast
 from qsam2.quantizers import Quantizer, QuantizerState
 
@@ -216,7 +217,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout_
         bias: (B, 1, 1, tokens of k), added to the scores.
     """
     fused_is_slow = v.shape[-1] < q.shape[-1] or q.dtype == torch.bfloat16
-    if not fused_is_slow or dropout_p or torch.is_grad_enabled() or q.device.type != "cpu":
+    if not fused_is_slow or dropout_p or torch.is_grad_enabled() or q.device.type != "cpu" or is_watched():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
     scale, bias_of = 1 / math.sqrt(q.shape[-1]), [None] * len(q) if bias is None else bias[:, 0]
     with torch.autocast(q.device.type, enabled=False):

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from qsam2.layers.attention import QuantizedAttention
 from qsam2.layers.convert import QUANT_ATTENTIONS, QUANT_LAYERS, quantized_weights, quantizers
 from qsam2.layers.hooks import nested_tensors
+from qsam2.layers.products import INPUT, SCORES, VALUES, levels, products, watch_products
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, QuantizerState
 from qsam2.recipe.quantize import ConvertedLayer, QuantizeRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 FLOAT_MODULES = (nn.LayerNorm, LayerNorm2d, nn.Embedding)
 """Modules that always stay in float: normalisation, small embedding tables."""
@@ -46,10 +48,12 @@ def audit(
 
     All quantizers are frozen and calibrated; every weight equals its own dequantized integers exactly, with at most
     2^bits levels per channel, and the layer computes with it; bits are those of the table; everything in float is kept
-    there by a rule or by `FLOAT_MODULES` and `FLOAT_PARAMETERS`; every rule of `quantize` decides on some layer; two
-    calls of `forward`, which may return nested tensors, agree bit for bit.
+    there by a rule or by `FLOAT_MODULES` and `FLOAT_PARAMETERS`; every rule of `quantize` decides on some layer. Two
+    calls of `forward`, which may return nested tensors, agree bit for bit; each of their products is in the table, and
+    its operands have at most the levels of their bits where they are read.
 
     Raises:
+        NotFiniteError: a product of `forward` is NaN or infinite.
         AuditError: any of these conditions is violated.
     """
     modules = dict(model.named_modules())
@@ -68,7 +72,10 @@ def audit(
         deciding = {id(quantize.rule_for(row.name)) for row in rows}
         problems += [f"rule {rule.match!r} decides on no layer" for rule in quantize.rules if id(rule) not in deciding]
     if forward is not None and not problems:
-        first, second = (list(nested_tensors(forward())) for _ in range(2))
+        watched = _Operands(model, rows)
+        with watch_products(model, watched.record):
+            first, second = (list(nested_tensors(forward())) for _ in range(2))
+        problems += watched.problems
         if len(first) != len(second) or not first:
             problems.append(f"forward gave {len(first)}, then {len(second)} tensors")
         elif not all(torch.equal(one, other) for one, other in zip(first, second, strict=True)):
@@ -80,6 +87,40 @@ def audit(
         f"audit passed: {len(list(quantizers(model)))} quantizers frozen, {on_grids:,} weights on their grids, "
         f"{float_values:,} values in float"
     )
+
+
+class _Operands:
+    """Compares the operands of a forward's products with the table; names each violation once."""
+
+    def __init__(self, model: nn.Module, rows: Sequence[ConvertedLayer]) -> None:
+        reader = getattr(model, "memory_reader", None)
+        table = products(rows, MemoryRecipe() if reader is None else reader.recipe)
+        self.names = {module: name for name, module in model.named_modules()}
+        self.bits = {(row.name, row.what): row.bits for row in table}
+        self.float_modules = tuple(row.name for row in table if row.what not in (INPUT, SCORES, VALUES))
+        self._found: dict[tuple[str, str], str] = {}
+
+    @property
+    def problems(self) -> list[str]:
+        return list(self._found.values())
+
+    def record(self, module: nn.Module | None, what: str, operands: tuple[Tensor, ...]) -> None:
+        """A product that was computed; the first one wrong of its kind and place is kept."""
+        name = "" if module is None else self.names.get(module, "")
+        bits = self.bits.get((name, what))
+        if bits is None:
+            # the prompt encoder also calls a method of its layer
+            listed = name and any(f"{row}.".startswith(f"{name}.") for row in self.float_modules)
+            if what != SCORES or not listed:
+                self._found.setdefault((name, what), f"{name or 'the model'}: its product {what} is in no table")
+            return
+        if what == INPUT and isinstance(module, QuantizedLayer) and not torch.equal(operands[1], module.weight):
+            self._found.setdefault((name, "W"), f"{name}: computes with another weight than its own")
+        counted = {SCORES: zip("qk", operands, bits, strict=True), VALUES: [("v", operands[0], bits[1])]}
+        for operand, tensor, width in counted.get(what, [("its input", operands[0], bits[0])]):
+            if width is not None and (count := levels(tensor)) > 2**width:
+                problem = f"{name}: {operand} has {count} levels where it is read, {width} bits allow {2**width}"
+                self._found.setdefault((name, operand), problem)
 
 
 def _bits(layer: nn.Module) -> tuple[int | None, int | None]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from qsam2.errors import UserError
 from qsam2.layers.attention import QuantAttention, QuantizedAttention, QuantMultiScaleAttention, QuantRoPEAttention
+from qsam2.layers.products import exceptions_table, product_table, products
 from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantizedLayer, QuantLinear
-from qsam2.output import aligned
 from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
-from qsam2.recipe.quantize import OWN_BITS, ConvertedLayer, LayerPlan, QuantizeRecipe
+from qsam2.recipe.quantize import ConvertedLayer, LayerPlan, QuantizeRecipe
 from qsam2.run import Run
 
 QUANT_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
@@ -42,8 +42,9 @@ def convert_layers(run: Run) -> None:
         return
     with run.folder.stage("convert"):
         run.layers = convert(run.model, run.recipe.quantize)
-        log.info("%s", exceptions_table(run.layers))
-        log.debug("\n%s", conversion_table(run.layers))
+        table = products(run.layers, run.recipe.memory)
+        log.info("%s", exceptions_table(table))
+        log.debug("\n%s", product_table(table))
 
 
 def convert(model: nn.Module, quantize: QuantizeRecipe) -> list[ConvertedLayer]:
@@ -117,20 +118,6 @@ def set_state(model: nn.Module, state: QuantizerState) -> None:
     """Put all quantizers of a model into a state."""
     for _, quantizer in quantizers(model):
         quantizer.state = state
-
-
-def exceptions_table(rows: Sequence[ConvertedLayer]) -> str:
-    """How many layers have the recipe's bits, and the rows of the others."""
-    others = [row for row in rows if row.reason != OWN_BITS]
-    summary = f"{len(rows) - len(others)} of {len(rows)} layers have the recipe's bits"
-    return f"{summary}; the others:\n{conversion_table(others)}" if others else summary
-
-
-def conversion_table(rows: Sequence[ConvertedLayer]) -> str:
-    """Rows as text: layer, kind, bits of weights and activations (- for float), reason."""
-    cells: list[tuple[str, ...]] = [("layer", "kind", "weights", "activations", "reason")]
-    cells += [tuple("-" if value is None else str(value) for value in astuple(row)) for row in rows]
-    return aligned(cells)
 
 
 def _quantized(name: str, layer: Any, plan: LayerPlan) -> QuantizedLayer | QuantizedAttention:

@@ -17,6 +17,7 @@ from sam2.modeling.sam.transformer import RoPEAttention
 from torch import Tensor, nn
 
 from qsam2.layers.attention import RotaryTable, is_quantizing, quantizer_of, rotate, split_heads
+from qsam2.layers.products import products_of
 from qsam2.layers.weight import QuantizedLayer
 from qsam2.quantizers import Quantizer, build_quantizer
 from qsam2.quantizers.step_cache import version_of
@@ -132,7 +133,8 @@ def temporal_keys(attention: RoPEAttention, positions: Tensor, table: RotaryTabl
     projection: nn.Linear = attention.k_proj
     input_quantizer, k_quantizer = _part_quantizers(attention)
     weight = projection.quantized_weight() if isinstance(projection, QuantizedLayer) else projection.weight
-    keys = F.linear(_quantized_apart(positions, input_quantizer), weight)
+    with products_of(projection):
+        keys = F.linear(_quantized_apart(positions, input_quantizer), weight)
     keys = split_heads(keys.unsqueeze(1), attention.num_heads).expand(-1, -1, len(table[0]), -1)
     return _quantized_apart(rotate(keys, *table), k_quantizer)
 

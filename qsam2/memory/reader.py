@@ -22,6 +22,7 @@ from qsam2.layers.attention import (
     rotate,
     split_heads,
 )
+from qsam2.layers.products import products_of
 from qsam2.memory.bank import Bank, BoundedState, gather
 from qsam2.memory.cache import FrameMemory, TemporalKeys, mixed
 from qsam2.memory.sharing import KeySet, key_sets
@@ -77,8 +78,10 @@ class MemoryReader:
         attention, slots = model.memory_attention, model.maskmem_tpos_enc
         x, positions = (features + 0.1 * positions).transpose(0, 1), positions.transpose(0, 1)
         for index, layer in enumerate(attention.layers):
-            x = self._attend_itself(layer, x, positions)
-            x = x + layer.dropout2(self._read(index, layer.cross_attn_image, layer.norm2(x), sets, bank, slots))
+            with products_of(layer.self_attn):
+                x = self._attend_itself(layer, x, positions)
+            with products_of(layer.cross_attn_image):
+                x = x + layer.dropout2(self._read(index, layer.cross_attn_image, layer.norm2(x), sets, bank, slots))
             x = x + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.norm3(x))))))
         return attention.norm(x).transpose(0, 1)
 

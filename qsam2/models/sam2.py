@@ -150,6 +150,8 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
     video_reader: VideoReader | None = None
     size: str | None = None
     """One of `SIZES`, as `qsam2.load` sets it."""
+    tracked_frame: int = 0
+    """Index of the frame that is being tracked, or was last."""
 
     def __init__(self, decoder_mlp_dim: int = 2048, **kwargs: Any) -> None:
         self.decoder_mlp_dim = decoder_mlp_dim
@@ -163,10 +165,11 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
                 depth=2, embedding_dim=self.hidden_dim, mlp_dim=self.decoder_mlp_dim, num_heads=8
             )
 
-    def track_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def track_step(self, frame_idx: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Track one frame: with ground truth as in training (returns all click steps), else as in the predictor."""
+        self.tracked_frame = frame_idx
         step = SAM2Train.track_step if "gt_masks" in kwargs else SAM2Base.track_step
-        return step(self, *args, **kwargs)
+        return step(self, frame_idx, *args, **kwargs)
 
     def _prepare_memory_conditioned_features(self, **step: Any) -> Tensor:
         if self.memory_reader is None or step["is_init_cond_frame"]:

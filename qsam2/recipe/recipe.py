@@ -258,6 +258,15 @@ class MemoryRecipe(Section):
         """True if memory is read in another way than sam2's."""
         return self.cache or self.sharing != "none"
 
+    @property
+    def mixes(self) -> dict[str, str]:
+        """Which of keys "k" and values "v" are sums or averages of quantized ones, in float where read, and why."""
+        shared = self.sharing == "pool" or (self.cache and self.sharing in ("adaptive", "synthesis"))
+        reason = f"memory.sharing={self.sharing} averages quantized keys and values"
+        if shared:
+            return {"k": reason, "v": reason}
+        return {"k": "memory.cache adds a quantized key and a quantized temporal position"} if self.cache else {}
+
 
 class LogRecipe(Section):
     """Logging to Weights & Biases; CSV files of the curves are always written to the run folder."""

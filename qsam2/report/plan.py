@@ -13,7 +13,8 @@ from qsam2.data.clips import Source
 from qsam2.data.sources import open_stills, open_train, open_val
 from qsam2.data.video import Video
 from qsam2.evaluation.own_masks import label_sources, label_videos
-from qsam2.layers.convert import conversion_table, convert
+from qsam2.layers.convert import convert
+from qsam2.layers.products import product_table, products
 from qsam2.loading import load_float
 from qsam2.recipe import Recipe, save_recipe
 from qsam2.recipe.calibrate import CalibrateRecipe
@@ -37,7 +38,7 @@ def plan(recipe: Recipe) -> str:
         frame_s = _seconds(lambda: run_sample(model, sample, ("mask",))) / len(sample.clip.frame_indices)
     parts = [save_recipe(recipe).rstrip()]
     if recipe.quantize is not None:
-        parts.append(conversion_table(convert(model, recipe.quantize)))
+        parts.append(product_table(products(convert(model, recipe.quantize), recipe.memory)))
         if recipe.quantize.allocate is not None:
             parts.append("quantize.allocate will give layers other weight bits")
     frames = sum(min(len(video), recipe.evaluate.frames or len(video)) for video in videos)

@@ -18,8 +18,9 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from qsam2.errors import UserError
 from qsam2.output import write_whole
@@ -111,8 +112,15 @@ class FreezeStatistics(Callback):
                 quantizer.eval()  # statistics are updated in training mode only; learned clips still learn
 
 
-class WeightAverage(EMAWeightAveraging):
-    """Lightning's moving average of the weights, also applied to a run that was killed right after its last step."""
+class WeightAverage(WeightAveraging):
+    """Lightning's exponential moving average of the parameters; buffers are those of the trained model.
+
+    Grids and statistics of quantizers are no averages. Also applied to a run that was killed right after its last step.
+    """
+
+    def __init__(self, decay: float) -> None:
+        # the lerp of this function leaves frozen parameters exactly as they are
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, module, checkpoint)
@@ -190,7 +198,7 @@ def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dic
         ),
     ]
     if recipe.train.ema is not None:
-        callbacks.append(WeightAverage(decay=recipe.train.ema))
+        callbacks.append(WeightAverage(recipe.train.ema))
     if quantizers:
         callbacks.append(FreezeStatistics(quantizers, int(recipe.train.freeze_statistics_at * trainer.max_steps)))
         callbacks.append(LogScales(quantizers, trainer.log_every))

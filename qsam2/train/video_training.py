@@ -19,6 +19,7 @@ import torch
 import training.model.sam2
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from sam2.modeling.sam.transformer import Attention
+from sam2.modeling.sam2_utils import DropPath
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.utils.data_utils import BatchedVideoDatapoint
@@ -27,8 +28,10 @@ from qsam2.data.clips import ClipDataset
 from qsam2.data.datamodule import ClipDataModule
 from qsam2.errors import UserError
 from qsam2.layers.convert import latent_weights, quantizers
+from qsam2.layers.products import NotFiniteError, track_noise, watch_products
 from qsam2.models import SAM2
 from qsam2.models.replaced import replaced
+from qsam2.output import listed
 from qsam2.quantizers.kernels import choose_kernels
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
 from qsam2.run import Run
@@ -76,6 +79,15 @@ def set_dropout(model: nn.Module, share: float) -> None:
             module.p = share
         elif isinstance(module, Attention):
             module.dropout_p = share
+
+
+def without_noise(teacher: SAM2) -> SAM2:
+    """Remove dropout and stochastic depth from a float model in place, so that it is one and the same target."""
+    set_dropout(teacher, 0.0)
+    for module in teacher.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return teacher
 
 
 @contextlib.contextmanager
@@ -143,8 +155,7 @@ class VideoTraining(L.LightningModule):
         set_prompts(model, recipe.prompts)
         set_dropout(model, recipe.dropout)
         for network in self._teacher:
-            set_prompts(network, recipe.prompts)
-            set_dropout(network, 0.0)
+            set_prompts(without_noise(network), recipe.prompts)
 
     def on_fit_start(self) -> None:
         self.train()  # models come in eval mode, which Lightning keeps
@@ -186,7 +197,7 @@ class VideoTraining(L.LightningModule):
                 losses["distill_embeddings"] = embedding_distillation(embeddings, teacher_features["backbone_fpn"])
                 total = total + distill.image_embeddings * losses["distill_embeddings"]
         if not torch.isfinite(total):
-            raise UserError(f"the loss is {float(total)} at step {self.global_step}; lower train.lr")
+            raise diverged(f"the loss is {float(total)} at step {self.global_step}", self.recipe)
         self.log("loss", total, prog_bar=True)
         self.log_dict({f"loss/{name.removeprefix('loss_')}": value for name, value in losses.items()})
         return total
@@ -217,6 +228,29 @@ class VideoTraining(L.LightningModule):
         norms = {role: torch.nn.utils.get_total_norm(parts) for role, parts in gradients.items() if parts}
         self.log_dict({f"gradient_norm/{role}": norm for role, norm in norms.items()})
         self.log_dict({f"lr/{part}": rate for part, rate in rates(optimizer.param_groups).items()})
+
+
+def check_finite(model: SAM2, recipe: TrainRecipe) -> None:
+    """Raises UserError if training has diverged: the loss of the last step does not show what that step did.
+
+    The model is left in eval mode.
+    """
+    state = model.state_dict().items()
+    broken = [name for name, tensor in state if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise diverged(f"{listed(broken)} became NaN or infinite", recipe)
+    model.eval()
+    try:
+        with watch_products(model, lambda *_: None):
+            track_noise(model)
+    except NotFiniteError as error:
+        raise diverged(str(error), recipe) from error
+
+
+def diverged(what: str, recipe: TrainRecipe) -> UserError:
+    """The error of a training that has diverged."""
+    rates = f"train.lr={recipe.lr:g}, train.image_encoder_lr={recipe.image_encoder_lr:g}"
+    return UserError(f"training has diverged, {what}: lower {rates} or train.quantizer_lr={recipe.quantizer_lr:g}")
 
 
 def train(run: Run) -> None:
@@ -252,6 +286,6 @@ def train(run: Run) -> None:
         )
         stream = ClipDataModule(clips, batch_size=data.batch_size, num_workers=data.num_workers)
         trainer.fit(module, stream, ckpt_path=str(last) if last.is_file() else None)
+        check_finite(model, recipe.train)
         trainer.save_checkpoint(last)  # a run killed during scoring need not train again
-    model.eval()
     run.latent = latent_weights(model)

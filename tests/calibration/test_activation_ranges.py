@@ -21,7 +21,8 @@ from qsam2.calibration.activation_ranges import (
 )
 from qsam2.errors import UserError
 from qsam2.layers.convert import convert, quantizers, set_state
-from qsam2.quantizers import QuantizerState, build_quantizer
+from qsam2.layers.hooks import hooked
+from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.recipe.quantizer_specs import MinMaxSpec
 
 QUANTIZE = {QuantizerState.QUANTIZE}
@@ -207,13 +208,45 @@ def test_the_set_is_as_wide_as_its_widest_clip_which_reaches_what_two_of_its_fra
     assert found.upper == hierarchy(*clips[::-1]).upper
 
 
-def test_calls_of_a_frame_belong_together_in_both_passes() -> None:
+def test_calls_of_a_frame_belong_together_in_all_passes() -> None:
     found = RangeHierarchy()
-    for call, value in enumerate([1.0, 2.0, 1.0, 1.0, 8.0, 1.0]):  # frames 0 1 2 from masks, then from clicks
-        found.add(0, call, 0.0, value)
-    found.add(0, 1, 0.0, 9.0)
-    found.end_clip(length=3)
-    assert found.upper == 1.0  # 8 and 9 are one frame's
+    for call, value in enumerate([1.0, 2.0, 1.0, 1.0, 8.0, 1.0, 1.0, 9.0, 1.0]):  # frames 0 1 2 from mask, click, box
+        found.add(0, call % 3, 0.0, value)
+    found.end_clip()
+    assert found.upper == 1.0  # 2, 8 and 9 are one frame's
+
+
+def test_a_clip_is_as_wide_as_two_of_its_frames_however_often_it_is_tracked(monkeypatch) -> None:
+    model = converted_nano(weights=None)
+    frames, passes = [0], [0]
+    extremes: dict[str, dict[int, list[float]]] = {}
+    limits: dict[str, tuple[float, float]] = {}
+    track, forward_tracking = model.track_step, model.forward_tracking
+
+    def watch(name: str, args: Any, _: Any) -> None:
+        if tracking[name].state is QuantizerState.OBSERVE:
+            extremes.setdefault(name, {}).setdefault(frames[0], []).extend([float(args[0].min()), float(args[0].max())])
+
+    def note(**step: Any) -> Any:
+        frames[0] = step["frame_idx"]
+        return track(**step)
+
+    def note_pass(*args: Any) -> Any:
+        passes[0] += 1
+        return forward_tracking(*args)
+
+    monkeypatch.setattr(model, "track_step", note)
+    monkeypatch.setattr(model, "forward_tracking", note_pass)
+    monkeypatch.setattr(Quantizer, "limit_observed", lambda self, *bounds: limits.update({self.name: bounds}))
+    tracking = {name: q for name, q in quantizers(model) if not in_image_encoder(name)}
+    with hooked(tracking, watch, before=True):
+        find_sam2_ranges(model, HierarchicalData(model, calibration_data(clips=1, num_frames=5)), progress=False)
+    assert passes == [4]  # three of three distant frames, then one of all five for the memory attention
+    for name in tracking:
+        second = min(len(extremes[name]), 2) - 1
+        lower = sorted(min(values) for values in extremes[name].values())[second]
+        upper = sorted((max(values) for values in extremes[name].values()), reverse=True)[second]
+        assert limits[name] == (lower, upper), name
 
 
 def test_observed_ranges_can_be_limited() -> None:

@@ -18,7 +18,7 @@ import torch
 import wandb
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from messages import Message
 from safetensors.torch import load_file
 from small_runs import CLICKS, ROOT, RUNS, TRAIN_FLOAT, read_checkpoint, small, without_seconds
@@ -31,6 +31,7 @@ from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe
 from qsam2.recipe.load import merge
 from qsam2.train import video_training
+from qsam2.train.trainer import WeightAverage
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +67,7 @@ import os, signal, sys
 from lightning.pytorch.callbacks import Callback
 from qsam2.cli import main
 from qsam2.train import video_training
+from qsam2.train.trainer import WeightAverage
 
 class Kill(Callback):
     def on_train_batch_end(self, trainer, *_):
@@ -249,7 +251,7 @@ def test_averages_survive_a_kill_at_the_end_of_training(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(EMAWeightAveraging, "on_train_end", die)
+        patch.setattr(WeightAverage, "on_train_end", die)
         with pytest.raises(Killed):
             run_recipe(build_recipe(values))
     run_recipe(build_recipe(values))

@@ -224,6 +224,7 @@ def test_forwards_rules_and_rows_that_do_not_hold_are_refused_and_all_are_named(
     for outputs, message in (
         (lambda: [torch.rand(2)], "two forwards differ"),
         (lambda: {"a": (torch.tensor(float("nan")),)}, "two forwards differ"),
+        (lambda: torch.eye(2) @ torch.eye(2), "the model: its product q k is in no table"),
         (lambda: None, "forward gave 0, then 0 tensors"),
     ):
         with pytest.raises(AuditError, match=message):

@@ -13,11 +13,13 @@ from torch import nn
 from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.errors import UserError
 from qsam2.layers.attention import QuantizedAttention
-from qsam2.layers.convert import conversion_table, convert, exceptions_table, quantized_weights, quantizers, set_state
+from qsam2.layers.convert import convert, quantized_weights, quantizers, set_state
+from qsam2.layers.products import exceptions_table, products
 from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from qsam2.models import SAM2, build_sam2
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe.quantize import DEFAULT_RULES, QuantizeRecipe
+from qsam2.recipe.recipe import MemoryRecipe
 
 W4A4: dict[str, Any] = {
     "weights": {"method": "lsq", "bits": 4, "range": "minmax"},
@@ -142,22 +144,15 @@ def test_every_default_rule_but_one_a_version_finds_its_layer(version):
     assert len(unused) == 2 and unused <= heads | {f"{head}.layers.2" for head in heads}
 
 
-def test_layers_with_other_bits_are_told(model):
+def test_products_with_other_bits_are_told(model):
     rows = convert(model, recipe({"match": "obj_ptr_tpos_proj", "keep_float": True}))
-    first, *lines = exceptions_table(rows).splitlines()
+    table = products(rows, MemoryRecipe())
+    first, *lines = exceptions_table(table).splitlines()
     others = [line.split()[0] for line in lines[1:]]
-    assert first == f"{len(rows) - len(others)} of {len(rows)} layers have the recipe's bits; the others:"
+    assert first.startswith(f"{len(table) - len(others)} of {len(table)} products have the recipe's bits")
     assert 5 < len(others) < 20 and "obj_ptr_tpos_proj" in others and "image_encoder.trunk.patch_embed.proj" in others
-    assert exceptions_table([row for row in rows if row.name not in others]).endswith("layers have the recipe's bits")
-
-
-def test_the_table_is_aligned_text(model):
-    lines = conversion_table(convert(model, recipe({"match": "obj_ptr_tpos_proj", "keep_float": True}))).splitlines()
-    assert lines[0].split() == ["layer", "kind", "weights", "activations", "reason"]
-    assert lines[1].split()[:4] == ["image_encoder.trunk.patch_embed.proj", "Conv2d", "8", "8"]
-    line = next(line for line in lines if line.startswith("obj_ptr_tpos_proj"))
-    assert line.split(maxsplit=4)[1:] == ["Linear", "-", "-", "the recipe's rule"]
-    assert lines[0].index("kind") == lines[1].index("Conv2d") == line.index("Linear")
+    assert "sam_mask_decoder" in others, "products outside of layers are told, too"
+    assert "the others" not in exceptions_table([row for row in table if row.name not in others])
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from messages import Message
 from omegaconf import DictConfig
+from sam2.modeling.sam2_utils import DropPath
+from small_runs import W4A4, small
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
 from qsam2.errors import UserError
-from qsam2.models import SAM2
+from qsam2.models import SAM2, build_sam2
+from qsam2.pipeline import begin
 from qsam2.recipe import build_recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainerRecipe, TrainRecipe
-from qsam2.train.trainer import build_trainer, choose_strategy
-from qsam2.train.video_training import VideoTraining, prompted_forward, record_clicks, set_dropout, set_prompts
+from qsam2.run import RunFolder
+from qsam2.train.trainer import WeightAverage, build_trainer, choose_strategy
+from qsam2.train.video_training import (
+    VideoTraining,
+    check_finite,
+    prompted_forward,
+    record_clicks,
+    set_dropout,
+    set_prompts,
+)
 
 DRAWN = (
     "prob_to_use_pt_input_for_train",
@@ -31,13 +45,20 @@ DRAWN = (
     "rand_init_cond_frames_for_train",
     "num_correction_pt_per_frame",
 )
+SIZE_PX = 64
 DDP = "ddp_find_unused_parameters_true"
 CLICKS = {"conditioning_frames": 1, "correction_frames": 1, "correction_clicks": 1}
 
 
-def fit(module: VideoTraining, batches: list[BatchedVideoDatapoint], folder: Path, precision: str = "32-true") -> None:
+def fit(
+    module: VideoTraining,
+    batches: list[BatchedVideoDatapoint],
+    folder: Path,
+    precision: str = "32-true",
+    callbacks: Sequence[Callback] = (),
+) -> None:
     recipe = build_recipe({"trainer": {"accelerator": "cpu", "devices": 1, "precision": precision}}).trainer
-    trainer = build_trainer(recipe, folder=folder, max_steps=len(batches))
+    trainer = build_trainer(recipe, folder=folder, max_steps=len(batches), callbacks=callbacks)
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
 
 
@@ -100,6 +121,77 @@ def test_a_student_equal_to_its_teacher_has_no_distance_from_it(model: SAM2, bat
     module._loss(batch)
     assert logged["loss/distill_embeddings"] == 0 < logged["loss/distill_masks"]
     assert logged["loss/distill_masks"].requires_grad
+
+
+def test_a_teacher_answers_the_same_twice_whatever_noise_its_student_has(
+    model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path
+) -> None:
+    noisy = build_sam2("nano", image_size=SIZE_PX, drop_path_rate=0.5)
+    noisy.load_state_dict(model.state_dict())
+    recipe = TrainRecipe(distill={"mask_logits": 1}, dropout=0.5, drop_path=0.5)
+    module = VideoTraining(noisy, recipe, max_steps=1, teacher=copy.deepcopy(noisy))
+    fit(module, [batch], tmp_path)  # puts both in training mode
+    image = batch.flat_img_batch
+
+    def passes(network: SAM2) -> list[Tensor]:
+        return [network.forward_image(image)["backbone_fpn"][-1] for _ in range(2)]
+
+    teacher = module._teacher[0]
+    assert teacher.training and torch.equal(*passes(teacher))
+    assert torch.equal(passes(teacher)[0], passes(model)[0])
+    assert not torch.equal(*passes(module.model)), "the student keeps its stochastic depth"
+
+
+def test_the_float_copy_of_a_run_has_no_noise(checkpoint: Path, tmp_path: Path) -> None:
+    values = small(checkpoint, tmp_path / "run", quantize=W4A4, train={"dropout": 0.5, "drop_path": 0.5})
+    recipe = build_recipe(values)
+    run = begin(recipe, RunFolder(recipe))
+    shares = {module.drop_prob for module in run.model.modules() if isinstance(module, DropPath)}
+    assert max(shares) == 0.5
+    noise = [m.drop_prob for m in run.teacher.modules() if isinstance(m, DropPath)]
+    noise += [m.p for m in run.teacher.modules() if isinstance(m, torch.nn.Dropout)]
+    noise += [m.dropout_p for m in run.teacher.modules() if hasattr(m, "dropout_p")]
+    assert noise and set(noise) == {0.0}
+
+
+def test_the_average_is_of_parameters_and_frozen_ones_and_buffers_are_taken_as_they_are(
+    model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path
+) -> None:
+    model.register_buffer("zero_point", torch.full((3,), 7.0))
+    model.register_buffer("statistic", torch.zeros(()))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    seen: dict[str, list[Tensor]] = {name: [] for name in before}
+
+    class Note(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            model.statistic += 1
+            for name, value in model.named_parameters():
+                seen[name].append(value.detach().clone())
+
+    module = VideoTraining(model, TrainRecipe(lr=1e-3, image_encoder_lr=0), max_steps=3)
+    fit(module, [batch] * 3, tmp_path, callbacks=[Note(), WeightAverage(0.9)])
+    assert torch.equal(model.zero_point, torch.full((3,), 7.0)) and model.statistic == 3
+    for name, value in model.named_parameters():
+        if name.startswith("image_encoder."):
+            assert torch.equal(value, before[name]), name
+        first, second, third = seen[name]  # an average starts with the first step's weights
+        torch.testing.assert_close(value, 0.9 * (0.9 * first + 0.1 * second) + 0.1 * third)
+
+
+@pytest.mark.parametrize("broken", ["parameter", "statistic", "nothing"])
+def test_a_training_whose_last_step_diverges_says_to_lower_the_rate(model: SAM2, message: Message, broken: str) -> None:
+    if broken == "parameter":
+        with torch.no_grad():
+            model.memory_encoder.out_proj.weight[0] = float("inf")
+            model.memory_encoder.out_proj.bias[0] = float("nan")
+    if broken == "statistic":
+        model.register_buffer("std", torch.tensor(float("nan")))
+    if broken == "nothing":
+        check_finite(model, TrainRecipe())
+        return
+    with pytest.raises(UserError) as error:
+        check_finite(model, TrainRecipe(lr=10.0))
+    assert "lower train.lr=10" in message(error)
 
 
 def test_prompts_are_metas_or_of_these_shares(meta: DictConfig, model: SAM2) -> None:
@@ -176,7 +268,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model: SAM2, batch: BatchedVide
     with torch.no_grad():
         model.sam_mask_decoder.iou_token.weight.fill_(np.nan)
     module = VideoTraining(model, TrainRecipe(prompts={"point": 0, "box": 0, **CLICKS}), max_steps=1)
-    with pytest.raises(UserError, match=r"^the loss is nan at step 0; lower train.lr$"):
+    with pytest.raises(UserError, match=r"^training has diverged, the loss is nan at step 0: lower train.lr=5e-06, "):
         fit(module, [batch], tmp_path)
 
 
