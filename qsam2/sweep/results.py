@@ -327,7 +327,7 @@ def _text(cell: dict[str, Any] | None, name: str, best: float | None, mixed: boo
 
 def _ends(scored: dict[str, Any]) -> str:
     if scored["low"] is None:
-        return "(no interval)"
+        return f"(no interval: one {scored['unit'].removesuffix('s')})"
     return f"({scored['low']:+.1f} to {scored['high']:+.1f})"
 
 
