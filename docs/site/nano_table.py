@@ -40,6 +40,7 @@ def measure(runs: list[Path]) -> dict[str, Any]:
                 "low": quantized["versus_float"]["low"],
                 "high": quantized["versus_float"]["high"],
                 "difference": quantized["versus_float"]["difference"],
+                "unit": quantized["versus_float"]["unit"],
                 "fidelity": quantized["fidelity"],
                 "cpu": ratio,
             }
@@ -85,6 +86,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in results["rows"]:
         difference = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**row) if "low" in row else "-"
+        difference += "°" if "low" in row and "unit" not in row else ""  # of before 2026-11-30, of another kind
         fidelity = number(row["fidelity"]) if "fidelity" in row else "-"
         cells = [number(row.get("mb")), number(row.get("score")), difference, fidelity, number(row.get("cpu"), 2)]
         lines.append(f"| {row['scheme']} | {' | '.join(cells)} |")

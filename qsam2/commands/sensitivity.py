@@ -41,9 +41,11 @@ def _sensitivity(options: argparse.Namespace) -> None:
     output = options.json or folder / "sensitivity.json"
     make_room(output)
     quiet_logs()
+    from qsam2.run import is_first_rank
     from qsam2.sweep.sensitivity import measure_sensitivity, ranking
 
     chosen = {flag: getattr(options, flag) for flag in ("bits", "data", "videos", "frames")}
     result = measure_sensitivity(options.model, options.overrides, **chosen, output=output)
-    print(ranking(result))
-    print(output)
+    if is_first_rank():
+        print(ranking(result))
+        print(output)

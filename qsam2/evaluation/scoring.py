@@ -131,10 +131,11 @@ def compare(block: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
 
     In J&F; of blocks without true masks in fidelity; of stills in {"point_IoU", "box_IoU"}.
     """
-    scores, others = block["per_object"], reference["per_object"]
+    pair = block["per_object"], reference["per_object"]
+    unit = "images" if "images" in block else "videos"
     if block["protocol"] == "stills":
-        return {key: paired_difference(scores, others, key=key, unit="images") for key in ITEM_KEYS}
-    return paired_difference(scores, others, key="fidelity" if block["protocol"] == "fidelity" else "J&F")
+        return {key: paired_difference(*pair, key=key, unit=unit) for key in ITEM_KEYS}
+    return paired_difference(*pair, key="fidelity" if block["protocol"] == "fidelity" else "J&F", unit=unit)
 
 
 def headline(block: Mapping[str, Any]) -> str:

@@ -216,7 +216,7 @@ class EvaluateRecipe(Section):
     after_calibration: bool = True
     """Score a run that trains before training as well: the result of calibration alone (PTQ)."""
     float_cache: Path | None = None
-    """Folder that keeps scores and masks of float models for other runs from the same weights. null: none."""
+    """Folder that keeps scores and masks of float models for other runs on the same data and code. null: none."""
 
 
 class MemoryRecipe(Section):

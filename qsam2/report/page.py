@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qsam2.evaluation.metrics.interval import interval_text, paired_difference
+from qsam2.evaluation.metrics.interval import interval_note, interval_text, paired_difference
 from qsam2.evaluation.metrics.scores import amount_text, remarks
 from qsam2.output import read_json, version
 from qsam2.recipe import save_recipe
@@ -77,8 +77,8 @@ def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         row: dict[str, Any] = {"model": name, "fidelity": block.get("fidelity"), "versus_fidelity": None}
         pair = block["per_object"], float_block["per_object"]
-        if block.get("protocol") == "fidelity" and name != "float":
-            row["versus_fidelity"] = paired_difference(*pair, key="fidelity")
+        if block.get("protocol") == "fidelity":
+            row["versus_fidelity"] = block.get("versus_float")
         for key in ("J&F", "J", "F"):
             if key in block:
                 row[key] = block[key], None if name == "float" else paired_difference(*pair, key=key)
@@ -109,6 +109,10 @@ def results_table(metrics: dict[str, Any]) -> str:
         lines.append(f"prompts: {prompts}; fidelity is the mask IoU with the float model")
     if "versus_ptq" in metrics.get("quantized", {}):
         lines.append(f"quantized against ptq: {interval_text(metrics['quantized']['versus_ptq'])}, 95 % interval")
+    if notes := [
+        interval_note(block["versus_float"]) for block in blocks.values() if "unit" in block.get("versus_float", {})
+    ]:
+        lines.append(f"differences: {notes[-1]}")
     if boxes := [f"{name} {metrics[name]['box_mIoU']:.1f}" for name in MODELS if "box_mIoU" in metrics.get(name, {})]:
         lines.append(f"mIoU of masks from a box: {', '.join(boxes)}")
     lines.append("  ".join(f"{name} {value / 1e6:.2f} MB" for name, value in metrics["bytes"].items()))

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 
 from qsam2.errors import UserError
 from qsam2.evaluation.metrics.interval import paired_difference
+from qsam2.evaluation.metrics.scores import amount_text
 from qsam2.formats.card import checkpoint_source
 from qsam2.inputs import read_json, read_text, short
 from qsam2.output import write_text
@@ -99,8 +100,8 @@ def collect(table: TableDefinition, runs: Sequence[TableRun], command: str, earl
     for scores in floats.values():
         for name, scored in table.sets.items():
             block = scores["sets"][name]["block"]
-            objects = sum(len(items) for items in block["per_object"].values())
-            sets[name] = {**scored.model_dump(), "protocol": block["protocol"], "objects": objects}
+            amount = {"objects": sum(map(len, block["per_object"].values())), "scored": amount_text(block)}
+            sets[name] = {**scored.model_dump(), "protocol": block["protocol"], **amount}
     if earlier and valid:
         versions |= {*earlier["versions"]}
         sets = earlier["sets"]
@@ -215,7 +216,8 @@ def render(results: Results) -> str:
     for index, (name, scored) in enumerate(results["sets"].items()):
         tables = [_table(results, name, model) for model in results["float"] if model in begun]
         limits = [f"{scored[what]} {what}" for what in ("videos", "frames") if scored[what]]
-        data = ", ".join([scored["data"], *limits, f"{scored['objects']} objects"])
+        amount = scored.get("scored") or f"{scored['objects']} objects"
+        data = ", ".join([scored["data"], *(f"first {limit}" for limit in limits)]) + f"; {amount}"
         heading = f"{name} ({data}): {UNITS[scored['protocol']]}"
         text = "\n\n".join(tables)
         folded = f"<details><summary>{heading}</summary>\n\n{text}\n\n</details>"
@@ -271,18 +273,23 @@ def _caption(results: Results) -> str:
     )
 
 
+def _is_old(scored: dict[str, Any]) -> bool:
+    """True for a cell of before 2026-11-30, whose interval is of another kind: it holds no unit."""
+    return "unit" not in scored
+
+
 def _intervals(results: Results) -> str:
-    """What the intervals are. Cells of before 2026-11-30 hold no unit: theirs are of another kind."""
-    sets = [cell["sets"][name] for cell in results["cells"] if cell["sets"] for name in cell["sets"]]
+    """What the intervals are."""
+    old = [_is_old(scored) for cell in results["cells"] for scored in cell["sets"].values()]
     text = "Intervals are t intervals with videos (or images) as units."
-    old = sum("unit" not in scored for scored in sets)
-    if not old:
+    if not any(old):
         return text
     narrow = (
         "percentile intervals over objects, which are too narrow: they cover the true difference in 77 to 87 of 100 "
-        "cases instead of 95 (Experiments, 2026-11-30), and the scores of each object that new ones need were not kept."
+        "cases instead of 95 (docs/experiments.md, 2026-11-30), and the scores of each object, which others need, were "
+        "not kept."
     )
-    return f"Intervals are {narrow}" if old == len(sets) else f"{text} Those marked ° are {narrow}"
+    return f"Intervals are {narrow}" if all(old) else f"{text} Those marked ° are {narrow}"
 
 
 def _table(results: Results, name: str, model: str) -> str:
@@ -295,19 +302,19 @@ def _table(results: Results, name: str, model: str) -> str:
     }
     rows = list(dict.fromkeys((cell["method"], cell["start"]) for cell in begun))
     by_place = {(cell["method"], cell["start"], cell["setting"]): cell for cell in own}
-    starts = any(start for _, start in rows)
+    starts, mixed = any(start for _, start in rows), "°" in _intervals(results)
     lines = [
         _row([f"{model}, float {results['float'][model][name]:.1f}", *(["start"] if starts else []), *settings]),
         "|" + "---|" * (1 + starts + len(settings)),
     ]
     methods = [method for method, _ in rows]
     for method, start in sorted(rows, key=lambda row: methods.index(row[0])):
-        cells = [_text(by_place.get((method, start, setting)), name, best[setting]) for setting in settings]
+        cells = [_text(by_place.get((method, start, setting)), name, best[setting], mixed) for setting in settings]
         lines.append(_row([method, *([start] if starts else []), *cells]))
     return "\n".join(lines)
 
 
-def _text(cell: dict[str, Any] | None, name: str, best: float | None) -> str:
+def _text(cell: dict[str, Any] | None, name: str, best: float | None, mixed: bool) -> str:
     if cell is None:
         return ""
     if not cell["sets"]:
@@ -315,13 +322,13 @@ def _text(cell: dict[str, Any] | None, name: str, best: float | None) -> str:
     scored = cell["sets"][name]
     score = f"**{scored['score']:.1f}**" if scored["score"] == best else f"{scored['score']:.1f}"
     spread = "" if scored["std"] is None else f" ± {scored['std']:.1f}"
-    return f"{score}{spread} {_ends(scored)} {scored['fidelity']:.0f}"
+    return f"{score}{spread} {_ends(scored)}{'°' if mixed and _is_old(scored) else ''} {scored['fidelity']:.0f}"
 
 
 def _ends(scored: dict[str, Any]) -> str:
     if scored["low"] is None:
         return "(no interval)"
-    return f"({scored['low']:+.1f} to {scored['high']:+.1f}){'' if 'unit' in scored else '°'}"
+    return f"({scored['low']:+.1f} to {scored['high']:+.1f})"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from qsam2.output import aligned, write_text
 from qsam2.quantizers import QuantizerState
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.run import is_first_rank
 
 DEFAULT_QUANTIZERS = {"weights": {"method": "minmax", "bits": 4, "range": "mse"}}
 
@@ -85,7 +86,7 @@ def measure_sensitivity(
     for row, quantized in tqdm(_quantized(model, recipe, todo), "sensitivity", len(todo)):
         scores, _ = score_videos(quantized, scored, *settings, reference=masks, silent=True)
         result["groups"].append({**row, "loss": 100 - scores["fidelity"], "J&F": compare(scores, block)})
-        if output is not None:
+        if output is not None and is_first_rank():
             write_text(output, json.dumps(result, indent=1))
     return result
 

@@ -19,7 +19,7 @@ from qsam2.layers.convert import convert, finalize
 from qsam2.loading import load_model
 from qsam2.recipe import build_recipe
 
-KEYS = {"protocol", "J&F", "J", "F", "J_recall", "J_decay", "F_recall", "F_decay", "per_object"}
+KEYS = {"protocol", "J&F", "J", "F", "J_recall", "J_decay", "F_recall", "F_decay", "scored", "left_out", "per_object"}
 KEYS |= {"seconds_per_frame", "model", "fidelity"}
 SIZE = "model.image_size=64"
 
@@ -66,7 +66,9 @@ def test_videos(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert 0 <= block[key] <= 100
     assert block["J"] > 0 and 0 < block["seconds_per_frame"] < 60
     line = capsys.readouterr().out.split("\n")[-2]  # Lightning's progress bars stand before it
-    assert line == f"{checkpoint}: J&F {block['J&F']:.1f}, J {block['J']:.1f}, F {block['F']:.1f}"
+    amount = f"1 video, 2 frames, {len(objects)} object{'s' if len(objects) > 1 else ''}"
+    assert line == f"{checkpoint}: J&F {block['J&F']:.1f}, J {block['J']:.1f}, F {block['F']:.1f} ({amount})"
+    assert (block["scored"], block["left_out"]) == ({"videos": 1, "frames": 2, "objects": len(objects)}, {})
 
 
 def test_other_data_are_scored_as_a_whole_whatever_part_of_its_own_the_run_scored(
@@ -81,9 +83,16 @@ def test_other_data_are_scored_as_a_whole_whatever_part_of_its_own_the_run_score
     assert parts == [(None, None), (None, 5), (1, None), (None, 4)]
 
 
-def test_a_reference(run_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_reference(run_folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run's own recipe says what to score on; the reference runs at the run's image size."""
+    two = scores(tmp_path, run_folder, "--reference", checkpoint, "--data", "moving_objects:2:val", "--frames", "4")
+    versus, line = two["versus_reference"], capsys.readouterr().out.split("\n")[-2]
+    interval = f"{versus['difference']:+.1f} ({versus['low']:+.1f} to {versus['high']:+.1f})"
+    note = f"95 % t interval over 2 videos, {versus['objects']} objects"
+    assert line == f"J&F against the reference: {interval}, {note}"
+    assert versus["low"] <= versus["difference"] <= versus["high"]
     block = scores(tmp_path, run_folder, "--reference", checkpoint)
+    assert "(no interval: one video)" in capsys.readouterr().out.split("\n")[-2]
     assert block.keys() == KEYS | {"precision", "versus_reference"}
     assert (block["protocol"], block["model"]) == ("sav", str(run_folder)) and 0 < block["fidelity"] < 100
     flags = ["--data", "moving_objects:1:val", "--frames", "4", "--protocol", "sav"]
@@ -91,7 +100,7 @@ def test_a_reference(run_folder: Path, checkpoint: Path, tmp_path: Path) -> None
     assert turned["fidelity"] == pytest.approx(block["fidelity"])
     found = block["versus_reference"]
     assert found["difference"] == pytest.approx(block["J&F"] - turned["J&F"])
-    assert found["low"] <= found["difference"] <= found["high"]
+    assert (found["low"], found["high"], found["videos"]) == (None, None, 1)
     assert found["objects"] == sum(map(len, block["per_object"].values()))
 
 
@@ -103,6 +112,8 @@ def test_stills(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     line = capsys.readouterr().out
     for key in ("point_mIoU", "box_mIoU"):
         assert 0 < block[key] <= 100 and f"{key} {block[key]:.1f}" in line
+    for key in ("point_IoU", "box_IoU"):
+        assert f"{key} against the reference: +0.0 (+0.0 to +0.0), 95 % t interval over 2 images" in line
 
 
 def test_masks_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,31 @@ def test_scores_are_those_of_one_process(quantized: Pair) -> None:
         assert len(two[name]["per_object"]) == 3
     assert two["quantized"]["J&F"] == pytest.approx(one["quantized"]["J&F"], abs=2.0)
     assert two["bytes"] == one["bytes"]
+
+
+def test_evaluate_writes_and_prints_once(checkpoint: Path, tmp_path: Path) -> None:
+    words = [checkpoint, "model.image_size=64", "--data", "moving_objects:3:val", "--frames", "4"]
+    evaluate = [sys.executable, "-m", "qsam2", "evaluate", *map(str, words), "trainer.accelerator=cpu"]
+    blocks, printed = [], []
+    for devices in (1, 2):
+        out = tmp_path / f"{devices}.json"
+        command = [*evaluate, f"trainer.devices={devices}", "--json", str(out), "--reference", str(checkpoint)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        blocks.append(without_seconds(json.loads(out.read_text())))
+        printed.append(done.stdout)
+    assert blocks[0] == blocks[1] and printed[0] == printed[1]
+    assert len(printed[1].splitlines()) == 2 and sorted(file.name for file in tmp_path.iterdir()) == [
+        "1.json",
+        "2.json",
+    ]
+    refused = subprocess.run(
+        [*evaluate, "trainer.devices=2", "--save-masks", "masks"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2 and "--save-masks needs one process, trainer.devices=2" in refused.stderr
 
 
 @pytest.mark.prove

@@ -101,6 +101,7 @@ def test_fidelity_is_the_only_score(model: SAM2, tmp_path: Path, length: int) ->
     versus = compare(block, own)
     assert versus["difference"] == pytest.approx(block["fidelity"] - 100)
     assert versus["objects"] == sum(len(video.masks(0)) for video in videos)
+    assert versus[versus["unit"]] == 2 and versus["unit"] == ("images" if length == 1 else "videos")
 
 
 def test_pictures_without_objects_are_left_out(model: SAM2, monkeypatch: pytest.MonkeyPatch) -> None:

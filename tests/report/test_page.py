@@ -88,10 +88,10 @@ def test_the_headline_has_all_models_with_their_differences(page: Page) -> None:
     assert [row[0] for row in page.rows[:4]] == ["model", "float", "ptq", "quantized"]
     assert rows["float"] == ["float", "70.0", "69.0", "71.0", "", "16.00", "0.123"]
     ptq, quantized = rows["ptq"], rows["quantized"]
-    assert ptq[1] == "50.0 -20.0 (-20.5 to -19.5)" and ptq[4:6] == ["88.8", "2.50 -13.50 (6.4× smaller)"]
+    assert ptq[1] == "50.0 -20.0 (-24.2 to -15.8)" and ptq[4:6] == ["88.8", "2.50 -13.50 (6.4× smaller)"]
     assert quantized[1].startswith("65.0 -5.0 (") and quantized[2].startswith("64.0 -5.0 (")
     assert "weights at 2 bits (lsc), activations in float, trained for 7 steps" in page.text
-    assert "on 2 videos with 3 objects of moving_objects, in percent." in page.text
+    assert "on 2 videos, 3 objects of moving_objects, in percent." in page.text
     assert ["packed", "2.50", "6.4×"] in page.rows and ["train", "12.3"] in page.rows
     assert "max_steps: 7" in page.text
 
@@ -352,13 +352,15 @@ def test_table_on_the_terminal() -> None:
     ]
     assert lines[3].endswith("-5.0 (-6.0 to -4.0)      88.8")
     assert len({len(line.rstrip()) for line in (lines[0], lines[2], lines[3])}) == 1  # columns end together
-    assert lines[4] == "float32 16.00 MB  bfloat16 8.00 MB  packed 2.50 MB"
+    assert lines[4] == "differences: 95 % t interval over 2 videos, 3 objects"
+    assert lines[5] == "float32 16.00 MB  bfloat16 8.00 MB  packed 2.50 MB"
     assert len(results_table(FLOAT_METRICS).splitlines()) == 3
     more = {"versus_ptq": {"difference": 3.0, "low": 1.0, "high": 5.25}, "box_mIoU": 60.0, "prompts": "own masks"}
     metrics["quantized"] |= more
-    assert results_table(metrics).splitlines()[4:7] == [
+    assert results_table(metrics).splitlines()[4:8] == [
         "prompts: own masks; fidelity is the mask IoU with the float model",
         "quantized against ptq: +3.0 (+1.0 to +5.2), 95 % interval",
+        "differences: 95 % t interval over 2 videos, 3 objects",
         "mIoU of masks from a box: quantized 60.0",
     ]
 

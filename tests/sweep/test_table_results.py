@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -56,7 +57,8 @@ def test_cells(results: Results) -> None:
     several, one, failed = (cell(results, *at) for at in (("mse", "W4A4"), ("minmax", "W4A4"), ("minmax", "W2A4")))
     assert several["seeds"] == [0, 1]
     assert several["sets"]["clips"] == {
-        "score": 48.0, "std": 1.414, "fidelity": 90.0, "difference": -3.0, "low": -3.0, "high": -3.0
+        "score": 48.0, "std": 1.414, "fidelity": 90.0, "difference": -3.0, "low": -3.0, "high": -3.0,
+        "unit": "videos", "videos": 2,
     }  # fmt: skip
     assert several["sets"]["stills"]["score"] == 24.5 and several["sets"]["stills"]["difference"] == -1.5
     assert one["sets"]["clips"]["std"] is None
@@ -92,6 +94,18 @@ def test_cells_of_earlier_results_stand_where_the_folders_are_gone(results: Resu
     }
     left = left_to_run(table, runs, results)
     assert [run.name for run in left] == [run.name for run in runs if run.name not in SCORES]
+
+
+def test_intervals_of_another_kind_are_told_apart(results: Results) -> None:
+    cells = copy.deepcopy(results["cells"])
+    assert "°" not in render(results) and "t intervals with videos" in render(results)
+    for scored in cells[0]["sets"].values():
+        del scored["unit"], scored["low"], scored["high"]
+        scored |= {"low": -1.25, "high": 0.5}
+    mixed = render(results | {"cells": cells})
+    assert "(-1.2 to +0.5)°" in mixed and "Those marked ° are percentile intervals over objects" in mixed
+    old = render(results | {"cells": cells[:1]})
+    assert "(-1.2 to +0.5) " in old and "°" not in old and "Intervals are percentile intervals over objects" in old
 
 
 def test_a_cell_is_kept_with_all_its_seeds_or_run_again_with_all(results: Results, tmp_path: Path) -> None:
@@ -173,14 +187,17 @@ def test_markdown(results: Results) -> None:
     )
     assert ", 2 to come. The same in all runs: 8 calibration clips, 6 frames a calibration clip" in caption
     assert "Seeds 0, 1; ± is the standard deviation over seeds" in caption and "qsam2 1.0 (abc), 1.1." in caption
-    assert rest.startswith(" (moving_objects:2:val, 4 frames, 3 objects): J&F:\n\n| nano, float")
+    assert rest.startswith(" (moving_objects:2:val, first 4 frames; 2 videos, 3 objects): J&F:\n\n| nano, float")
     assert [line for line in rest.partition("<details>")[0].splitlines() if line.startswith("|")] == [
         "| nano, float 51.0 | W4A4 | W2A4 |",
         "|---|---|---|",
         "| minmax | 46.0 (-5.0 to -5.0) 90 | failed |",
         "| mse | **48.0** ± 1.4 (-3.0 to -3.0) 90 | **21.0** (-30.0 to -30.0) 90 |",
     ]
-    assert "<details><summary>stills (coco:stills, 3 objects): mask IoU from a box</summary>\n\n| nano, float" in rest
+    assert (
+        "<details><summary>stills (coco:stills; 2 images, 3 instances): mask IoU from a box</summary>\n\n| nano, float"
+        in rest
+    )
     assert rest.count("</details>") == 1
 
 

@@ -114,7 +114,8 @@ def amount_text(block: Mapping[str, Any]) -> str:
     """How much a score block is of: "7 videos, 350 frames, 7 objects"; of stills their images and instances."""
     counts = block.get("scored")
     if counts is None and (objects := block.get("per_object")):  # of a run of an earlier version
-        counts = {"videos": len(objects), "objects": sum(map(len, objects.values()))}
+        units = ("images", "instances") if block.get("protocol") == "stills" else ("videos", "objects")
+        counts = dict(zip(units, (len(objects), sum(map(len, objects.values()))), strict=True))
     return ", ".join(f"{count} {what[:-1] if count == 1 else what}" for what, count in (counts or {}).items())
 
 
