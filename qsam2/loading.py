@@ -204,7 +204,7 @@ def video_predictor(
 ) -> SAM2:
     """A model with the interface of `sam2`'s `SAM2VideoPredictor` that holds no more of a video than it still needs.
 
-    `init_state` takes a folder of JPEG or PNG frames or a video file (`open_video`), or frames. Masks are those of
+    `init_state` takes a folder of frames (pictures) or a video file (`open_video`), or frames. Masks are those of
     `sam2`'s predictor, but the state is bounded: new objects can be prompted on any frame, an object can be corrected
     on its latest 32 frames (`memory.correctable`), and what reads a forgotten frame is a UserError
     (`overrides=["memory.bounded=false"]` keeps everything, as `sam2` does). Arguments and errors as `load`.
