@@ -105,7 +105,7 @@ def test_headings_have_something_below_them_and_folders_stay_at_home(tmp_path: P
     page = Page(html)
     assert page.rows[0] == ["run", "model", "weights", "activations", "fidelity"]
     assert [text for _, text in page.headings] == ["2 runs compared", "Scores", "What the recipes differ in"]
-    assert ["data.root", "data", "-"] in page.rows and "davis:DAVIS:val, davis protocol" in page.text
+    assert ["data.val", "davis:DAVIS:val", "-"] in page.rows and "davis:DAVIS:val, davis protocol" in page.text
     assert "/home/me" not in html and str(tmp_path) not in html
 
 
