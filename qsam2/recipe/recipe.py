@@ -330,8 +330,8 @@ class Recipe(Section):
             fits = calibrate.rounding is not None or reconstruct is not None or quantize.allocate is not None
             if any(plan.activations or (plan.weights and fits) for plan in plans):
                 raise ValueError(
-                    "calibrate.num_frames=1 reaches no layer that reads memory, as the second frame of a clip is the first "
-                    "to do: give num_frames=2 or more, or keep memory_attention.* and obj_ptr_tpos_proj in float"
+                    "calibrate.num_frames=1 reaches no layer that reads memory, as the second frame of a clip is the "
+                    "first to do: give num_frames=2 or more, or keep memory_attention.* and obj_ptr_tpos_proj in float"
                 )
         if calibrate.smooth is not None and not activations:
             raise ValueError("calibrate.smooth needs quantized activations: give quantize.activations, or null here")
