@@ -220,6 +220,12 @@ class Quantizer(nn.Module):
             self.is_mid_rise.fill_(least_error_grid(observed, self.grid).mid_rise)
             self._read_grid()
         self._initialize(observed)
+        scale, zero_point = self._scale_and_zero_point()
+        if not (scale.isfinite().all() and (scale > 0).all() and zero_point.isfinite().all()):
+            raise UserError(
+                f"quantizer {self._label}: no range for values from {float(observed.minimum.min()):g} to "
+                f"{float(observed.maximum.max()):g}; check the checkpoint, or choose another method"
+            )
         self._calibrated = True
         self.is_calibrated.fill_(1)
         self._observer = None

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam2.quantizers.base import Quantizer, register
-from qsam2.quantizers.grid import bounded_exp
+from qsam2.quantizers.grid import FARTHEST, bounded_exp
 from qsam2.quantizers.observers import Distribution
 from qsam2.quantizers.ranges import initial_bounds
 from qsam2.recipe.quantizer_specs import LSQPlusSpec, LSQSpec, Role, SEQSpec
@@ -92,7 +92,7 @@ class LSQPlusQuantizer(Quantizer):
         self.log_scale.copy_(scale.log())
         self.first_range.copy_(scale * (self.qmax - self.qmin))
         if self.offset is not None:
-            self.offset.copy_(lower.clamp(max=0.0) / self.first_range)
+            self.offset.copy_((lower.clamp(max=0.0) / self.first_range).clamp(min=-FARTHEST))
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         scale = bounded_exp(self.log_scale)

@@ -38,14 +38,15 @@ class Distribution:
         """Distribution of one finite tensor, each value with count 1."""
         rows = to_rows(x, channel_dim).float()
         minimum, maximum = row_extremes(rows)
+        exact = rows.double()  # sums of values near float32's largest would be infinite
         return cls(
             values=rows,
             counts=torch.ones_like(rows[:1]).expand_as(rows),
             minimum=minimum,
             maximum=maximum,
-            mean=rows.mean(dim=1),
-            std=at_most_half_the_range(rows.std(dim=1, correction=0), minimum, maximum),
-            mean_abs=rows.abs().mean(dim=1),
+            mean=exact.mean(dim=1).float(),
+            std=exact.std(dim=1, correction=0).float(),
+            mean_abs=exact.abs().mean(dim=1).float(),
         )
 
 
@@ -77,7 +78,8 @@ class Observer:
         self.minimum = torch.minimum(self.minimum, minimum)
         self.maximum = torch.maximum(self.maximum, maximum)
         # abs().sum() takes a quarter of the time of a norm of order 1
-        sums = [rows.sum(dim=1), torch.linalg.vector_norm(rows, dim=1), rows.abs().sum(dim=1)]
+        double = {"dim": 1, "dtype": torch.float64}
+        sums = [rows.sum(**double), torch.linalg.vector_norm(rows, **double), rows.abs().sum(**double)]
         total, root, absolute = (value.cpu().double() for value in sums)
         count = torch.full_like(total, rows.shape[1])
         self.sums = self.sums + torch.stack([count, total, root.square(), absolute])
@@ -207,7 +209,7 @@ def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def at_most_half_the_range(std: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     """Standard deviation clamped to its upper bound (max - min) / 2, which makes an overflowed one finite."""
-    return torch.minimum(std, (maximum - minimum) / 2)
+    return torch.minimum(std, maximum / 2 - minimum / 2)
 
 
 def world_size() -> int:

@@ -81,7 +81,8 @@ class SAWBQuantizer(Quantizer):
 
     def _scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         of_rms, of_mean_abs = SAWB_COEFFICIENTS[self.bits]
-        clip = torch.maximum(of_rms * self.rms + of_mean_abs * self.mean_abs, self.rms)
+        fitted = of_rms * self.rms.double() + of_mean_abs * self.mean_abs.double()  # neither product may overflow
+        clip = torch.maximum(fitted.to(self.rms.dtype), self.rms)
         scale = self.grid.clamp_scale(clip / self.grid.largest_level)
         return scale, self.grid.zero_point(-clip, scale)
 

@@ -83,7 +83,7 @@ class CalibrateRecipe(Section):
     clips: PositiveInt = 8
     """Clips, tracked from prompts on their first frame."""
     num_frames: PositiveInt = 8
-    """Frames per clip."""
+    """Frames per clip. What reads memory needs at least 2."""
     weights: Annotated[WeightCalibration, Field(discriminator="method"), BeforeValidator(_method)] | None = None
     """Change of the float weights of linear layers: frobenius, acnr, or a mapping of their keys. null: none."""
     smooth: Annotated[Alphas | None, BeforeValidator(_alphas)] = None

@@ -22,6 +22,10 @@ Sharing = Literal["none", "adaptive", "oldest", "stride", "pool", "sparse", "syn
 Size = Literal["nano", "nano_heavy", "tiny", "small", "base_plus", "large"]
 
 
+READ_MEMORY = ("memory_attention.layers.0.cross_attn_image", "memory_attention.layers.0.linear1", "obj_ptr_tpos_proj")
+"""Layers that the first frame of a clip does not reach."""
+
+
 def _written(value: object) -> object:
     return str(value) if isinstance(value, (int, float)) else value  # YAML reads 2.1 as a number
 
@@ -330,6 +334,14 @@ class Recipe(Section):
             if (method := getattr(calibrate, key)) is not None and not weights:
                 raise ValueError(
                     f"calibrate.{key}={method.method} needs quantized weights: give quantize.weights, or null here"
+                )
+        if quantize is not None and calibrate.num_frames == 1:
+            plans = [quantize.plan(layer) for layer in READ_MEMORY]
+            fits = calibrate.rounding is not None or reconstruct is not None or quantize.allocate is not None
+            if any(plan.activations or (plan.weights and fits) for plan in plans):
+                raise ValueError(
+                    "calibrate.num_frames=1 reaches no layer that reads memory, as the second frame of a clip is the "
+                    "first to do: give num_frames=2 or more, or keep memory_attention.* and obj_ptr_tpos_proj in float"
                 )
         if calibrate.smooth is not None and not activations:
             raise ValueError("calibrate.smooth needs quantized activations: give quantize.activations, or null here")

@@ -7,14 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import calibrated
+from messages import Message
 from torch import Tensor, nn
 
 from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.errors import UserError
 from qsam2.layers.audit import audit
 from qsam2.layers.convert import convert, finalize
+from qsam2.quantizers import build_quantizer
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.quantizer_specs import QuantizerSpec, Role, methods
+from qsam2.recipe.quantizer_specs import MinMaxSpec, QuantizerSpec, Role, methods
 
 SPECS_AND_ROLES = [(spec(bits=4), role) for spec in methods().values() for role in spec.roles]
 IDS = [f"{spec.method}-{role}" for spec, role in SPECS_AND_ROLES]
@@ -30,6 +32,8 @@ ODD: dict[str, Callable[[], Tensor]] = {
     "zero": lambda: torch.zeros(4, 5),
     "huge": lambda: 1e25 * torch.randn(4, 5),
     "tiny": lambda: 1e-30 * torch.randn(4, 5),
+    "near float32's largest": lambda: 3e38 * torch.randn(4, 5).sign(),
+    "near float32's largest, of one sign": lambda: torch.full((4, 5), 3e38),
 }
 
 
@@ -47,6 +51,10 @@ def test_layout_changes_nothing_and_all_stays_finite(spec: QuantizerSpec, role: 
         out.backward(torch.ones(()).expand(x.shape))
         learned = [parameter.grad for parameter in quantizer.parameters()]
         assert all(result is not None and result.isfinite().all() for result in (out, x.grad, *learned))
+        assert (
+            all(value.isfinite().all() for value in (quantizer.scale, quantizer.zero_point))
+            and quantizer.scale.gt(0).all()
+        )
         results.append([out, x.grad, *learned])
     for ours, contiguous in zip(*results, strict=True):
         torch.testing.assert_close(ours, contiguous)  # sums may be in another order
@@ -109,3 +117,13 @@ def test_from_conversion_to_the_audit(method: str, bits: int) -> None:
     again = {name: value.clone() for name, value in model.state_dict().items()}
     finalize(model)  # changes nothing
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_a_range_that_cannot_be_computed_names_the_quantizer(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = build_quantizer(MinMaxSpec(bits=4), "weight", num_channels=4, name="layer.weight_quantizer")
+    nothing = torch.full((4,), float("nan"))
+    monkeypatch.setattr(quantizer, "_scale_and_zero_point", lambda: (nothing, nothing))
+    with pytest.raises(UserError) as error:
+        quantizer.initialize_from(torch.ones(4, 5))
+    assert "layer.weight_quantizer: no range for values from 1 to 1" in message(error)
+    assert not quantizer.calibrated

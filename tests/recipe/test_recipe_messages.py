@@ -48,6 +48,7 @@ MESSAGES = {
     "train.lr=.inf": "train.lr=inf: should be a finite number",
     "train.lr=.nan": "train.lr=nan: should be a finite number",
     "train.prompts.point=0.9": "train.prompts: point=0.9 and box=0.25 are shares of the clips and sum to more than 1",
+    "calibrate.num_frames=1": "recipe: calibrate.num_frames=1 reaches no layer that reads memory",
     "data=davis": "data='davis': set its keys instead, as data.train=...: train, weights, val, root",
     "data.train=3": "data.train=3: give a list, as [a, b]",
     "data.train=[davis, 3]": "data.train.1=3: should be a valid string",
@@ -170,3 +171,23 @@ def test_files_of_another_kind_name_their_keys_alike(values: dict[str, Any], mes
     with pytest.raises(ValidationError) as caught:
         Whole.model_validate(values)
     assert describe(caught.value, Whole, "table").startswith(message)
+
+
+WEIGHTS_ALONE = {"quantize": {"weights": {"method": "mse", "bits": 4}}}
+FLOAT_MEMORY = [{"match": name, "keep_float": True} for name in ("memory_attention.*", "obj_ptr_tpos_proj")]
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"reconstruct": {"method": "brecq"}}, {"calibrate": {"rounding": "gptq"}}], ids=str
+)
+@pytest.mark.parametrize("keeps_float", [True, False])
+def test_one_frame_is_enough_for_what_reads_no_memory(more: dict[str, Any], keeps_float: bool) -> None:
+    rules = {"rules": FLOAT_MEMORY} if keeps_float else {}
+    weights = {"quantize": {**WEIGHTS_ALONE["quantize"], **rules}, **more}
+    if more and not keeps_float:
+        assert "give num_frames=2 or more" in error_of("calibrate.num_frames=1", values=weights)
+    else:
+        assert build_recipe(weights, ["calibrate.num_frames=1"]).calibrate.num_frames == 1
+    both = {"quantize": {**QUANTIZED["quantize"], **rules}}
+    if keeps_float:
+        assert build_recipe(both, ["calibrate.num_frames=1"]).calibrate.num_frames == 1
