@@ -41,7 +41,7 @@ def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2,
         UserError: there is no such model, it cannot be read, or an override is wrong.
     """
     path, places = Path(target), {}
-    if path.is_dir():
+    if os.path.isdir(path):
         places = _places_of(path)
         path = path / "model.safetensors"
         if not path.is_file():

@@ -105,7 +105,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_whole(file, write)
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, remedy: str = "copy it again, or carry out the run anew") -> Any:
     """Values of a JSON file that qsam2 wrote; None if there is no such file.
 
     Raises:
@@ -118,9 +118,7 @@ def read_json(file: Path) -> Any:
         json.dumps(values, ensure_ascii=False).encode()  # halves of surrogate pairs cannot be written into a page
         return values
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is damaged ({shortened(str(error))}): copy it again, or carry out the run anew"
-        ) from error
+        raise UserError(f"{file} is damaged ({shortened(str(error))}): {remedy}") from error
 
 
 def listed(names: Sequence[str]) -> str:

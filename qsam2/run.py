@@ -48,7 +48,8 @@ class RunFolder:
         self._metrics_file = self.path / "metrics.json"
         self._begin(recipe)
         self.metrics: dict[str, Any] = {"seconds": {}}
-        if (metrics := read_json(self._metrics_file)) is not None:
+        metrics = read_json(self._metrics_file, "remove it to run anew")
+        if metrics is not None:
             if not isinstance(metrics, dict) or not isinstance(metrics.get("seconds"), dict):
                 raise UserError(f"{self._metrics_file} holds no metrics of a run: remove it to run anew")
             self.metrics = metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -64,5 +65,5 @@ def check_model(target: str) -> None:
     """Refuse a MODEL that cannot be before anything heavy is imported; raises UserError."""
     from qsam2.recipe.load import SIZES
 
-    if target not in SIZES and not Path(target).exists():
+    if target not in SIZES and not os.path.exists(target):  # False, too, of what no path can be
         raise UserError(f"{target} is no run folder, no model file and no size ({', '.join(SIZES)})")

@@ -156,7 +156,7 @@ def _meant(location: list[Any], valid: list[str], schema: type[BaseModel]) -> st
         return ""
     names = [key.rpartition(".")[2] for key in everywhere]
     near = get_close_matches(word[:100], names, n=1, cutoff=0.6)
-    if not near or (near[0] != word and get_close_matches(word[:100], valid, cutoff=0.6)):
+    if not near or get_close_matches(word[:100], valid, cutoff=0.8 if near[0] == word else 0.6):
         return did_you_mean(word, valid)
     return f"; did you mean {' or '.join([key for key in everywhere if key.rpartition('.')[2] == near[0]][:3])}?"
 

@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qsam2.errors import UserError
-from qsam2.output import code_version, write_text, write_whole
+from qsam2.output import code_version, write_text, write_whole, writing
 from qsam2.quantizers import Quantizer
 from qsam2.recipe.recipe import LogRecipe, Recipe, TrainerRecipe
 
@@ -52,9 +52,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 raise OSError(str(error)) from error
 
         path = Path(path)
-        for unfinished in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
-            unfinished.unlink(missing_ok=True)
         try:
+            with writing(path):
+                for unfinished in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
+                    unfinished.unlink(missing_ok=True)
             write_whole(path, write)
         except UserError as error:
             raise UserError(f"{error}; the previous one is kept: run the same command again to resume") from error
