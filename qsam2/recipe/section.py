@@ -102,7 +102,9 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)
 """One text or a list of them."""
 Name = Annotated[str, Field(pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", max_length=100)]
 """A name that is also a folder's: not . or .., which are folders already."""
-LearningRate = Annotated[float, Field(ge=0, le=1000)]
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
+LearningRateOrNone = Annotated[float, Field(ge=0, le=1000)]
+"""0: what it is for stays as it is."""
 
 
 def describe(error: ValidationError, schema: type[BaseModel], kind: str) -> str:
