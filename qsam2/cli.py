@@ -28,6 +28,8 @@ WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
 that the other one needs when further processes are busy; see docs/experiments.md."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+"""Errors of the file system that another path, or other rights, put right."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,10 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         message, status = f"error: {error}", 2
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in UNUSABLE and error.filename:
+            used = UserError(f"{error.filename} cannot be used: {error.strerror}; give another path, or rights to it")
+            message, status = f"error: {used}", 2
+        elif error.errno in FULL:
+            where = f" for {error.filename}" if error.filename else ""
+            message, status = f"error: no room on the disk{where}: make some and give the same command again", 2
+        else:
             raise
-        where = f" for {error.filename}" if error.filename else ""
-        message, status = f"error: no room on the disk{where}: make some and give the same command again", 2
     except (KeyboardInterrupt, SystemExit) as ended:  # Lightning makes the second of the first
         if isinstance(ended, SystemExit) and not isinstance(ended.__context__, KeyboardInterrupt):
             raise

@@ -44,12 +44,12 @@ def load_model(target: str | Path, overrides: Sequence[str] = ()) -> tuple[SAM2,
         UserError: there is no such model, it cannot be read, or an override is wrong.
     """
     path, places = Path(target), {}
-    if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx"))):
+    if path.suffix == ".onnx" or (os.path.isdir(path) and any(path.glob("*.onnx"))):
         raise UserError(
             f"{target} is an export for ONNX Runtime, which is not loaded as a MODEL: give the run or file that it was "
             "made from, or track with qsam2.formats.onnx.runtime, see docs/onnx.md"
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         places = _places_of(path)
         path = path / "model.safetensors"
         if not path.is_file():

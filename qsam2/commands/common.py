@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,5 +115,5 @@ def check_model(target: str) -> None:
     """Refuse a MODEL that cannot be before anything heavy is imported; raises UserError."""
     from qsam2.recipe.load import SIZES
 
-    if target not in SIZES and not Path(target).exists():
+    if target not in SIZES and not os.path.exists(target):  # False, too, of what no path can be
         raise UserError(f"{target} is no run folder, no model file and no size ({', '.join(SIZES)})")

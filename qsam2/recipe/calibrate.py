@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Union
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from qsam2.recipe.section import LearningRate, Names, Section
+from qsam2.recipe.section import LearningRate, LearningRateOrNone, Names, Section
 
 
 def _method(value: object) -> object:
@@ -117,7 +117,7 @@ class HierarchyRecipe(Section):
     """Loss of mask logits, object pointers and scores on frames spread over whole videos; scale of all other blocks."""
     iterations: NonNegativeInt = 30
     """Optimizer steps on the sum of the losses, each with one clip per scale. 0: none."""
-    step_lr: Annotated[LearningRate, Field(gt=0)] = 3e-3
+    step_lr: LearningRate = 3e-3
     """Learning rate of the logarithms of activation steps."""
 
     @model_validator(mode="after")
@@ -137,9 +137,9 @@ class ReconstructRecipe(Section):
     """Optimizer steps per block."""
     batch_size: PositiveInt = 4
     """Calls of the block per step; one call is one frame, in tracking blocks with all objects of a clip."""
-    lr: Annotated[LearningRate, Field(gt=0)] = 0.02
+    lr: LearningRate = 0.02
     """Learning rate of the rounding variables."""
-    step_lr: LearningRate = 1e-3
+    step_lr: LearningRateOrNone = 1e-3
     """Learning rate of the logarithms of activation steps (brecq, qdrop). 0: they stay as calibrated."""
     regularization: NonNegativeFloat = 0.01
     """Weight of the term that drives soft rounding to 0 or 1."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -27,30 +26,31 @@ def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
     return _changed(values, lambda root: "")
 
 
-def _changed(values: Mapping[str, Any], root: Any) -> dict[str, Any]:
-    changed = copy.deepcopy(dict(values))
-
+def _changed(values: Mapping[str, Any], change_root: Callable[[str], str]) -> dict[str, Any]:
     def source(spec: Any) -> Any:
         kind, colon, rest = spec.partition(":") if isinstance(spec, str) else (spec, "", "")
         if not colon or kind == "moving_objects":
             return spec
-        place, colon, split = rest.partition(":")
-        return f"{kind}:{root(place)}{colon}{split}".removesuffix(":")
+        root, colon, split = rest.partition(":")
+        return f"{kind}:{change_root(root)}{colon}{split}".removesuffix(":")
 
+    changed = dict(values)
     for key in PATHS:
-        _change(changed, key, lambda _: None)
+        changed = _replaced(changed, key.split("."), lambda _: None)
     for key in FILES:
-        _change(changed, key, lambda path: PurePath(path).name if isinstance(path, str) else path)
+        changed = _replaced(
+            changed, key.split("."), lambda file: PurePath(file).name if isinstance(file, str) else file
+        )
     for key in SOURCES:
-        _change(changed, key, lambda spec: [source(each) for each in spec] if isinstance(spec, list) else source(spec))
+        changed = _replaced(
+            changed, key.split("."), lambda spec: [*map(source, spec)] if isinstance(spec, list) else source(spec)
+        )
     return changed
 
 
-def _change(values: dict[str, Any], key: str, change: Any) -> None:
-    """Replace the value of a dotted key, if there is one."""
-    *parents, last = key.split(".")
-    holder: Any = values
-    for parent in parents:
-        holder = holder.get(parent) if isinstance(holder, dict) else None
-    if isinstance(holder, dict) and holder.get(last) is not None:
-        holder[last] = change(holder[last])
+def _replaced(values: Any, keys: list[str], change: Callable[[Any], Any]) -> Any:
+    """A copy of nested values with another value at the keys, if there is one."""
+    key, *others = keys
+    if not isinstance(values, dict) or values.get(key) is None:
+        return values
+    return {**values, key: _replaced(values[key], others, change) if others else change(values[key])}

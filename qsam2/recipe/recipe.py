@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 
 from qsam2.recipe.calibrate import CalibrateRecipe, ReconstructRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.section import LearningRate, Name, Names, Section, Tags
+from qsam2.recipe.section import LearningRate, LearningRateOrNone, Name, Names, Section, Tags
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -145,11 +145,11 @@ class TrainRecipe(Section):
     Defaults: Meta's fine-tuning (sam2.1_hiera_b+_MOSE_finetune.yaml) without dropout; for quantizers our own.
     """
 
-    lr: Annotated[LearningRate, Field(gt=0)] = 5e-6
+    lr: LearningRate = 5e-6
     """Initial learning rate outside the image encoder."""
-    image_encoder_lr: LearningRate = 3e-6
+    image_encoder_lr: LearningRateOrNone = 3e-6
     """Initial learning rate of the image encoder. 0: it and its quantizers stay as they are, without gradients."""
-    quantizer_lr: Annotated[LearningRate, Field(gt=0)] = 1e-3
+    quantizer_lr: LearningRate = 1e-3
     """Initial learning rate of learned steps and clips, which are stored as logarithms."""
     lr_end: Share = 0.1
     """Final learning rates, as a share of the initial ones."""

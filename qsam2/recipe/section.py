@@ -102,7 +102,9 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)
 """One text or a list of them."""
 Name = Annotated[str, Field(pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", max_length=100)]
 """A name that is also a folder's: not . or .., which are folders already."""
-LearningRate = Annotated[float, Field(ge=0, le=1000)]
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
+LearningRateOrNone = Annotated[float, Field(ge=0, le=1000)]
+"""0: what it is for stays as it is."""
 Tags = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 """As `Names`, which may be none."""
 
@@ -158,7 +160,7 @@ def _meant(location: list[Any], valid: list[str], schema: type[BaseModel]) -> st
         return ""
     names = [key.rpartition(".")[2] for key in everywhere]
     near = get_close_matches(word[:100], names, n=1, cutoff=0.6)
-    if not near or (near[0] != word and get_close_matches(word[:100], valid, cutoff=0.6)):
+    if not near or get_close_matches(word[:100], valid, cutoff=0.8 if near[0] == word else 0.6):
         return did_you_mean(word, valid)
     return f"; did you mean {' or '.join([key for key in everywhere if key.rpartition('.')[2] == near[0]][:3])}?"
 

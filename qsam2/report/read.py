@@ -26,6 +26,8 @@ LAYERS, CLIPS, MEMORY, MADE = "layers.json", "clips.json", "memory.json", "made.
 KINDS = {".mp4": "video/mp4", ".jpg": "image/jpeg"}
 MAX_MEDIA_BYTES = 2**26
 """Size of a film or picture that a page takes in; those of a run have some 100 kB."""
+MOST = 1e30
+"""Values that an axis still shows."""
 MODELS = ("float", "ptq", "quantized")
 """Keys of `metrics.json` that hold score blocks, in the order in which they are computed."""
 
@@ -49,8 +51,9 @@ class SavedRun:
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """Figures that training logged, by name."""
-        return read_curves(self.path / CURVES)
+        """Finite figures that training logged, by name: those of a diverged run end where it diverged."""
+        curves = read_curves(self.path / CURVES)
+        return {name: [point for point in curve if abs(point[1]) < MOST] for name, curve in curves.items()}
 
     def media(self, name: str) -> str | None:
         """A picture or film in `report/` as a data URL; None if there is no such file there, or one beyond all use."""

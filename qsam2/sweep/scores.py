@@ -7,11 +7,9 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from typing_extensions import TypedDict
 
 from qsam2.errors import UserError
@@ -20,7 +18,7 @@ from qsam2.loading import load_float, load_model
 from qsam2.output import code_version, read_json, write_text
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe
-from qsam2.run import is_first_rank
+from qsam2.run import alone_in, is_first_rank
 from qsam2.sweep.runner import Job, Plan, RunFailed, RunState
 from qsam2.sweep.table import TableDefinition, TableRun, float_runs
 
@@ -121,9 +119,7 @@ def is_finished(table: TableDefinition, run: TableRun, weights: str | None = Non
 def score_run(table: TableDefinition, run: TableRun) -> None:
     """Carry out one run in this process and score it on all sets; what is finished is not repeated."""
     folder = run.recipe.run_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    # A run of a killed table may not have ended yet; other ranks follow the first
-    with FileLock(folder / ".lock") if is_first_rank() else nullcontext():
+    with alone_in(folder):  # a run of a killed table may not have ended yet
         reference = load_float(run.recipe)
         weights = weights_digest(reference)
         if is_finished(table, run, weights):

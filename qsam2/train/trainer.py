@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import Logger
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from qsam2.errors import UserError
-from qsam2.output import write_whole
+from qsam2.output import write_whole, writing
 from qsam2.quantizers import Quantizer
 from qsam2.recipe.recipe import Recipe, TrainerRecipe
 from qsam2.train.loggers import LogScales
@@ -45,9 +45,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 raise OSError(str(error)) from error
 
         path = Path(path)
-        for unfinished in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
-            unfinished.unlink(missing_ok=True)
         try:
+            with writing(path):
+                for unfinished in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed
+                    unfinished.unlink(missing_ok=True)
             write_whole(path, write)
         except UserError as error:
             raise UserError(f"{error}; the previous one is kept: run the same command again to resume") from error

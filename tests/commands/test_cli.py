@@ -299,3 +299,15 @@ def test_scores_that_cannot_be_written_are_refused_before_the_work(refused: Refu
     assert (
         refused("evaluate", "absent", "--json", tmp_path) == f"--json {tmp_path}: is a folder; give the path of a file"
     )
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "report", "export", "sweep"])
+def test_words_that_no_path_can_be_are_refused_in_a_short_line(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("a.png")
+    more = {"predict": ["a.png", "--out", "o", "--box", "0,0,9,9"], "export": ["--format", "onnx", "--out", "o"]}
+    assert main([command, "x" * 5000, *more.get(command, [])]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 700 and "xx...xx" in said

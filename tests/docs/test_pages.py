@@ -122,6 +122,6 @@ def test_recipe_keys_link_to_their_sections_and_say_the_numbers_of_the_schema(pa
     links = set(re.findall(r"\]\(#([\w-]+)\)", text))
     assert {"train", "trainprompts", "quantizerules"} < links <= headings
     assert {f"method{method}" for method in methods()} <= headings
-    assert "| `lr` | number > 0 | `5.0e-06` | Initial learning rate outside the image encoder. |" in text
+    assert "| `lr` | number > 0, ≤ 1000 | `5.0e-06` | Initial learning rate outside the image encoder. |" in text
     assert "| `symmetric` | true or false or null | `null` |" in text
     assert "For weights. Fixed: `symmetric=true, grid=mid_rise`." in text

@@ -16,6 +16,7 @@ from typing import Any
 import av
 import pytest
 from kept_run import METRICS, QAT, W2, fill_disk, kept_run, metrics_of, write_run
+from messages import Message
 from PIL import Image
 
 from qsam2.cli import main
@@ -454,3 +455,25 @@ def test_line_on_the_terminal() -> None:
     assert headline({**scores, "fidelity": None}) == "J&F 0.0, J 50.0, F 51.0"
     assert headline({**scores, "fidelity": 0.0}) == "J&F 0.0, J 50.0, F 51.0, fidelity 0.0"
     assert headline({"box_mIoU": 20.0, "point_mIoU": 10.0, "fidelity": None}) == "point_mIoU 10.0, box_mIoU 20.0"
+
+
+def test_a_diverged_loss_is_drawn_up_to_where_it_diverged(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (file,) = run.glob("curves/version_0/metrics.csv")
+    losses = [4.0, 3.0, 2.0, 2.0, 2.0, "nan", "inf", "1e300"]
+    file.write_text("step,loss\n" + "".join(f"{step},{loss}\n" for step, loss in enumerate(losses, 1)))
+    read = read_run(run)
+    assert max(step for step, _ in read.curves["loss"]) == 5
+    assert "over 5 logged steps" in render(read)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "report/layers.json", "report/clips.json", "report/memory.json"])
+def test_json_of_another_shape_is_refused_in_one_line(tmp_path: Path, name: str, message: Message) -> None:
+    run = write_run(tmp_path / "run")
+    kept = (run / name).read_text()
+    other = {"float": 3, "layers": 3, "clips": 3, "frames": 3, "seconds": 3}
+    for text in (json.dumps(other), "[" * 5000, '"\\ud800"', kept[:-9]):
+        (run / name).write_text(text)
+        with pytest.raises(UserError) as error:
+            render(read_run(run))
+        message(error)
