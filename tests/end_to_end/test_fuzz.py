@@ -372,8 +372,8 @@ def state() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("case", "count"),
     [
-        (recipe_file, 350), (overrides, 150), (sweep_file, 100), (coco_file, 300), (yolo_file, 200), (sav_file, 200),
-        (video_file, 200), (davis_pictures, 300), (run_folder, 200),
+        (recipe_file, 450), (overrides, 150), (sweep_file, 150), (coco_file, 300), (yolo_file, 200), (sav_file, 200),
+        (video_file, 200), (davis_pictures, 300), (run_folder, 40),
     ],
 )  # fmt: skip
 def test_files(case: Case, count: int, tmp_path: Path) -> None:
