@@ -373,7 +373,7 @@ def state() -> dict[str, torch.Tensor]:
     ("case", "count"),
     [
         (recipe_file, 450), (overrides, 150), (sweep_file, 150), (coco_file, 300), (yolo_file, 200), (sav_file, 200),
-        (video_file, 200), (davis_pictures, 300), (run_folder, 40),
+        (video_file, 200), (davis_pictures, 300), (run_folder, 20),
     ],
 )  # fmt: skip
 def test_files(case: Case, count: int, tmp_path: Path) -> None:
@@ -381,8 +381,8 @@ def test_files(case: Case, count: int, tmp_path: Path) -> None:
 
 
 def test_checkpoints(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    assert not (found := faults(state_file(state), 100, tmp_path)), "\n".join(found)
+    assert not (found := faults(state_file(state), 40, tmp_path)), "\n".join(found)
 
 
 def test_packed_files(runs: dict[str, Path], tmp_path: Path) -> None:
-    assert not (found := faults(packed_file(runs["ptq"] / "model.safetensors"), 100, tmp_path)), "\n".join(found)
+    assert not (found := faults(packed_file(runs["ptq"] / "model.safetensors"), 40, tmp_path)), "\n".join(found)
