@@ -121,7 +121,7 @@ def test_it_is_the_same_each_time_and_without_it_nothing_changes(tmp_path: Path)
         (["calibrate.smooth=2"], "calibrate.smooth.0=2: should be less than or equal to 1"),
         (["calibrate.smooth=[]"], r"calibrate.smooth=\[\]: "),
         (["calibrate.stills=-1"], "calibrate.stills=-1: should be greater than or equal to 0"),
-        (["calibrate.smooth=true"], "calibrate.smooth=True: give a number from 0 to 1"),
+        (["calibrate.smooth=true"], "calibrate.smooth=True: should be a number, not true or false"),
         (["calibrate.smooth=auto"], "calibrate.smooth='auto': give a number from 0 to 1"),
         (["calibrate.rounding=gptq", "quantize.weights=null"], "recipe: calibrate.rounding=gptq needs quantized"),
         (["calibrate.rounding=gptq", "train={}"], "recipe: calibrate.rounding=gptq is for calibration alone, training"),
