@@ -37,6 +37,11 @@ def shortened(text: str, length: int = SHOWN) -> str:
     return text if len(text) <= length else f"{text[: length // 2]}...{text[3 - length // 2 :]}"
 
 
+def short(value: object) -> str:
+    """A value's text in one line, shortened; the name of its type if it has none, as errors may."""
+    return shortened(" ".join(str(value).split()) or type(value).__name__)
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: its repr, shortened."""
     try:

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qsam2.errors import UserError
+from qsam2.errors import UserError, short
 
 AGAIN = "fetch or write it again"
-LONGEST = 200
-"""Characters of a file's content that a message repeats."""
 
 
 def read_text(path: Path, *, advice: str = AGAIN) -> str:
@@ -59,10 +57,3 @@ def read_json(path: Path, shape: Any = Any, *, what: str = "", advice: str = AGA
     except ValueError as error:
         reason = f"not valid JSON: {short(error)}"
     raise UserError(f"{path} is {f'not {what}' if what else 'damaged'} ({reason}): {advice}")
-
-
-def short(value: object) -> str:
-    """A value's text in one printable line of at most `LONGEST` characters; its type's name if it has none."""
-    text = " ".join(str(value).split()) or type(value).__name__
-    text = text.encode(errors="backslashreplace").decode()
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

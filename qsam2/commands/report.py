@@ -33,7 +33,7 @@ def _report(options: argparse.Namespace) -> None:
     from qsam2.output import write_text
     from qsam2.report.compare import render_comparison
     from qsam2.report.page import REPORT, render
-    from qsam2.report.read import read_run
+    from qsam2.report.read import as_runs_write, read_run
 
     runs = [read_run(path) for path in options.runs]
     single = runs[0].path / ("unfinished.html" if runs[0].missing_stages else REPORT)
@@ -42,5 +42,7 @@ def _report(options: argparse.Namespace) -> None:
         raise UserError(f"--out {file}: is a folder; give the path of a file")
     if any(run.missing_stages and file.resolve() == (run.path / REPORT).resolve() for run in runs):
         raise UserError(f"--out {file}: that run is not finished, and this file says that it is; give another path")
-    write_text(file, render_comparison(runs) if len(runs) > 1 else render(runs[0]))
+    with as_runs_write(runs):
+        page = render_comparison(runs) if len(runs) > 1 else render(runs[0])
+    write_text(file, page)
     print(file)

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from qsam2.errors import UserError
-from qsam2.inputs import short
+from qsam2.errors import UserError, short
 
 _log = logging.getLogger(__name__)
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from qsam2.errors import UserError
-from qsam2.inputs import short
+from qsam2.errors import UserError, short
 
 FARTHEST = 10
 """Distance of a polygon's corner from its picture, in lengths of the longer side."""

@@ -17,8 +17,8 @@ from qsam2.data.index_masks import MaskFiles, split_ids
 from qsam2.data.pictures import files_below, list_files, list_pictures, subfolders
 from qsam2.data.regions import decode_region, fill_polygons
 from qsam2.data.video import Masks, Picture
-from qsam2.errors import UserError
-from qsam2.inputs import read_json, read_text, short
+from qsam2.errors import UserError, short
+from qsam2.inputs import read_json, read_text
 
 MARGIN = 1e-3
 """What YOLO's coordinates may lie outside 0..1, as rounding leaves them; they are clipped."""

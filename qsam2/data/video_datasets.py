@@ -17,8 +17,8 @@ from qsam2.data.pictures import files_below, list_pictures, subfolders
 from qsam2.data.regions import decode_rle
 from qsam2.data.video import FrameFolder, Masks, Video
 from qsam2.data.video_file import open_video
-from qsam2.errors import UserError
-from qsam2.inputs import read_json, read_text, short
+from qsam2.errors import UserError, short
+from qsam2.inputs import read_json, read_text
 
 ANNOTATE_EVERY = 4  # frames: SA-V's training videos have 24 per second, and 6 masks
 

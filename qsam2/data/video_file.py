@@ -23,8 +23,7 @@ from av.stream import Disposition
 
 from qsam2.data.pictures import MAX_PIXELS
 from qsam2.data.video import FrameFolder, Video
-from qsam2.errors import UserError
-from qsam2.inputs import short
+from qsam2.errors import UserError, short
 
 MAX_RATE = 1000
 """Frames per second; slowest, as many seconds per frame."""

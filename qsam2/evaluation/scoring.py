@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import json
 import logging
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,10 @@ from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
 from qsam2.evaluation.images import ITEM_KEYS, score_stills
 from qsam2.evaluation.mask_files import check_masks_folder, write_masks
-from qsam2.evaluation.masks_of_run import MasksFile
 from qsam2.evaluation.metrics.interval import interval_note, interval_text, paired_difference
 from qsam2.evaluation.metrics.scores import amount_text
 from qsam2.evaluation.own_masks import label_videos
+from qsam2.evaluation.stored_masks import store_masks, stored_masks
 from qsam2.evaluation.tracking import say_left_out, score_videos
 from qsam2.fast.model import FAST_MEMORY, FastSAM2, make_fast
 from qsam2.layers.audit import audit
@@ -35,7 +33,7 @@ from qsam2.layers.products import track_noise
 from qsam2.loading import load_model
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
-from qsam2.output import code_digest, write_bytes
+from qsam2.output import code_digest
 from qsam2.recipe import Recipe
 from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
 from qsam2.run import Run
@@ -70,19 +68,12 @@ def score_float(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe
     if evaluation.float_cache is None or next(quantizers(model), None) is not None or not _alone(trainer):
         return score_any(model, videos, evaluation, trainer)
     file = evaluation.float_cache / f"{_cache_key(model, videos, evaluation, trainer)}.npz"
-    if not file.is_file():
+    if (stored := stored_masks(file)) is None:
         block, masks = score_any(model, videos, evaluation, trainer)
-        arrays: dict[str, Any] = {str(index): packed for index, packed in enumerate(masks.values())}
-        stream = io.BytesIO()
-        np.savez_compressed(stream, block=json.dumps(block), names=json.dumps(list(masks)), **arrays)
-        write_bytes(file, stream.getvalue())
+        store_masks(file, masks, block)
         return block, masks
-    try:
-        with np.load(file, allow_pickle=False) as found:
-            block, names = json.loads(str(found["block"])), json.loads(str(found["names"]))
-            masks = {(video, item): found[str(index)] for index, (video, item) in enumerate(names)}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is damaged ({error}): remove it, and the float model is scored again") from error
+    block, masks = stored
+    assert block is not None
     say_left_out(block)
     return block, masks
 
@@ -256,9 +247,10 @@ def score_result(run: Run) -> None:
 def score(run: Run, model: SAM2, name: str, reference: Predictions | None = None) -> None:
     """Score a model into `metrics.json` under `name`; one with a float `reference` is audited and compared with it."""
     recipe, folder = run.recipe, run.folder
-    masks = MasksFile.of(run, name)
-    if name in folder.metrics and (predictions := masks.read()) is not None:  # before the run was resumed
-        run.predictions[name] = predictions
+    trainer = build_trainer(recipe.trainer, folder=folder.path)
+    file = folder.stages / f"{name}-{trainer.global_rank}-of-{trainer.world_size}.npz"  # each rank has its own masks
+    if name in folder.metrics and (stored := stored_masks(file)) is not None:  # before the run was resumed
+        _, run.predictions[name] = stored
         log.info("%s was scored before: %s", name, headline(folder.metrics[name]))
         return
     if reference is not None:
@@ -278,7 +270,7 @@ def score(run: Run, model: SAM2, name: str, reference: Predictions | None = None
         block["versus_float"] = compare(block, folder.metrics["float"])
         if name == "quantized" and "ptq" in folder.metrics:
             block["versus_ptq"] = compare(block, folder.metrics["ptq"])
-    masks.write(predictions)
+    store_masks(file, predictions)
     folder.record(name, block)
     log.info("%s: %s", name, headline(block))
     run.predictions[name] = predictions

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import ValidationError
 
-from qsam2.errors import UserError, shortened, shown
+from qsam2.errors import UserError, short, shortened, shown
 from qsam2.recipe.recipe import ModelRecipe, Recipe, Size
 from qsam2.recipe.section import describe, did_you_mean
 
@@ -224,7 +224,7 @@ def read_yaml(file: str | Path, kind: Kind) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{kind} {file} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{kind} {file} is not valid YAML: {shortened(str(error))}") from error
+        raise UserError(f"{kind} {file} is not valid YAML: {short(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{kind} {file} holds no `key: value` pairs")
     return values
@@ -277,7 +277,7 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
         try:
             value = parse_yaml(written)
         except ValueError as error:
-            reason = f"{shortened(repr(written), 60)} is not a valid YAML value ({shortened(str(error))})"
+            reason = f"{shortened(repr(written), 60)} is not a valid YAML value ({short(error)})"
             raise UserError(f"{shown(text)}: {reason}") from error
         for part in reversed(key.split(".")):
             value = {part: value}

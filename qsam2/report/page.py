@@ -6,9 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qsam2.errors import NOT_THIS_JSON, UserError, shortened
 from qsam2.evaluation.metrics.interval import interval_note, interval_text, paired_difference
 from qsam2.evaluation.metrics.scores import amount_text, remarks
 from qsam2.output import encodable, read_json, version
@@ -29,21 +28,7 @@ REPORT = "report.html"
 
 
 def render(run: SavedRun) -> str:
-    """The page as HTML. An unfinished run shows what there is and which stages are to come.
-
-    Raises UserError where the folder holds figures of another shape than runs write, as one from elsewhere may.
-    """
-    try:
-        return _page(run)
-    except (*NOT_THIS_JSON, ArithmeticError, TemplateError) as error:
-        reason = f"{type(error).__name__}: {shortened(str(error))}"
-        raise UserError(
-            f"{run.path}: its figures are not as a run writes them ({reason}): copy the folder again, or carry out the "
-            "run anew"
-        ) from error
-
-
-def _page(run: SavedRun) -> str:
+    """The page as HTML. An unfinished run shows what there is and which stages are to come."""
     layers, memory = run.saved(LAYERS) or {}, run.saved(MEMORY)
     rows = layers.get("layers", [])
     sensitivity = (read_json(run.path / SENSITIVITY) or {}).get("groups")
@@ -84,13 +69,13 @@ def fill(template: str, **values: Any) -> str:
 
 
 def scored_on(run: SavedRun) -> str:
-    """How much was scored: "2 videos, 40 frames, 3 objects of davis:DAVIS:val"."""
+    """Amount and data of the scores: "2 videos, 40 frames, 3 objects of davis:DAVIS:val"."""
     amount = amount_text(run.metrics.get("float") or {}) or "an unknown amount"
     return f"{amount} of {run.recipe.data.scored}"
 
 
 def verdict(run: SavedRun, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """What a reader wants to know first, one fact per line: {"what", "value", "more"}. Nothing before the end."""
+    """The result of a run, one fact per line: {"what", "value", "more"}. Nothing before the end."""
     last = rows[-1] if rows else {}
     shipped = "float" if run.recipe.quantize is None else "quantized"
     if last.get("model") != shipped:

@@ -6,16 +6,20 @@ Pages are made from the folder alone, so that they can be made again at any time
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qsam2.errors import UserError, shortened
-from qsam2.output import encodable, read_json
+from jinja2 import TemplateError
+
+from qsam2.errors import NOT_THIS_JSON, UserError, short
+from qsam2.output import encodable, listed, read_json
 from qsam2.recipe import Recipe, build_recipe, load_recipe
 from qsam2.recipe.portable import portable
 from qsam2.report.draw import Curve
@@ -94,6 +98,23 @@ def read_run(path: Path) -> SavedRun:
     return SavedRun(path, elsewhere, metrics)
 
 
+@contextlib.contextmanager
+def as_runs_write(runs: Sequence[SavedRun]) -> Iterator[None]:
+    """Context manager: drawing run folders that may come from elsewhere.
+
+    Raises:
+        UserError: their figures are of another shape than runs write.
+    """
+    try:
+        yield
+    except (*NOT_THIS_JSON, ArithmeticError, TemplateError) as error:
+        folders, reason = listed([str(run.path) for run in runs]), f"{type(error).__name__}: {short(error)}"
+        raise UserError(
+            f"{folders}: the figures are not as a run writes them ({reason}): copy the folder again, or carry out the "
+            "run anew"
+        ) from error
+
+
 def read_curves(folder: Path) -> dict[str, Curve]:
     """All logged figures that are finite; of steps that a resumed run repeated, the later values.
 
@@ -112,9 +133,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
                         if text and name != "step" and math.isfinite(float(text)):
                             values.setdefault(name, {})[step] = float(text)
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            raise UserError(
-                f"{path} is damaged ({shortened(str(error))}): remove it, the report does without"
-            ) from error
+            raise UserError(f"{path} is damaged ({short(error)}): remove it, the report does without") from error
     return {name: sorted(by_step.items()) for name, by_step in values.items()}
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
-from qsam2.errors import UserError
+from qsam2.errors import UserError, short
 from qsam2.evaluation.metrics.interval import paired_difference
 from qsam2.evaluation.metrics.scores import amount_text
 from qsam2.formats.card import checkpoint_source
-from qsam2.inputs import read_json, read_text, short
+from qsam2.inputs import read_json, read_text
 from qsam2.output import write_text
 from qsam2.sweep.scores import is_finished, read_scores
 from qsam2.sweep.table import Place, TableDefinition, TableRun, float_runs

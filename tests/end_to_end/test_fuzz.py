@@ -31,7 +31,7 @@ from qsam2.loading import load_model
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe, load_recipe, save_recipe
 from qsam2.report.page import render
-from qsam2.report.read import read_run
+from qsam2.report.read import as_runs_write, read_run
 from qsam2.run import flat
 from qsam2.sweep.definition import load_sweep
 
@@ -282,7 +282,9 @@ def run_folder(rng: random.Random, folder: Path) -> None:
         file.write_bytes(encode_json(rng, mutate(rng, json.loads(data))))
     else:
         file.write_bytes(damage(rng, data))
-    page = render(read_run(run))
+    read = read_run(run)
+    with as_runs_write([read]):
+        page = render(read)
     assert "root:x:" not in page and PASSWD not in page and str(folder) not in page
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import TypedDict
 
-from qsam2.errors import UserError
+from qsam2.errors import UserError, short
 from qsam2.formats.onnx.resize import resize, resize_frame
-from qsam2.inputs import read_json, short
+from qsam2.inputs import read_json
 
 FORMAT, VERSION = "qsam2-onnx", 1
 GRAPHS = ("image_encoder", "memory_attention", "memory_encoder", "prompt_encoder", "mask_decoder")
