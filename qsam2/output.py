@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OF_A_RUN = "copy it again, or carry out the run anew"
-"""What to do about a damaged file of a run."""
+"""Advice on a damaged file of a run."""
 
 
 def quiet_libraries(*, trains: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What `make docs` adds to the pages of docs/: reference, tables and cards from their sources, and equations.
+"""Hooks of mkdocs that add to the pages of docs/: reference, tables and cards from their sources, and equations.
 
 `generated_pages` needs this package alone, so that the tests can look at what it writes.
 """

@@ -31,7 +31,7 @@ SETTINGS: dict[str, MemoryRecipe] = {
         for frames in budgets
     },
 }
-"""What is measured, by name; "sam2" is sam2 as it is."""
+"""Memory settings that are measured, by name; "sam2" is sam2 as it is."""
 
 
 def benchmark_memory(

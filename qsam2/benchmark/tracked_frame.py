@@ -45,7 +45,7 @@ METHODS = {
     "_encode_new_memory": "memory",
     "_forward_sam_heads": "decoder",
 }
-"""Of SAM2, with the part whose time they are."""
+"""Modules of SAM2, each with the part of a frame whose time it is."""
 GRAPH_PARTS = dict(zip(GRAPHS, ("encoder", "memory", "memory", "decoder", "decoder"), strict=True))
 SHARED_FRAMES = 3
 CALIBRATION_FRAMES = 3
@@ -139,7 +139,7 @@ class Noise(Sequence[NDArray[np.uint8]]):
 
 @dataclass
 class Setting:
-    """What all engines share: the float model with random weights, the video, and a folder for files."""
+    """Parts that all engines share: the float model with random weights, the video, and a folder for files."""
 
     model: SAM2
     frames: Noise
@@ -312,7 +312,7 @@ class Engine:
     install: str = ""
 
     def missing(self) -> str | None:
-        """What it needs and is not there; None if nothing is missing."""
+        """Names of the packages and programs that the engine needs and that are absent; None if none is."""
         absent = [name for name in self.needs if name != COMPILER and importlib.util.find_spec(name) is None]
         if COMPILER in self.needs and not (shutil.which("g++") or shutil.which("clang++")):
             absent.append(COMPILER)

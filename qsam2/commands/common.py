@@ -16,7 +16,7 @@ from qsam2.errors import UserError
 from qsam2.output import quiet_libraries, write_text
 
 RESUMES = "goes on from what the run folder holds"
-"""What a command that carries out a recipe does after it was stopped."""
+"""Words for Ctrl-C: the same command, given again after it was stopped, ..."""
 
 log = logging.getLogger("qsam2")
 

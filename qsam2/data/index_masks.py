@@ -37,7 +37,7 @@ _PROBED = 500
 
 @dataclass(frozen=True)
 class Greys:
-    """What grey values mean."""
+    """Meaning of the grey values of mask files."""
 
     one_object: bool
     """True: from half of `white` on they are object 1. False: they are ids, and white is void."""
@@ -134,7 +134,7 @@ class _Counted:
         return self.values[(self.values > 0) & (self.values < white)]
 
     def meaning(self, white: int) -> str:
-        """What its greys are: ``ids``, the edges of a ``soft`` object, or "" if it has none or too few to tell.
+        """Kind of its greys: ``ids``, the edges of a ``soft`` object, or "" if it has none or too few to tell.
 
         Ids have pixels within their regions. Soft edges have none, but brighter ones beside theirs.
         """
@@ -156,7 +156,7 @@ def _histogram(values: np.ndarray) -> np.ndarray:
 
 
 def _decide(paths: Sequence[Path]) -> tuple[Greys, str]:
-    """What greys mean, and what to say about it."""
+    """Meaning of the greys of some files, and a line about it for the log ("" if there are none)."""
     counted, palettes = [], []
     for path in paths:
         try:

@@ -23,7 +23,7 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 OTHER_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jfif", ".ppm", ".pgm", ".tga", ".exr", ".dng")
 """Pictures that are not read, and must not vanish from between others."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-"""What PIL may read, whatever a file is called: some of its other formats start programs."""
+"""Formats that PIL may read, whatever a file is called: some of its others start programs."""
 MAX_PIXELS = 100_000_000
 """Largest picture or frame of a film that is read, 10,000 x 10,000: a small file can claim any amount of memory."""
 _LEFT_BY_SYSTEMS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
@@ -32,7 +32,7 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""What sets a picture of each EXIF orientation upright; those from 5 on change places of height and width."""
+"""Turns that set a picture of each EXIF orientation upright; those from 5 on swap height and width."""
 _DEPTHS = (8, 10, 12, 14, 16)
 _PROBED = 64
 """Most pictures of a folder that are read to find their depth."""

@@ -21,7 +21,7 @@ from qsam2.errors import UserError, short
 from qsam2.inputs import read_json, read_text
 
 MARGIN = 1e-3
-"""What YOLO's coordinates may lie outside 0..1, as rounding leaves them; they are clipped."""
+"""Distance from 0..1 at which YOLO's coordinates are taken for rounded ones, and clipped."""
 _SHORTEST_LABEL = 64  # bytes; longer files hold something, and are read when they are asked for
 _log = logging.getLogger(__name__)
 

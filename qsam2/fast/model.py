@@ -26,7 +26,7 @@ from qsam2.models import SAM2
 log = logging.getLogger("qsam2")
 
 FAST_MEMORY = ("memory.cache=true",)
-"""What a fast model's memory is by default, on top of its recipe: keys and values of a frame computed once."""
+"""Overrides of a fast model's recipe: keys and values of a frame are computed once."""
 LOW_PRECISION = ("image_encoder", "memory_attention", "memory_encoder")
 """The parts whose products are in bfloat16; the mask decoder stays in float32: it decides the mask's edge."""
 

@@ -83,7 +83,7 @@ def product_table(table: Sequence[Product]) -> str:
 
 
 def exceptions_table(table: Sequence[Product]) -> str:
-    """How many products have the recipe's bits, and the rows of the others."""
+    """Number of products with the recipe's bits, and the rows of the others, as text."""
     others = [row for row in table if row.reason != OWN_BITS]
     summary = f"{len(table) - len(others)} of {len(table)} products have the recipe's bits (probabilities are in float)"
     return f"{summary}; the others:\n{product_table(others)}" if others else summary

@@ -277,7 +277,7 @@ def load_weights(model: SAM2, state: Mapping[str, Tensor], *, source: str, size:
 
 
 def _strange_kind(tensor: Tensor) -> str:
-    """What keeps a tensor from being weights; empty if nothing does."""
+    """Device, layout or dtype that keeps a tensor from being weights; empty if none does."""
     if tensor.device.type != "cpu":
         return f"on {tensor.device.type}, without values"
     if tensor.layout is not torch.strided:

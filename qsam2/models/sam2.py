@@ -262,7 +262,7 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
     def clear_all_prompts_in_frame(
         self, inference_state: dict[str, Any], frame_idx: int, obj_id: int, need_output: bool = True
     ) -> tuple[int, list[int], Tensor] | None:
-        """As in `sam2`; raises UserError if there is no such frame or object."""
+        """Remove an object's prompts on a frame, as `sam2` does; UserError if there is no such frame or object."""
         self._check_owner(inference_state)
         if obj_id not in inference_state["obj_id_to_idx"]:
             raise UserError(f"there is no object {obj_id!r}, only {list(inference_state['obj_id_to_idx'])}")

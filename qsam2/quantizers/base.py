@@ -93,7 +93,7 @@ class Quantizer(nn.Module):
 
     @property
     def _on_sums(self) -> OnSums | None:
-        """What to call, in training mode, with the sums of x and x^2 of an activation."""
+        """Function to call, in training mode, with the sums of x and x^2 of an activation; None by default."""
         return None
 
     def _transform(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def version_of(tensor: Tensor) -> object:
-    """How often a tensor was written to; never the same for one of `torch.inference_mode`, where nobody counts."""
+    """Number of times a tensor was written to; a new object for one of `torch.inference_mode`, where nobody counts."""
     return object() if tensor.is_inference() else tensor._version
 
 

@@ -1,4 +1,4 @@
-"""What a run fits without training: calibration of weights and scales, rounding, block-wise reconstruction."""
+"""Recipe sections of fitting without training: calibration of weights and scales, rounding, reconstruction."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ class MemoryRecipe(Section):
 
     @property
     def mixes(self) -> dict[str, str]:
-        """Which of keys "k" and values "v" are sums or averages of quantized ones, in float where read, and why."""
+        """Reasons why keys "k" or values "v" are in float where they are read: sums or averages of quantized ones."""
         shared = self.sharing == "pool" or (self.cache and self.sharing in ("adaptive", "synthesis"))
         reason = f"memory.sharing={self.sharing} averages quantized keys and values"
         if shared:

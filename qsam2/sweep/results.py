@@ -279,7 +279,7 @@ def _is_old(scored: dict[str, Any]) -> bool:
 
 
 def _intervals(results: Results) -> str:
-    """What the intervals are."""
+    """Sentences about the kind of the intervals."""
     old = [_is_old(scored) for cell in results["cells"] for scored in cell["sets"].values()]
     text = "Intervals are t intervals with videos (or images) as units."
     if not any(old):

@@ -42,7 +42,7 @@ class Wandb(WandbLogger):
     failed = False
 
     def attempt(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns; None if it fails, or anything failed before."""
+        """Do some work and return its result; None if it fails, which is a warning, or if anything failed before."""
         if self.failed:
             return None
         try:

@@ -1,4 +1,4 @@
-"""What the greys of masks mean: decided once for all files of a video or folder; what cannot be told is refused."""
+"""Meaning of the greys of masks: decided once for all files of a video or folder; what cannot be told is refused."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_mask_with_soft_edges_is_one_object(tmp_path: Path, how: str) -> None:
 
 
 def test_the_void_border_is_never_an_object(tmp_path: Path) -> None:
-    """Where the object has left, a frame holds 0 and 255 alone, as another program may write in one bit."""
+    """A frame that the object has left holds 0 and 255 alone, as another program may write in one bit."""
     border = np.zeros(SIZE, np.uint8)
     border[:5] = 255
     with_object = np.where(MASK, np.uint8(1), border)

@@ -111,7 +111,7 @@ COUNTED = {
     "qsam2.reconstruction.block_by_block": ("Reconstruction",),
     "qsam2.evaluation.scoring": ("score_float", "score_any"),
 }
-"""What the stages of calibration and scoring call for their work."""
+"""Functions that the stages of calibration and scoring call for their work."""
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:

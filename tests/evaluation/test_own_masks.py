@@ -44,7 +44,7 @@ def footage(length: int = 8, seed: int = 0) -> Video:
     ],
 )
 def test_the_surest_masks_are_kept(model: SAM2, monkeypatch: pytest.MonkeyPatch, boxes: list, kept: list[int]) -> None:
-    """Of rectangles (top, left, bottom, right, sureness) in a picture of 16 x 16."""
+    """Masks of rectangles (top, left, bottom, right, sureness) in a picture of 16 x 16."""
     logits = torch.full((len(boxes), SIDE, SIDE), -5.0)
     for row, (top, left, bottom, right, _) in zip(logits, boxes, strict=True):
         row[top:bottom, left:right] = 5.0

@@ -122,7 +122,7 @@ def test_nothing_before_the_prompt(model: SAM2, video: Blobs) -> None:
 
 
 def test_objects_of_two_passes_do_not_overlap(model: SAM2, video: Blobs) -> None:
-    """Where they would, the lowest id wins, as in the masks that are written."""
+    """A pixel of two passes belongs to the lowest id, as in the masks that are written."""
     prompts = {0: {3: blob(8)}, 1: {1: blob(20)}}
     free = track(model, video, prompts, length=LENGTH, non_overlapping=False)
     assert (free[1] & free[3]).any()

@@ -1,4 +1,4 @@
-"""What leaves a machine names no place on it, and what comes from elsewhere chooses none here."""
+"""Recipes and files that leave a machine name no place on it; those from elsewhere choose none here."""
 
 from __future__ import annotations
 

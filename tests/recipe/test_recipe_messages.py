@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one line: the key as the user wrote it, the value it has, what is allowed."""
+"""Mistakes in a recipe, each told in one line: the key as the user wrote it, the value it has, what is allowed."""
 
 from __future__ import annotations
 

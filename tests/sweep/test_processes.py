@@ -1,4 +1,4 @@
-"""What stops a process: SIGTERM as Ctrl-C does, and the end of the one that started it."""
+"""Ends of a process: SIGTERM as Ctrl-C does, and the end of the one that started it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What generated objects look like: random outlines, and textures from photographs.
+"""Looks of generated objects: random outlines, and textures from photographs.
 
 The photographs are those inside the scikit-image package; nothing is downloaded.
 """

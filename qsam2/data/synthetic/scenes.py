@@ -107,7 +107,7 @@ def _smear(picture: np.ndarray, x: np.ndarray, y: np.ndarray, motion: np.ndarray
 
 @dataclass(frozen=True)
 class Scene:
-    """What a video shows at any time."""
+    """Content of a generated video at any time: objects, light, grain."""
 
     sprites: Sequence[Sprite]  # from far to near
     light: Wave  # log2 of the brightness

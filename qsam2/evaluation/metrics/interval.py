@@ -72,7 +72,7 @@ def interval_text(versus: Mapping[str, Any]) -> str:
 
 
 def interval_note(versus: Mapping[str, Any]) -> str:
-    """What the interval is and of what: "95 % t interval over 7 videos, 9 objects"."""
+    """Kind and basis of an interval: "95 % t interval over 7 videos, 9 objects"."""
     unit, objects = versus["unit"], versus["objects"]
     return f"95 % t interval over {versus[unit]} {unit}, {objects} object{'s' if objects != 1 else ''}"
 

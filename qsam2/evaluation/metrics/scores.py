@@ -48,7 +48,7 @@ class ObjectScores(Metric):
         return self.table()
 
     def add(self, group: str, object_id: int | str, values: Sequence[float]) -> None:
-        """As `update`."""
+        """Add one object's values, as `update` of this class does; for subclasses, whose `update` takes masks."""
         name = (group, str(object_id))
         if name in self.names:
             raise UserError(f"{group}: object {object_id} was given twice; give all frames of an object in one update")
@@ -60,7 +60,7 @@ class ObjectScores(Metric):
         self._append([group, what])
 
     def left_out(self) -> dict[str, list[str]]:
-        """What was left out, {group: remarks}, sorted."""
+        """Remarks on what is not scored, {group: remarks}, sorted."""
         found: dict[str, list[str]] = {}
         for group, what in sorted({(line[0], line[1]) for line in self._gathered() if len(line) == 2}):
             found.setdefault(group, []).append(what)
@@ -105,13 +105,13 @@ def mean_over_objects(table: Table) -> np.ndarray:
 
 
 def remarks(left_out: Mapping[str, Sequence[str]]) -> list[str]:
-    """What was left out as text, "VIDEO: WHAT"; of many the first three."""
+    """Remarks on what is not scored as text, "VIDEO: WHAT"; of many the first three."""
     texts = [f"{group}: {what}" for group, reasons in left_out.items() for what in reasons]
     return [*texts[:3], *([f"and {len(texts) - 3} more, see left_out in the scores"] if len(texts) > 3 else [])]
 
 
 def amount_text(block: Mapping[str, Any]) -> str:
-    """How much a score block is of: "7 videos, 350 frames, 7 objects"; of stills their images and instances."""
+    """Amount of data behind a score block: "7 videos, 350 frames, 7 objects"; of stills their images and instances."""
     counts = block.get("scored")
     if counts is None and (objects := block.get("per_object")):  # of a run of an earlier version
         units = ("images", "instances") if block.get("protocol") == "stills" else ("videos", "objects")
@@ -120,7 +120,7 @@ def amount_text(block: Mapping[str, Any]) -> str:
 
 
 def amount(table: Table) -> dict[str, int]:
-    """How much was scored; a row of the table ends with its object's number of frames.
+    """Amount of data that was scored; a row of the table ends with its object's number of frames.
 
     Frames of a video are those on which the object that is scored on most of them is.
     """
