@@ -40,8 +40,8 @@ from qsam2.report.read import read_curves
 
 DAVIS, MOVING, STILLS = "davis:davis16_240p:val", "moving_objects:50:test", "coco:coco_stills"
 BANKS = {"full bank (7 frames, 16 pointers)": (7, 16), "prompted frame and the last": (2, 2), "prompted frame": (1, 2)}
-"""Sizes of the memory that attention sees: (`num_maskmem`, `max_obj_ptrs_in_encoder`) of sam2, which divides by the latter less
-one; the prompted frame is always kept."""
+"""Sizes of the memory that attention sees: (`num_maskmem`, `max_obj_ptrs_in_encoder`) of sam2, which
+divides by the latter less one; the prompted frame is always kept."""
 PICTURED = "moving_objects:3:val"
 MOVING_VAL, OTHER_SIDES_PX = "moving_objects:16:val", (256, 384)
 """Data on which a size may be chosen, and the input sizes that stand beside nano's own."""
