@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL
 import pytest
 from messages import Message
 from PIL import Image
@@ -138,6 +139,8 @@ def test_labels_land_on_the_upright_picture(tmp_path: Path) -> None:
     ("mode", "difference"), [("CMYK", 0), ("RGBA", 0), ("YCbCr", 4), ("L", None), ("LA", None), ("P", None)]
 )
 def test_colours_of_other_modes(tmp_path: Path, mode: str, difference: int | None) -> None:
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 cannot read this kind of TIFF, also its own")
     picture = Image.fromarray(COLOUR).convert(mode)
     if mode == "RGBA":
         picture.putalpha(Image.fromarray(np.where(OBJECT, 255, 0).astype(np.uint8)))  # colours under alpha are kept
