@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sam2.modeling.sam2_utils import DropPath
+from torch import nn
 
 from qsam2.data.sources import open_val
 from qsam2.data.unlabelled import has_masks
@@ -43,6 +45,9 @@ log = logging.getLogger("qsam2")
 
 Scored = tuple[dict[str, Any], Predictions]
 """A score block and the masks behind it."""
+
+UNSCORED = ("training", "dropout_p", "size", "tracked_frame")
+"""Values of modules that no score depends on: of training alone, a name, and what was tracked last."""
 
 
 def score_any(
@@ -101,10 +106,12 @@ def _cache_key(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe,
 
 
 def _configuration(model: SAM2) -> list[tuple[str, str]]:
-    """Class and plain values of all modules, such as the number of remembered frames; weights are not among them."""
+    """Class and plain values of all modules, such as the number of remembered frames, without `UNSCORED` ones."""
     found = []
     for name, module in model.named_modules():
-        values = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "training"}
+        if isinstance(module, (nn.Identity, nn.Dropout, DropPath)):  # all the same where nothing is trained
+            continue
+        values = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k not in UNSCORED}
         found.append((name, f"{type(module).__qualname__} {sorted(values.items())}"))
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sam2.modeling.sam2_utils import DropPath
 from torch import nn
 
 from qsam2.data.synthetic.moving_objects import moving_objects
@@ -84,6 +85,14 @@ def test_what_differs_is_computed_anew(
     with torch.no_grad():
         next(parameter for parameter in other.parameters() if parameter.ndim == 1)[0] += 1e-6
     remembers.num_maskmem -= 1
+    trained_and_tracked = copy.deepcopy(model).train()
+    trained_and_tracked.tracked_frame, trained_and_tracked.size = 3, "nano"
+    for module in trained_and_tracked.modules():
+        if hasattr(module, "dropout_p"):
+            module.dropout_p = 0.2
+        for name, child in module.named_children():
+            if isinstance(child, (nn.Dropout, nn.Identity)):
+                setattr(module, name, DropPath(0.3))
     last = len(videos[0]) - 1
     cases = (
         (model, videos, evaluation),
@@ -102,6 +111,7 @@ def test_what_differs_is_computed_anew(
         score_float(*scored, TRAINER)
     assert len(computed) == len(cases)
     score_float(model, [Changed(video) for video in videos], evaluation, TRAINER)  # the same content: kept
+    score_float(trained_and_tracked, videos, evaluation, TRAINER)  # other dropout, and a frame tracked before: kept
     early = evaluation.model_copy(update={"frames": 3})
     score_float(model, [Changed(videos[0], frame=3), Changed(videos[1], mask=last)], early, TRAINER)  # not scored: kept
     assert len(computed) == len(cases)
