@@ -1,7 +1,8 @@
-"""Second-order statistics of layer inputs: count, mean and Gram matrix in one pass, without keeping the inputs."""
+"""Second-order statistics of layer inputs, as they are and as they are quantized, without keeping the inputs."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -9,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsam2.layers.hooks import Half, gather_halves
+from qsam2.layers.hooks import Half, gather_halves, watch_inputs
 from qsam2.layers.weight import QuantizedLayer
-from qsam2.quantizers import QuantizerState, build_quantizer
+from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.recipe.quantize import QuantizeRecipe
-from qsam2.recipe.quantizer_specs import QuantizerSpec
 
 Sample = TypeVar("Sample")
 CHUNK = 8192
@@ -25,20 +25,51 @@ REMEDY = (
 
 
 @torch.no_grad()
+def observe_inputs(
+    layers: Mapping[str, nn.Module],
+    run: Callable[[Sample], object],
+    samples: Iterable[Sample],
+    count: int,
+    quantize: QuantizeRecipe,
+) -> dict[str, Quantizer]:
+    """Quantizers for the inputs of float layers, as `quantize` says, calibrated on the first `count // 2` samples.
+
+    Raises:
+        UserError: see `watch_inputs`; a range cannot be found.
+    """
+    found: dict[str, Quantizer] = {}
+    for name, layer in layers.items():
+        if (spec := quantize.plan(name).activations) is not None:
+            quantizer = build_quantizer(spec, "activation", name=f"{name}.input_quantizer")
+            found[name] = quantizer.to(layer.get_parameter("weight").device).eval()
+            quantizer.state = QuantizerState.OBSERVE
+    if found:
+        observed = {name: layers[name] for name in found}
+        with watch_inputs(observed, lambda name, x: found[name](x), remedy=REMEDY):
+            for sample in itertools.islice(samples, max(count, 2) // 2):
+                run(sample)
+    for quantizer in found.values():
+        quantizer.finish_observing()
+    return found
+
+
+@torch.no_grad()
 def gather_inputs(
     layers: Mapping[str, nn.Module],
     run: Callable[[Sample], object],
     samples: Iterable[Sample],
     count: int,
-    quantize: QuantizeRecipe | None = None,
+    quantizers: Mapping[str, Quantizer] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LayerInputs]:
     """Statistics of each layer's inputs, in one pass: the first `count // 2` samples fit, the others are held out.
 
-    Inputs of float layers are quantized as `quantize` says, calibrated on the first half. In a distributed run all
-    ranks see all samples. `run` passes one sample through the model; raises as `gather_halves`.
+    A quantized layer reads its inputs by its own quantizer, a float layer by that in `quantizers`, if there is one.
+    Outputs are those of the layer's weight, or of that in `weights`. In a distributed run all ranks see all samples.
+    `run` passes one sample through the model; raises as `gather_halves`.
     """
-    specs = {name: quantize.plan(name).activations if quantize else None for name in layers}
-    statistics = {name: LayerInputs(name, layer, specs[name]) for name, layer in layers.items()}
+    readers, originals = quantizers or {}, weights or {}
+    statistics = {name: LayerInputs(layer, readers.get(name), originals.get(name)) for name, layer in layers.items()}
 
     def record(half: Half, name: str, x: Tensor) -> None:
         statistics[name].add(half, x)
@@ -48,75 +79,91 @@ def gather_inputs(
 
 
 class LayerInputs:
-    """Moments of a layer's inputs on two disjoint halves of the samples, and the noise of quantizing them.
+    """Moments of a layer's inputs on two disjoint halves of the samples.
 
-    The layer is linear or an ungrouped convolution. `noise` (n,): mean (q(x) - x)^2 of each input, 0 without q. q is a
-    quantized layer's own quantizer; that of a float layer has the range of the first half and the noise of the other.
+    The layer is linear or an ungrouped convolution; `quantizer` is that of its input, None where it is in float.
     """
 
-    def __init__(self, name: str, layer: nn.Module, spec: QuantizerSpec | None = None) -> None:
+    def __init__(self, layer: nn.Module, quantizer: Quantizer | None = None, weight: Tensor | None = None) -> None:
         self.layer = layer
-        weight = layer.get_parameter("weight")
-        self.quantizer = layer.input_quantizer if isinstance(layer, QuantizedLayer) else None
-        if spec is not None:
-            self.quantizer = (
-                build_quantizer(spec, "activation", name=f"{name}.input_quantizer").to(weight.device).eval()
-            )
-            self.quantizer.state = QuantizerState.OBSERVE
-        size, device = weight[0].numel(), weight.device
-        place = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        self.fit, self.held_out = Moments(size, place), Moments(size, place)
-        self.noise = torch.zeros(size, dtype=torch.float64, device=place)
-        self.noisy_rows = 0
+        self.quantizer = layer.input_quantizer if isinstance(layer, QuantizedLayer) else quantizer
+        weight = (layer.get_parameter("weight") if weight is None else weight).detach().flatten(1)
+        place = torch.device("cpu") if weight.device.type == "mps" else weight.device  # MPS has no float64
+        self.fit, self.held_out = Moments(weight.shape[1], place), Moments(weight.shape[1], place, weight)
 
     def add(self, half: Half, x: Tensor) -> None:
         """Add the finite input of one call of the layer to a half."""
-        rows, quantizer = input_rows(self.layer, x), self.quantizer
-        (self.fit if half == "fit" else self.held_out).add(rows)
-        if quantizer is None or not len(rows):
-            return
-        if half == "held_out" and quantizer.state is QuantizerState.OBSERVE:
-            quantizer.finish_observing()
-        quantized = quantizer(x)
-        if quantizer.state is QuantizerState.QUANTIZE:
-            error = (input_rows(self.layer, quantized) - rows).square().mean(dim=0).to(self.noise.device).double()
-            self.noisy_rows += len(rows)
-            self.noise += (error - self.noise) * (len(rows) / self.noisy_rows)
+        read = x if self.quantizer is None else self.quantizer(x)
+        rows = input_rows(self.layer, x)
+        (self.fit if half == "fit" else self.held_out).add(rows, rows if read is x else input_rows(self.layer, read))
 
 
 class Moments:
-    """Count, mean (n,) and scatter sum (x - mean)(x - mean)^T (n, n) of rows, accumulated in float64.
+    """Moments of rows x (N, n), and of the rows q (N, n) that a layer reads for them, accumulated in float64.
 
     Chunks are merged by the update of Chan, Golub and LeVeque (1979), which stays exact when the mean is large.
+
+    Attributes:
+        mean, read_mean: means of x and q, (n,).
+        scatter: sum (q - read_mean)(q - read_mean)^T, (n, n).
+        cross: sum (x - mean)(q - read_mean)^T, (n, n); the tensor `scatter` itself while all rows are read as they are.
+        noise: mean (q - x)^2 of each element, (n,).
+        outputs, losses: with a weight W (m, n), the sums of |W (x - mean)|^2 and |W (e - mean e)|^2, e = x - q.
     """
 
-    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
-        self.mean = torch.zeros(size, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(size, size, dtype=torch.float64, device=device)
+    def __init__(self, size: int, device: torch.device | str = "cpu", weight: Tensor | None = None) -> None:
+        self.count, self.weight = 0, weight
+        self.mean, self.read_mean, self.noise = torch.zeros(3, size, dtype=torch.float64, device=device)
+        self.scatter = self.cross = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.outputs = self.losses = 0.0
 
     @property
     def covariance(self) -> Tensor:
-        """E (x - mean)(x - mean)^T, (n, n)."""
+        """E (q - read_mean)(q - read_mean)^T, (n, n)."""
         return self.scatter / self.count
 
     def second_moment(self, *, centred: bool) -> Tensor:
-        """Second moment (n, n) about the mean or about zero, for a layer without a bias to absorb the mean."""
-        return self.covariance if centred else self.covariance + torch.outer(self.mean, self.mean)
+        """E q q^T (n, n) about the mean or about zero, for a layer without a bias to absorb the mean."""
+        return self.covariance if centred else self.covariance + torch.outer(self.read_mean, self.read_mean)
+
+    def cross_moment(self, *, centred: bool) -> Tensor:
+        """E x q^T (n, n) about the means or about zero."""
+        covariance = self.cross / self.count
+        return covariance if centred else covariance + torch.outer(self.mean, self.read_mean)
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Add finite rows (N, n)."""
-        for rows in x.split(CHUNK):
-            rows = rows.to(self.mean.device).double()
-            mean = rows.mean(dim=0)
-            rows = rows - mean
+    def add(self, x: Tensor, read: Tensor | None = None) -> None:
+        """Add finite rows (N, n), and the rows that are read for them if these differ."""
+        exact = read is None or read is x
+        if not exact and self.cross is self.scatter:
+            self.cross = self.scatter.clone()
+        weight = None if self.weight is None else self.weight.to(self.mean)
+        for rows, q in zip(x.split(CHUNK), (x if read is None else read).split(CHUNK), strict=True):
+            rows = rows.to(self.mean)
+            q = rows if exact else q.to(self.mean)
             total = self.count + len(rows)
-            shift = mean - self.mean
-            self.scatter.addmm_(rows.T, rows)
-            self.scatter.addr_(shift, shift, alpha=self.count * len(rows) / total)
-            self.mean += shift * (len(rows) / total)
+            new, share = len(rows) / total, self.count * len(rows) / total
+            self.noise += ((rows - q).square().mean(dim=0) - self.noise) * new
+            mean = rows.mean(dim=0)
+            read_mean = mean if exact else q.mean(dim=0)
+            shift, read_shift = mean - self.mean, read_mean - self.read_mean
+            rows = rows - mean
+            q = rows if exact else q - read_mean
+            self.scatter.addmm_(q.T, q).addr_(read_shift, read_shift, alpha=share)
+            if self.cross is not self.scatter:
+                self.cross.addmm_(rows.T, q).addr_(shift, read_shift, alpha=share)
+            if weight is not None:
+                self.outputs += _energy(weight, rows, shift, share)
+                if self.cross is not self.scatter:
+                    self.losses += _energy(weight, rows - q, shift - read_shift, share)
+            self.mean += shift * new
+            self.read_mean += read_shift * new
             self.count = total
+
+
+def _energy(weight: Tensor, rows: Tensor, shift: Tensor, share: float) -> float:
+    """What rows (N, n) about their mean, which is off by `shift`, add to the sum of |W x|^2 about the common mean."""
+    return float((rows @ weight.T).square().sum() + share * (weight @ shift).square().sum())
 
 
 def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
@@ -129,5 +176,5 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def gram_bytes(layers: Iterable[nn.Module]) -> int:
-    """Size in bytes of the matrices that `gather_inputs` holds: two of float64 per layer."""
-    return sum(2 * 8 * layer.get_parameter("weight")[0].numel() ** 2 for layer in layers)
+    """Size in bytes of the matrices that `gather_inputs` holds for quantized inputs: four of float64 per layer."""
+    return sum(4 * 8 * layer.get_parameter("weight")[0].numel() ** 2 for layer in layers)

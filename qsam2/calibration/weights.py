@@ -1,8 +1,8 @@
 """Weight calibration: new weights for linear layers, of least quantized output error on held-out data.
 
-`ridge` (Q-SAM2, arXiv 2506.09782) lessens the Frobenius norm where the inputs hardly vary; `acnr` (AHCQ-SAM) raises
-small singular values. Candidates of several strengths are fitted on one half of the calibration samples and compared on
-the other (ours).
+`ridge` (Q-SAM2, arXiv 2506.09782) lessens the Frobenius norm where the inputs hardly vary, and makes up for the error
+of quantized inputs (ours); `acnr` (AHCQ-SAM) raises small singular values. Candidates of several strengths are fitted
+on one half of the calibration samples and compared on the other (ours).
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from qsam2.calibration.forward import encode, run_sample
-from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs, gram_bytes
+from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs, gram_bytes, observe_inputs
 from qsam2.errors import UserError
 from qsam2.layers.convert import nearest_names
 from qsam2.output import listed
@@ -55,9 +56,9 @@ class CalibratedLayer:
     """Standard deviation of the weights, before and after calibration."""
     max_over_std: tuple[float, float]
     float_error: float
-    """Error of the float layer with the new weights."""
+    """Error of the new weights in float, which read quantized inputs."""
     quantized_error: tuple[float, float]
-    """Error of the quantized layer with the old and the new weights, noise of quantized inputs included."""
+    """Error of the quantized layer with the old and the new weights."""
     errors: dict[float, float]
     """Quantized error for each strength."""
 
@@ -72,8 +73,13 @@ def calibrate_weights(run: Run) -> None:
     what = f"{method.method}, {len(layers)} layers, {gram_bytes(layers.values()) / 1e9:.2f} GB of Gram matrices"
     with run.folder.stage("calibrate weights", what):
         run.prepare_inference()
-        shown = tqdm(data.samples(), "gather inputs", len(data), disable=run.silent)
-        inputs = gather_inputs(layers, lambda sample: forward(run.model, sample), shown, len(data), quantize)
+        passed = partial(forward, run.model)
+        half, whole = (
+            tqdm(data.samples(), what, count, disable=run.silent)
+            for what, count in (("ranges of inputs", max(len(data), 2) // 2), ("gather inputs", len(data)))
+        )
+        quantizers = observe_inputs(layers, passed, half, len(data), quantize)
+        inputs = gather_inputs(layers, passed, whole, len(data), quantizers)
         calibrated = calibrate_layers(layers, inputs, quantize, method, progress=not run.silent)
     changed = sum(row.strength > 0 for row in calibrated.values())
     log.info("%s: %d of %d layers have new weights", method.method, changed, len(calibrated))
@@ -137,9 +143,9 @@ def calibrate_layer(
 ) -> CalibratedLayer:
     """Replace a layer's weights by the candidate (`ridge`, `acnr`) of least quantized error on the held-out half.
 
-    Candidates are quantized by the recipe's spec of this layer. The error of quantized inputs counts as noise,
-    uncorrelated between inputs and with them. The bias keeps the mean output on the fitted half; a layer without bias
-    is fitted about zero. Strength 0 is a candidate, so that no layer gets worse on the held-out half.
+    Candidates are quantized by the recipe's spec of this layer and read quantized inputs. The bias keeps the mean
+    output on the fitted half; a layer without bias is fitted about zero. Strength 0 is a candidate, so that no layer
+    gets worse on the held-out half.
 
     Raises:
         UserError: the weights hold NaN or infinity.
@@ -148,26 +154,26 @@ def calibrate_layer(
     weight = layer.weight.detach().to(device).double()
     if not weight.isfinite().all():
         raise UserError(f"weight of {name} contains NaN or infinity: check the checkpoint")
-    spectrum = Spectrum(inputs.fit, centred=layer.bias is not None)
+    centred = layer.bias is not None
+    spectrum = Spectrum(inputs.fit, centred=centred)
     strengths = method.strengths
     if isinstance(method, FrobeniusRecipe):
-        candidates = ridge(weight, spectrum, strengths)
+        candidates = ridge(weight, spectrum, strengths, inputs.fit.cross_moment(centred=centred))
     else:
-        candidates = acnr(weight, inputs.noise, strengths)
+        candidates = acnr(weight, inputs.fit.noise, strengths)
 
-    held_out, scale = inputs.held_out, output_energy(weight, inputs.held_out, layer.bias is not None)
+    held_out, energy = inputs.held_out, output_energy(weight, inputs.held_out, centred)
     quantizer = build_quantizer(spec, "weight", num_channels=layer.out_features, name=f"{name}.weight_quantizer")
     errors = []
     for candidate in candidates:
-        shift = refit_bias(weight, candidate, inputs.fit.mean, layer.bias)
         single = candidate.float()
         quantizer.to(single.device).initialize_from(single)
         quantized = quantizer(single).double()
-        noise = float(quantized.square().sum(dim=0) @ inputs.noise)
-        errors.append((output_error(weight - quantized, shift, held_out) + noise) / scale)
+        shift = refit_bias(weight, quantized, inputs.fit, layer.bias)
+        errors.append(output_error(weight, quantized, shift, held_out) / energy)
     best = min(range(len(errors)), key=errors.__getitem__)  # the weakest among equals
     new = candidates[best]
-    shift = refit_bias(weight, new, inputs.fit.mean, layer.bias)
+    shift = refit_bias(weight, new, inputs.fit, layer.bias) if best else torch.zeros_like(weight[:, 0])
     row = CalibratedLayer(
         bits=spec.bits,
         strength=strengths[best],
@@ -176,7 +182,7 @@ def calibrate_layer(
         condition_number=spectrum.condition_number,
         std=(float(weight.std()), float(new.std())),
         max_over_std=(_max_over_std(weight), _max_over_std(new)),
-        float_error=output_error(weight - new, shift, held_out) / scale,
+        float_error=output_error(weight, new, shift, held_out) / energy,
         quantized_error=(errors[0], errors[best]),
         errors=dict(zip(strengths, errors, strict=True)),
     )
@@ -202,22 +208,24 @@ class Spectrum:
         return float(self.values[-1] / self.values[-self.rank]) if self.rank else 1.0
 
 
-def ridge(weight: Tensor, spectrum: Spectrum, rhos: Sequence[float]) -> list[Tensor]:
-    """Minimisers of E |(W - W^) x|^2 + lambda |W^|^2 for each rho, lambda = rho * mean of the Gram's diagonal.
+def ridge(weight: Tensor, spectrum: Spectrum, rhos: Sequence[float], cross: Tensor) -> list[Tensor]:
+    """Minimisers of E |W x - W^ q|^2 + lambda |W^|^2 for each rho, lambda = rho * mean of the Gram's diagonal.
 
-    Q-SAM2's closed form W C (C + lambda I)^-1, C the (centred: ours) Gram matrix over the count, scales W along
-    eigenvector k by s_k / (s_k + lambda). rho = 0 and constant inputs give W itself, also if C is singular (ours; the
-    limit would remove the directions in which the inputs do not vary).
+    q is x as the layer reads it, quantized or not. With H = E q q^T and G = E x q^T (centred: ours) the solution is
+    W G (H + lambda I)^-1; without quantization it is Q-SAM2's closed form, which scales W along eigenvector k of the
+    Gram by s_k / (s_k + lambda). rho = 0 and constant inputs give W itself, also if H is singular (ours; the limit
+    would remove the directions in which the inputs do not vary).
 
     Args:
         weight: (m, n) float64.
+        spectrum: Of H.
+        cross: G, (n, n).
     """
     if not spectrum.rank:
         return [weight for _ in rhos]
-    rotated = weight @ spectrum.vectors
+    rotated = weight @ cross @ spectrum.vectors
     mean = spectrum.values.mean()
-    shrunk = (spectrum.values / (spectrum.values + rho * mean) if rho else None for rho in rhos)
-    return [weight if factor is None else (rotated * factor) @ spectrum.vectors.T for factor in shrunk]
+    return [(rotated / (spectrum.values + rho * mean)) @ spectrum.vectors.T if rho else weight for rho in rhos]
 
 
 def acnr(weight: Tensor, noise: Tensor, steps: Sequence[float]) -> list[Tensor]:
@@ -245,22 +253,32 @@ def acnr(weight: Tensor, noise: Tensor, steps: Sequence[float]) -> list[Tensor]:
     return [results[int(step)] for step in steps]
 
 
-def refit_bias(weight: Tensor, new: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
-    """Change (m,) of the bias that keeps the mean output, (W - W^) mean; 0 without a bias."""
-    shift = (weight - new) @ mean
+def refit_bias(weight: Tensor, new: Tensor, moments: Moments, bias: Tensor | None) -> Tensor:
+    """Change (m,) of the bias that keeps the mean output, W E x - W^ E q; 0 without a bias."""
+    shift = weight @ moments.mean - new @ moments.read_mean
     return shift if bias is not None else torch.zeros_like(shift)
 
 
-def output_error(difference: Tensor, shift: Tensor, moments: Moments) -> float:
-    """E |D x - shift|^2 from the moments of x: tr(D C D^T) + |D mean - shift|^2. D is (m, n)."""
-    spread = ((difference @ moments.covariance) * difference).sum()
-    return float(spread + (difference @ moments.mean - shift).square().sum())
+def output_error(weight: Tensor, new: Tensor, shift: Tensor, moments: Moments) -> float:
+    """E |W x - W^ q - shift|^2 from moments that hold W: of D q + W e - shift, with D = W - W^ and e = x - q.
+
+    Args:
+        weight: W, (m, n).
+        new: W^, (m, n).
+        shift: Change of the bias, (m,).
+    """
+    difference = weight - new
+    spread = ((difference @ moments.scatter) * difference).sum() + moments.losses
+    if moments.cross is not moments.scatter:
+        spread += 2 * ((weight @ (moments.cross - moments.scatter)) * difference).sum()
+    mean = weight @ moments.mean - new @ moments.read_mean - shift
+    return float(spread / moments.count + mean.square().sum())
 
 
 def output_energy(weight: Tensor, moments: Moments, centred: bool) -> float:
     """E |W x|^2, about the mean or about zero; 1 if that is 0, so that errors can be relative to it."""
-    mean = weight @ moments.mean
-    return output_error(weight, mean if centred else torch.zeros_like(mean), moments) or 1.0
+    about_zero = 0.0 if centred else float((weight @ moments.mean).square().sum())
+    return moments.outputs / moments.count + about_zero or 1.0
 
 
 def _max_over_std(weight: Tensor) -> float:

@@ -345,8 +345,11 @@ class Recipe(Section):
                 )
         if calibrate.smooth is not None and not activations:
             raise ValueError("calibrate.smooth needs quantized activations: give quantize.activations, or null here")
-        if calibrate.rounding is not None and train is not None:
-            raise ValueError(f"calibrate.rounding={calibrate.rounding.method} {alone} null here")
+        if calibrate.rounding is not None and train is not None and quantize.weights.method == "dorefa":
+            raise ValueError(
+                f"calibrate.rounding={calibrate.rounding.method} starts training in the cells of its integers, but "
+                "dorefa rounds the tanh of weights: give quantize.weights another method, or null here"
+            )
         if quantize is None and train is not None and train.distill.needs_teacher:
             raise ValueError(
                 "train.distill.mask_logits and image_embeddings follow the float model, but quantize=null trains just "

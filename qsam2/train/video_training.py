@@ -198,6 +198,8 @@ class VideoTraining(L.LightningModule):
                 total = total + distill.image_embeddings * losses["distill_embeddings"]
         if not torch.isfinite(total):
             raise diverged(f"the loss is {float(total)} at step {self.global_step}", self.recipe)
+        if not total.requires_grad:  # each frame was prompted by its mask: there is nothing to learn from this batch
+            total = total + 0.0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
         self.log("loss", total, prog_bar=True)
         self.log_dict({f"loss/{name.removeprefix('loss_')}": value for name, value in losses.items()})
         return total

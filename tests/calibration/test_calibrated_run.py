@@ -16,6 +16,7 @@ from qsam2.calibration.weights import calibrate_weights
 from qsam2.errors import UserError
 from qsam2.evaluation import scoring
 from qsam2.formats.packed import load_packed
+from qsam2.loading import load_model
 from qsam2.models import load_sam2
 from qsam2.pipeline import begin, run_recipe
 from qsam2.recipe import Recipe, build_recipe
@@ -78,6 +79,20 @@ def test_weights_scales_ranges_and_rounding_combine(tmp_path: Path) -> None:
     assert metrics["quantized"]["J&F"] == metrics["ptq"]["J&F"]
 
 
+def test_training_starts_from_the_integers_of_calibration(tmp_path: Path) -> None:
+    """A step that moves next to nothing leaves them, and the biases that go with them."""
+    rules = "quantize.rules=[{match: '*.blocks.0.*', weight_bits: 3}, {match: '*', keep_float: true}]"
+    start = [rules, "calibrate.rounding=gptq", "calibrate.smooth=0.5", "quantize.weights.method=lsq"]
+    still = "train={lr: 1e-12, image_encoder_lr: 1e-12, quantizer_lr: 1e-12}"
+    run_recipe(recipe(tmp_path / "ptq", *start))
+    metrics = run_recipe(recipe(tmp_path / "qat", *start, still, "trainer.max_steps=1", "data.num_workers=0"))
+    chosen = [name for name, row in metrics["rounded"]["layers"].items() if row["damping"] > 0]
+    ptq, qat = (dict(load_model(tmp_path / name)[0].named_parameters()) for name in ("ptq", "qat"))
+    for name in (f"{layer}.{part}" for layer in chosen for part in ("weight", "bias")):
+        torch.testing.assert_close(qat[name], ptq[name], rtol=1e-4, atol=1e-6)
+    assert chosen
+
+
 def test_the_float_reference_is_the_model_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(scoring, "score", scored)
@@ -116,15 +131,20 @@ def test_it_is_the_same_each_time_and_without_it_nothing_changes(tmp_path: Path)
         (["calibrate.weights=acnr", "calibrate.clips=1"], "calibrate: clips=1 is too few: weights are fitted on"),
         (["calibrate.rounding=gptq", "calibrate.clips=1"], "calibrate: clips=1 is too few: what is fitted on one half"),
         (["calibrate.smooth=[0.3, 0.5]", "calibrate.clips=1"], "calibrate: clips=1 is too few: what is fitted on"),
-        (["calibrate.rounding=gpt"], "calibrate.rounding.method='gpt': should be 'gptq'"),
-        (["calibrate.rounding={damping: 0}"], "calibrate.rounding.damping=0: should be greater than 0"),
+        (["calibrate.rounding=gpt"], "calibrate.rounding.method='gpt' is unknown: give gptq or nearest"),
+        (["calibrate.rounding={method: gptq, dampings: 0}"], "calibrate.rounding.dampings.0=0: should be greater"),
+        (["calibrate.rounding={method: gptq, dampings: []}"], r"calibrate.rounding.dampings=\[\]: "),
+        (["calibrate.rounding={method: nearest, dampings: 1}"], "unknown recipe key 'calibrate.rounding.dampings'"),
         (["calibrate.smooth=2"], "calibrate.smooth.0=2: should be less than or equal to 1"),
         (["calibrate.smooth=[]"], r"calibrate.smooth=\[\]: "),
         (["calibrate.stills=-1"], "calibrate.stills=-1: should be greater than or equal to 0"),
         (["calibrate.smooth=true"], "calibrate.smooth=True: should be a number, not true or false"),
         (["calibrate.smooth=auto"], "calibrate.smooth='auto': give a number from 0 to 1"),
         (["calibrate.rounding=gptq", "quantize.weights=null"], "recipe: calibrate.rounding=gptq needs quantized"),
-        (["calibrate.rounding=gptq", "train={}"], "recipe: calibrate.rounding=gptq is for calibration alone, training"),
+        (
+            ["calibrate.rounding=gptq", "train={}", "quantize.weights.method=dorefa"],
+            "recipe: calibrate.rounding=gptq starts training in the cells of its integers, but dorefa rounds the tanh",
+        ),
         (["calibrate.smooth=0.5", "quantize.activations=null"], "recipe: calibrate.smooth needs quantized activations"),
         (["calibrate.weights=acnr", "quantize.weights=null"], "recipe: calibrate.weights=acnr needs quantized"),
         (["calibrate.weights=acnr", "quantize=null"], "recipe: calibrate.weights=acnr needs quantized weights: give"),

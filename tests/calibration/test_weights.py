@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from small_calibration import on_grid, quantize, relative_error
 from torch import Tensor, nn
 
-from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs
+from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs, observe_inputs
 from qsam2.calibration.weights import (
     CalibratedLayer,
     Spectrum,
@@ -42,8 +43,8 @@ def inputs(count: int = 200, size: int = 12, seed: int = 0) -> Tensor:
     return torch.randn(count, size, generator=generator) @ mix + 3
 
 
-def moments_of(x: Tensor) -> Moments:
-    moments = Moments(x.shape[1])
+def moments_of(x: Tensor, weight: Tensor | None = None) -> Moments:
+    moments = Moments(x.shape[1], weight=weight)
     moments.add(x)
     return moments
 
@@ -52,17 +53,24 @@ def spectrum_of(x: Tensor, centred: bool = True) -> Spectrum:
     return Spectrum(moments_of(x), centred=centred)
 
 
+def ridges(x: Tensor, weight: Tensor, rhos: Sequence[float], centred: bool = True, read: Tensor | None = None):
+    """Weights for outputs of x from the rows that are read for it, x itself by default."""
+    moments = Moments(x.shape[1])
+    moments.add(x, read)
+    return ridge(weight, Spectrum(moments, centred=centred), rhos, moments.cross_moment(centred=centred))
+
+
 def weights(rows: int = 7, columns: int = 12) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def dense(x: Tensor, weight: Tensor, rho: float, centred: bool) -> np.ndarray:
-    """The least squares problem itself: rows of X, and sqrt(lambda) I below them."""
-    data = x.double().numpy()
-    data = data - data.mean(0) if centred else data
-    strength = rho * len(data) * (data**2).mean()
-    stacked = np.vstack([data, np.sqrt(strength) * np.eye(data.shape[1])])
-    target = np.vstack([data @ weight.numpy().T, np.zeros((data.shape[1], len(weight)))])
+def dense(x: Tensor, weight: Tensor, rho: float, centred: bool, read: Tensor | None = None) -> np.ndarray:
+    """The least squares problem itself: rows of what is read, and sqrt(lambda) I below them."""
+    data, q = (each.double().numpy() for each in (x, x if read is None else read))
+    data, q = (each - each.mean(0) if centred else each for each in (data, q))
+    strength = rho * len(q) * (q**2).mean()
+    stacked = np.vstack([q, np.sqrt(strength) * np.eye(q.shape[1])])
+    target = np.vstack([data @ weight.numpy().T, np.zeros((q.shape[1], len(weight)))])
     return np.linalg.lstsq(stacked, target, rcond=None)[0].T
 
 
@@ -70,10 +78,13 @@ def dense(x: Tensor, weight: Tensor, rho: float, centred: bool) -> np.ndarray:
 @pytest.mark.parametrize("rho", RHOS[1:])
 def test_ridge_is_the_dense_solution(rho: float, centred: bool) -> None:
     x, weight = inputs(), weights()
-    none, least, found = ridge(weight, spectrum_of(x, centred), [0.0, 1e-13, rho])
+    none, least, found = ridges(x, weight, [0.0, 1e-13, rho], centred)
     assert torch.equal(none, weight), "bit for bit, and nearly so at full rank in the limit"
     torch.testing.assert_close(least, weight, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found.numpy(), dense(x, weight, rho, centred), rtol=1e-8, atol=1e-8)
+    coarse = x.div(4).round() * 4  # an error that is correlated with x
+    (found,) = ridges(x, weight, [rho], centred, coarse)
+    np.testing.assert_allclose(found.numpy(), dense(x, weight, rho, centred, coarse), rtol=1e-8, atol=1e-8)
 
 
 def test_what_the_inputs_never_show_is_dropped() -> None:
@@ -82,19 +93,19 @@ def test_what_the_inputs_never_show_is_dropped() -> None:
     x[:, 2] = 5.0  # the bias takes it up
     spectrum, weight = spectrum_of(x), weights()
     assert spectrum.rank == 10 and 1 < spectrum.condition_number < 1e10
-    (found,) = ridge(weight, spectrum, [1e-9])
+    (found,) = ridges(x, weight, [1e-9])
     half = (weight[:, 4] + weight[:, 7]) / 2
     for column, expected in ((4, half), (7, half), (2, 0 * half)):
         torch.testing.assert_close(found[:, column], expected, rtol=0, atol=1e-3)
-    few = spectrum_of(inputs(count=5))
-    assert few.rank == 4 and all(found.isfinite().all() for found in ridge(weight, few, RHOS))
+    few = inputs(count=5)
+    assert spectrum_of(few).rank == 4 and all(found.isfinite().all() for found in ridges(few, weight, RHOS))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e6, -3.7e-5])
 def test_constant_inputs_have_rank_zero_and_keep_the_weights(value: float) -> None:
-    spectrum = spectrum_of(torch.full((1000, 12), value))
-    assert (spectrum.rank, spectrum.condition_number) == (0, 1.0)
-    assert all(torch.equal(found, weights()) for found in ridge(weights(), spectrum, RHOS))
+    x = torch.full((1000, 12), value)
+    assert (spectrum_of(x).rank, spectrum_of(x).condition_number) == (0, 1.0)
+    assert all(torch.equal(found, weights()) for found in ridges(x, weights(), RHOS))
 
 
 def reference_acnr(weight: np.ndarray, noise: np.ndarray, steps: int) -> np.ndarray:
@@ -147,8 +158,9 @@ def heavy_layer(size: int = 16, rows: int = 8, bias: bool = True) -> nn.Linear:
 
 
 def gathered(layer: nn.Linear, data: list[Tensor], input_bits: int | None = None) -> LayerInputs:
-    recipe = quantize(input_bits) if input_bits else None
-    return gather_inputs({"layer": layer}, layer, data, len(data), recipe)["layer"]
+    layers = {"layer": layer}
+    quantizers = observe_inputs(layers, layer, data, len(data), quantize(input_bits)) if input_bits else None
+    return gather_inputs(layers, layer, data, len(data), quantizers)["layer"]
 
 
 def calibrate(
@@ -161,17 +173,20 @@ def calibrate(
 @torch.no_grad()
 def test_the_errors_are_those_of_the_quantized_layer_on_held_out_data(bias: bool) -> None:
     layer, data = heavy_layer(bias=bias), samples()
-    x = torch.cat(data[2:])
-    before, old = layer(x), on_grid(layer)
-    row, shift = calibrate(layer, data), (layer.bias if bias else 0)
-    expected = [
-        relative_error(x @ w.T + b, before, centred=bias) for w, b in ((on_grid(layer), shift), (layer.weight, shift))
-    ]
+    fit, x = (torch.cat(half) for half in (data[:2], data[2:]))
+    original = [layer(fit), layer(x)]
+
+    def error(weight: Tensor) -> float:
+        """With the bias that keeps the mean output on the fitted half."""
+        shift = (original[0] - fit @ weight.T).mean(0) if bias else 0
+        return relative_error(x @ weight.T + shift, original[1], centred=bias)
+
+    expected = [error(on_grid(layer))]
+    row = calibrate(layer, data)
+    expected += [error(on_grid(layer)), error(layer.weight)]
     assert row.strength > 0 and row.std[1] < row.std[0]
-    fresh = heavy_layer(bias=bias)
-    expected.append(relative_error(nn.functional.linear(x, old, fresh.bias), before, centred=bias))
-    np.testing.assert_allclose([row.quantized_error[1], row.quantized_error[0]], [expected[0], expected[2]], rtol=1e-3)
-    np.testing.assert_allclose(row.float_error, expected[1], rtol=1e-2, atol=1e-9)
+    np.testing.assert_allclose(row.quantized_error, expected[:2], rtol=1e-3)
+    np.testing.assert_allclose(row.float_error, expected[2], rtol=1e-2, atol=1e-9)
     assert row.quantized_error[1] < row.quantized_error[0] / (20 if bias else 2)
     figures = json.loads(json.dumps(vars(row), allow_nan=False))
     assert figures["bits"] == 4
@@ -187,7 +202,7 @@ def test_never_worse_than_none_on_held_out_data(method: Any, seed: int) -> None:
 
 
 def test_the_choice_is_made_at_the_bits_of_the_recipe_and_weights_that_gain_nothing_stay() -> None:
-    assert calibrate(heavy_layer(), samples(), bits=2).strength > calibrate(heavy_layer(), samples(), bits=8).strength
+    assert calibrate(heavy_layer(), samples(), bits=4).strength > calibrate(heavy_layer(), samples(), bits=8).strength
     method = FrobeniusRecipe(rhos=(100.0,))
     assert method.strengths == (0, 100.0) and ACNRRecipe(steps=(7, 2)).strengths == (0, 2, 7)
     layer = nn.Linear(16, 8)
@@ -202,7 +217,7 @@ def test_the_mean_output_of_the_fitted_half_stays_and_that_of_constant_inputs(me
     layer, data = heavy_layer().double(), [each.double() for each in samples()]
     before = layer(torch.cat(data[:2])).mean(0)
     found = gathered(layer, data)
-    found.noise += 1.0
+    found.fit.noise += 1.0
     calibrate_layer("layer", layer, found, W4, method)
     torch.testing.assert_close(layer(torch.cat(data[:2])).mean(0), before, rtol=0, atol=1e-9)
 
@@ -213,32 +228,38 @@ def test_the_mean_output_of_the_fitted_half_stays_and_that_of_constant_inputs(me
     torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bits", [2, 6])
 @torch.no_grad()
-def test_the_error_with_quantized_inputs_is_that_of_the_quantized_layer() -> None:
-    """The noise is taken as uncorrelated: at 6 bits it is, within a few percent."""
-    layer, data = nn.Linear(16, 8), samples()
-    x, found = torch.cat(data[2:]), gathered(layer, data, 6)
-    before = layer(x)
+def test_the_error_with_quantized_inputs_is_that_of_the_quantized_layer(bits: int, bias: bool) -> None:
+    layer, data = nn.Linear(16, 8, bias=bias), samples()
+    halves, found = [torch.cat(half) for half in (data[:2], data[2:])], gathered(layer, data, bits)
+    fit, x = (layer(half) for half in halves)
     row = calibrate_layer("layer", layer, found, W4, FrobeniusRecipe())
-    true = relative_error(nn.functional.linear(found.quantizer(x), on_grid(layer), layer.bias), before)
-    np.testing.assert_allclose(row.quantized_error[1], true, rtol=0.05)
+    outputs = [nn.functional.linear(found.quantizer(half), on_grid(layer), layer.bias) for half in halves]
+    shift = (fit - outputs[0]).mean(0) if bias else 0  # of the bias that the rounded weights will get
+    np.testing.assert_allclose(row.quantized_error[1], relative_error(outputs[1] + shift, x, centred=bias), rtol=1e-4)
+    in_float = nn.functional.linear(found.quantizer(halves[1]), layer.weight, layer.bias)
+    np.testing.assert_allclose(row.float_error, relative_error(in_float, x, centred=bias), rtol=1e-4)
 
-    without, noisy = (calibrate(heavy_layer(), data, input_bits=bits) for bits in (None, 2))
-    assert noisy.strength > without.strength and noisy.std[1] < without.std[1], "noise asks for smaller weights"
+
+def test_noise_of_the_inputs_asks_for_smaller_weights() -> None:
+    without, noisy = (calibrate(heavy_layer(), samples(), input_bits=bits) for bits in (None, 2))
+    assert noisy.strength > without.strength and noisy.std[1] < without.std[1]
     assert noisy.quantized_error[0] > without.quantized_error[0]
 
 
 def test_acnr_is_held_back_by_the_noise_of_the_inputs() -> None:
     layer = heavy_layer()
     found, weight = gathered(layer, samples()), layer.weight.detach().double()
-    found.noise += torch.linspace(0, 10, 16)
+    found.fit.noise += torch.linspace(0, 10, 16)
     row = calibrate_layer("layer", layer, found, W4, ACNRRecipe(steps=(50,)))
-    (expected,) = acnr(weight, found.noise, (50,))
+    (expected,) = acnr(weight, found.fit.noise, (50,))
     twin = nn.Linear(16, 8)
     twin.weight = nn.Parameter(expected)
     quantized = on_grid(twin).detach()
-    moments, shift = found.held_out, (weight - expected) @ found.fit.mean
-    error = output_error(weight - quantized, shift, moments) + float(quantized.square().sum(0) @ found.noise)
+    moments, shift = found.held_out, (weight - quantized) @ found.fit.mean
+    error = output_error(weight, quantized, shift, moments)
     assert row.errors[50] == pytest.approx(error / output_energy(weight, moments, True), rel=1e-4)
 
 

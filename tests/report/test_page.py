@@ -215,7 +215,7 @@ def test_what_calibration_and_reconstruction_fitted(tmp_path: Path) -> None:
             "norm1": {**norm, "alpha": 0.5, "error": [0.02, 0.01]},
             "norm2": {**norm, "alpha": None, "error": None},
         },
-        "rounded": {"method": "gptq", "layers": {"qkv": {"bits": 4, "inputs": 8, "error": [0.03, 0.0012]}}},
+        "rounded": {"method": "gptq", "layers": {"qkv": {"bits": 4, "inputs": 8, "error": [0.03, 0.0012], "damping": 0.03}}},
         "reconstruction": {
             "complete": False, "total": 3, "video": None,
             "blocks": [
@@ -229,7 +229,7 @@ def test_what_calibration_and_reconstruction_fitted(tmp_path: Path) -> None:
     assert ["fc1", "4", "0.1", "2.00 → 1.00", "0.10", "9 → 4.5", "0.5 → 0.25", "1e+03", "5/6"] in page.rows
     assert ["norm1", "qkv, proj", "0.5", "8.0 → 2.0", "2.00 → 1.00"] in page.rows
     assert ["norm2", "qkv, proj", "not smoothed", "8.0 → 2.0", ""] in page.rows
-    assert ["qkv", "4", "3.00 → 0.12"] in page.rows
+    assert ["qkv", "4", "0.03", "3.00 → 0.12"] in page.rows
     assert "2 of 3 blocks, stopped early: the rest is as calibration made it." in page.text
     assert ["blocks.0", "10.00 → 5.00", "12.5 %", "fitted"] in page.rows
     assert ["blocks.1", "10.00 → 10.00", "0.0 %", "nearest"] in page.rows

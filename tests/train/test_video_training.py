@@ -92,6 +92,19 @@ def test_an_image_encoder_whose_rate_is_0_stays_as_it_is(
     assert all(parameter.grad is None for parameter in model.image_encoder.parameters())
 
 
+def test_a_batch_whose_frames_are_all_prompted_by_masks_teaches_nothing(
+    model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path
+) -> None:
+    """sam2 gives such masks back as they are, without a graph."""
+    before = copy.deepcopy(model.state_dict())
+    prompts = {"point": 0, "box": 0, "conditioning_frames": batch.num_frames, "correction_frames": batch.num_frames}
+    recipe = TrainRecipe(prompts=prompts, lr=1e-3, image_encoder_lr=1e-3, weight_decay=0)
+    module = VideoTraining(model, recipe, max_steps=1)
+    model.rand_init_cond_frames_for_train = False
+    fit(module, [batch], tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(("precision", "able"), [("bf16-mixed", False), ("bf16-mixed", True), ("32-true", False)])
 def test_a_processor_without_bf16_products_is_warned_of(
     model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
