@@ -215,7 +215,10 @@ def test_what_calibration_and_reconstruction_fitted(tmp_path: Path) -> None:
             "norm1": {**norm, "alpha": 0.5, "error": [0.02, 0.01]},
             "norm2": {**norm, "alpha": None, "error": None},
         },
-        "rounded": {"method": "gptq", "layers": {"qkv": {"bits": 4, "inputs": 8, "error": [0.03, 0.0012], "damping": 0.03}}},
+        "rounded": {
+            "method": "gptq",
+            "layers": {"qkv": {"bits": 4, "inputs": 8, "error": [0.03, 0.0012], "damping": 0.03}},
+        },
         "reconstruction": {
             "complete": False, "total": 3, "video": None,
             "blocks": [
