@@ -60,7 +60,7 @@ def build_card(metrics: dict[str, Any], recipe: Recipe, layers: list[ConvertedLa
         "source": checkpoint_source(recipe),
         "licence": weights_licence(recipe),
         "method": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
-        "training_steps": recipe.trainer.max_steps if recipe.train else 0,
+        "training_steps": sum(stage.trainer.max_steps for stage in recipe.training),
         "calibration": {
             "sources": values["data"]["train"],
             "stills": calibrate.stills,

@@ -308,6 +308,10 @@ def _preset(values: Mapping[str, Any]) -> dict[str, Any]:
         preset.pop("reconstruct", None)
     elif "reconstruct" in preset and stage.get("video") is None:
         preset["reconstruct"] = {key: value for key, value in preset["reconstruct"].items() if key != "video"}
+    train = values.get("train")
+    stages = train.get("stages") if isinstance(train, Mapping) else None
+    if "trainer" in preset and isinstance(stages, list) and all(isinstance(each, Mapping) for each in stages):
+        preset["train"] = {"stages": [{key: value for key, value in each.items() if key != "steps"} for each in stages]}
     return preset
 
 

@@ -22,6 +22,8 @@ Sharing = Literal["none", "adaptive", "oldest", "stride", "pool", "sparse", "syn
 Size = Literal["nano", "nano_heavy", "tiny", "small", "base_plus", "large"]
 
 
+RATES = ("lr", "image_encoder_lr", "quantizer_lr")
+"""Keys of `train` that are learning rates."""
 READ_MEMORY = ("memory_attention.layers.0.cross_attn_image", "memory_attention.layers.0.linear1", "obj_ptr_tpos_proj")
 """Layers that the first frame of a clip does not reach."""
 
@@ -139,12 +141,36 @@ class DistillRecipe(Section):
         return self.mask_logits > 0 or self.image_embeddings > 0
 
 
+class StageRecipe(Section):
+    """One stage of training. A key that is null is as the sections `trainer` and `data` say."""
+
+    on: Literal["clips", "stills"] = "clips"
+    """clips: all of the model, end to end. stills: the image encoder alone, towards the float model's image embeddings
+    of single frames; a step costs a fraction of one on clips."""
+    steps: PositiveInt | None = None
+    """Training steps."""
+    num_frames: PositiveInt | None = None
+    """Frames per clip."""
+    batch_size: PositiveInt | None = None
+    """Clips, or stills, per step and device."""
+    rate: PositiveFloat = 1.0
+    """Factor on the learning rates of `train`."""
+
+    @model_validator(mode="after")
+    def _one_frame(self) -> StageRecipe:
+        if self.on == "stills" and self.num_frames is not None:
+            raise ValueError(f"num_frames={self.num_frames} is for on=clips, stills have one frame: leave it out")
+        return self
+
+
 class TrainRecipe(Section):
     """Optimization: AdamW with a cosine schedule.
 
     Defaults: Meta's fine-tuning (sam2.1_hiera_b+_MOSE_finetune.yaml) without dropout; for quantizers our own.
     """
 
+    stages: Annotated[tuple[StageRecipe, ...], Field(min_length=1)] = (StageRecipe(),)
+    """Stages, one after another, each with a schedule of its own; a stopped run resumes within its stage."""
     lr: LearningRate = 5e-6
     """Initial learning rate outside the image encoder."""
     image_encoder_lr: LearningRateOrNone = 3e-6
@@ -164,9 +190,10 @@ class TrainRecipe(Section):
     drop_path: Share = 0.0
     """Stochastic depth of the trunk (Meta's fine-tuning: 0.1)."""
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Decay per step of an exponential moving average of the weights, which then is the result. null: no average."""
+    """Decay per step of an exponential moving average of the weights over the last stage, which then is the result.
+    null: no average."""
     freeze_statistics_at: Share = 0.8
-    """Share of the steps after which running statistics of quantizers stay fixed."""
+    """Share of the last stage's steps after which running statistics of quantizers stay fixed."""
     prompts: PromptRecipe = PromptRecipe()
     """Prompts of training clips."""
     losses: LossRecipe = LossRecipe()
@@ -179,7 +206,7 @@ class TrainerRecipe(Section):
     """Devices and schedule: arguments of Lightning's Trainer, for training, reconstruction and scoring."""
 
     max_steps: PositiveInt = 2000
-    """Training steps."""
+    """Training steps of each stage that gives none."""
     accelerator: str = "auto"
     """cpu, cuda, or another name that Lightning knows. auto: a GPU if there is one."""
     devices: int | str = "auto"
@@ -355,6 +382,17 @@ class Recipe(Section):
                 "train.distill.mask_logits and image_embeddings follow the float model, but quantize=null trains just "
                 "that: set both to 0, or give quantize"
             )
+        if train is not None and any(stage.on == "stills" for stage in train.stages):
+            if quantize is None:
+                raise ValueError(
+                    "train.stages: on=stills follows the embeddings of the float model, but quantize=null trains just "
+                    "that: give on=clips, or quantize"
+                )
+            if not train.image_encoder_lr:
+                raise ValueError(
+                    "train.stages: on=stills trains the image encoder, which image_encoder_lr=0 leaves as it is: give "
+                    "on=clips, or a rate"
+                )
         if reconstruct is not None:
             stage = f"reconstruct.method={reconstruct.method}"
             if not weights:
@@ -367,6 +405,25 @@ class Recipe(Section):
             if train is not None:
                 raise ValueError(f"{stage} {alone} reconstruct=null")
         return self
+
+    @property
+    def training(self) -> list[Recipe]:
+        """One recipe per stage of training, with the stage's values in their sections; none without training."""
+        if self.train is None:
+            return []
+        recipes = []
+        for stage in self.train.stages:
+            rates = {key: value * stage.rate for key in RATES if (value := getattr(self.train, key)) is not None}
+            frames = 1 if stage.on == "stills" else stage.num_frames or self.data.num_frames
+            data = {"num_frames": frames, "batch_size": stage.batch_size or self.data.batch_size}
+            trainer = {"max_steps": stage.steps or self.trainer.max_steps}
+            changes = {
+                "train": self.train.model_copy(update={"stages": (stage,), **rates}),
+                "data": self.data.model_copy(update=data),
+                "trainer": self.trainer.model_copy(update=trainer),
+            }
+            recipes.append(self.model_copy(update=changes))
+        return recipes
 
     @property
     def run_folder(self) -> Path:

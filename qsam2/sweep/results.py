@@ -192,10 +192,11 @@ def _budget(runs: Sequence[TableRun]) -> dict[str, Any]:
     budgets = []
     for recipe in (run.recipe for run in runs):
         trained = {
-            "steps": recipe.trainer.max_steps,
-            "clips a step": recipe.data.batch_size * recipe.trainer.accumulate,
-            "frames a clip": recipe.data.num_frames,
+            "steps": [stage.trainer.max_steps for stage in recipe.training],
+            "clips a step": [stage.data.batch_size * stage.trainer.accumulate for stage in recipe.training],
+            "frames a clip": [stage.data.num_frames for stage in recipe.training],
         }
+        trained = {key: each[0] if len(each) == 1 else each for key, each in trained.items()}
         calibrated = {
             "data": list(recipe.data.train),
             "calibration clips": recipe.calibrate.clips,

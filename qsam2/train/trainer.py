@@ -29,7 +29,12 @@ from qsam2.recipe.recipe import Recipe, TrainerRecipe
 from qsam2.train.loggers import LogScales
 
 LAST = "last.ckpt"
-"""File name, in a run's `checkpoints/`, of the checkpoint that a killed run resumes from."""
+"""File name, in a run's `checkpoints/`, of the checkpoint that a killed run resumes from in its first stage."""
+
+
+def stage_checkpoint(index: int) -> str:
+    """File name, as `LAST`, for a stage of training."""
+    return LAST if index == 0 else f"{index}-{LAST}"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -184,24 +189,30 @@ def choose_strategy(recipe: TrainerRecipe) -> str:
     return "ddp_find_unused_parameters_true" if recipe.num_nodes > 1 or several or every_gpu else "auto"
 
 
-def training_options(recipe: Recipe, quantizers: Mapping[str, Quantizer]) -> dict[str, Any]:
-    """Arguments of `build_trainer` for training: steps, clipping, checkpoints, averaging, frozen statistics."""
+def training_options(
+    recipe: Recipe, quantizers: Mapping[str, Quantizer], *, checkpoint: str = LAST, ends: bool = True
+) -> dict[str, Any]:
+    """Arguments of `build_trainer` for a stage of training: steps, clipping, checkpoints, averaging, frozen statistics.
+
+    `checkpoint` is the name of its file; only the stage that `ends` the training averages, and freezes statistics.
+    """
     assert recipe.train is not None
     trainer = recipe.trainer
     callbacks: list[Callback] = [
         ModelCheckpoint(
             dirpath=recipe.run_folder / "checkpoints",
-            filename=LAST.removesuffix(".ckpt"),
+            filename=checkpoint.removesuffix(".ckpt"),
             every_n_train_steps=trainer.checkpoint_every,
             save_top_k=1,
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         ),
     ]
-    if recipe.train.ema is not None:
+    if recipe.train.ema is not None and ends:
         callbacks.append(WeightAverage(recipe.train.ema))
     if quantizers:
-        callbacks.append(FreezeStatistics(quantizers, int(recipe.train.freeze_statistics_at * trainer.max_steps)))
+        if ends:
+            callbacks.append(FreezeStatistics(quantizers, int(recipe.train.freeze_statistics_at * trainer.max_steps)))
         callbacks.append(LogScales(quantizers, trainer.log_every))
     return {
         "max_steps": trainer.max_steps,

@@ -11,6 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -32,15 +33,19 @@ from qsam2.layers.products import NotFiniteError, track_noise, watch_products
 from qsam2.models import SAM2
 from qsam2.models.replaced import replaced
 from qsam2.output import listed
+from qsam2.quantizers import Quantizer
 from qsam2.quantizers.kernels import choose_kernels
+from qsam2.recipe import Recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
 from qsam2.run import Run
 from qsam2.train.losses import ImageNetDistillation, embedding_distillation, mask_distillation, segmentation_loss
-from qsam2.train.optimizer import cosine_share, parameter_groups, rates
-from qsam2.train.trainer import LAST, build_trainer, training_options
+from qsam2.train.optimizer import ENCODER, cosine_share, parameter_groups, rates
+from qsam2.train.trainer import build_trainer, stage_checkpoint, training_options
 
 log = logging.getLogger("qsam2")
 
+SEEDS_APART = 7919
+"""Difference between the seeds of successive stages."""
 PLAIN_ATTENTION_PX = 384
 """Largest image side on a CPU for which training materializes attention scores."""
 
@@ -157,6 +162,11 @@ class VideoTraining(L.LightningModule):
         for network in self._teacher:
             set_prompts(without_noise(network), recipe.prompts)
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Context manager: what is not trained has no gradients."""
+        yield
+
     def on_fit_start(self) -> None:
         self.train()  # models come in eval mode, which Lightning keeps
         for teacher in self._teacher:
@@ -232,6 +242,39 @@ class VideoTraining(L.LightningModule):
         self.log_dict({f"lr/{part}": rate for part, rate in rates(optimizer.param_groups).items()})
 
 
+class StillTraining(VideoTraining):
+    """Trains the image encoder of a quantized SAM2 on single frames, towards the teacher's image embeddings.
+
+    No video backward is needed, so that a step costs a fraction of one on clips (ours).
+    """
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Context manager: all but the image encoder stays as it is, without gradients."""
+        others = [
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and not name.startswith(ENCODER)
+        ]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def _loss(self, batch: BatchedVideoDatapoint) -> Tensor:
+        embeddings = self.model.forward_image(batch.flat_img_batch)["backbone_fpn"]
+        with torch.no_grad():
+            target = self._teacher[0].forward_image(batch.flat_img_batch)["backbone_fpn"]
+        loss = embedding_distillation(embeddings, target)
+        if not torch.isfinite(loss):
+            raise diverged(f"the loss is {float(loss)} at step {self.global_step}", self.recipe)
+        self.log("loss/embeddings_of_stills", loss, prog_bar=True)
+        return loss
+
+
 def check_finite(model: SAM2, recipe: TrainRecipe) -> None:
     """Raises UserError if training has diverged: the loss of the last step does not show what that step did.
 
@@ -256,38 +299,63 @@ def diverged(what: str, recipe: TrainRecipe) -> UserError:
 
 
 def train(run: Run) -> None:
-    """Stage: train on clips of the train sources, from the last checkpoint if there is one."""
-    recipe, model = run.recipe, run.model
-    if recipe.train is None:
+    """Stage: train on the train sources, from the last checkpoint if there is one; see `train.stages`."""
+    stages, model = run.recipe.training, run.model
+    if not stages:
         return
-    learned, data = dict(quantizers(model)), recipe.data
-    module = VideoTraining(
-        model,
+    learned = dict(quantizers(model))
+    files = [run.folder.checkpoints / stage_checkpoint(index) for index in range(len(stages))]
+    reached = max((index for index, file in enumerate(files) if file.is_file()), default=0)
+    with run.folder.stage("train", ", then ".join(_title(stage) for stage in stages)):
+        if learned:
+            choose_kernels(run.recipe.trainer.compile, sum(stage.trainer.max_steps for stage in stages), run.device)
+        for index in range(reached, len(stages)):
+            if index:
+                log.info("stage %d of %d: %s", index + 1, len(stages), _title(stages[index]))
+            _fit(run, index, learned, files[index])
+            for file in files[:index]:
+                file.unlink(missing_ok=True)
+    run.latent = latent_weights(model)
+
+
+def _title(stage: Recipe) -> str:
+    assert stage.train is not None
+    several = len(stage.train.stages)
+    return f"{stage.trainer.max_steps} steps" + (f" on {stage.train.stages[0].on}" if several else "")
+
+
+def _fit(run: Run, index: int, learned: dict[str, Quantizer], checkpoint: Path) -> None:
+    """Carry out one stage of training, or the rest of it, and store its result."""
+    recipe, ends = run.recipe.training[index], index + 1 == len(run.recipe.training)
+    assert recipe.train is not None
+    data, max_steps, seed = recipe.data, recipe.trainer.max_steps, recipe.seed + SEEDS_APART * index
+    kind = StillTraining if recipe.train.stages[0].on == "stills" else VideoTraining
+    module = kind(
+        run.model,
         recipe.train,
-        seed=recipe.seed,
-        max_steps=recipe.trainer.max_steps,
-        teacher=run.teacher if recipe.train.distill.needs_teacher else None,
+        seed=seed,
+        max_steps=max_steps,
+        teacher=run.teacher if recipe.train.distill.needs_teacher or kind is StillTraining else None,
         quantizer_parameters=[f"{name}.{key}" for name, q in learned.items() for key, _ in q.named_parameters()],
     )
-    last = run.folder.checkpoints / LAST
-    with run.folder.stage("train", f"{recipe.trainer.max_steps} steps"):
-        options = training_options(recipe, learned)
-        trainer = build_trainer(recipe.trainer, folder=run.folder.path, loggers=run.loggers, **options)
-        if learned:
-            choose_kernels(recipe.trainer.compile, recipe.trainer.max_steps, run.device)
-        clips = ClipDataset(
-            run.sources,
-            num_frames=data.num_frames,
-            max_objects=data.max_objects,
-            image_size=model.image_size,
-            length=recipe.trainer.max_steps * recipe.trainer.accumulate * data.batch_size * trainer.world_size,
-            augment=data.augment is not False,
-            seed=recipe.seed,
-            max_stride=data.max_stride,
-            reverse=data.reverse,
-        )
-        stream = ClipDataModule(clips, batch_size=data.batch_size, num_workers=data.num_workers)
-        trainer.fit(module, stream, ckpt_path=str(last) if last.is_file() else None)
-        check_finite(model, recipe.train)
-        trainer.save_checkpoint(last)  # a run killed during scoring need not train again
-    run.latent = latent_weights(model)
+    options = training_options(recipe, learned, checkpoint=checkpoint.name, ends=ends)
+    trainer = build_trainer(recipe.trainer, folder=run.folder.path, loggers=run.loggers, **options)
+    # curves go on where the stage before ended; a checkpoint brings its own count
+    before = sum(stage.trainer.max_steps for stage in run.recipe.training[:index])
+    trainer.fit_loop.epoch_loop._batches_that_stepped = before
+    clips = ClipDataset(
+        run.sources,
+        num_frames=data.num_frames,
+        max_objects=data.max_objects,
+        image_size=run.model.image_size,
+        length=max_steps * recipe.trainer.accumulate * data.batch_size * trainer.world_size,
+        augment=data.augment is not False,
+        seed=seed,
+        max_stride=data.max_stride,
+        reverse=data.reverse,
+    )
+    stream = ClipDataModule(clips, batch_size=data.batch_size, num_workers=data.num_workers)
+    with module.frozen():
+        trainer.fit(module, stream, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+    check_finite(run.model, recipe.train)
+    trainer.save_checkpoint(checkpoint)  # a run killed later need not train again
