@@ -109,6 +109,8 @@ def test_keys_and_values_are_counted_where_they_are_read(
     use_memory(model, recipe)
     audit(model, rows, RECIPE, lambda: track_noise(model))
     table = {row.what: row.bits for row in products(rows, recipe) if row.name == CROSS}
+    others = [[row for row in products(rows, of) if row.name != CROSS] for of in (recipe, MemoryRecipe())]
+    assert others[0] == others[1], "memory is read nowhere else"
     keys, values = ("k" in mixed), ("v" in mixed)
     assert table == {"q k": (4, None if keys else 4), "softmax v": (None, None if values else 4)}
     if mixed:
@@ -146,4 +148,5 @@ def test_a_product_that_is_not_finite_is_named(converted: Converted, part: str) 
 def test_levels_are_counted_without_zero_and_in_large_tensors_by_a_sample() -> None:
     assert levels(torch.tensor([0.0, -0.0, 1.0, 1.0, -2.0])) == 2
     assert levels(torch.arange(10**6) % 17) == 16
+    assert levels(torch.arange(2**15) % 2 + 1) == 2  # twice the sample, of two channels
     assert levels(torch.empty(0)) == 0
