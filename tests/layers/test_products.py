@@ -132,6 +132,7 @@ def test_the_text_of_the_table(converted: Converted) -> None:
         "sam_prompt_encoder.pe_layer - coordinates G float x float random-Fourier encoding of positions",
         "sam_mask_decoder - hyper_in upscaled float x float masks, from the outputs of two parts of the decoder",
     ]
+    assert products([], MemoryRecipe()) == []
     kept = next(line for line in lines if "layers.0.self_attn " in line and "q k" in line)
     assert "float x float" in kept and kept.endswith("a test")
 
@@ -143,6 +144,15 @@ def test_a_product_that_is_not_finite_is_named(converted: Converted, part: str) 
         model.get_submodule(part).bias.fill_(float("inf"))
     with pytest.raises(NotFiniteError, match=f"^{part} computes NaN or infinity$"):
         audit(model, rows, RECIPE, lambda: track_noise(model))
+
+
+def test_operands_given_by_name_are_seen() -> None:
+    seen: list[int] = []
+    x = torch.ones(2, 4, 4)
+    with watch_products(nn.Identity(), lambda module, what, operands: seen.append(len(operands))):
+        nn.functional.linear(x, weight=x[0])
+        nn.functional.scaled_dot_product_attention(x, key=x, value=x)
+    assert seen == [2, 2, 1]
 
 
 def test_levels_are_counted_without_zero_and_in_large_tensors_by_a_sample() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 from kept_run import fill_disk, write_run
 from messages import Message
 
@@ -57,6 +58,13 @@ def test_json_of_another_shape_is_refused_in_one_line(tmp_path: Path, name: str,
             with as_runs_write([read]):
                 render(read)
         message(error)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), UndefinedError("no such figure")])
+def test_what_drawing_makes_of_other_figures_is_one_line(tmp_path: Path, error: Exception) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"run: the figures are not as a run writes them \("), as_runs_write([run]):
+        raise error
 
 
 def test_a_comparison_with_figures_of_another_shape_is_one_line(
