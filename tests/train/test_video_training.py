@@ -304,6 +304,12 @@ def test_statistics_are_frozen_from_a_step_on() -> None:
     assert modes == [True, True, False]
 
 
+def test_what_a_killed_process_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt.1.tmp").touch()
+    SafeCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 def test_a_checkpoint_that_holds_more_than_tensors_is_not_read(tmp_path: Path) -> None:
     torch.save({"stages": SimpleNamespace()}, tmp_path / "last.ckpt")  # what is pickled could run anything
     with pytest.raises(pickle.UnpicklingError):
