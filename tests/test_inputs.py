@@ -27,6 +27,7 @@ def test_text_in_any_usual_encoding(encoding: str, tmp_path: Path) -> None:
 def test_what_is_no_text_is_one_line(data: bytes, tmp_path: Path) -> None:
     file = save(tmp_path / "list.txt", data)
     check("list.txt is no text.*: fetch or write it again", lambda: read_text(file))
+    check("list.txt is no text.*: unpack it", lambda: read_json(file, advice="unpack it"))
 
 
 class Item(TypedDict):

@@ -6,6 +6,7 @@ import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -52,6 +53,13 @@ def edge_of_one_grey(white: np.ndarray) -> np.ndarray:
     return np.where(edge, 127, white).astype(np.uint8)
 
 
+def specks(white: np.ndarray) -> np.ndarray:
+    """Dim ones in the black, each alone, and bright ones in the white."""
+    specked = white.copy()
+    specked[2::4, 2::4] = np.where(white[2::4, 2::4], 250, 5)
+    return specked
+
+
 SOFTENED = {
     "blur 3": lambda white: cv2.GaussianBlur(white, (3, 3), 0),
     "blur 15": lambda white: cv2.GaussianBlur(white, (15, 15), 0),
@@ -62,6 +70,7 @@ SOFTENED = {
     "smaller": resized(0.37, cv2.INTER_LINEAR),
     "larger": resized(2, cv2.INTER_CUBIC),
     "edge": edge_of_one_grey,
+    "specks": specks,
     "colours": lambda white: np.dstack([cv2.GaussianBlur(white, (5, 5), 0)] * 3),
 }
 
@@ -117,6 +126,7 @@ ONE_OBJECT = {
     "palette white first": palette(~MASK, [255, 255, 255, 0, 0, 0]),
     "palette of ids": palette(MASK, [0, 0, 0, 128, 0, 0]),
     "palette of ids, white": palette(MASK, [0, 0, 0, 255, 255, 255]),
+    "palette of ids, white void": palette(MASK + box(SIZE, 0, 0, 5, 90) * np.uint8(255), [0] * 3 + [255] * 765),
 }
 
 
@@ -136,9 +146,18 @@ def many(side: int) -> np.ndarray:
     return ids
 
 
+def nested() -> np.ndarray:
+    """Rings of ids that rise inwards, as a soft edge does, but three pixels wide."""
+    ids = np.zeros(SIZE, np.uint8)
+    for ring, number in enumerate((80, 120, 160, 200)):
+        ids[10 + 3 * ring : 50 - 3 * ring, 30 + 3 * ring : 70 - 3 * ring] = number
+    return ids
+
+
 @pytest.mark.parametrize(
     ("ids", "void"),
     [
+        (nested(), 255),
         *((many(side), 255) for side in (2, 4, 12)),
         (many(4).astype(np.uint16) * 300, 65535),
         (MASK * np.uint8(5), 255),
@@ -149,13 +168,25 @@ def many(side: int) -> np.ndarray:
 )
 def test_ids_stay_ids(tmp_path: Path, ids: np.ndarray, void: int) -> None:
     np.testing.assert_array_equal(read_ids(save(tmp_path / "ids.png", ids)), ids)
-    if ids.max() == 128:
+    if ids[ids > 0].min() >= 64:
         return  # beside white this is refused
     edged = ids.copy()
     edged[:3] = void
     small = (ids > 0).sum() < 20  # too little to be told from the edge of a white object
     if not small:
         np.testing.assert_array_equal(read_ids(save(tmp_path / "edged.png", edged)), np.where(edged == void, 0, edged))
+
+
+def test_files_between_the_first_ones_decide_too_and_damaged_ones_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qsam2.data.index_masks._PROBED", 2)
+    border = np.zeros(SIZE, np.uint8)
+    border[:5] = 255
+    paths = [save(tmp_path / f"{index}.png", border + MASK * np.uint8(index > 1)) for index in range(4)]
+    assert not MaskFiles(paths).read(paths[0]).any(), "the third file has the id 1, so 255 is void"
+    paths[0].write_bytes(b"damaged")
+    np.testing.assert_array_equal(MaskFiles(paths).read(paths[2]), MASK)
 
 
 def test_palettes_and_greys_of_one_value_differ_in_what_255_is(tmp_path: Path) -> None:
@@ -193,6 +224,17 @@ def test_object_folders_and_stills_take_soft_masks(tmp_path: Path) -> None:
     prompts = read_prompts([("mask", str(tmp_path / "instance_png/a.png"))], made)
     assert list(prompts) == [1]
     np.testing.assert_array_equal(prompts[1][0].mask, soft >= 128)
+
+
+@pytest.mark.parametrize(("worker", "lines"), [(None, 1), (0, 1), (1, 0)])
+def test_of_loader_workers_the_first_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, worker: int | None, lines: int
+) -> None:
+    caplog.set_level(logging.INFO)
+    info = None if worker is None else SimpleNamespace(id=worker)
+    monkeypatch.setattr("qsam2.data.index_masks.get_worker_info", lambda: info)
+    read_ids(save(tmp_path / "mask.png", WHITE))
+    assert len(caplog.messages) == lines
 
 
 def test_what_is_decided_is_logged_once_for_a_dataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -240,6 +282,7 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path, kind: str, message: Mess
         ("a.tif", MASK.astype(np.float32), "this one is F"),
         ("a.tif", MASK.astype(np.int32) * -1, "this one is I"),
         ("a.tif", MASK.astype(np.int32) * 70_000, "this one is I"),
+        ("a.JPEG", MASK * np.uint8(20), "JPEG"),
     ],
 )
 def test_files_that_cannot_hold_ids_are_refused(

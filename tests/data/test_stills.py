@@ -154,6 +154,8 @@ def test_polygons_that_would_kill_the_process_are_one_line(root: Path, polygon: 
 def test_polygons_may_reach_over_the_edge(root: Path) -> None:
     save(root / COCO, coco_json([[-20.5, -1e2, 60, -1e2, 60, 1e2, -20.5, 1e2]]))
     assert READERS["coco"](root / "coco")[0].masks(0)[1].all()
+    save(root / COCO, coco_json([[0, 0, 330, 0, 0, 330]]))  # a triangle of ten sides more than the longer one
+    assert READERS["coco"](root / "coco")[0].masks(0)[1].all()
 
 
 @pytest.mark.parametrize(

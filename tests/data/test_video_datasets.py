@@ -92,11 +92,13 @@ def test_frames_and_masks_of_davis_are_those_of_the_files(davis):
     assert [video.name for video in davis_videos(davis, "all")] == ["bear", "dance"]
 
 
-@pytest.mark.parametrize("folder", ["ImageSets", "ImageSets/2017", "ImageSets/2016"])
-def test_the_480p_layout_of_both_years(tmp_path, folder):
-    sequence(tmp_path, "bear", below="480p")
-    save(tmp_path / folder / "train.txt", "/JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png\n\n")
-    assert [video.name for video in davis_videos(tmp_path, "train")] == ["bear"]
+@pytest.mark.parametrize("folder", ["ImageSets", "ImageSets/2017", "ImageSets/2016", "ImageSets/480p"])
+@pytest.mark.parametrize("name", ["bear", "a bear"])
+def test_the_480p_layout_of_both_years(tmp_path, folder, name):
+    sequence(tmp_path, name, below="480p")
+    lines = [f"/JPEGImages/480p/{name}/0000{i}.jpg /Annotations/480p/{name}/0000{i}.png\n\n" for i in range(2)]
+    save(tmp_path / folder / "train.txt", "".join(lines))
+    assert [video.name for video in davis_videos(tmp_path, "train")] == [name]
 
 
 def test_youtube_vos_takes_all_sequences_and_frames_in_the_order_of_their_numbers(tmp_path):
@@ -153,6 +155,21 @@ def test_json_masklets_on_every_fourth_frame(sav, frames_as_pictures):
     assert [len(v.masks(0)) for v in sav_videos(sav, "auto")] == [5]
 
 
+def test_numbers_of_frames_may_begin_anywhere_and_the_masks_fit_into_them(sav):
+    (sav / "sav_000/sav_000001.mp4").unlink()
+    folder = frames(sav / "JPEGImages_24fps/sav_000001")
+    (folder / "00000.jpg").unlink()
+    (video,) = sav_videos(sav, "train")
+    assert video.frame_names[0] == "00001" and video.annotated_frames == [0, 4, 8]  # as many frames as masks need
+    (folder / "00009.jpg").unlink()
+    check("has masks up to frame 8, but its video has only 8 frames", lambda: sav_videos(sav, "train")[0].masks(0))
+
+
+def test_the_film_beside_the_masklets_comes_before_a_folder_of_frames(sav):
+    frames(sav / "JPEGImages_24fps/sav_000001", 9)
+    assert len(sav_videos(sav, "train")[0]) == FRAMES
+
+
 def test_an_absent_masklet_is_an_object_out_of_view(sav):
     regions = masklets(2)
     regions["masklet"][1][0] = None
@@ -166,6 +183,8 @@ def test_object_folders_of_val_and_test(sav):
     assert [sorted(video.masks(i)) for i in (0, 4, 8)] == [[1], [1, 3], [1]]
     np.testing.assert_array_equal(video.masks(4)[3], square(2, 1))
     assert video.masks(2) is None
+    save(sav / "sav_val/Annotations_6fps/sav_7/000/00004.png", square(0, 1) * np.uint8(3))  # any grey is object 000
+    np.testing.assert_array_equal(sav_videos(sav, "val")[0].masks(4)[1], square(0, 1))
     save(sav / "sav_val/val.txt", "sav_7\n")
     assert [v.name for v in sav_videos(sav / "sav_val", "val")] == ["sav_7"]
 
@@ -173,7 +192,8 @@ def test_object_folders_of_val_and_test(sav):
 MANUAL, VAL = "sav/sav_000/sav_000001_manual.json", "sav/sav_val"
 MASKS, LIST = f"{VAL}/Annotations_6fps/sav_7", f"{VAL}/sav_val.txt"
 GOOD = rle(square(0, 0))
-CODES = ["zzzz", "", "`", [40, 8], [32 * 48 + 1, -1], [0.5, 1535.5], None, GOOD["counts"][:-2]]
+BEYOND = chr(ord(GOOD["counts"][0]) + 64) + GOOD["counts"][1:]  # the same code in its lower six bits
+CODES = ["zzzz", BEYOND, "", "`", [40, 8], [32 * 48 + 1, -1], [0.5, 1535.5], None, GOOD["counts"][:-2]]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +297,10 @@ def test_run_length_codes_are_decoded_as_pycocotools_does(mask):
     code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))  # its counts are bytes
     for region in (code, rle(mask), {"size": list(mask.shape), "counts": runs}):
         np.testing.assert_array_equal(decode_rle(region, mask.shape, Path("x")), mask)
+
+
+def test_a_run_may_be_as_long_as_a_large_picture():
+    assert decode_rle(rle(np.ones((4100, 4100), bool)), (4100, 4100), Path("x")).all()
 
 
 def test_the_real_davis_2016(data_root):

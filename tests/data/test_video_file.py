@@ -87,7 +87,8 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "open GOP": lambda folder: encoded(
         folder / "a.mkv", **{"x264-params": "open-gop=1:keyint=8:min-keyint=8:bframes=3"}
     ),
-    "intra refresh": lambda folder: encoded(folder / "a.ts", **{"x264-params": "intra-refresh=1:keyint=8:bframes=0"}),
+    "intra refresh": lambda folder: encoded(folder / "a.ts", **{"x264-params": "intra-refresh=1:keyint=24"}),
+    "programme stream": lambda folder: encoded(folder / "a.mpg", "mpeg2video"),  # several packets have one position
     "AVI with B-frames": lambda folder: encoded(folder / "a.avi"),
     "AVI with dropped frames": lambda folder: encoded(folder / "a.avi", "mpeg4", stamps=gaps),
     "AVI of pictures": lambda folder: encoded(folder / "a.avi", "mjpeg", q="5"),
@@ -166,6 +167,32 @@ def test_frames_before_the_first_key_frame_are_left_out(tmp_path: Path, caplog: 
         assert f"rest.{suffix}: begins between key frames; its first 5 frames are left out" in caplog.text
 
 
+def test_frames_that_are_shown_before_the_first_key_frame_are_left_out(tmp_path: Path) -> None:
+    """B-frames that follow a key frame in the file and need the one before it, too."""
+    whole = encoded(tmp_path / "a.ts", "mpeg2video")
+    video = VideoFile(without_first_packets(whole, tmp_path / "rest.ts", 3))
+    with av.open(str(video.path)) as container:
+        expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(video) == len(expected) < 30 - 3
+    np.testing.assert_array_equal(video.frame(0), expected[0])
+
+
+def test_of_a_film_whose_first_key_frame_is_damaged_what_follows_is_read(tmp_path: Path) -> None:
+    whole = VideoFile(encoded(tmp_path / "a.avi", "mjpeg", q="5"))
+    video = VideoFile(save(tmp_path / "hole.avi", without_content(whole.path, 0)))
+    assert len(video) == 29
+    np.testing.assert_array_equal(video.frame(0), whole.frame(1))
+
+
+def test_a_process_does_not_read_on_where_its_parent_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video = VideoFile(encoded(tmp_path / "a.mp4"))
+    video.frame(0)
+    decoder = video._decoder
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    video.frame(1)
+    assert video._decoder is not decoder
+
+
 def test_an_edited_film_begins_where_the_edit_says(tmp_path: Path) -> None:
     """An mp4 cut without encoding: the frames before the cut are there for the others, but not shown."""
     source = encoded(tmp_path / "a.mp4")
@@ -208,6 +235,23 @@ def test_frame_rates(tmp_path: Path) -> None:
     assert VideoFile(encoded(tmp_path / "a.mp4")).frames_per_second == 25
     hours = encoded(tmp_path / "b.mp4", stamps=lambda index: 7200 * index, base=Fraction(1))
     assert VideoFile(hours).frames_per_second is None  # no film could be written at it
+    with av.open(str(tmp_path / "fast.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5000)
+        (stream.height, stream.width), stream.pix_fmt = SIZE, "yuv420p"
+        container.mux([*stream.encode(av.VideoFrame.from_ndarray(picture(), format="rgb24")), *stream.encode()])
+    assert VideoFile(tmp_path / "fast.mkv").frames_per_second is None
+
+
+def packets_of(path: Path) -> list[tuple[int, int]]:
+    """Place and length of each packet in the file, in bytes."""
+    with av.open(str(path)) as container:
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+
+
+def without_content(path: Path, packet: int) -> bytes:
+    """The bytes of a film with nonsense in a packet."""
+    data, (start, size) = path.read_bytes(), packets_of(path)[packet]
+    return data[:start] + b"\xff" * size + data[start + size :]
 
 
 def without_time_scale(path: Path) -> bytes:
@@ -232,6 +276,8 @@ def test_errors(tmp_path: Path) -> None:
     indexed = film(tmp_path / "fast.mp4", noise, movflags="faststart").read_bytes()
     save(broken, indexed[: len(indexed) // 2])  # cut short behind its index
     refused("holds .. of 60 frames, it was cut short")
+    save(broken, indexed[: max(packets_of(tmp_path / "fast.mp4"))[0]])
+    refused("holds 59 of 60 frames, it was cut short")
     dropped = encoded(tmp_path / "dropped.avi", "mpeg4", stamps=gaps).read_bytes()
     refused("holds .* of 5. frames, it was cut short", save(tmp_path / "cut.avi", dropped[: len(dropped) * 3 // 4]))
     save(broken, without_time_scale(whole))
@@ -259,6 +305,10 @@ def test_a_frame_larger_than_any_film_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("qsam2.data.video_file.MAX_PIXELS", SIZE[0] * SIZE[1] - 1)
     check("a.mp4: has frames of 48x64 pixels", lambda: VideoFile(path).size)
     assert MAX_PIXELS > 7680 * 4320
+    parts = [encoded(tmp_path / f"{size[0]}.ts", count=8, size=size).read_bytes() for size in (SIZE, (96, 128))]
+    monkeypatch.setattr("qsam2.data.video_file.MAX_PIXELS", SIZE[0] * SIZE[1])  # what the header says
+    joined = VideoFile(save(tmp_path / "joined.ts", b"".join(parts)))
+    check("joined.ts: cannot be read as a video", lambda: joined.frame(8))
 
 
 def test_frames_of_another_size_and_damaged_ones_name_their_number(tmp_path: Path) -> None:
@@ -266,10 +316,12 @@ def test_frames_of_another_size_and_damaged_ones_name_their_number(tmp_path: Pat
     video = VideoFile(save(tmp_path / "joined.ts", b"".join(parts)))
     assert video.frame(7).shape == (*SIZE, 3)
     check(r"joined.ts: frame 8 is \(32, 48\), but the video is \(48, 64\)", lambda: video.frame(8))
-    data = bytearray(encoded(tmp_path / "a.mp4", g="10", bf="0").read_bytes())
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        start, size = [(packet.pos, packet.size) for packet in container.demux(video=0)][12]
-    data[start + 4 : start + size] = bytes(size - 4)
-    video = VideoFile(save(tmp_path / "holes.mp4", bytes(data)))
+    holes = without_content(encoded(tmp_path / "a.mp4", g="10", bf="0"), 12)
+    video = VideoFile(save(tmp_path / "holes.mp4", holes))
     check("holes.mp4: frame 12 cannot be decoded", lambda: video.frame(12))
     assert video.frame(20).shape == (*SIZE, 3)  # those behind the next key frame can
+    noise = np.random.default_rng(0).integers(0, 255, (30, *SIZE, 3), dtype=np.uint8)
+    sent = film(tmp_path / "noise.ts", noise, gop=10)
+    data, lost = sent.read_bytes(), packets_of(sent)[12][0] + 3 * 188  # one of the stream's packets of 188 bytes
+    video = VideoFile(save(tmp_path / "lossy.ts", data[:lost] + data[lost + 188 :]))
+    check("lossy.ts: frame 1. cannot be decoded .it is damaged", lambda: list(map(video.frame, range(30))))

@@ -337,6 +337,17 @@ def test_the_interval_is_students_over_videos() -> None:
     assert (copied["low"], copied["high"], copied["objects"]) == (pytest.approx(low), pytest.approx(high), 20)
 
 
+def test_videos_count_by_their_objects() -> None:
+    """A mean over objects, whose interval has no width where all objects differ by the same."""
+    few, many = {"1": {"J&F": 4.0}}, {str(k): {"J&F": 0.0} for k in range(3)}
+    none = {"few": {"1": {"J&F": 0.0}}, "many": many}
+    found = paired_difference({"few": few, "many": many}, none)
+    assert found["difference"] == 1 and found["low"] < 0
+    same = {video: {k: {"J&F": 2.0} for k in items} for video, items in none.items()}
+    found = paired_difference(same, none)
+    assert (found["low"], found["high"]) == pytest.approx((2, 2))
+
+
 def test_one_video_has_no_interval() -> None:
     ours = {"a": {"1": {"J&F": 40.0}, "2": {"J&F": 50.0}}}
     theirs = {"a": {"1": {"J&F": 41.0}, "2": {"J&F": 53.0}}}
@@ -346,6 +357,7 @@ def test_one_video_has_no_interval() -> None:
     assert interval_note(paired_difference(block([1, 2, 3]), block([0, 0, 0]), unit="images")) == (
         "95 % t interval over 2 images, 3 objects"
     )
+    assert interval_note({"unit": "videos", "videos": 1, "objects": 1}).endswith(" 1 object")
 
 
 def percentile_over_objects(rng: np.random.Generator, values: np.ndarray) -> tuple[float, float]:

@@ -16,10 +16,12 @@ from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.video import Masks, Video
 from qsam2.errors import UserError
 from qsam2.evaluation.scoring import score_float, weights_digest
+from qsam2.evaluation.stored_masks import stored_masks
 from qsam2.layers.convert import convert
+from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
-from qsam2.recipe.recipe import EvaluateRecipe, TrainerRecipe
+from qsam2.recipe.recipe import EvaluateRecipe, MemoryRecipe, TrainerRecipe
 
 MASKS = {("a", 1): np.arange(5, dtype=np.uint8), ("a", 2): np.zeros(3, dtype=np.uint8)}
 BLOCK = {"J&F": 1 / 3, "per_object": {"a": {"1": {"J&F": 0.1}}}}
@@ -64,7 +66,7 @@ class Changed(Video):
 
     def __init__(self, video: Video, **changes: Any) -> None:
         self._video, self._changes = video, changes
-        self.name, self.size, self.frame_names = video.name, video.size, video.frame_names
+        self.name, self.size, self.frame_names = changes.get("name", video.name), video.size, video.frame_names
 
     def frame(self, index: int) -> np.ndarray:
         return self._video.frame(index) ^ (index == self._changes.get("frame"))
@@ -75,7 +77,7 @@ class Changed(Video):
         masks = dict(self._video.masks(index) or {})
         if index == self._changes.get("mask"):
             masks[1] = ~masks.get(1, np.zeros(self.size, bool))
-        return masks
+        return {item + self._changes.get("renumbered", 0): mask for item, mask in masks.items()}
 
 
 def test_what_differs_is_computed_anew(
@@ -85,6 +87,8 @@ def test_what_differs_is_computed_anew(
     with torch.no_grad():
         next(parameter for parameter in other.parameters() if parameter.ndim == 1)[0] += 1e-6
     remembers.num_maskmem -= 1
+    reads_otherwise = copy.deepcopy(model)
+    use_memory(reads_otherwise, MemoryRecipe(cache=True))
     trained_and_tracked = copy.deepcopy(model).train()
     trained_and_tracked.tracked_frame, trained_and_tracked.size = 3, "nano"
     for module in trained_and_tracked.modules():
@@ -98,11 +102,14 @@ def test_what_differs_is_computed_anew(
         (model, videos, evaluation),
         (other, videos, evaluation),
         (remembers, videos, evaluation),
+        (reads_otherwise, videos, evaluation),
         (model, videos[:1], evaluation),
         (model, list(moving_objects("test", 2, size=(64, 96))), evaluation),
         (model, [videos[0], Changed(videos[1], frame=last)], evaluation),
         (model, [videos[0], Changed(videos[1], mask=last)], evaluation),
         (model, [videos[0], Changed(videos[1], unannotated=1)], evaluation),
+        (model, [videos[0], Changed(videos[1], renumbered=1)], evaluation),
+        (model, [videos[0], Changed(videos[1], name="another")], evaluation),
         (model, videos, evaluation.model_copy(update={"protocol": "sav"})),
         (model, videos, evaluation.model_copy(update={"precision": "bf16-true"})),
         (model, videos, evaluation.model_copy(update={"frames": 3})),
@@ -115,9 +122,34 @@ def test_what_differs_is_computed_anew(
     early = evaluation.model_copy(update={"frames": 3})
     score_float(model, [Changed(videos[0], frame=3), Changed(videos[1], mask=last)], early, TRAINER)  # not scored: kept
     assert len(computed) == len(cases)
-    monkeypatch.setattr("qsam2.evaluation.scoring.code_digest", lambda: "another version")
-    score_float(model, videos, evaluation, TRAINER)
-    assert len(computed) == len(cases) + 1
+    moved = evaluation.float_cache.rename(evaluation.float_cache.with_name("moved"))
+    score_float(model, videos, EvaluateRecipe(float_cache=moved), TRAINER)
+    assert len(computed) == len(cases)
+    evaluation = EvaluateRecipe(float_cache=moved)
+    for place, value in (("code_digest", "another version"), ("device_of", torch.device("meta"))):
+        monkeypatch.setattr(f"qsam2.evaluation.scoring.{place}", lambda *_, value=value: value)
+        score_float(model, videos, evaluation, TRAINER)
+    assert len(computed) == len(cases) + 2
+
+
+def test_of_several_processes_none_keeps_its_share(
+    model: SAM2, videos: list[Video], evaluation: EvaluateRecipe, computed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qsam2.evaluation.scoring._alone", lambda _: False)
+    for _ in range(2):
+        score_float(model, videos, evaluation, TRAINER)
+    assert len(computed) == 2 and not any(evaluation.float_cache.iterdir())
+
+
+def test_kept_scores_say_again_what_they_leave_out(
+    model: SAM2, videos: list[Video], evaluation: EvaluateRecipe, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    block = {**BLOCK, "left_out": {"no masks": ["a"]}}
+    monkeypatch.setattr("qsam2.evaluation.scoring.score_any", lambda *_: (block, MASKS))
+    for _ in range(2):
+        score_float(model, videos, evaluation, TRAINER)
+    assert sum(message.startswith("not scored: ") for message in caplog.messages) == 1
 
 
 def test_scores_of_quantized_models_are_not_kept(
@@ -143,6 +175,20 @@ def test_the_digest_knows_names_values_and_image_size(model: SAM2, change: Any) 
     assert weights_digest(other) == weights_digest(model)
     change(other)
     assert weights_digest(other) != weights_digest(model)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"block": "null"},
+        {"block": "{", "names": "[]"},
+        {"block": "null", "names": '[["a", 1]]', "0": np.array([{}], object)},  # pickled: could run anything
+    ],
+)
+def test_files_that_hold_something_else_are_damaged(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=r"a.npz is damaged \(\w+\): remove it"):
+        stored_masks(tmp_path / "a.npz")
 
 
 @pytest.mark.usefixtures("computed")

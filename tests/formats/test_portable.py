@@ -39,7 +39,7 @@ def test_a_portable_recipe_names_data_and_files_without_their_folders() -> None:
     assert (values["data"]["val"], values["evaluate"]["stills"]) == ("sav:sav:val", "coco:coco:val")
     assert values["output"] is values["data"]["root"] is values["evaluate"]["float_cache"] is None
     assert values["model"]["checkpoint"] == "my.pt" and build_recipe(values).quantize is not None
-    assert portable({"data": {"val": "davis:davis16:val"}}) == {"data": {"val": "davis:davis16:val"}}
+    assert portable({"data": {"val": "davis:sets/davis16:val"}}) == {"data": {"val": "davis:sets/davis16:val"}}
 
 
 def test_a_recipe_from_elsewhere_keeps_no_place_at_all() -> None:

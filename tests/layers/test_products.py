@@ -109,6 +109,8 @@ def test_keys_and_values_are_counted_where_they_are_read(
     use_memory(model, recipe)
     audit(model, rows, RECIPE, lambda: track_noise(model))
     table = {row.what: row.bits for row in products(rows, recipe) if row.name == CROSS}
+    others = [[row for row in products(rows, of) if row.name != CROSS] for of in (recipe, MemoryRecipe())]
+    assert others[0] == others[1], "memory is read nowhere else"
     keys, values = ("k" in mixed), ("v" in mixed)
     assert table == {"q k": (4, None if keys else 4), "softmax v": (None, None if values else 4)}
     if mixed:
@@ -130,6 +132,7 @@ def test_the_text_of_the_table(converted: Converted) -> None:
         "sam_prompt_encoder.pe_layer - coordinates G float x float random-Fourier encoding of positions",
         "sam_mask_decoder - hyper_in upscaled float x float masks, from the outputs of two parts of the decoder",
     ]
+    assert products([], MemoryRecipe()) == []
     kept = next(line for line in lines if "layers.0.self_attn " in line and "q k" in line)
     assert "float x float" in kept and kept.endswith("a test")
 
@@ -143,7 +146,17 @@ def test_a_product_that_is_not_finite_is_named(converted: Converted, part: str) 
         audit(model, rows, RECIPE, lambda: track_noise(model))
 
 
+def test_operands_given_by_name_are_seen() -> None:
+    seen: list[int] = []
+    x = torch.ones(2, 4, 4)
+    with watch_products(nn.Identity(), lambda module, what, operands: seen.append(len(operands))):
+        nn.functional.linear(x, weight=x[0])
+        nn.functional.scaled_dot_product_attention(x, key=x, value=x)
+    assert seen == [2, 2, 1]
+
+
 def test_levels_are_counted_without_zero_and_in_large_tensors_by_a_sample() -> None:
     assert levels(torch.tensor([0.0, -0.0, 1.0, 1.0, -2.0])) == 2
     assert levels(torch.arange(10**6) % 17) == 16
+    assert levels(torch.arange(2**15) % 2 + 1) == 2  # twice the sample, of two channels
     assert levels(torch.empty(0)) == 0

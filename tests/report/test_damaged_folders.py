@@ -59,6 +59,12 @@ def test_json_of_another_shape_is_refused_in_one_line(tmp_path: Path, name: str,
         message(error)
 
 
+def test_figures_that_cannot_be_divided_are_one_line(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"run: the figures are not as a run writes them \("), as_runs_write([run]):
+        raise ZeroDivisionError
+
+
 def test_a_comparison_with_figures_of_another_shape_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

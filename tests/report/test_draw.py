@@ -132,20 +132,23 @@ def test_a_single_point_is_drawn() -> None:
     assert "of 1 models; Pareto front: a 50.0 at 1" in draw_pareto([Point("a", 1.0, 50.0)], "MB")
 
 
-def write(folder: Path, version: int, text: str) -> None:
+def write(folder: Path, version: int | str, text: str) -> None:
     (folder / f"version_{version}").mkdir()
     (folder / f"version_{version}" / "metrics.csv").write_text(text)
 
 
 def test_a_resumed_run_reads_as_one_curve_and_the_later_values_win(tmp_path: Path) -> None:
     write(tmp_path, 0, "step,loss,lr\n10,5.0,\n10,,0.1\n20,4.0,\n30,9.0,\n")
-    write(tmp_path, 10, "lr,step,loss\n,30,3.0\n,40,2.0\n")
+    write(tmp_path, 10, "lr,step,loss\n,30,3.0\n,40,2.0\nnan,40,inf\n")
     write(tmp_path, 9, "step,loss\n30,8.0\n")
+    write(tmp_path, "copy", "step,loss\n30,7.0\n")  # not a run's
     assert read_curves(tmp_path) == {"loss": [(10, 5.0), (20, 4.0), (30, 3.0), (40, 2.0)], "lr": [(10, 0.1)]}
     assert read_curves(tmp_path / "absent") == {}
 
 
-@pytest.mark.parametrize("text", ["step,loss\n1,x\n", "loss\n1\n", "step,loss\n1,2,3\n"])
+@pytest.mark.parametrize(
+    "text", ["step,loss\n1,x\n", "loss\n1\n", "step,loss\n1,2,3\n", "step,loss\n-1,2\n", f"step,loss\n{2**53},2\n"]
+)
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     write(tmp_path, 0, text)
     with pytest.raises(UserError, match=r"version_0.metrics.csv is damaged \(.*remove it"):

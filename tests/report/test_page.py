@@ -19,9 +19,10 @@ from kept_run import METRICS, QAT, W2, kept_run, metrics_of, write_run
 from PIL import Image
 
 from qsam2.evaluation.scoring import headline
+from qsam2.recipe import build_recipe
 from qsam2.report.compare import render_comparison
 from qsam2.report.page import render, results_table, score_rows, versus_text
-from qsam2.report.read import read_run
+from qsam2.report.read import SavedRun, read_run
 
 FLOAT_METRICS = {key: METRICS[key] for key in ("float", "bytes")} | {"seconds": {"train": 12.34, "score float": 1.0}}
 VOID = {"meta", "link", "img", "source", "br", "input", "hr"}
@@ -338,13 +339,15 @@ def test_any_name_is_shown_as_it_is(tmp_path: Path) -> None:
             assert re.search(rf"<{captions}[^>]*>{re.escape(shown)}", page), name
 
 
-def test_pictures_outside_of_the_folder_are_not_shown(tmp_path: Path) -> None:
+def test_pictures_outside_of_the_folder_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = kept_run(tmp_path / "run")
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     (tmp_path / "run" / "report" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     assert run.media("clip0.jpg")
     for name in ("../../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "../metrics.json"):
         assert run.media(name) is None
+    monkeypatch.setattr("qsam2.report.read.MAX_MEDIA_BYTES", 100)
+    assert run.media("clip0.jpg") is None, "nor are those beyond all use"
 
 
 def test_the_page_names_no_folder_of_this_machine(tmp_path: Path) -> None:
@@ -371,6 +374,34 @@ def test_an_unfinished_run_says_what_is_to_come(tmp_path: Path) -> None:
     metrics["seconds"] |= {"train": 1.0, "score quantized": 1.0}
     (path / "metrics.json").write_text(json.dumps(metrics))
     assert "not finished: writing the model is to come" in Page(render(read_run(path))).text
+
+
+MINMAX = {"method": "minmax", "bits": 4, "range": "minmax"}
+
+
+@pytest.mark.parametrize(
+    ("values", "stages"),
+    [
+        (
+            {
+                "quantize": {"weights": MINMAX, "activations": MINMAX, "allocate": {}},
+                "calibrate": {"weights": "frobenius", "smooth": [0.5], "rounding": "gptq"},
+                "reconstruct": {"method": "brecq"},
+                "evaluate": {"stills": "coco:x:val"},
+            },
+            "allocate bits, calibrate weights, smooth, convert, score float, score float on stills, calibrate, "
+            "round weights, reconstruct, score ptq, score ptq on stills",
+        ),
+        (
+            {**W2, "train": {}, "evaluate": {"after_calibration": False}},
+            "convert, score float, calibrate, train, score quantized",
+        ),
+        ({"train": {}}, "train, score float"),
+        ({}, "score float"),
+    ],
+)
+def test_the_stages_to_come_are_those_of_the_recipe(values: dict[str, Any], stages: str) -> None:
+    assert SavedRun(Path("run"), build_recipe(values)).missing_stages == stages.split(", ")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from qsam2.models import SAM2
+from qsam2.output import code_version
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.recipe import TrainRecipe
 from qsam2.report import stage
@@ -154,6 +155,39 @@ def test_what_a_recipe_says_of_the_run_reaches_wandb(tmp_path: Path) -> None:
     assert {key: logger._wandb_init[key] for key in values} == {**values, "tags": ["small"]}
     config = logger._wandb_init["config"]
     assert config["output"] is None and config["data"]["root"] is None
+    assert config["qsam2"] == code_version() and logger._wandb_init["resume"] == "allow"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "key", "offline"),
+    [("auto", True, False), ("auto", False, True), ("online", False, False), ("offline", True, True)],
+)
+def test_where_a_run_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, key: bool, offline: bool
+) -> None:
+    monkeypatch.setattr("qsam2.train.loggers.has_wandb_key", lambda: key)
+    _, logger = build_loggers(recipe_of(tmp_path, wandb=chosen))
+    assert isinstance(logger, Wandb) and logger._offline == offline
+    (csv,) = build_loggers(recipe_of(tmp_path, wandb="off"))
+    assert isinstance(csv, CSVLogger)
+
+
+def test_a_resumed_run_has_its_id_and_a_run_of_an_agent_the_agents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    ids = [build_loggers(recipe_of(folder))[1].version for folder in (tmp_path, tmp_path, tmp_path / "other")]
+    assert ids[0] == ids[1] != ids[2]
+    monkeypatch.setenv("WANDB_RUN_ID", "run7")
+    assert build_loggers(recipe_of(tmp_path))[1].version == "run7"
+
+
+def test_step_sizes_of_single_quantizers_stay_in_the_csv_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun()
+    logger = logger_of(tmp_path, run, monkeypatch)
+    logger.log_metrics({"scale/a": 1.0, "loss": 2.0}, 0)
+    logger.log_metrics({"scale/a": 1.0}, 1)
+    assert [set(values) for values in run.logged] == [{"loss", "trainer/global_step"}]
 
 
 def test_step_sizes_are_logged_as_multiples_of_their_first_also_after_a_stop() -> None:

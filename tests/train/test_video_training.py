@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from qsam2.pipeline import begin
 from qsam2.recipe import build_recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainerRecipe, TrainRecipe
 from qsam2.run import RunFolder
-from qsam2.train.trainer import WeightAverage, build_trainer, choose_strategy
+from qsam2.train.trainer import FreezeStatistics, SafeCheckpointIO, WeightAverage, build_trainer, choose_strategy
 from qsam2.train.video_training import (
     VideoTraining,
     check_finite,
@@ -134,6 +136,26 @@ def test_a_student_equal_to_its_teacher_has_no_distance_from_it(model: SAM2, bat
     module._loss(batch)
     assert logged["loss/distill_embeddings"] == 0 < logged["loss/distill_masks"]
     assert logged["loss/distill_masks"].requires_grad
+    assert not any("teacher" in name for name in module.state_dict())
+
+
+def test_distillation_counts_by_its_weight(model: SAM2, batch: BatchedVideoDatapoint) -> None:
+    teacher = copy.deepcopy(model).train()
+    with torch.no_grad():
+        model.image_encoder.neck.convs[0].conv.weight.mul_(1.1)
+    logged: dict[str, Tensor] = {}
+
+    def total(**distill: float) -> float:
+        module = VideoTraining(model, TrainRecipe(distill=distill), max_steps=1, teacher=teacher)
+        module.log_dict = logged.update  # type: ignore[method-assign]
+        module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        module.train()._seed_step(0)
+        return float(module._loss(batch))
+
+    alone = total(image_embeddings=0)
+    for key, name, weight in (("mask_logits", "masks", 1e6), ("image_embeddings", "embeddings", 100.0)):
+        added = total(**{key: weight}) - alone
+        assert added == pytest.approx(weight * float(logged[f"loss/distill_{name}"]), rel=0.01) and added > 0
 
 
 def test_a_teacher_answers_the_same_twice_whatever_noise_its_student_has(
@@ -283,6 +305,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(model: SAM2, batch: BatchedVide
     module = VideoTraining(model, TrainRecipe(prompts={"point": 0, "box": 0, **CLICKS}), max_steps=1)
     with pytest.raises(UserError, match=r"^training has diverged, the loss is nan at step 0: lower train.lr=5e-06, "):
         fit(module, [batch], tmp_path)
+
+
+def test_statistics_are_frozen_from_a_step_on() -> None:
+    quantizer = torch.nn.Dropout()
+    freeze = FreezeStatistics({"q": quantizer}, 2)  # type: ignore[dict-item]
+    modes = []
+    for step in range(3):
+        freeze.on_train_batch_start(SimpleNamespace(global_step=step), None, None, step)  # type: ignore[arg-type]
+        modes.append(quantizer.training)
+    assert modes == [True, True, False]
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt.1.tmp").touch()
+    SafeCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_that_holds_more_than_tensors_is_not_read(tmp_path: Path) -> None:
+    torch.save({"stages": SimpleNamespace()}, tmp_path / "last.ckpt")  # what is pickled could run anything
+    with pytest.raises(pickle.UnpicklingError):
+        SafeCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize(
