@@ -32,7 +32,8 @@ class StoredModel:
         self.finished: list[str] = []
         if self.file.is_file():
             try:
-                self.stored = SafeCheckpointIO().load_checkpoint(self.file)
+                found = SafeCheckpointIO().load_checkpoint(self.file)
+                self.stored = {key: found[key] for key in ("stages", "model", "latent")}
             except Exception as error:  # whatever torch makes of such a file
                 problem = f"{self.file} is damaged ({type(error).__name__})"
                 raise UserError(f"{problem}: remove it, and the run is calibrated anew") from error

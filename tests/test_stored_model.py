@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from qsam2.errors import UserError
@@ -57,3 +58,11 @@ def test_of_several_processes_the_first_stores(tmp_path: Path, monkeypatch: pyte
     stored = StoredModel(run_of(tmp_path))
     stored.carry_out(fills_weights)
     assert not stored.file.exists()
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, {"stages": []}, [1], b"no checkpoint"])
+def test_a_file_of_something_else_is_damaged(tmp_path: Path, content: Any) -> None:
+    file = tmp_path / "model.ckpt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(UserError, match=r"model.ckpt is damaged .*: remove it, and the run is calibrated anew$"):
+        StoredModel(run_of(tmp_path))

@@ -18,6 +18,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from qsam2.data.unlabelled import is_unlabelled
 from qsam2.errors import NOT_THIS_JSON, UserError, short
 from qsam2.output import encodable, listed, read_json
 from qsam2.recipe import Recipe, build_recipe, load_recipe
@@ -147,6 +148,7 @@ def _stages(recipe: Recipe) -> list[str]:
     if recipe.quantize is None:
         return [*(["train"] if recipe.train else []), *score("float")]
     return [
+        *(["prompt"] if any(map(is_unlabelled, (*recipe.data.train, recipe.data.scored))) else []),
         *(["allocate bits"] if recipe.quantize.allocate else []),
         *(["calibrate weights"] if calibrate.weights else []),
         *(["smooth"] if calibrate.smooth else []),

@@ -398,6 +398,7 @@ MINMAX = {"method": "minmax", "bits": 4, "range": "minmax"}
         ),
         ({"train": {}}, "train, score float"),
         ({}, "score float"),
+        ({**W2, "data": {"val": "video:film.mp4"}}, "prompt, convert, score float, calibrate, score ptq"),
     ],
 )
 def test_the_stages_to_come_are_those_of_the_recipe(values: dict[str, Any], stages: str) -> None:
