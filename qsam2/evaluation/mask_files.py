@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from qsam2.data.index_masks import VOID, MaskFiles
-from qsam2.data.pictures import list_pictures, subfolders
+from qsam2.data.pictures import by_stem, list_pictures, subfolders
 from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
 from qsam2.evaluation.metrics.scores import Protocol, VOSScore
@@ -116,22 +116,13 @@ def _present(ids: np.ndarray) -> list[int]:
 
 def _pair(gt: Path, pred: Path, protocol: Protocol, stray: set[str]) -> tuple[_Frames, _Frames]:
     """The true and the predicted files of a folder; names of predictions without a true mask go into `stray`."""
-    true_files, pred_files = _by_name(gt), _by_name(pred)
+    true_files, pred_files = by_stem(list_pictures(gt)), by_stem(list_pictures(pred))
     if not true_files:
         raise UserError(f"{gt}: no PNG files; {protocol} ground truth is laid out as {LAYOUT[protocol]}")
     stray |= pred_files.keys() - true_files.keys()
     scored = {name: pred_files[name] for name in true_files if name in pred_files}
     dataset = 1 if protocol == "sav" else 0
     return _Frames(gt, true_files, gt.parents[dataset]), _Frames(pred, scored, pred.parents[dataset])
-
-
-def _by_name(folder: Path) -> dict[str, Path]:
-    """The mask files of a folder by name without suffix, in order."""
-    files = list_pictures(folder)
-    paths = {path.stem: path for path in files}
-    if twice := [path for path in files if paths[path.stem] != path]:
-        raise UserError(f"{twice[0]}: is there again as {paths[twice[0].stem].name}; keep one file a frame")
-    return paths
 
 
 class _Frames:

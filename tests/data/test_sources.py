@@ -110,6 +110,21 @@ def test_videos_are_files_or_folders_of_frames(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "file", "again"),
+    [
+        ("davis", "davis/Annotations/v/00000.png", "davis/Annotations/v/00000.tif"),
+        ("sav", "sav/sav_val/Annotations_6fps/v/000/00000.png", "sav/sav_val/Annotations_6fps/v/000/00000.tif"),
+        ("yolo", "yolo/images/val/v.jpg", "yolo/images/val/v.png"),
+        ("instance_png", "instance_png/images/v.jpg", "instance_png/images/v.png"),
+        ("instance_png", "instance_png/instance_png/v.png", "instance_png/instance_png/v.webp"),
+    ],
+)
+def test_two_files_of_one_name_are_refused(roots, kind, file, again):
+    save(roots / again, FILES[file])
+    check(f"{file}: is there again as {Path(again).name}", lambda: open_videos(f"{kind}:{roots / kind}:val"))
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         (
