@@ -71,6 +71,11 @@ def coco_stills(root: Path, split: str) -> list[Picture]:
     for annotation in data["annotations"]:
         if not annotation.get("iscrowd", 0):
             regions[annotation["image_id"]].append(annotation["segmentation"])
+    ids = Counter(image["id"] for image in data["images"])
+    if twice := [short(item) for item, count in ids.items() if count > 1]:
+        raise UserError(f"{path}: has two images of the id {twice[0]}; their annotations cannot be told apart")
+    if stray := [short(repr(item)) for item in regions if item not in ids]:
+        _log.warning("%s: annotations of %d images that it does not list are left out (%s)", path, len(stray), stray[0])
     annotated = [(image["file_name"], regions[image["id"]]) for image in data["images"] if image["id"] in regions]
     names = [name for name, _ in annotated]
     pictures = [_inside(root, folder, name, path) for name in names]

@@ -87,6 +87,7 @@ def _split_names(root: Path, split: str) -> list[str]:
     lines = [
         re.split(r"(?i)(?<=\.jpg|\.png)\s", line)[0] for line in _lines(path, "sequences")
     ]  # names may hold blanks
+    lines = [line.rstrip("/") for line in lines]  # as `ls` writes folders
     return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from qsam2.recipe.source import parts_of
+
 PATHS = ("output", "data.root", "evaluate.float_cache")
 """Keys that name folders of the machine that a run was made on."""
 FILES = ("model.checkpoint", "quantize.allocate.sensitivity")
@@ -28,11 +30,10 @@ def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _changed(values: Mapping[str, Any], change_root: Callable[[str], str]) -> dict[str, Any]:
     def source(spec: Any) -> Any:
-        kind, colon, rest = spec.partition(":") if isinstance(spec, str) else (spec, "", "")
-        if not colon or kind == "moving_objects":
+        kind, root, split = parts_of(spec) if isinstance(spec, str) else (spec, "", "")
+        if kind == "moving_objects" or not (root or split):
             return spec
-        root, colon, split = rest.partition(":")
-        return f"{kind}:{change_root(root)}{colon}{split}".removesuffix(":")
+        return f"{kind}:{change_root(root)}:{split}".rstrip(":")
 
     changed = dict(values)
     for key in PATHS:

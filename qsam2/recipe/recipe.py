@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from qsam2.recipe.calibrate import CalibrateRecipe, ReconstructRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.section import LearningRate, LearningRateOrNone, Name, Names, Section, Tags
+from qsam2.recipe.source import parts_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -75,8 +76,8 @@ class DataRecipe(Section):
         """The source that is scored: `val`, or the first train source, whose val split it then is."""
         if self.val is not None:
             return self.val
-        kind, *rest = self.train[0].split(":")
-        return kind if kind == "moving_objects" else ":".join([kind, *rest[:1]])  # its root, without its split
+        kind, root, _ = parts_of(self.train[0])
+        return f"{kind}:{root}" if root and kind != "moving_objects" else kind  # its root, without its split
 
     @model_validator(mode="after")
     def _one_weight_per_source(self) -> DataRecipe:
