@@ -143,18 +143,22 @@ class _Frames:
 
 
 def _read_pairs(true: _Frames, pred: _Frames) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted and true ids (T, H, W); the first and last prediction, which are not scored, are 0."""
+    """Predicted and true ids (T, H, W); the first and last prediction, which are not scored, are 0.
+
+    An object that no true mask shows, which nothing can track, needs no predictions: they are 0, too.
+    """
     names = list(true.paths)
     true_frames = [true.read(name) for name in names]
     shape = true_frames[0].shape
     pred_frames = [np.zeros_like(frame) for frame in true_frames]
+    untracked = not pred.paths and not any(frame.any() for frame in true_frames)
     for t, name in enumerate(names):
         if true_frames[t].shape != shape:
             raise UserError(
                 f"{true.paths[name]}: {_size(true_frames[t])}, but {true.paths[names[0]]} is "
                 f"{_size(true_frames[0])}; correct it"
             )
-        if 0 < t < len(names) - 1:
+        if 0 < t < len(names) - 1 and not untracked:
             pred_frames[t] = pred.read(name)
             if pred_frames[t].shape != shape:
                 raise UserError(
@@ -169,7 +173,9 @@ def _size(mask: np.ndarray) -> str:
 
 
 def check_masks_folder(folder: Path, videos: Sequence[Video]) -> None:
-    """Raise UserError unless masks can be written: a new folder, videos that are tracked."""
+    """Raise UserError unless masks can be written: a new folder, videos that are tracked and have names of folders."""
+    if strange := [video.name for video in videos if video.name in ("", ".", "..") or "/" in video.name]:
+        raise UserError(f"--save-masks: a video is called {strange[0]!r}, which is no folder's name: rename it")
     if folder.exists():
         raise UserError(f"--save-masks {folder}: exists already; give a new folder")
     if all(len(video) == 1 for video in videos):
