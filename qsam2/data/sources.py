@@ -60,7 +60,7 @@ def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val"
 def source_of(data: str | Path) -> str:
     """`KIND:...` of a folder or file, by what it holds: DAVIS, pictures or videos; a source is returned as it is."""
     text = str(data)
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if text.split(":")[0] in KINDS or not path.exists():
         if ":" in text or text in KINDS:
             return text
@@ -77,7 +77,7 @@ def _place(spec: str, kind: str, root: str | Path | None) -> Path:
     if not root:
         raise UserError(f"data {spec!r}: needs the dataset's folder; write {_form(kind)} or give data.root=FOLDER")
     shared = os.environ.get("QSAM2_DATA")
-    places = [Path(root).expanduser()]
+    places = [Path(os.path.expanduser(root))]  # of a user that there is not, the name as it is
     if shared and not places[0].is_absolute():
         places.append(Path(shared) / root)
     place = next((p for p in places if p.is_dir() or (kind in UNLABELLED and p.is_file())), None)

@@ -6,6 +6,7 @@ are the user's reference (`docs/site/recipe_keys.py`).
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -373,4 +374,4 @@ class Recipe(Section):
     def run_folder(self) -> Path:
         """Folder of the run's files; runs of one recipe at several sizes have one each."""
         size = "" if self.model.size == "nano" or self.model.size in self.name else f"-{self.model.size}"
-        return self.output or Path("runs") / f"{self.name}{size}"
+        return Path(os.path.expanduser(self.output)) if self.output else Path("runs") / f"{self.name}{size}"

@@ -140,6 +140,7 @@ def test_two_files_of_one_name_are_refused(roots, kind, file, again):
             "data 'sav:nowhere:val': there is no folder nowhere nor .*/nowhere; .* or sav:FOLDER.* QSAM2_DATA",
         ),
         ("davis:/nowhere", "there is no folder /nowhere;"),
+        ("davis:~nobody.there/x", "there is no folder ~nobody.there/x nor"),
         ("davis:a:b:c", "data 'davis:a:b:c': has too many parts; write davis:FOLDER"),
         ("moving_objects:many", "data 'moving_objects:many': the number of videos is 'many'; write moving_objects"),
         ("moving_objects:0", "moving_objects: count is 0"),
