@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from qsam2.output import quiet_libraries, read_json, write_whole
 from qsam2.recipe import Recipe, build_recipe
 from qsam2.recipe.load import SIZES, merge, read_recipe
 from qsam2.recipe.quantize import parse_bits
+from qsam2.recipe.source import parts_of
 
 log = logging.getLogger("qsam2")
 
@@ -126,7 +128,7 @@ def _calibration_alone(size: str, bits: int | str, sources: Mapping[str, Any]) -
 
 def _sources(spec: str) -> dict[str, Any]:
     """`data.train` and `data.val` of a source; without masks and split, every fifth picture or piece is held out."""
-    if spec.count(":") > 1:
+    if parts_of(spec)[2]:
         return {"train": [spec], "val": spec}
     if is_unlabelled(spec):
         return {"train": [f"{spec}:train"], "val": f"{spec}:val"}
@@ -172,9 +174,10 @@ def evaluate(
     whole: list[str] = []
     if data is not None:
         spec = source_of(data)
-        values["data.val"] = f"{spec}:all" if is_unlabelled(spec) and spec.count(":") == 1 else spec
+        _, root, split = parts_of(spec)
+        values["data.val"] = f"{spec}:all" if is_unlabelled(spec) and root and not split else spec
         whole = ["evaluate.frames=null", "evaluate.videos=null"]  # a run's own limits are for its own data
-    flags = [f"{key}={value}" for key, value in values.items() if value is not None]
+    flags = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]  # as text: "a #1"
     return scoring.evaluate_model(
         str(model),
         [*whole, *overrides, *flags],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import select
 import signal
 import sys
 import threading
@@ -36,12 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
     message, status, options = "", 0, None
     os.environ.setdefault(*WAITING)
+    if getattr(sys.stdout, "errors", None) == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that it cannot show
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         with stopped_by_sigterm(), without_bars() if options.quiet else nullcontext():
             options.run(options)
+            sys.stdout.flush()
     except UserError as error:
         message, status = f"error: {error}", 2
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        status = 128 + signal.SIGPIPE  # as other programs end in `qsam2 ... | head`
     except OSError as error:
         if error.errno in UNUSABLE and error.filename:
             used = UserError(f"{error.filename} cannot be used: {error.strerror}; give another path, or rights to it")
@@ -61,6 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _end_progress_bars()
         print(message, file=sys.stderr)
     return status
+
+
+def _is_unread() -> bool:
+    """True if nobody reads stdout any longer; what is left for it is thrown away then."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _end_progress_bars() -> None:

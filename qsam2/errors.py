@@ -38,8 +38,8 @@ def shortened(text: str, length: int = SHOWN) -> str:
 
 
 def short(value: object) -> str:
-    """A value's text in one line, shortened; the name of its type if it has none, as errors may."""
-    return shortened(" ".join(str(value).split()) or type(value).__name__)
+    """A value's text in one line, shortened; of an error without text the name of its type."""
+    return shortened(" ".join(str(value).split()) or (type(value).__name__ if isinstance(value, Exception) else ""))
 
 
 def shown(value: object) -> str:

@@ -24,6 +24,7 @@ from qsam2.formats.card import export_model
 from qsam2.layers.convert import convert_layers
 from qsam2.loading import load_float, verify_export
 from qsam2.memory.reader import use_memory
+from qsam2.models.checkpoints import find_weights
 from qsam2.recipe import Recipe
 from qsam2.reconstruction.block_by_block import reconstruct_blocks
 from qsam2.report.stage import report
@@ -37,9 +38,11 @@ log = logging.getLogger("qsam2")
 
 
 def carry_out(recipe: Recipe) -> dict[str, Any]:
-    """`run_recipe`, alone in the run folder. A new folder is made only once the data has been found to be usable."""
+    """`run_recipe`, alone in the run folder. A new folder is made only once data and weights have been found."""
     if not recipe.run_folder.exists():
         open_data(recipe)
+        if recipe.model.checkpoint is not None:
+            find_weights(recipe.model.size, recipe.model.version, recipe.model.checkpoint)
     with alone_in(recipe.run_folder):
         return run_recipe(recipe)
 

@@ -65,8 +65,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """True if the run came to its end: the report is written last."""
-        return (self.path / "report.html").is_file()
+        """True if the run came to its end, where the report is written, and still has its model and figures."""
+        return all(file.is_file() for file in (self.path / "report.html", self.model, self._metrics_file))
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str = "") -> Iterator[None]:

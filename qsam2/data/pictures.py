@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -61,6 +61,15 @@ def list_pictures(folder: Path, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) ->
     return sorted(list_files(folder, suffixes), key=frame_order)
 
 
+def by_stem(files: Iterable[Path]) -> dict[str, Path]:
+    """Files by name without suffix, in their order. Raises UserError where two have one name."""
+    paths: dict[str, Path] = {}
+    for file in files:
+        if (before := paths.setdefault(file.stem, file)) != file:
+            raise UserError(f"{before}: is there again as {file.name}; keep one of them")
+    return paths
+
+
 def files_below(root: Path, pattern: str) -> list[Path]:
     """The files of a pattern (``*.json``) in a folder and all folders in it, sorted."""
     found = root.rglob(pattern)
@@ -78,14 +87,17 @@ def subfolders(folder: Path) -> list[str]:
 def opened(path: Path) -> Iterator[Image.Image]:
     """Context manager: a picture file of which the header is read. Any error in the block names the file.
 
-    Raises UserError for another format than `FORMATS`, for more than `MAX_PIXELS` and for a damaged file.
+    Raises UserError for another format than `FORMATS`, for more than `MAX_PIXELS`, for a damaged file and for several
+    pictures in one.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PIL, about metadata and size
-            with Image.open(path, formats=FORMATS) as picture:
+            # not by name: PIL maps a named TIFF into memory, and garbles one that it turns
+            with path.open("rb") as file, Image.open(file, formats=FORMATS) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{picture.width * picture.height} pixels")
+                _check_single(picture, path)
                 yield picture
     except UserError:
         raise
@@ -96,6 +108,18 @@ def opened(path: Path) -> Iterator[Image.Image]:
         no_picture = isinstance(error, UnidentifiedImageError)
         reason = f"it is none of {', '.join(FORMATS)}" if no_picture else short(error)
         raise UserError(f"{path}: cannot be read as a picture ({reason}); fetch the file again or remove it") from error
+
+
+def _check_single(picture: Image.Image, path: Path) -> None:
+    """Refuse animations and stacks. A camera's second picture (MPO) and pages of other sizes, previews, are let be."""
+    count = getattr(picture, "n_frames", 1)
+    if count == 1 or picture.format == "MPO":
+        return
+    size = picture.size
+    picture.seek(1)
+    if picture.size == size:
+        raise UserError(f"{path}: holds {count} pictures of one size; write each as a file, or all as a video")
+    picture.seek(0)
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.data.unlabelled import UNLABELLED, VIDEO_SUFFIXES, has_masks, picture_source, video_source
 from qsam2.data.video import Video
 from qsam2.data.video_datasets import davis_videos, sav_videos
-from qsam2.errors import UserError
+from qsam2.errors import UserError, short
 from qsam2.recipe.recipe import Recipe
+from qsam2.recipe.source import parts_of
 
 _READERS: dict[str, Callable[[Path, str], Sequence[Video]]] = {
     "davis": davis_videos,
@@ -38,24 +40,27 @@ def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val"
     ``images:FOLDER``, ``video:FILE_OR_FOLDER`` (see `qsam2.data.unlabelled`). A relative root that does not exist is
     also looked for in $QSAM2_DATA. Raises UserError naming what is unknown, missing or malformed.
     """
-    kind, *parts = spec.split(":")
+    kind, place, own = parts_of(spec)
+    split = own or split
     if kind not in KINDS:
         nearest = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
         raise UserError(f"data {spec!r}: {kind!r} is no kind of data; did you mean {nearest!r}? It is {_one_of(KINDS)}")
-    if len(parts) > 2:
+    if ":" in place and not os.path.exists(place):
         raise UserError(f"data {spec!r}: has too many parts; write {_form(kind)}")
-    place, split = (parts[0] if parts else ""), (parts[1] if len(parts) == 2 and parts[1] else split)
     if kind == "moving_objects":
-        if place and not place.isdigit():
+        if place and not (place.isdecimal() and len(place) < 10):
             raise UserError(f"data {spec!r}: the number of videos is {place!r}; write {_form(kind)}")
         return list(moving_objects(split, int(place or MOVING_OBJECTS_COUNT.get(split, 1))))  # type: ignore[arg-type]
-    return list(_READERS[kind](_place(spec, kind, place or root), split))
+    videos = list(_READERS[kind](_place(spec, kind, place or root), split))
+    if twice := [name for name, count in Counter(video.name for video in videos).items() if count > 1]:
+        raise UserError(f"data {spec!r}: holds {short(twice[0])!r} twice; rename or remove one, as scores go by name")
+    return videos
 
 
 def source_of(data: str | Path) -> str:
     """`KIND:...` of a folder or file, by what it holds: DAVIS, pictures or videos; a source is returned as it is."""
     text = str(data)
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if text.split(":")[0] in KINDS or not path.exists():
         if ":" in text or text in KINDS:
             return text
@@ -72,7 +77,7 @@ def _place(spec: str, kind: str, root: str | Path | None) -> Path:
     if not root:
         raise UserError(f"data {spec!r}: needs the dataset's folder; write {_form(kind)} or give data.root=FOLDER")
     shared = os.environ.get("QSAM2_DATA")
-    places = [Path(root).expanduser()]
+    places = [Path(os.path.expanduser(root))]  # of a user that there is not, the name as it is
     if shared and not places[0].is_absolute():
         places.append(Path(shared) / root)
     place = next((p for p in places if p.is_dir() or (kind in UNLABELLED and p.is_file())), None)

@@ -14,7 +14,7 @@ import numpy as np
 from typing_extensions import NotRequired, TypedDict
 
 from qsam2.data.index_masks import MaskFiles, split_ids
-from qsam2.data.pictures import files_below, list_files, list_pictures, subfolders
+from qsam2.data.pictures import by_stem, files_below, list_files, list_pictures, subfolders
 from qsam2.data.regions import decode_region, fill_polygons
 from qsam2.data.video import Masks, Picture
 from qsam2.errors import UserError, short
@@ -71,6 +71,11 @@ def coco_stills(root: Path, split: str) -> list[Picture]:
     for annotation in data["annotations"]:
         if not annotation.get("iscrowd", 0):
             regions[annotation["image_id"]].append(annotation["segmentation"])
+    ids = Counter(image["id"] for image in data["images"])
+    if twice := [short(item) for item, count in ids.items() if count > 1]:
+        raise UserError(f"{path}: has two images of the id {twice[0]}; their annotations cannot be told apart")
+    if stray := [short(repr(item)) for item in regions if item not in ids]:
+        _log.warning("%s: annotations of %d images that it does not list are left out (%s)", path, len(stray), stray[0])
     annotated = [(image["file_name"], regions[image["id"]]) for image in data["images"] if image["id"] in regions]
     names = [name for name, _ in annotated]
     pictures = [_inside(root, folder, name, path) for name in names]
@@ -131,7 +136,7 @@ def yolo_stills(root: Path, split: str) -> list[Picture]:
     if name is None:
         raise UserError(f"{images}: has no split {split!r}; there is {', '.join(subfolders(images)) or 'no folder'}")
     files = {path.stem: path for path in list_files(labels / name, (".txt",)) if not _is_blank(path)}
-    pictures = [path for path in list_pictures(images / name) if path.stem in files]
+    pictures = [*by_stem(path for path in list_pictures(images / name) if path.stem in files).values()]
     stray = sorted(files.keys() - {path.stem for path in pictures})
     if stray:
         _log.warning("%s: %d label files have no picture and are left out (%s.txt, ...)", labels, len(stray), stray[0])
@@ -141,8 +146,8 @@ def yolo_stills(root: Path, split: str) -> list[Picture]:
 def instance_png_stills(root: Path) -> list[Picture]:
     """``ROOT/images/X.jpg`` (or png) and ``ROOT/instance_png/X.png``, a picture of instance numbers."""
     images, masks = root / "images", root / "instance_png"
-    pictures = {path.stem: path for path in list_pictures(images)}
-    files = list_pictures(masks)
+    pictures = by_stem(list_pictures(images))
+    files = [*by_stem(list_pictures(masks)).values()]
     for path in files:
         if path.stem not in pictures:
             raise UserError(f"{path}: is a mask without its picture in {images}; add the picture")

@@ -6,6 +6,7 @@ Their masks are a float model's own (`qsam2.evaluation.own_masks`): they serve c
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,10 @@ GRID = 8
 OWN_MASKS = f"the float model's own masks from a grid of {GRID}x{GRID} clicks"
 """Source of the prompts, as scores and cards state it."""
 SPLITS = ("train", "val", "all")
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
+VIDEO_SUFFIXES = (
+    ".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ts", ".mts", ".m2ts", ".3gp", ".flv",
+    ".ogv",
+)  # fmt: skip
 PIECE_FRAMES = 64
 """Longest piece of a video: each piece is prompted anew."""
 UNCUT_FRAMES = 16
@@ -117,7 +121,12 @@ def video_source(root: Path, split: str) -> list[Unlabelled]:
 def _videos(root: Path) -> list[Video]:
     files = [root] if root.is_file() else list_files(root, VIDEO_SUFFIXES)
     if files:
-        return [VideoFile(path) for path in files]
+        films = [VideoFile(path) for path in files]
+        count = Counter(film.name for film in films)
+        for film in films:
+            if count[film.name] > 1:
+                film.name = film.path.name  # a.mp4 beside a.mov
+        return [*films]
     if list_pictures(root):
         return [FrameFolder(root)]
     folders = [root / name for name in subfolders(root) if list_pictures(root / name)]

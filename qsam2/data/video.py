@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
@@ -83,7 +84,7 @@ class FrameFolder(Video):
             if others := sorted(set(self._paths) - set(numbered)):
                 _log.warning("%s: is no frame and left out, as others are numbered (%d such)", others[0], len(others))
             self._paths = numbered
-        self.name = folder.name
+        self.name = Path(os.path.abspath(folder)).name  # of `..`, too
         self.frame_names = [path.stem for path in self._paths]
         if twice := [name for name, count in Counter(self.frame_names).items() if count > 1]:
             raise UserError(f"{folder}: holds two pictures named {twice[0]}; a folder of frames has one file a frame")

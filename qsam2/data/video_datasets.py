@@ -13,7 +13,7 @@ from annotated_types import MinLen
 from typing_extensions import TypedDict
 
 from qsam2.data.index_masks import MaskFiles, split_ids
-from qsam2.data.pictures import files_below, list_pictures, subfolders
+from qsam2.data.pictures import by_stem, files_below, list_pictures, subfolders
 from qsam2.data.regions import decode_rle
 from qsam2.data.video import FrameFolder, Masks, Video
 from qsam2.data.video_file import open_video
@@ -32,7 +32,7 @@ class DavisVideo(FrameFolder):
     def __init__(self, frames: Path, masks: Path) -> None:
         super().__init__(frames)
         paths = list_pictures(masks)
-        self._masks, self._files = {path.stem: path for path in paths}, MaskFiles(paths, masks.parent)
+        self._masks, self._files = by_stem(paths), MaskFiles(paths, masks.parent)
         if not paths:
             raise UserError(f"{masks}: holds no masks (.png), but its frames are in {frames}")
         stray = sorted(self._masks.keys() - set(self.frame_names))
@@ -87,6 +87,7 @@ def _split_names(root: Path, split: str) -> list[str]:
     lines = [
         re.split(r"(?i)(?<=\.jpg|\.png)\s", line)[0] for line in _lines(path, "sequences")
     ]  # names may hold blanks
+    lines = [line.rstrip("/") for line in lines]  # as `ls` writes folders
     return list(dict.fromkeys(Path(line).parent.name if "/" in line else line for line in lines))
 
 
@@ -167,7 +168,7 @@ class FolderSavVideo(SavVideo):
         if len({int(name) for name in names}) < len(names):
             raise UserError(f"{folder}: has two folders of one number; name each object's folder once, as 000")
         paths = {int(name) + 1: list_pictures(folder / name) for name in names}
-        self._masks = {k: {path.stem: path for path in files} for k, files in paths.items()}
+        self._masks = {k: by_stem(files) for k, files in paths.items()}
         self._files = {k: MaskFiles(files, folder.parent) for k, files in paths.items()}
 
     @cached_property

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 from av.stream import Disposition
+from av.video.frame import PictureType
 
 from qsam2.data.pictures import MAX_PIXELS
 from qsam2.data.video import FrameFolder, Video
@@ -31,6 +32,7 @@ _READ_ON = 48  # frames; for a target further on, seeking beats decoding what li
 _COVER_ART = Disposition.attached_pic | Disposition.timed_thumbnails
 _PICTURES = {"bmp", "mjpeg", "png", "tiff", "webp"}  # codecs of cover art that is not marked as such
 _PLAYLISTS = {"concat", "dash", "hls", "imf", "rtsp", "sdp"}  # formats that name other files
+_DEPENDENT = (PictureType.P, PictureType.B)
 _FAILURES = (av.FFmpegError, OSError, ValueError)
 _log = logging.getLogger(__name__)
 
@@ -84,7 +86,8 @@ class VideoFile(Video):
                 ]
                 rate = stream.average_rate
                 self._check_whole(container, stream, packets)
-                sound = _are_sound(packets, is_avi=container.format.name == "avi")
+                reorders = stream.codec_context.has_b_frames
+                sound = _are_sound(packets, is_avi=container.format.name == "avi", reorders=reorders)
             if not any(packet.is_key for packet in packets):
                 raise UserError(f"{self.path}: holds no key frame to begin from; give the film from its beginning")
             shown = next(self._decoded(_Key(0, _key_at(packets), None), skips=True), None)
@@ -198,9 +201,13 @@ class VideoFile(Video):
                         if number >= start.packet:
                             packet.pts = number
                             with contextlib.suppress(*_FAILURES) if skips else contextlib.nullcontext():
-                                yield from packet.decode()
+                                for frame in packet.decode():
+                                    _check_key(frame, start)
+                                    yield frame
                         number += 1
-                yield from stream.codec_context.decode(None)
+                for frame in stream.codec_context.decode(None):
+                    _check_key(frame, start)
+                    yield frame
                 return
 
     def _upright(self, frame: av.VideoFrame) -> np.ndarray:
@@ -224,6 +231,12 @@ class VideoFile(Video):
         return self.__dict__ | {"_decoder": iter(()), "_process": 0}
 
 
+def _check_key(frame: av.VideoFrame, start: _Key) -> None:
+    """Raise ValueError for the frame of a key that is none: some files call every packet a key."""
+    if frame.pts == start.packet and start.time is not None and frame.pict_type in _DEPENDENT:
+        raise ValueError("it needs frames before its key")
+
+
 def _display_matrix(frame: av.VideoFrame) -> tuple[float, ...]:
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
@@ -239,13 +252,16 @@ def _key_at(packets: Sequence[_Packet], number: int | None = None) -> int:
     return keys[0] if number is None else keys[bisect_right(keys, number) - 1]
 
 
-def _are_sound(packets: Sequence[_Packet], *, is_avi: bool) -> bool:
-    """True if the frames are shown in the order of their times, each of which is given once."""
+def _are_sound(packets: Sequence[_Packet], *, is_avi: bool, reorders: bool) -> bool:
+    """True if the frames are shown in the order of their times, each of which is given once.
+
+    AVI has the times of decoding alone, and so have some files of other kinds, whose decoder `reorders` in vain.
+    """
     stamps = [packet.pts for packet in packets]
     decoded = [packet.dts for packet in packets if packet.dts is not None]
     if None in stamps or len(set(stamps)) < len(stamps) or decoded != sorted(decoded):
         return False
-    return not is_avi or all(packet.is_key for packet in packets)  # AVI has the times of decoding alone
+    return all(packet.is_key for packet in packets) or not (is_avi or (reorders and stamps == sorted(stamps)))
 
 
 def _by_time(packets: Sequence[_Packet], first: int) -> list[int]:

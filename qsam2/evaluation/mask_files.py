@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from qsam2.data.index_masks import VOID, MaskFiles
-from qsam2.data.pictures import list_pictures, subfolders
+from qsam2.data.pictures import by_stem, list_pictures, subfolders
 from qsam2.data.video import Predictions, Video
 from qsam2.errors import UserError
 from qsam2.evaluation.metrics.scores import Protocol, VOSScore
@@ -116,22 +116,13 @@ def _present(ids: np.ndarray) -> list[int]:
 
 def _pair(gt: Path, pred: Path, protocol: Protocol, stray: set[str]) -> tuple[_Frames, _Frames]:
     """The true and the predicted files of a folder; names of predictions without a true mask go into `stray`."""
-    true_files, pred_files = _by_name(gt), _by_name(pred)
+    true_files, pred_files = by_stem(list_pictures(gt)), by_stem(list_pictures(pred))
     if not true_files:
         raise UserError(f"{gt}: no PNG files; {protocol} ground truth is laid out as {LAYOUT[protocol]}")
     stray |= pred_files.keys() - true_files.keys()
     scored = {name: pred_files[name] for name in true_files if name in pred_files}
     dataset = 1 if protocol == "sav" else 0
     return _Frames(gt, true_files, gt.parents[dataset]), _Frames(pred, scored, pred.parents[dataset])
-
-
-def _by_name(folder: Path) -> dict[str, Path]:
-    """The mask files of a folder by name without suffix, in order."""
-    files = list_pictures(folder)
-    paths = {path.stem: path for path in files}
-    if twice := [path for path in files if paths[path.stem] != path]:
-        raise UserError(f"{twice[0]}: is there again as {paths[twice[0].stem].name}; keep one file a frame")
-    return paths
 
 
 class _Frames:
@@ -152,18 +143,22 @@ class _Frames:
 
 
 def _read_pairs(true: _Frames, pred: _Frames) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted and true ids (T, H, W); the first and last prediction, which are not scored, are 0."""
+    """Predicted and true ids (T, H, W); the first and last prediction, which are not scored, are 0.
+
+    An object that no true mask shows, which nothing can track, needs no predictions: they are 0, too.
+    """
     names = list(true.paths)
     true_frames = [true.read(name) for name in names]
     shape = true_frames[0].shape
     pred_frames = [np.zeros_like(frame) for frame in true_frames]
+    untracked = not pred.paths and not any(frame.any() for frame in true_frames)
     for t, name in enumerate(names):
         if true_frames[t].shape != shape:
             raise UserError(
                 f"{true.paths[name]}: {_size(true_frames[t])}, but {true.paths[names[0]]} is "
                 f"{_size(true_frames[0])}; correct it"
             )
-        if 0 < t < len(names) - 1:
+        if 0 < t < len(names) - 1 and not untracked:
             pred_frames[t] = pred.read(name)
             if pred_frames[t].shape != shape:
                 raise UserError(
@@ -178,7 +173,9 @@ def _size(mask: np.ndarray) -> str:
 
 
 def check_masks_folder(folder: Path, videos: Sequence[Video]) -> None:
-    """Raise UserError unless masks can be written: a new folder, videos that are tracked."""
+    """Raise UserError unless masks can be written: a new folder, videos that are tracked and have names of folders."""
+    if strange := [video.name for video in videos if video.name in ("", ".", "..") or "/" in video.name]:
+        raise UserError(f"--save-masks: a video is called {strange[0]!r}, which is no folder's name: rename it")
     if folder.exists():
         raise UserError(f"--save-masks {folder}: exists already; give a new folder")
     if all(len(video) == 1 for video in videos):

@@ -58,7 +58,7 @@ def load_sam2(
     state, source = {}, ""
     if checkpoint is not None:  # read first: a file too small for the size is refused before memory is spent
         model_config(size, version=version, image_size=image_size)
-        path = find_checkpoint(size, version) if checkpoint == "auto" else Path(checkpoint)
+        path = find_weights(size, version, checkpoint)
         source = str(path)
         try:
             state = read_state_dict(path)
@@ -85,6 +85,18 @@ def packaged(name: str) -> Path:
     path = Path(str(importlib.resources.files("qsam2.models.nano") / name))
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[name]:
         raise UserError(f"{path} is missing, damaged or of another version (SHA-256): install qsam2 anew")
+    return path
+
+
+def find_weights(size: str, version: str, checkpoint: str | Path) -> Path:
+    """Path of the weights that `checkpoint` says, see `load_sam2`, without reading them.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = find_checkpoint(size, version) if checkpoint == "auto" else Path(os.path.expanduser(checkpoint))
+    if not os.path.isfile(path):  # False, too, of what no path can be
+        raise UserError(f"checkpoint {path} does not exist; give the path of a .pt or .safetensors file")
     return path
 
 

@@ -89,7 +89,7 @@ def _once(before: object, kind: str, object_id: int, frame: int) -> None:
 
 
 def _whole(kind: str, text: str, low: int, high: int, what: str) -> int:
-    if not text.isdecimal() or not low <= int(text) <= high:
+    if not (text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
         raise UserError(f"--{kind} {text}: {what} {low} to {high}")
     return int(text)
 

@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from qsam2.recipe.source import parts_of
+
 PATHS = ("output", "data.root", "evaluate.float_cache")
 """Keys that name folders of the machine that a run was made on."""
 FILES = ("model.checkpoint", "quantize.allocate.sensitivity")
+DEVICES = {"accelerator": "auto", "devices": "auto", "num_nodes": 1, "strategy": "auto"}
+"""Keys of `trainer` that say what the machine of a run computes on, with their defaults."""
 SOURCES = ("data.train", "data.val", "evaluate.stills")
 """Keys of data, written KIND[:ROOT[:SPLIT]]."""
 
@@ -21,18 +25,21 @@ def portable(values: Mapping[str, Any]) -> dict[str, Any]:
 def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a recipe that a model's file holds: what it says is data, and names no place on this machine.
 
-    Sources keep their kind and split, generated ones their number of videos; a checkpoint keeps its name.
+    Sources keep their kind and split, generated ones their number of videos; a checkpoint keeps its name. Devices are
+    those of this machine.
     """
-    return _changed(values, lambda root: "")
+    changed = _changed(values, lambda root: "")
+    for key, default in DEVICES.items():
+        changed = _replaced(changed, ["trainer", key], lambda _, default=default: default)
+    return changed
 
 
 def _changed(values: Mapping[str, Any], change_root: Callable[[str], str]) -> dict[str, Any]:
     def source(spec: Any) -> Any:
-        kind, colon, rest = spec.partition(":") if isinstance(spec, str) else (spec, "", "")
-        if not colon or kind == "moving_objects":
+        kind, root, split = parts_of(spec) if isinstance(spec, str) else (spec, "", "")
+        if kind == "moving_objects" or not (root or split):
             return spec
-        root, colon, split = rest.partition(":")
-        return f"{kind}:{change_root(root)}{colon}{split}".removesuffix(":")
+        return f"{kind}:{change_root(root)}:{split}".rstrip(":")
 
     changed = dict(values)
     for key in PATHS:

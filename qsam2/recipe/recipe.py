@@ -6,6 +6,7 @@ are the user's reference (`docs/site/recipe_keys.py`).
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from qsam2.recipe.calibrate import CalibrateRecipe, ReconstructRecipe
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.section import LearningRate, LearningRateOrNone, Name, Names, Section, Tags
+from qsam2.recipe.source import parts_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -77,8 +79,8 @@ class DataRecipe(Section):
         """The source that is scored: `val`, or the first train source, whose val split it then is."""
         if self.val is not None:
             return self.val
-        kind, *rest = self.train[0].split(":")
-        return kind if kind == "moving_objects" else ":".join([kind, *rest[:1]])  # its root, without its split
+        kind, root, _ = parts_of(self.train[0])
+        return f"{kind}:{root}" if root and kind != "moving_objects" else kind  # its root, without its split
 
     @model_validator(mode="after")
     def _one_weight_per_source(self) -> DataRecipe:
@@ -429,4 +431,4 @@ class Recipe(Section):
     def run_folder(self) -> Path:
         """Folder of the run's files; runs of one recipe at several sizes have one each."""
         size = "" if self.model.size == "nano" or self.model.size in self.name else f"-{self.model.size}"
-        return self.output or Path("runs") / f"{self.name}{size}"
+        return Path(os.path.expanduser(self.output)) if self.output else Path("runs") / f"{self.name}{size}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from doctest import DocTestFinder, DocTestRunner
 from pathlib import Path
@@ -166,6 +167,15 @@ def test_masks_on_disk_score_as_the_model(models: dict[str, Path], tmp_path: Pat
         assert scores[key] == pytest.approx(block[key], abs=1e-9)
     with pytest.raises(UserError, match="exists already; give a new folder"):
         qsam2.evaluate(models["float"], root, save_masks=saved)
+
+
+def test_a_path_is_no_yaml(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    """What follows ` #` is a comment in YAML: the folder `data` would be scored in place of `data #2`."""
+    for name, count in (("data", 1), ("data #2", 2)):
+        (tmp_path / name).mkdir()
+        for file in sorted(pictures.iterdir())[:count]:
+            shutil.copy(file, tmp_path / name)
+    assert qsam2.evaluate(models["float"], tmp_path / "data #2", reference=models["float"])["images"] == 2
 
 
 def test_data_is_recognised(tmp_path: Path, pictures: Path, film: Path) -> None:

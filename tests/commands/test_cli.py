@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -198,11 +199,30 @@ def test_sweep_and_table_show_examples_of_their_own(capsys: pytest.CaptureFixtur
         assert f"  qsam2 {word} recipes/{word}s/" in help_text and f"qsam2 {other} recipes" not in help_text
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_terminal_cannot_show(encoding: str, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    command = [sys.executable, "-m", "qsam2", "predict", "nano", "a.png", "--point", "9,9", "--out", "猫", *SMALL]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (ran.returncode, ran.stdout.split()) == (0, ["\\u732b/mask.png", "\\u732b/overlay.png"]), ran.stderr
+    assert (tmp_path / "猫/mask.png").is_file()
+
+
+def test_output_that_nobody_reads_any_longer(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qsam2", "recipes", "bits"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141
+
+
 @pytest.mark.parametrize("command", ["train", "quantize"])
-def test_data_that_cannot_be_used_leaves_no_run_folder(command: str, recipe: Path, refused: Refused) -> None:
+def test_what_cannot_be_found_leaves_no_run_folder(command: str, recipe: Path, refused: Refused) -> None:
     words = ["quantize", "nano"] if command == "quantize" else ["train", recipe]
     assert "nowhere" in refused(*words, "data.train=davis:nowhere:train", "output=new")
     assert "nowhere" in refused(*words, "data.val=davis:nowhere:val", "output=new")
+    assert "nowhere.pt does not exist" in refused(*words, "model.checkpoint=nowhere.pt", "output=new")
     assert not Path("new").exists()
 
 

@@ -68,6 +68,17 @@ def test_another_recipe_is_refused_once_a_run_began(values: dict[str, Any]) -> N
     assert "bits: 3" in (Path(values["output"]) / "recipe.yaml").read_text()
 
 
+@pytest.mark.parametrize("lost", ["report.html", "model.safetensors", "metrics.json"])
+def test_a_run_that_lost_a_result_is_not_finished(values: dict[str, Any], lost: str) -> None:
+    """Messages about such a file say to run the recipe again."""
+    folder = RunFolder(build_recipe(values))
+    for name in ("report.html", "model.safetensors"):
+        (folder.path / name).write_text("")
+    assert folder.finished
+    (folder.path / lost).unlink()
+    assert not RunFolder(build_recipe(values)).finished
+
+
 def test_a_run_of_a_version_that_had_other_keys_is_refused(values: dict[str, Any]) -> None:
     rewrite(values, lambda recipe: recipe.update(gone=1))
     with pytest.raises(UserError, match=r"another version \(unknown recipe key 'gone'.*\); give output=PATH"):

@@ -189,7 +189,7 @@ def test_any_object_may_be_in_front():
 def test_the_splits_share_no_seed():
     assert [video.seed for video in moving_objects("val", 3)] == [10**9, 10**9 + 1, 10**9 + 2]
     assert len({video.name for split in FIRST_SEED for video in moving_objects(split, 50)}) == 150
-    assert np.diff(sorted(FIRST_SEED.values())).min() >= moving.SEEDS_PER_SPLIT
+    assert np.diff(sorted(FIRST_SEED.values())).min() >= moving.MOST_VIDEOS
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -299,7 +299,7 @@ EMPTY = np.zeros((80, 80), bool)
         *((warp, options, f"^WarpedStill: {message}$") for options, message in RANGES),
         (MovingObjects, {"max_objects": 9}, "^MovingObjects: max_objects is 9; give a whole number from 1 to 8$"),
         (moving_objects, {"split": "dev", "count": 2}, "split is 'dev'; allowed are train, val, test"),
-        (moving_objects, {"split": "val", "count": 0}, "count is 0; give a whole number from 1 to 1000000000"),
+        (moving_objects, {"split": "val", "count": 0}, "count is 0; give a whole number from 1 to 1000000$"),
     ],
 )
 def test_an_argument_out_of_range_is_named(make, options, message):

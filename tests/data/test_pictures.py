@@ -17,6 +17,7 @@ from messages import Message
 from PIL import Image
 from small_datasets import box, save
 
+from qsam2.data.index_masks import read_ids
 from qsam2.data.pictures import MAX_PIXELS, list_pictures, picture_size, read_frame
 from qsam2.data.sources import open_videos, source_of
 from qsam2.data.stills import coco_stills, instance_png_stills, sa1b_stills, yolo_stills
@@ -100,6 +101,44 @@ def test_pictures_are_upright(tmp_path: Path, kind: str, orientation: int) -> No
     path.write_bytes(encoded(Image.fromarray(TURNED[orientation].copy()), kind, exif=exif, **options))
     assert picture_size(path) == SIZE
     assert np.abs(read_frame(path, SIZE).astype(int) - COLOUR).max() <= (8 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA", "P"])
+def test_tiffs_of_every_mode_are_upright(tmp_path: Path, mode: str) -> None:
+    """PIL maps those without compression into memory."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = {"L": GREY, "I;16": GREY.astype(np.uint16) * 257, "RGBA": np.dstack([COLOUR, GREY])}.get(mode, OBJECT)
+    turned = Image.fromarray(np.rot90(pixels).astype(pixels.dtype).copy())
+    if mode == "P":
+        turned = turned.convert("L").convert("P")
+    (tmp_path / "a.tif").write_bytes(encoded(turned, "TIFF", exif=exif))
+    assert picture_size(tmp_path / "a.tif") == SIZE
+    if mode == "P":
+        assert (read_ids(tmp_path / "a.tif", SIZE).astype(bool) == OBJECT).all()
+    else:
+        shown = COLOUR if mode == "RGBA" else np.repeat(GREY[..., None], 3, axis=2)
+        np.testing.assert_array_equal(read_frame(tmp_path / "a.tif", SIZE), shown)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_several_pictures_in_one_are_refused(tmp_path: Path, kind: str, message: Message) -> None:
+    path, first = tmp_path / f"a.{kind.lower()}", Image.fromarray(COLOUR)
+    others = [Image.fromarray(255 - COLOUR), Image.fromarray(COLOUR // 2)]
+    path.write_bytes(encoded(first, kind, save_all=True, append_images=others))
+    for read in (lambda: read_frame(path, SIZE), lambda: picture_size(path), lambda: read_ids(path)):
+        with pytest.raises(UserError) as caught:
+            read()
+    assert "holds 3 pictures of one size" in message(caught)
+
+
+def test_previews_beside_a_picture_are_let_be(tmp_path: Path) -> None:
+    preview, colour = Image.fromarray(COLOUR[::4, ::4].copy()), Image.fromarray(COLOUR)
+    for kind, options in (("TIFF", {}), ("MPO", {"quality": 98, "subsampling": 0})):
+        path = tmp_path / ("a.tif" if kind == "TIFF" else "a.jpg")
+        path.write_bytes(encoded(colour, kind, save_all=True, append_images=[preview], **options))
+        assert picture_size(path) == SIZE
+        assert np.abs(read_frame(path, SIZE).astype(int) - COLOUR).max() <= (0 if kind == "TIFF" else 8)
 
 
 @pytest.mark.parametrize("value", [0, 9, 300])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from small_datasets import check, film, save
 
-from qsam2.data.sources import KINDS, open_stills, open_train, open_videos
+from qsam2.data.sources import KINDS, open_stills, open_train, open_videos, source_of
 from qsam2.data.unlabelled import is_unlabelled
+from qsam2.errors import UserError
 from qsam2.recipe import build_recipe
 
 PICTURE = np.zeros((20, 30, 3), np.uint8)
@@ -110,6 +111,21 @@ def test_videos_are_files_or_folders_of_frames(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "file", "again"),
+    [
+        ("davis", "davis/Annotations/v/00000.png", "davis/Annotations/v/00000.tif"),
+        ("sav", "sav/sav_val/Annotations_6fps/v/000/00000.png", "sav/sav_val/Annotations_6fps/v/000/00000.tif"),
+        ("yolo", "yolo/images/val/v.jpg", "yolo/images/val/v.png"),
+        ("instance_png", "instance_png/images/v.jpg", "instance_png/images/v.png"),
+        ("instance_png", "instance_png/instance_png/v.png", "instance_png/instance_png/v.webp"),
+    ],
+)
+def test_two_files_of_one_name_are_refused(roots, kind, file, again):
+    save(roots / again, FILES[file])
+    check(f"{file}: is there again as {Path(again).name}", lambda: open_videos(f"{kind}:{roots / kind}:val"))
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         (
@@ -124,6 +140,7 @@ def test_videos_are_files_or_folders_of_frames(tmp_path):
             "data 'sav:nowhere:val': there is no folder nowhere nor .*/nowhere; .* or sav:FOLDER.* QSAM2_DATA",
         ),
         ("davis:/nowhere", "there is no folder /nowhere;"),
+        ("davis:~nobody.there/x", "there is no folder ~nobody.there/x nor"),
         ("davis:a:b:c", "data 'davis:a:b:c': has too many parts; write davis:FOLDER"),
         ("moving_objects:many", "data 'moving_objects:many': the number of videos is 'many'; write moving_objects"),
         ("moving_objects:0", "moving_objects: count is 0"),
@@ -173,3 +190,38 @@ def test_training_and_scored_stills_need_masks(roots):
     check("training needs masks, and this source has none: .* train=null", lambda: open_train(training))
     scored = build_recipe({"evaluate": {"stills": spec}})
     check("evaluate.stills=images:.*: has no masks; name annotated images", lambda: open_stills(scored))
+
+
+def test_a_folder_and_a_film_may_have_colons_in_their_names(tmp_path):
+    film(tmp_path / "12:30.mp4", [PICTURE] * 3)
+    for spec in (source_of(tmp_path / "12:30.mp4"), f"video:{tmp_path}/12:30.mp4:train"):
+        assert names(spec) == ["12:30"]
+    frames = save(tmp_path / "a:b/0.png", PICTURE).parent
+    assert names(f"video:{frames}:all") == names(f"video:{frames}") == ["a:b"]
+    assert build_recipe({"data": {"train": [f"video:{frames}:train"]}}).data.scored == f"video:{frames}"
+
+
+@pytest.mark.parametrize("number", ["²", "1" * 5000, "1000001"])
+def test_impossible_numbers_of_videos(number):
+    with pytest.raises(UserError, match="the number of videos is|give a whole number from 1 to 1000000"):
+        open_videos(f"moving_objects:{number}")
+
+
+def test_films_of_one_name_are_told_apart(tmp_path):
+    for name in ("a.mp4", "a.mov", "b.mkv", "c.m2ts"):
+        film(tmp_path / name, [PICTURE] * 3)
+    assert names(f"video:{tmp_path}:all") == ["a.mov", "a.mp4", "b", "c"]
+
+
+def test_pictures_of_one_name_in_several_folders_are_refused(roots):
+    for name in ("v.jpg", "v.json"):
+        save(roots / "sa1b/more" / name, FILES[f"sa1b/{name}"])
+    check("holds 'v' twice; rename or remove one", lambda: open_videos(f"sa1b:{roots / 'sa1b'}"))
+
+
+def test_the_name_of_a_relative_folder(tmp_path, monkeypatch):
+    save(tmp_path / "frames/0.png", PICTURE)
+    (tmp_path / "frames/inner").mkdir()
+    for place, root in (("frames", "."), ("frames/inner", "..")):
+        monkeypatch.chdir(tmp_path / place)
+        assert names(f"video:{root}:all") == ["frames"]

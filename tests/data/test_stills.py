@@ -61,6 +61,7 @@ def root(tmp_path: Path) -> Path:
     [("coco", "1", [1, 2]), ("sa1b", "sa_1", [1, 2]), ("yolo", "1", [1, 2]), ("instance_png", "a", [3, 7])],
 )
 def test_the_one_annotated_picture_of_each_kind(root, kind, name, ids, caplog):
+    caplog.set_level("WARNING", "qsam2")
     (still,) = READERS[kind](root / kind)  # crowds, and pictures without instances, are left out
     assert (still.name, still.frame_names, still.size, len(still)) == (name, [name], SIZE, 1)
     np.testing.assert_array_equal(still.frame(0), PICTURE)
@@ -263,3 +264,18 @@ def test_real_stills_agree_with_their_instance_pngs(data_root):
     assert len(stills) == 126 and len(instance_png_stills(data_root / "dsb2018_cc0")) == 60
     for still in stills[:20]:
         assert all(mask.shape == still.size and mask.any() for mask in still.masks(0).values())
+
+
+def test_ids_of_coco_that_contradict_each_other(tmp_path: Path, caplog) -> None:
+    for name in ("1.png", "2.png"):
+        save(tmp_path / "images" / name, PICTURE)
+    content = coco_json([BOX])
+    save(
+        tmp_path / "instances.json",
+        {**content, "annotations": [*content["annotations"], {"image_id": "1", "segmentation": [BOX]}]},
+    )
+    (still,) = coco_stills(tmp_path, "val")
+    assert still.name == "1" and list(still.masks(0)) == [1]
+    assert "annotations of 1 images that it does not list are left out ('1')" in caplog.text
+    save(tmp_path / "instances.json", {**content, "images": [{"id": 1, "file_name": f"{i}.png"} for i in (1, 2)]})
+    check("instances.json: has two images of the id 1; their annotations", lambda: coco_stills(tmp_path, "val"))

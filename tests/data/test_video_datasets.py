@@ -132,7 +132,7 @@ def test_ids_of_a_mask_file(tmp_path, values, mode, ids):
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
 def test_lists_in_any_usual_encoding(davis, sav, encoding):
     sequence(davis, "bär")
-    save(davis / "ImageSets/val.txt", "bear\r\nbär\r\n\r\nbear\r\n".encode(encoding))
+    save(davis / "ImageSets/val.txt", "bear/\r\nbär\r\n\r\nbear\r\n".encode(encoding))
     assert [video.name for video in davis_videos(davis, "val")] == ["bear", "bär"]
     save(sav / "sav_val/sav_val.txt", "sav_7\r\n".encode(encoding))
     assert [video.name for video in sav_videos(sav, "val")] == ["sav_7"]

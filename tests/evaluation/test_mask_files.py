@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from qsam2.data.synthetic.moving_objects import moving_objects
 from qsam2.errors import UserError
-from qsam2.evaluation.mask_files import PALETTE, score_folders, write_masks
+from qsam2.evaluation.mask_files import PALETTE, check_masks_folder, score_folders, write_masks
 from qsam2.evaluation.metrics.scores import VOSScore
 from qsam2.recipe.recipe import EvaluateRecipe
 
@@ -292,3 +293,22 @@ def test_nothing_is_left_of_masks_that_cannot_be_written(tmp_path: Path) -> None
     with pytest.raises(UserError, match="file/m could not be written: .*; make room or give another path"):
         write_masks(tmp_path / "file" / "m", [VIDEO], BOTH, EvaluateRecipe(frames=2))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b"])
+def test_masks_stay_in_their_folder(tmp_path: Path, name: str) -> None:
+    video = copy.copy(VIDEO)
+    video.name = name
+    with pytest.raises(UserError, match=f"a video is called '{name}', which is no folder's name"):
+        check_masks_folder(tmp_path / "m", [video])
+
+
+def test_an_object_that_is_never_seen_needs_no_predictions(tmp_path: Path) -> None:
+    """The model's masks are without it, as no mask prompts it."""
+    pred, gt = write_folders(tmp_path, "sav")
+    expected = score_folders(pred, gt, "sav")
+    for index in range(FRAMES):
+        write(gt / f"sav_1/007/{4 * index:05d}.png", np.zeros((HEIGHT, WIDTH)))
+    block = score_folders(pred, gt, "sav")
+    assert block["J&F"] == expected["J&F"]
+    assert block["left_out"]["sav_1"] == ["object 007 is in no true mask between the first and the last"]

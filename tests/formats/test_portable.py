@@ -20,6 +20,7 @@ from qsam2.loading import load_model
 from qsam2.output import write_text
 from qsam2.recipe import build_recipe, save_recipe
 from qsam2.recipe.portable import portable, without_places
+from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.report.page import render
 from qsam2.report.read import CLIPS, FOLDER, read_run
 
@@ -44,7 +45,9 @@ def test_a_portable_recipe_names_data_and_files_without_their_folders() -> None:
 
 def test_a_recipe_from_elsewhere_keeps_no_place_at_all() -> None:
     values = {**PLACES, "quantize": {**W4, "allocate": {"sensitivity": "../../etc/s.json"}}}
+    values["trainer"] = {"accelerator": "cuda", "devices": 8, "num_nodes": 2, "strategy": "fsdp", "max_steps": 7}
     left = without_places(values)
+    assert build_recipe(left).trainer == TrainerRecipe(max_steps=7)  # 8 processes are started by nobody's file
     assert left["data"] == {
         "root": None, "train": ["davis::train", "coco", "moving_objects:8:train"], "val": "sav::val",
     }  # fmt: skip

@@ -268,6 +268,7 @@ MISTAKES: dict[str, tuple[Words, str]] = {
     "only off": (["--point", "20,20,0"], "object 1"),
     "two boxes": (["--box", "1,1,5,5", "--box", "2,2,6,6"], "--box: object 1"),
     "no such frame": (["--frame", "5", *CLICK], "--frame 5: frames has frames 0 to 4"),
+    "a number beyond all": (["--frame", "1" * 5000, *CLICK], "frames has frames 0 to 4"),
     "frame text": (["--frame", "first", *CLICK], "--frame first"),
     "object 0": (["--object", "0", *CLICK], "--object 0: objects have ids 1 to 254"),
     "object last": ([*CLICK, "--object", "2"], "--object 2"),

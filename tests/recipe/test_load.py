@@ -99,6 +99,7 @@ def test_runs_of_several_sizes_have_a_folder_each(name: str, size: str, folder: 
     recipe = Recipe.model_validate({"name": name, "model": {"size": size}})
     assert recipe.run_folder == Path(folder)
     assert build_recipe(recipe.model_dump(mode="json"), ["output=x"]).run_folder == Path("x")
+    assert build_recipe({"output": "~/x"}).run_folder == Path.home() / "x"
 
 
 def test_a_reset_size_is_not_that_of_the_file(tmp_path: Path) -> None:

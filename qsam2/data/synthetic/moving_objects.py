@@ -19,7 +19,8 @@ from qsam2.errors import UserError
 
 FIRST_SEED = {"train": 0, "val": 1_000_000_000, "test": 2_000_000_000}
 """First seed of each split; splits have 1e9 seeds each, so that no video of val or test is trained on."""
-SEEDS_PER_SPLIT = 1_000_000_000
+MOST_VIDEOS = 1_000_000
+"""They are listed in memory."""
 
 SMALLEST_AREA, LARGEST_AREA = 0.01, 0.35  # of the frame, visible, in frame 0
 
@@ -47,8 +48,8 @@ def moving_objects(split: Literal["train", "val", "test"], count: int, **options
     """The first ``count`` videos of a split, with ``options`` of `MovingObjects`; the splits' seeds are disjoint."""
     if split not in FIRST_SEED:
         raise UserError(f"moving_objects: split is {split!r}; allowed are {', '.join(FIRST_SEED)}")
-    if not 1 <= count <= SEEDS_PER_SPLIT:
-        raise UserError(f"moving_objects: count is {count}; give a whole number from 1 to {SEEDS_PER_SPLIT}")
+    if not 1 <= count <= MOST_VIDEOS:
+        raise UserError(f"moving_objects: count is {count}; give a whole number from 1 to {MOST_VIDEOS}")
     first = FIRST_SEED[split]
     return [MovingObjects(seed, **options) for seed in range(first, first + count)]
 

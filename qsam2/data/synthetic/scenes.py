@@ -136,7 +136,7 @@ class GeneratedVideo(Video):
                 raise UserError(f"{type(self).__name__}: {key} is {value}; give a whole number from {low} to {high}")
         self.name = name
         self.seed = int(seed)
-        self.frame_names = [f"{index:05d}" for index in range(num_frames)]
+        self.frame_names = _frame_names(num_frames)
         self.size = (int(size[0]), int(size[1]))
 
     @abstractmethod
@@ -154,6 +154,12 @@ class GeneratedVideo(Video):
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: frame {index} of {len(self)}")
         return _render(self, index)
+
+
+@lru_cache(maxsize=16)
+def _frame_names(count: int) -> list[str]:
+    """Names that all videos of a length share: there may be a million."""
+    return [f"{index:05d}" for index in range(count)]
 
 
 @lru_cache(maxsize=2)
