@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from qsam2.calibration.activation_ranges import in_image_encoder
 from qsam2.calibration.forward import encode, run_sample
-from qsam2.calibration.gram import LayerInputs, gather_inputs
+from qsam2.calibration.gram import LayerInputs, Moments, gather_inputs
 from qsam2.calibration.smooth import norms_and_readers
 from qsam2.calibration.weights import output_energy, output_error, refit_bias
 from qsam2.data.calibration_data import CalibrationData
@@ -47,7 +47,7 @@ class RoundedLayer:
     bits: int
     inputs: int
     error: tuple[float, float]
-    """Error of the nearest integers with the bias as it was, and of the chosen integers with theirs."""
+    """Error of the nearest integers with the bias as it was, and of the best that were fitted on the other half."""
     damping: float
     """Damping of the chosen integers, 0 for the nearest."""
 
@@ -153,8 +153,9 @@ def round_layer(
 
     The weight becomes its dequantized integers, which finalizing, packing and further rounding leave unchanged. One
     that is trained on (`trains`) is clamped into the cells of its integers instead, and its quantizer is not frozen.
-    The bias compensates the change of the mean output; without one, moments are about zero. Integers are fitted on one
-    half of the inputs; of the nearest and those of each damping, the ones that are best on the other half are taken.
+    The bias compensates the change of the mean output; without one, moments are about zero. Integers of each damping
+    are fitted on one half of the inputs. The damping that is best on the other half, if not the nearest integers are,
+    then has its integers fitted on both.
 
     Raises:
         UserError: the Hessian is singular with every damping.
@@ -177,22 +178,29 @@ def round_layer(
     def to_grid(columns: Tensor) -> Tensor:
         return to_levels(columns, scale, low, high, mid_rise) * scale
 
-    nearest = to_grid(weight)
-    moment, cross = (each(centred=bias is not None) for each in (fit.second_moment, fit.cross_moment))
-    fitted = gptq(weight, moment, to_grid, dampings, original @ cross)
-    if dampings and all(candidate is None for candidate in fitted):
+    def fitted(moments: Moments, dampings: Sequence[float]) -> list[Tensor | None]:
+        moment, cross = (each(centred=bias is not None) for each in (moments.second_moment, moments.cross_moment))
+        return gptq(weight, moment, to_grid, dampings, original @ cross)
+
+    nearest, of_half = to_grid(weight), fitted(fit, dampings)
+    if dampings and all(found is None for found in of_half):
         raise UserError(
             f"calibrate.rounding.dampings={', '.join(map(str, dampings))}: the Gram matrix of {name} is singular with "
             "them, give larger ones (0.01 is usual) or more samples"
         )
     candidates = [(0.0, nearest, moved)]
-    for damping, found in zip((0.0, *dampings), (nearest, *fitted), strict=True):
+    for damping, found in zip((0.0, *dampings), (nearest, *of_half), strict=True):
         if found is not None:
             candidates.append((damping, found, refit_bias(original, found, fit, bias)))
     energy = output_energy(original, held_out, bias is not None)
     errors = [output_error(original, found, shift, held_out) / energy for _, found, shift in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     damping, rounded, shift = candidates[best]
+    if best:
+        whole = inputs.whole
+        again = fitted(whole, (damping,))[0] if damping else None
+        rounded = rounded if again is None else again
+        shift = refit_bias(original, rounded, whole, bias)
     if trains:
         level, edge = rounded / scale, (0.5 - MARGIN) * scale
         lower = torch.where(level <= low, -torch.inf, rounded - edge)

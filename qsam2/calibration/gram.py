@@ -91,6 +91,11 @@ class LayerInputs:
         place = torch.device("cpu") if weight.device.type == "mps" else weight.device  # MPS has no float64
         self.fit, self.held_out = Moments(weight.shape[1], place), Moments(weight.shape[1], place, weight)
 
+    @property
+    def whole(self) -> Moments:
+        """Moments of both halves together."""
+        return self.fit + self.held_out
+
     def add(self, half: Half, x: Tensor) -> None:
         """Add the finite input of one call of the layer to a half."""
         read = x if self.quantizer is None else self.quantizer(x)
@@ -130,6 +135,19 @@ class Moments:
         """E x q^T (n, n) about the means or about zero."""
         covariance = self.cross / self.count
         return covariance if centred else covariance + torch.outer(self.mean, self.read_mean)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of the rows of both, without `outputs` and `losses`."""
+        both = Moments(len(self.mean), self.mean.device)
+        both.count = self.count + other.count
+        new, share = other.count / both.count, self.count * other.count / both.count
+        shift, read_shift = other.mean - self.mean, other.read_mean - self.read_mean
+        both.mean, both.read_mean = self.mean + shift * new, self.read_mean + read_shift * new
+        both.noise = self.noise + (other.noise - self.noise) * new
+        both.scatter = both.cross = (self.scatter + other.scatter).addr_(read_shift, read_shift, alpha=share)
+        if self.cross is not self.scatter or other.cross is not other.scatter:
+            both.cross = (self.cross + other.cross).addr_(shift, read_shift, alpha=share)
+        return both
 
     @torch.no_grad()
     def add(self, x: Tensor, read: Tensor | None = None) -> None:

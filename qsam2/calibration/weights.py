@@ -144,8 +144,8 @@ def calibrate_layer(
     """Replace a layer's weights by the candidate (`ridge`, `acnr`) of least quantized error on the held-out half.
 
     Candidates are quantized by the recipe's spec of this layer and read quantized inputs. The bias keeps the mean
-    output on the fitted half; a layer without bias is fitted about zero. Strength 0 is a candidate, so that no layer
-    gets worse on the held-out half.
+    output; a layer without bias is fitted about zero. Strength 0 is a candidate, so that no layer gets worse on the
+    held-out half. The best is then fitted on both halves.
 
     Raises:
         UserError: the weights hold NaN or infinity.
@@ -154,14 +154,15 @@ def calibrate_layer(
     weight = layer.weight.detach().to(device).double()
     if not weight.isfinite().all():
         raise UserError(f"weight of {name} contains NaN or infinity: check the checkpoint")
-    centred = layer.bias is not None
-    spectrum = Spectrum(inputs.fit, centred=centred)
-    strengths = method.strengths
-    if isinstance(method, FrobeniusRecipe):
-        candidates = ridge(weight, spectrum, strengths, inputs.fit.cross_moment(centred=centred))
-    else:
-        candidates = acnr(weight, inputs.fit.noise, strengths)
+    centred, strengths = layer.bias is not None, method.strengths
 
+    def fitted(moments: Moments, strengths: Sequence[float]) -> tuple[list[Tensor], Spectrum]:
+        spectrum = Spectrum(moments, centred=centred)
+        if isinstance(method, FrobeniusRecipe):
+            return ridge(weight, spectrum, strengths, moments.cross_moment(centred=centred)), spectrum
+        return acnr(weight, moments.noise, strengths), spectrum
+
+    candidates, spectrum = fitted(inputs.fit, strengths)
     held_out, energy = inputs.held_out, output_energy(weight, inputs.held_out, centred)
     quantizer = build_quantizer(spec, "weight", num_channels=layer.out_features, name=f"{name}.weight_quantizer")
     errors = []
@@ -172,8 +173,14 @@ def calibrate_layer(
         shift = refit_bias(weight, quantized, inputs.fit, layer.bias)
         errors.append(output_error(weight, quantized, shift, held_out) / energy)
     best = min(range(len(errors)), key=errors.__getitem__)  # the weakest among equals
-    new = candidates[best]
-    shift = refit_bias(weight, new, inputs.fit, layer.bias) if best else torch.zeros_like(weight[:, 0])
+    shift = refit_bias(weight, candidates[best], inputs.fit, layer.bias) if best else torch.zeros_like(weight[:, 0])
+    float_error = output_error(weight, candidates[best], shift, held_out) / energy
+    if best:
+        whole = inputs.whole
+        (new,), _ = fitted(whole, strengths[best : best + 1])
+        shift = refit_bias(weight, new, whole, layer.bias)
+    else:
+        new = weight
     row = CalibratedLayer(
         bits=spec.bits,
         strength=strengths[best],
@@ -182,7 +189,7 @@ def calibrate_layer(
         condition_number=spectrum.condition_number,
         std=(float(weight.std()), float(new.std())),
         max_over_std=(_max_over_std(weight), _max_over_std(new)),
-        float_error=output_error(weight, new, shift, held_out) / energy,
+        float_error=float_error,
         quantized_error=(errors[0], errors[best]),
         errors=dict(zip(strengths, errors, strict=True)),
     )

@@ -415,7 +415,7 @@ class Recipe(Section):
             return []
         recipes = []
         for stage in self.train.stages:
-            rates = {key: value * stage.rate for key in RATES if (value := getattr(self.train, key)) is not None}
+            rates = {key: getattr(self.train, key) * stage.rate for key in RATES}
             frames = 1 if stage.on == "stills" else stage.num_frames or self.data.num_frames
             data = {"num_frames": frames, "batch_size": stage.batch_size or self.data.batch_size}
             trainer = {"max_steps": stage.steps or self.trainer.max_steps}

@@ -139,18 +139,33 @@ def target(layer: QuantizedLayer) -> FloatLayer:
 @torch.no_grad()
 def test_errors_are_those_of_the_layer_on_held_out_data_and_smaller(bias: bool, input_bits: int | None) -> None:
     model = layer({"method": "minmax", "bits": input_bits} if input_bits else None, bias, bits=3)
-    x = torch.cat(batches()[2:])
+    data = batches(2) * 2  # what is fitted in the end is that of each half
+    x = torch.cat(data)
     outputs, nearest = nn.functional.linear(x, model[0].weight, model[0].bias), model(x)
-    row = rounded(model, batches())
+    row = rounded(model, data)
     assert row.error[0] == pytest.approx(relative_error(nearest, outputs, centred=bias), rel=1e-3)
     assert row.error[1] == pytest.approx(relative_error(model(x), outputs, centred=bias), rel=1e-3)
     assert row.error[1] < 0.9 * row.error[0] and row.damping == 0.01
     assert model[0].weight_quantizer.state is QuantizerState.FROZEN
-    if bias and not input_bits:  # it takes up the mean on the fitted half
-        fitted, fresh = torch.cat(batches()[:2]), layer(bits=3)
-        before = nn.functional.linear(fitted, fresh[0].weight, fresh[0].bias).mean(0)
-        assert (fresh(fitted).mean(0) - before).abs().max() > 0.01
-        torch.testing.assert_close(model(fitted).mean(0), before, rtol=0, atol=1e-5)
+    if bias and not input_bits:  # it takes up the mean
+        before = outputs.mean(0)
+        assert (nearest.mean(0) - before).abs().max() > 0.01
+        torch.testing.assert_close(model(x).mean(0), before, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_best_damping_is_fitted_again_on_all_samples() -> None:
+    data, model = batches(), layer(bits=3)
+    weight, linear = model[0].weight.double(), model[0]
+    row = rounded(model, data, 0.03)
+    x = torch.cat(data).double()
+    scale = linear.weight_quantizer.scale.double()[:, None]
+    moment = (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
+    (expected,) = gptq(weight, moment, lambda w: (w / scale).round().clamp(-4, 3) * scale, (0.03,))
+    assert row.damping == 0.03
+    torch.testing.assert_close(linear.weight.double(), expected, rtol=0, atol=1e-6)
+    before = nn.functional.linear(x.float(), weight.float(), layer(bits=3)[0].bias).mean(0)
+    torch.testing.assert_close(model(x.float()).mean(0), before, rtol=0, atol=1e-4)
 
 
 def test_the_nearest_stay_where_they_do_better_on_held_out_data() -> None:
@@ -167,12 +182,12 @@ def test_the_nearest_stay_where_they_do_better_on_held_out_data() -> None:
 def test_the_nearest_get_a_bias_that_keeps_the_mean_and_the_best_damping_is_taken() -> None:
     data = [batch + 3 for batch in batches()]
     nearest, weight = layer({"method": "minmax", "bits": 2}, bits=3), layer(bits=3)[0].weight.clone()
-    fit = torch.cat(data[:2])
-    before = nn.functional.linear(fit, weight, nearest[0].bias)
+    x = torch.cat(data)
+    before = nn.functional.linear(x, weight, nearest[0].bias)
     ((name, one),) = rounded_layers(nearest).items()
     row = round_layer(name, one, gather_inputs({name: one}, nearest, data, 4)[name], target(one), ())
     assert torch.equal(one.weight, one.weight_quantizer(weight)) and row.damping == 0
-    torch.testing.assert_close(nearest(fit).mean(0), before.mean(0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(nearest(x).mean(0), before.mean(0), rtol=0, atol=1e-4)
     assert row.error[1] < 0.97 * row.error[0]
 
     dampings = (0.001, 0.03, 1.0, 30.0)
@@ -185,12 +200,12 @@ def test_the_nearest_get_a_bias_that_keeps_the_mean_and_the_best_damping_is_take
 @torch.no_grad()
 def test_what_is_followed_is_the_float_layer_not_the_calibrated_one() -> None:
     """Calibration has moved weight and bias; the error counts from the layer before it, and the fit makes up for it."""
-    model, data = layer(bits=4), batches()
+    model, data = layer(bits=4), batches(2) * 2
     original = target(model[0])
     model[0].weight.mul_(0.9)
     model[0].bias.add_(1.0)
     find_ranges(model, model, data)
-    x = torch.cat(data[2:])
+    x = torch.cat(data)
     expected, nearest = nn.functional.linear(x, original.weight, original.bias), model(x)
     inputs = gather_inputs({"0": model[0]}, model, data, 4, weights={"0": original.weight})["0"]
     row = round_layer("0", model[0], inputs, original, (1e-4, 0.01))
@@ -255,6 +270,7 @@ def test_layers_with_quantized_weights_and_without_groups_are_rounded() -> None:
     convert(model, quantize(3, activations=None, rules=[{"match": "kept", "keep_float": True}]))
     find_ranges(model, model, [])
     assert list(rounded_layers(model)) == ["plain"]
+    images = torch.cat([images[:2]] * 2)
     plain, others = model.plain, [model.depthwise.weight.clone(), model.transposed.weight.clone()]
 
     def rows(outputs: Tensor) -> Tensor:

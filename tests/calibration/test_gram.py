@@ -71,6 +71,20 @@ def test_each_half_sees_its_samples_and_nothing_else() -> None:
     assert not any(layer._forward_pre_hooks for layer in model.layers().values())
 
 
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0, 1, 2, 3]))
+def test_two_halves_together_are_one_whole(first: int, second: int, coarse: int) -> None:
+    """Each half may be read as it is."""
+    halves, whole = [Moments(5), Moments(5)], Moments(5)
+    for index, (half, count) in enumerate(zip(halves, (first, second), strict=True)):
+        x = rows(count, seed=index, mean=10.0 * index)
+        for moments in (half, whole):
+            moments.add(x, x.round() if coarse & (1 << index) else None)
+    both = halves[0] + halves[1]
+    assert both.count == whole.count and (both.cross is both.scatter) == (coarse == 0)
+    for name in ("mean", "read_mean", "noise", "scatter", "cross"):
+        np.testing.assert_allclose(getattr(both, name).numpy(), getattr(whole, name).numpy(), rtol=1e-9, atol=1e-9)
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([0.0, 3.0, 1e4]), st.integers(0, 99))
 def test_what_is_read_has_moments_of_its_own(counts: list[int], mean: float, seed: int) -> None:
     """Some calls are read as they are, as by a quantizer that is still in float."""

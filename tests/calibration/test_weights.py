@@ -172,14 +172,14 @@ def calibrate(
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_the_errors_are_those_of_the_quantized_layer_on_held_out_data(bias: bool) -> None:
-    layer, data = heavy_layer(bias=bias), samples()
-    fit, x = (torch.cat(half) for half in (data[:2], data[2:]))
-    original = [layer(fit), layer(x)]
+    layer, data = heavy_layer(bias=bias), samples(2) * 2  # what is fitted in the end is that of each half
+    x = torch.cat(data)
+    original = layer(x)
 
     def error(weight: Tensor) -> float:
-        """With the bias that keeps the mean output on the fitted half."""
-        shift = (original[0] - fit @ weight.T).mean(0) if bias else 0
-        return relative_error(x @ weight.T + shift, original[1], centred=bias)
+        """With the bias that keeps the mean output."""
+        shift = (original - x @ weight.T).mean(0) if bias else 0
+        return relative_error(x @ weight.T + shift, original, centred=bias)
 
     expected = [error(on_grid(layer))]
     row = calibrate(layer, data)
@@ -213,13 +213,14 @@ def test_the_choice_is_made_at_the_bits_of_the_recipe_and_weights_that_gain_noth
 
 
 @each_method
-def test_the_mean_output_of_the_fitted_half_stays_and_that_of_constant_inputs(method: Any) -> None:
+def test_the_mean_output_stays_and_that_of_constant_inputs(method: Any) -> None:
     layer, data = heavy_layer().double(), [each.double() for each in samples()]
-    before = layer(torch.cat(data[:2])).mean(0)
+    before = layer(torch.cat(data)).mean(0)
     found = gathered(layer, data)
-    found.fit.noise += 1.0
+    for half in (found.fit, found.held_out):
+        half.noise += 1.0
     calibrate_layer("layer", layer, found, W4, method)
-    torch.testing.assert_close(layer(torch.cat(data[:2])).mean(0), before, rtol=0, atol=1e-9)
+    torch.testing.assert_close(layer(torch.cat(data)).mean(0), before, rtol=0, atol=1e-9)
 
     layer, x = heavy_layer(), torch.full((50, 16), 0.7)
     before = layer(x)
@@ -232,15 +233,25 @@ def test_the_mean_output_of_the_fitted_half_stays_and_that_of_constant_inputs(me
 @pytest.mark.parametrize("bits", [2, 6])
 @torch.no_grad()
 def test_the_error_with_quantized_inputs_is_that_of_the_quantized_layer(bits: int, bias: bool) -> None:
-    layer, data = nn.Linear(16, 8, bias=bias), samples()
-    halves, found = [torch.cat(half) for half in (data[:2], data[2:])], gathered(layer, data, bits)
-    fit, x = (layer(half) for half in halves)
+    layer, data = nn.Linear(16, 8, bias=bias), samples(2) * 2  # what is fitted in the end is that of each half
+    x, found = torch.cat(data), gathered(layer, data, bits)
+    before = layer(x)
     row = calibrate_layer("layer", layer, found, W4, FrobeniusRecipe())
-    outputs = [nn.functional.linear(found.quantizer(half), on_grid(layer), layer.bias) for half in halves]
-    shift = (fit - outputs[0]).mean(0) if bias else 0  # of the bias that the rounded weights will get
-    np.testing.assert_allclose(row.quantized_error[1], relative_error(outputs[1] + shift, x, centred=bias), rtol=1e-4)
-    in_float = nn.functional.linear(found.quantizer(halves[1]), layer.weight, layer.bias)
-    np.testing.assert_allclose(row.float_error, relative_error(in_float, x, centred=bias), rtol=1e-4)
+    outputs = nn.functional.linear(found.quantizer(x), on_grid(layer), layer.bias)
+    shift = (before - outputs).mean(0) if bias else 0  # of the bias that the rounded weights will get
+    np.testing.assert_allclose(row.quantized_error[1], relative_error(outputs + shift, before, centred=bias), rtol=1e-4)
+    in_float = nn.functional.linear(found.quantizer(x), layer.weight, layer.bias)
+    np.testing.assert_allclose(row.float_error, relative_error(in_float, before, centred=bias), rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_best_strength_is_fitted_again_on_all_samples() -> None:
+    layer, data, weight = heavy_layer(), samples(), heavy_layer().weight.detach().double()
+    row = calibrate(layer, data)
+    expected = ridges(torch.cat(data), weight, [row.strength])[0]
+    np.testing.assert_allclose(layer.weight.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5)
+    half = ridges(torch.cat(data[:2]), weight, [row.strength])[0]
+    assert row.strength > 0 and (half - expected).abs().max() > 1e-3
 
 
 def test_noise_of_the_inputs_asks_for_smaller_weights() -> None:

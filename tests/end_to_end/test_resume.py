@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import os
@@ -21,7 +22,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from messages import Message
 from safetensors.torch import load_file
-from small_runs import CLICKS, ROOT, RUNS, TRAIN_FLOAT, read_checkpoint, small, without_seconds
+from small_runs import CLICKS, ROOT, RUNS, TRAIN, TRAIN_FLOAT, W4A4, read_checkpoint, small, without_seconds
 from waiting import HANG_S, wait_until
 from wandb_file import records
 
@@ -75,8 +76,8 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 options = video_training.training_options
-def with_kill(*args):
-    chosen = options(*args)
+def with_kill(*args, **more):
+    chosen = options(*args, **more)
     return {**chosen, "callbacks": [*chosen["callbacks"], Kill()]}
 video_training.training_options = with_kill
 main(["train", sys.argv[1]])
@@ -218,6 +219,36 @@ def test_a_kill_with_averaging(
     kill_and_resume(small(checkpoint, tmp_path / "killed", **RUNS["float"]), runs["float"], monkeypatch)
 
 
+def test_a_kill_in_the_second_stage(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is not trained again, and curves go on where it ended."""
+    stages = [{"on": "stills", "steps": 2, "batch_size": 3}, {"steps": 3, "rate": 0.5}]
+    settings = {
+        "quantize": W4A4,
+        "train": merge(TRAIN, {**CLICKS, "stages": stages, "ema": 0.5}),
+        "trainer": {"checkpoint_every": 1},
+    }
+    values = [small(checkpoint, tmp_path / name, **settings) for name in ("whole", "killed")]
+    run_recipe(build_recipe(values[0]))
+    begun: list[int] = []
+    fit = video_training._fit
+    monkeypatch.setattr(video_training, "_fit", lambda run, index, *more: begun.append(index) or fit(run, index, *more))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(2, patch)  # the batch with this index is in the second stage
+        run_recipe(build_recipe(values[1]))
+    killed = tmp_path / "killed"
+    stored = [torch.load(killed / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("last", "1-last")]
+    assert [each["global_step"] for each in stored] == [2, 2]
+    run_recipe(build_recipe(values[1]))
+    assert begun == [0, 1, 1]
+    assert_same_results(killed, tmp_path / "whole")
+    assert [file.name for file in (killed / "checkpoints").glob("*.ckpt")] == ["1-last.ckpt"]
+    (curves,) = (tmp_path / "whole").glob("curves/version_*/metrics.csv")
+    rows = list(csv.DictReader(curves.open()))
+    of_stills = [int(row["step"]) for row in rows if row.get("loss/embeddings_of_stills")]
+    of_clips = [int(row["step"]) for row in rows if row.get("loss")]
+    assert of_stills == [0, 1] and of_clips == [2, 3, 4]
+
+
 def kill_and_resume(values: dict[str, Any], whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kill a run after its third batch, and compare what it ends with with a run that was not killed."""
     killed = Path(values["output"])
@@ -234,8 +265,8 @@ def kill_at(batch_index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next training die after a batch."""
     options = video_training.training_options
 
-    def with_kill(*args: Any) -> dict[str, Any]:
-        chosen = options(*args)
+    def with_kill(*args: Any, **more: Any) -> dict[str, Any]:
+        chosen = options(*args, **more)
         return {**chosen, "callbacks": [*chosen["callbacks"], KillAfterBatch(batch_index)]}
 
     monkeypatch.setattr(video_training, "training_options", with_kill)

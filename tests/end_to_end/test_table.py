@@ -87,8 +87,8 @@ def table(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def kill_in(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = video_training.training_options
 
-    def with_kill(recipe: Any, quantizers: Any) -> dict[str, Any]:
-        chosen = options(recipe, quantizers)
+    def with_kill(recipe: Any, quantizers: Any, **given: Any) -> dict[str, Any]:
+        chosen = options(recipe, quantizers, **given)
         more = [KillInSecondStep()] if recipe.run_folder.name == run else []
         return {**chosen, "callbacks": [*chosen["callbacks"], *more]}
 

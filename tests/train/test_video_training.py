@@ -26,8 +26,10 @@ from qsam2.pipeline import begin
 from qsam2.recipe import build_recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainerRecipe, TrainRecipe
 from qsam2.run import RunFolder
+from qsam2.train.losses import embedding_distillation
 from qsam2.train.trainer import FreezeStatistics, SafeCheckpointIO, WeightAverage, build_trainer, choose_strategy
 from qsam2.train.video_training import (
+    StillTraining,
     VideoTraining,
     check_finite,
     prompted_forward,
@@ -105,6 +107,34 @@ def test_a_batch_whose_frames_are_all_prompted_by_masks_teaches_nothing(
     model.rand_init_cond_frames_for_train = False
     fit(module, [batch], tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_stills_train_the_image_encoder_alone_towards_the_teachers_embeddings(
+    model: SAM2, batch: BatchedVideoDatapoint, tmp_path: Path
+) -> None:
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.image_encoder.trunk.blocks[0].parameters():
+            parameter.mul_(0.5)
+    before = copy.deepcopy(model.state_dict())
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    module = StillTraining(model, TrainRecipe(lr=1e-3, image_encoder_lr=1e-3), max_steps=12, teacher=teacher)
+    distances = []
+
+    def distance() -> None:
+        pair = (each.eval().forward_image(batch.flat_img_batch)["backbone_fpn"] for each in (model, teacher))
+        distances.append(float(embedding_distillation(*pair)))
+
+    with torch.no_grad():
+        distance()
+    with module.frozen():
+        fit(module, [batch] * 12, tmp_path)
+    with torch.no_grad():
+        distance()
+    assert distances[1] < 0.7 * distances[0]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("image_encoder.") for name in changed)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
 
 
 @pytest.mark.parametrize(("precision", "able"), [("bf16-mixed", False), ("bf16-mixed", True), ("32-true", False)])
