@@ -222,7 +222,8 @@ def test_stages_of_training_have_values_of_their_own_and_a_preset_shortens_each(
     assert rates == pytest.approx([2e-4, 6e-4, 1e-4, 3e-4, 1e-5, 3e-5])
     assert [each.train.quantizer_lr for each in recipe.training] == pytest.approx([2e-3, 1e-3, 1e-4])
     assert [each.train.stages[0].on for each in recipe.training] == ["stills", "clips", "clips"]
-    fast = build_recipe(values, [stages, "debug=fast"])
+    written = yaml.safe_load(stages.removeprefix("train.stages="))
+    fast = build_recipe(merge(values, {"train": {"stages": written}}), ["debug=fast"])
     assert [each.trainer.max_steps for each in fast.training] == [2, 2, 2]
     assert [stage.rate for stage in fast.train.stages] == [2, 1, 0.1]
     assert build_recipe(QUANTIZED).training == []
