@@ -146,7 +146,7 @@ class DistillRecipe(Section):
 class StageRecipe(Section):
     """One stage of training. A key that is null is as the sections `trainer` and `data` say."""
 
-    on: Literal["clips", "stills"] = "clips"
+    kind: Literal["clips", "stills"] = "clips"
     """clips: all of the model, end to end. stills: the image encoder alone, towards the float model's image embeddings
     of single frames; a step costs a fraction of one on clips."""
     steps: PositiveInt | None = None
@@ -160,8 +160,8 @@ class StageRecipe(Section):
 
     @model_validator(mode="after")
     def _one_frame(self) -> StageRecipe:
-        if self.on == "stills" and self.num_frames is not None:
-            raise ValueError(f"num_frames={self.num_frames} is for on=clips, stills have one frame: leave it out")
+        if self.kind == "stills" and self.num_frames is not None:
+            raise ValueError(f"num_frames={self.num_frames} is for kind=clips, stills have one frame: leave it out")
         return self
 
 
@@ -384,16 +384,16 @@ class Recipe(Section):
                 "train.distill.mask_logits and image_embeddings follow the float model, but quantize=null trains just "
                 "that: set both to 0, or give quantize"
             )
-        if train is not None and any(stage.on == "stills" for stage in train.stages):
+        if train is not None and any(stage.kind == "stills" for stage in train.stages):
             if quantize is None:
                 raise ValueError(
-                    "train.stages: on=stills follows the embeddings of the float model, but quantize=null trains just "
-                    "that: give on=clips, or quantize"
+                    "train.stages: kind=stills follows the embeddings of the float model, but quantize=null trains "
+                    "just that: give kind=clips, or quantize"
                 )
             if not train.image_encoder_lr:
                 raise ValueError(
-                    "train.stages: on=stills trains the image encoder, which image_encoder_lr=0 leaves as it is: give "
-                    "on=clips, or a rate"
+                    "train.stages: kind=stills trains the image encoder, which image_encoder_lr=0 leaves as it is: "
+                    "give kind=clips, or a rate"
                 )
         if reconstruct is not None:
             stage = f"reconstruct.method={reconstruct.method}"
@@ -416,7 +416,7 @@ class Recipe(Section):
         recipes = []
         for stage in self.train.stages:
             rates = {key: getattr(self.train, key) * stage.rate for key in RATES}
-            frames = 1 if stage.on == "stills" else stage.num_frames or self.data.num_frames
+            frames = 1 if stage.kind == "stills" else stage.num_frames or self.data.num_frames
             data = {"num_frames": frames, "batch_size": stage.batch_size or self.data.batch_size}
             trainer = {"max_steps": stage.steps or self.trainer.max_steps}
             changes = {

@@ -79,7 +79,7 @@ def _estimate(recipe: Recipe, image_s: float, frame_s: float, frames: int, still
     for stage in recipe.training:
         assert stage.train is not None
         frames_seen = stage.trainer.max_steps * stage.trainer.accumulate * stage.data.batch_size * stage.data.num_frames
-        one = image_s if stage.train.stages[0].on == "stills" else frame_s
+        one = image_s if stage.train.stages[0].kind == "stills" else frame_s
         seconds["training"] = seconds.get("training", 0.0) + frames_seen * STEP_FORWARDS * slower * one
     models = 1 if recipe.quantize is None else 3 if recipe.train and recipe.evaluate.after_calibration else 2
     seconds["scoring"] = models * (frames * frame_s + stills * image_s)

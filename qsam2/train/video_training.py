@@ -321,7 +321,7 @@ def train(run: Run) -> None:
 def _title(stage: Recipe) -> str:
     assert stage.train is not None
     several = len(stage.train.stages)
-    return f"{stage.trainer.max_steps} steps" + (f" on {stage.train.stages[0].on}" if several else "")
+    return f"{stage.trainer.max_steps} steps" + (f" on {stage.train.stages[0].kind}" if several else "")
 
 
 def _fit(run: Run, index: int, learned: dict[str, Quantizer], checkpoint: Path) -> None:
@@ -329,7 +329,7 @@ def _fit(run: Run, index: int, learned: dict[str, Quantizer], checkpoint: Path) 
     recipe, ends = run.recipe.training[index], index + 1 == len(run.recipe.training)
     assert recipe.train is not None
     data, max_steps, seed = recipe.data, recipe.trainer.max_steps, recipe.seed + SEEDS_APART * index
-    kind = StillTraining if recipe.train.stages[0].on == "stills" else VideoTraining
+    kind = StillTraining if recipe.train.stages[0].kind == "stills" else VideoTraining
     module = kind(
         run.model,
         recipe.train,

@@ -221,7 +221,7 @@ def test_a_kill_with_averaging(
 
 def test_a_kill_in_the_second_stage(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is not trained again, and curves go on where it ended."""
-    stages = [{"on": "stills", "steps": 2, "batch_size": 3}, {"steps": 3, "rate": 0.5}]
+    stages = [{"kind": "stills", "steps": 2, "batch_size": 3}, {"steps": 3, "rate": 0.5}]
     settings = {
         "quantize": W4A4,
         "train": merge(TRAIN, {**CLICKS, "stages": stages, "ema": 0.5}),

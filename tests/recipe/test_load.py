@@ -212,7 +212,7 @@ def test_a_preset_changes_the_stages_that_a_recipe_has_and_adds_none() -> None:
 
 def test_stages_of_training_have_values_of_their_own_and_a_preset_shortens_each() -> None:
     stages = (
-        "train.stages=[{on: stills, steps: 900, batch_size: 8, rate: 2}, {}, {steps: 30, num_frames: 16, rate: 0.1}]"
+        "train.stages=[{kind: stills, steps: 900, batch_size: 8, rate: 2}, {}, {steps: 30, num_frames: 16, rate: 0.1}]"
     )
     values = {**QUANTIZED, "train": {"lr": 1e-4, "image_encoder_lr": 3e-4}, "data": {"num_frames": 4}}
     recipe = build_recipe(values, [stages, "trainer.max_steps=100"])
@@ -221,14 +221,14 @@ def test_stages_of_training_have_values_of_their_own_and_a_preset_shortens_each(
     rates = [rate for each in recipe.training for rate in (each.train.lr, each.train.image_encoder_lr)]
     assert rates == pytest.approx([2e-4, 6e-4, 1e-4, 3e-4, 1e-5, 3e-5])
     assert [each.train.quantizer_lr for each in recipe.training] == pytest.approx([2e-3, 1e-3, 1e-4])
-    assert [each.train.stages[0].on for each in recipe.training] == ["stills", "clips", "clips"]
+    assert [each.train.stages[0].kind for each in recipe.training] == ["stills", "clips", "clips"]
     written = yaml.safe_load(stages.removeprefix("train.stages="))
     fast = build_recipe(merge(values, {"train": {"stages": written}}), ["debug=fast"])
     assert [each.trainer.max_steps for each in fast.training] == [2, 2, 2]
     assert [stage.rate for stage in fast.train.stages] == [2, 1, 0.1]
     assert build_recipe(QUANTIZED).training == []
-    with pytest.raises(UserError, match="^recipe: train.stages: on=stills follows the embeddings of the float model, "):
-        build_recipe({"train": {}}, ["train.stages=[{on: stills}]"])
+    with pytest.raises(UserError, match="^recipe: train.stages: kind=stills follows the embeddings of the float "):
+        build_recipe({"train": {}}, ["train.stages=[{kind: stills}]"])
     (one,) = build_recipe({"train": {}, "data": {"num_frames": 5}, "trainer": {"max_steps": 7}}).training
     assert (one.trainer.max_steps, one.data.num_frames) == (7, 5)
 
