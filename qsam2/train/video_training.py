@@ -320,8 +320,7 @@ def train(run: Run) -> None:
 
 def _title(stage: Recipe) -> str:
     assert stage.train is not None
-    several = len(stage.train.stages)
-    return f"{stage.trainer.max_steps} steps" + (f" on {stage.train.stages[0].kind}" if several else "")
+    return f"{stage.trainer.max_steps} steps on {stage.train.stages[0].kind}"
 
 
 def _fit(run: Run, index: int, learned: dict[str, Quantizer], checkpoint: Path) -> None:
