@@ -15,10 +15,17 @@ from qsam2.errors import UserError
 from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
 from qsam2.models.replaced import hide_progress_bar
-from qsam2.recipe.recipe import MemoryRecipe
+from qsam2.recipe.recipe import MemoryRecipe, Sharing
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
-BUDGETS = {"adaptive": (2, 3, 4), "oldest": (3,), "stride": (3,), "pool": (3,), "sparse": (3,), "synthesis": (3,)}
+BUDGETS: dict[Sharing, tuple[int, ...]] = {
+    "adaptive": (2, 3, 4),
+    "oldest": (3,),
+    "stride": (3,),
+    "pool": (3,),
+    "sparse": (3,),
+    "synthesis": (3,),
+}
 """Ways of sharing, with the numbers of frames that they are measured at."""
 
 SETTINGS: dict[str, MemoryRecipe] = {

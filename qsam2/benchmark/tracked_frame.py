@@ -121,7 +121,7 @@ def markdown_table(result: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-class Noise(Sequence[NDArray[np.uint8]]):
+class Noise(Sequence[Any]):
     """Frames of noise, the same on each reading; with `normalised` as a model's input."""
 
     def __init__(self, side: int, length: int, *, normalised: bool = False) -> None:
@@ -130,7 +130,7 @@ class Noise(Sequence[NDArray[np.uint8]]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
         if not 0 <= index < self.length:
             raise IndexError(index)
         frame = np.random.default_rng(index).integers(0, 256, (self.side, self.side, 3), dtype=np.uint8)
@@ -267,7 +267,7 @@ def _openvino_int8(setting: Setting) -> Tracking:
     seen: dict[str, list[Mapping[str, Any]]] = {name: [] for name in GRAPHS}
     run = _run_openvino(core, graphs)
 
-    def watch(name: str, inputs: Mapping[str, Any]) -> list[Any]:
+    def watch(name: str, inputs: dict[str, Any]) -> list[Any]:
         seen[name].append(inputs)
         return run(name, inputs)
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from qsam2.errors import UserError, short
 
@@ -84,7 +84,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Context manager: a picture file of which the header is read. Any error in the block names the file.
 
     Raises UserError for another format than `FORMATS`, for more than `MAX_PIXELS`, for a damaged file and for several
@@ -154,17 +154,17 @@ def read_frame(path: Path, size: tuple[int, int]) -> np.ndarray:
     Raises UserError naming the mode for floating point and other depths.
     """
     with opened(path) as picture:
-        picture = upright(_in_8_bits(picture, path))
-        frame = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))  # a conversion is a copy
+        turned = upright(_in_8_bits(picture, path))
+        frame = np.array(turned if turned.mode == "RGB" else turned.convert("RGB"))  # a conversion is a copy
     return of_size(frame, size, path)
 
 
-def is_deep_colour(picture: Image.Image) -> bool:
+def is_deep_colour(picture: ImageFile.ImageFile) -> bool:
     """True for colours of 16 bits per channel, of which PIL gives the upper 8. To be asked before pixels are read."""
     return ";16" in str(picture.tile) and not picture.mode.startswith("I")
 
 
-def _in_8_bits(picture: Image.Image, path: Path) -> Image.Image:
+def _in_8_bits(picture: ImageFile.ImageFile, path: Path) -> Image.Image:
     if picture.mode == "F":
         raise UserError(f"{path}: holds floating-point pixels (mode F), whose range is unknown; write 8 or 16 bits")
     deep_colour = is_deep_colour(picture)

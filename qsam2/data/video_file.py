@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
@@ -94,7 +94,8 @@ class VideoFile(Video):
             if shown is None:
                 raise UserError(f"{self.path}: none of its frames can be decoded; fetch it again or re-encode it")
             first = _key_at(packets, shown.pts)
-            frames = _by_time(packets, first) if sound else [frame.pts for frame in self._decoded(_Key(0, first, None))]
+            decoded = () if sound else self._decoded(_Key(0, first, None))
+            frames = _by_time(packets, first) if sound else [cast(int, frame.pts) for frame in decoded]
             size = self._upright(shown).shape[:2]
         except _FAILURES as error:
             raise self._damaged(error) from error
@@ -239,7 +240,7 @@ def _check_key(frame: av.VideoFrame, start: _Key) -> None:
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[float, ...]:
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # beside data of a type that PyAV does not know, such as EXIF
         turn = np.deg2rad(-frame.rotation)
         return tuple(np.array([np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)]).round(3))
@@ -257,20 +258,18 @@ def _are_sound(packets: Sequence[_Packet], *, is_avi: bool, reorders: bool) -> b
 
     AVI has the times of decoding alone, and so have some files of other kinds, whose decoder `reorders` in vain.
     """
-    stamps = [packet.pts for packet in packets]
+    stamps = [packet.pts for packet in packets if packet.pts is not None]
     decoded = [packet.dts for packet in packets if packet.dts is not None]
-    if None in stamps or len(set(stamps)) < len(stamps) or decoded != sorted(decoded):
+    if len(set(stamps)) < len(packets) or decoded != sorted(decoded):
         return False
     return all(packet.is_key for packet in packets) or not (is_avi or (reorders and stamps == sorted(stamps)))
 
 
 def _by_time(packets: Sequence[_Packet], first: int) -> list[int]:
     """Numbers of the shown packets, in the order of their times; what is shown before the first key frame lacks it."""
-    begin = packets[first].pts
+    times = cast("list[int]", [packet.pts for packet in packets])  # where they are sound, each has one
     numbers = (number for number, packet in enumerate(packets) if packet.is_shown and number >= first)
-    return sorted(
-        (number for number in numbers if packets[number].pts >= begin), key=lambda number: packets[number].pts
-    )
+    return sorted((number for number in numbers if times[number] >= times[first]), key=times.__getitem__)
 
 
 def _keys(packets: Sequence[_Packet], frames: Sequence[int], first: int) -> list[_Key]:

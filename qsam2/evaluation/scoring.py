@@ -73,13 +73,13 @@ def score_float(model: SAM2, videos: Sequence[Video], evaluation: EvaluateRecipe
     if evaluation.float_cache is None or next(quantizers(model), None) is not None or not _alone(trainer):
         return score_any(model, videos, evaluation, trainer)
     file = evaluation.float_cache / f"{_cache_key(model, videos, evaluation, trainer)}.npz"
-    if (stored := stored_masks(file)) is None:
+    if (stored := stored_masks(file)) is not None:
+        block, masks = stored
+        assert block is not None
+        say_left_out(block)
+    else:
         block, masks = score_any(model, videos, evaluation, trainer)
         store_masks(file, masks, block)
-        return block, masks
-    block, masks = stored
-    assert block is not None
-    say_left_out(block)
     return block, masks
 
 

@@ -113,7 +113,7 @@ class VideoScoring(L.LightningModule):
         rank, world = self.trainer.global_rank, self.trainer.world_size
         steps = -(-len(self.videos) // world)  # Lightning wants a batch on every rank, and ranks that stop together
         padded: list[Any] = [*self.videos, *[None] * (steps * world - len(self.videos))]
-        return DataLoader(padded[rank::world], batch_size=None)
+        return DataLoader(padded[rank::world], batch_size=None)  # type: ignore[arg-type]  # PyTorch takes a list
 
     def validation_step(self, video: Video | None, batch_index: int) -> None:
         if video is None:  # this rank has no more videos, others have one

@@ -11,7 +11,8 @@ import functools
 import logging
 import statistics
 import time
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ log = logging.getLogger("qsam2")
 def compiled_kernels() -> Kernels:
     """Kernels through `torch.compile`, compiled at their first call, which raises without a working compiler."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    passes = (quantize_pass, gradient_pass, dequantize_pass)
+    passes: tuple[Callable[..., Any], ...] = (quantize_pass, gradient_pass, dequantize_pass)
     quantize, gradients, dequantize = (torch.compile(kernel, dynamic=True, fullgraph=True) for kernel in passes)
     return Kernels(quantize, gradients, dequantize, MIN_ELEMENTS)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,7 @@ class Observer:
         self.minimum = torch.minimum(self.minimum, minimum)
         self.maximum = torch.maximum(self.maximum, maximum)
         # abs().sum() takes a quarter of the time of a norm of order 1
-        double = {"dim": 1, "dtype": torch.float64}
+        double: dict[str, Any] = {"dim": 1, "dtype": torch.float64}
         sums = [rows.sum(**double), torch.linalg.vector_norm(rows, **double), rows.abs().sum(**double)]
         total, root, absolute = (value.cpu().double() for value in sums)
         count = torch.full_like(total, rows.shape[1])

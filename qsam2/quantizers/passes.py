@@ -219,14 +219,14 @@ P = TypeVar("P", Quantized, Gradients)
 
 def in_blocks(kernel: Callable[..., P], x: Tensor, *arguments: Any) -> P:
     """Result of a pass over x (outer, C, inner) and tensors of its shape or (1, C, 1), computed block by block."""
-    x, *arguments = (value.contiguous() if isinstance(value, Tensor) else value for value in (x, *arguments))
+    x, *others = (value.contiguous() if isinstance(value, Tensor) else value for value in (x, *arguments))
     blocks = _blocks(x)
     if len(blocks) == 1:
-        return kernel(x, *arguments)
+        return kernel(x, *others)
     whole: list[Tensor | None] = []
     for rows, columns in blocks:
         block = x[:, rows, columns]
-        part = kernel(block, *(_cut(value, x.shape, rows, columns) for value in arguments))
+        part = kernel(block, *(_cut(value, x.shape, rows, columns) for value in others))
         if not whole:  # sums start at zero
             whole = [
                 t if t is None else t.new_empty(x.shape) if t.shape == block.shape else t.new_zeros(1, x.shape[1], 1)
@@ -238,7 +238,7 @@ def in_blocks(kernel: Callable[..., P], x: Tensor, *arguments: Any) -> P:
                     result[:, rows, columns] = of_block
                 else:
                     result[:, rows] += of_block
-    return part._make(whole)
+    return type(part)._make(whole)
 
 
 def _cut(value: Any, shape: torch.Size, rows: slice, columns: slice) -> Any:

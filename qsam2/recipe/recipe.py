@@ -356,11 +356,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _stages_fit_together(self) -> Recipe:
         calibrate, reconstruct, train, quantize = self.calibrate, self.reconstruct, self.train, self.quantize
-        weights = quantize is not None and quantize.weights is not None
+        weights = None if quantize is None else quantize.weights
         activations = quantize is not None and quantize.activations is not None
         alone = "is for calibration alone, training moves the weights again: give train=null, or"
         for key in ("weights", "rounding"):
-            if (method := getattr(calibrate, key)) is not None and not weights:
+            if (method := getattr(calibrate, key)) is not None and weights is None:
                 raise ValueError(
                     f"calibrate.{key}={method.method} needs quantized weights: give quantize.weights, or null here"
                 )
@@ -374,7 +374,7 @@ class Recipe(Section):
                 )
         if calibrate.smooth is not None and not activations:
             raise ValueError("calibrate.smooth needs quantized activations: give quantize.activations, or null here")
-        if calibrate.rounding is not None and train is not None and quantize.weights.method == "dorefa":
+        if calibrate.rounding is not None and train is not None and weights is not None and weights.method == "dorefa":
             raise ValueError(
                 f"calibrate.rounding={calibrate.rounding.method} starts training in the cells of its integers, but "
                 "dorefa rounds the tanh of weights: give quantize.weights another method, or null here"
@@ -397,7 +397,7 @@ class Recipe(Section):
                 )
         if reconstruct is not None:
             stage = f"reconstruct.method={reconstruct.method}"
-            if not weights:
+            if weights is None:
                 raise ValueError(f"{stage} fits the rounding of weights: give quantize.weights")
             if reconstruct.method == "qdrop" and not activations:
                 raise ValueError(

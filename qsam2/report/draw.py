@@ -83,8 +83,7 @@ def inline(figure: Figure, label: str) -> Markup:
     for words in figure.findobj(Text):
         words.set(parse_math=False, text=encodable(words.get_text()))
     text = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
     svg = re.sub(r'style="[^"]*"', _with_variables, svg[svg.index("<svg") + len("<svg ") :])
@@ -184,8 +183,8 @@ def draw_histograms(rows: Sequence[Mapping[str, Any]], what: str) -> Markup:
     places = grid.flat
     beyond = []
     for row, axes in zip(rows, places, strict=False):
-        first, last = row["levels"]
-        edges = np.linspace(*row["reach"], len(row["after"]) + 1)
+        (first, last), (lowest, highest) = row["levels"], row["reach"]
+        edges = np.linspace(lowest, highest, len(row["after"]) + 1)
         outside = (edges[1:] <= first - 0.5) | (edges[:-1] >= last + 0.5)
         beyond.append(f"{_short(row['layer'])} {np.array(row['after'])[outside].sum():.2%}")
         drawn = range(first, last + 1) if last - first < DRAWN_LEVELS else (first, last)

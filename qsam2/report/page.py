@@ -62,8 +62,13 @@ def render(run: SavedRun) -> str:
 
 def fill(template: str, **values: Any) -> str:
     """A page of a template with its values; all text is escaped."""
-    loader, blocks = PackageLoader("qsam2.report"), {"trim_blocks": True, "lstrip_blocks": True}
-    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    pages = Environment(
+        loader=PackageLoader("qsam2.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     pages.filters["interval"] = interval_text
     return encodable(pages.get_template(template).render(version=version(), **values))
 

@@ -191,7 +191,7 @@ def _budget(runs: Sequence[TableRun]) -> dict[str, Any]:
     """Data, calibration and training settings that are the same for all runs."""
     budgets = []
     for recipe in (run.recipe for run in runs):
-        trained = {
+        trained: dict[str, Any] = {
             "steps": [stage.trainer.max_steps for stage in recipe.training],
             "clips a step": [stage.data.batch_size * stage.trainer.accumulate for stage in recipe.training],
             "frames a clip": [stage.data.num_frames for stage in recipe.training],

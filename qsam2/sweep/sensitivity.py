@@ -113,7 +113,7 @@ def ranking(result: Mapping[str, Any]) -> str:
     return aligned(lines)
 
 
-def _begun(output: Path | None, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _begun(output: Path | None, result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Rows that an earlier call has measured."""
     if output is None or not output.is_file():
         return []

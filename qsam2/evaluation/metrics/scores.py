@@ -156,8 +156,8 @@ class VOSScore(ObjectScores):
                 f"{sequence}: {len(true)} annotated frames; at least 3 are needed, as the first and the last are not "
                 "scored: leave this sequence out"
             )
-        shown = true.any(axis=(1, 2))
-        start = self._first_scored(shown, pred.any(axis=(1, 2)))
+        shown = np.any(true, axis=(1, 2))
+        start = self._first_scored(shown, np.any(pred, axis=(1, 2)))
         pred, true = pred[start:-1], true[start:-1]
         if not len(true):
             late = (
