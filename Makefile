@@ -11,8 +11,10 @@ FAST := tests/test_imports.py $(addprefix tests/,quantizers layers calibration r
 
 .PHONY: demo test test-fast prove lint docs setup clean
 
-demo: $(READY)   ## float, PTQ and QAT of nano SAM2 on generated videos
+demo: $(READY)   ## nano SAM2 at 2 bits on generated videos: nearest integers, calibration, training
+	$(BIN)/python train.py recipes/demo_nearest.yaml
 	$(BIN)/python train.py recipes/demo.yaml
+	$(BIN)/python -m qsam2 report runs/demo_nearest runs/demo --out runs/demo.html
 
 test: $(READY)   ## the test suite, without the exhaustive runs: at most 10 minutes on two cores
 	$(PYTEST)

@@ -69,7 +69,7 @@ def round_weights(run: Run) -> None:
     if quantize is None or method is None:
         return
     assert run.teacher is not None
-    dampings = method.dampings if isinstance(method, GPTQRecipe) else ()
+    dampings = method.damping if isinstance(method, GPTQRecipe) else ()
     with run.folder.stage("round weights", method.method):
         run.prepare_inference()
         targets = float_layers(run.model, run.teacher, quantize)
@@ -185,7 +185,7 @@ def round_layer(
     nearest, of_half = to_grid(weight), fitted(fit, dampings)
     if dampings and all(found is None for found in of_half):
         raise UserError(
-            f"calibrate.rounding.dampings={', '.join(map(str, dampings))}: the Gram matrix of {name} is singular with "
+            f"calibrate.rounding.damping={', '.join(map(str, dampings))}: the Gram matrix of {name} is singular with "
             "them, give larger ones (0.01 is usual) or more samples"
         )
     candidates = [(0.0, nearest, moved)]

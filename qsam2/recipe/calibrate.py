@@ -67,11 +67,11 @@ class GPTQRecipe(Section):
 
     method: Literal["gptq"] = "gptq"
     """Name of the method."""
-    dampings: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_numbers), Field(min_length=1)] = (
+    damping: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_numbers), Field(min_length=1)] = (
         *(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     )
-    """Values added to the Gram matrix's diagonal, relative to its mean, to choose from per layer on held-out clips; the
-    nearest integers are always a choice. The usual 0.01 alone overfits few clips."""
+    """Value added to the Gram matrix's diagonal, relative to its mean; of several, the best per layer on held-out clips
+    is taken. The nearest integers are always a choice. The usual 0.01 alone overfits few clips."""
 
 
 class NearestRecipe(Section):

@@ -291,10 +291,15 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`below` with the values of `above` laid over it: mappings merged key by key, an empty one replaces."""
+    """`below` with the values of `above` laid over it: mappings merged key by key, an empty one replaces.
+
+    A text below a mapping is its `method`: `weights: frobenius` and `weights.rhos=0.1` go together.
+    """
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
+        if isinstance(old, str) and isinstance(value, Mapping):
+            old = {"method": old}
         joins = isinstance(old, Mapping) and isinstance(value, Mapping) and len(value) > 0
         merged[key] = merge(old, value) if joins else value  # type: ignore[arg-type]
     return merged

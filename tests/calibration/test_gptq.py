@@ -285,7 +285,7 @@ def test_layers_with_quantized_weights_and_without_groups_are_rounded() -> None:
 
 def test_a_damping_that_leaves_the_gram_matrix_singular() -> None:
     ones = [torch.ones(20, 16)] * 2
-    message = r"^calibrate.rounding.dampings=1e-300, 1e-200: the Gram matrix of 0 is singular with them, give larger"
+    message = r"^calibrate.rounding.damping=1e-300, 1e-200: the Gram matrix of 0 is singular with them, give larger"
     with pytest.raises(UserError, match=message):
         rounded(layer(bias=False, bits=4), ones, 1e-300, 1e-200)
     assert rounded(layer(bias=False, bits=4), ones, 1e-300, 0.1).damping in (0, 0.1), "those that can be are used"

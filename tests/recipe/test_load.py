@@ -135,6 +135,15 @@ def test_overrides_are_nested_and_the_last_one_wins() -> None:
     assert parse_overrides(["a=1", "a.b=2"]) == {"a": {"b": 2}}
 
 
+def test_keys_of_a_method_go_with_its_name() -> None:
+    base = ["calibrate.weights=frobenius", "calibrate.rounding=gptq"]
+    recipe = build_recipe(QUANTIZED, [*base, "calibrate.weights.rhos=0.1", "calibrate.rounding.damping=[0.1, 1]"])
+    assert (recipe.calibrate.weights.method, recipe.calibrate.weights.rhos) == ("frobenius", (0.1,))
+    assert (recipe.calibrate.rounding.method, recipe.calibrate.rounding.damping) == ("gptq", (0.1, 1.0))
+    changed = build_recipe(QUANTIZED, [*base, "calibrate.weights={method: acnr, steps: [3]}"])
+    assert changed.calibrate.weights.method == "acnr" and changed.calibrate.weights.steps == (3,)
+
+
 trees = st.recursive(
     st.integers(0, 9),
     lambda inner: st.dictionaries(st.sampled_from("abc"), inner, min_size=1, max_size=3),

@@ -85,7 +85,7 @@ def test_a_run_without_the_metric_has_failed(runs: Runs, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
 def test_draws_within_their_ranges_and_goes_on_where_it_stopped(runs: Runs, tmp_path: Path, method: str) -> None:
-    parameters = {**RANGES, "calibrate.rounding": {"values": [None, {"method": "gptq", "dampings": 0.1}]}}
+    parameters = {**RANGES, "calibrate.rounding": {"values": [None, {"method": "gptq", "damping": 0.1}]}}
     sweep = small_sweep(tmp_path, method=method, parameters=parameters, run_cap=5)
     with pytest.raises(UserError, match=f"method {method} has no end: give --count N or run_cap"):
         carry_out(small_sweep(tmp_path, method=method, parameters=parameters), tmp_path)

@@ -62,12 +62,12 @@ def test_a_grid_in_the_files_order_with_constants_and_overrides(tmp_path: Path) 
 
 
 def test_edges_are_all_choices_and_both_ends(tmp_path: Path) -> None:
-    parameters = {**RANGES, "calibrate.rounding": {"values": [None, "gptq", {"method": "gptq", "dampings": 0.1}]}}
+    parameters = {**RANGES, "calibrate.rounding": {"values": [None, "gptq", {"method": "gptq", "damping": 0.1}]}}
     sweep = small_sweep(tmp_path, method="random", parameters=parameters)
     found = list(edges(sweep))
     for key, values in ((WEIGHTS, [2, 8]), ("calibrate.smooth", [0.0, 1.0])):
         assert sorted({run[key] for run in found}) == values
-    assert [run["calibrate.rounding"] for run in found[-3:]] == [None, "gptq", {"method": "gptq", "dampings": 0.1}]
+    assert [run["calibrate.rounding"] for run in found[-3:]] == [None, "gptq", {"method": "gptq", "damping": 0.1}]
 
 
 @pytest.mark.parametrize(
