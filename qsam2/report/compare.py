@@ -32,6 +32,7 @@ def render_comparison(runs: Sequence[SavedRun]) -> str:
         runs=names,
         rows={name: rows[-1] for name, rows in scores.items()},
         floats={name: rows[0] for name, rows in scores.items()},
+        calibrated={name: rows[1] for name, rows in scores.items() if names[name].recipe.train and len(rows) == 3},
         unfinished={name: run.missing_stages for name, run in names.items() if run.missing_stages},
         settings=_settings(scored),
         trained_steps=any(run.recipe.train for run in runs),

@@ -33,9 +33,10 @@ def page(runs: list[SavedRun]) -> Page:
 def test_the_table_has_a_row_a_run(page: Page) -> None:
     qat, ptq = page.rows[1:3]
     assert qat[:5] == ["qat", "nano", "2 (lsc)", "float", "7"] and qat[6:8] == ["64.0", "66.0"]
-    assert qat[5].startswith("65.0 -5.0 (") and qat[5].endswith(") float 70.0")
+    assert qat[5].startswith("65.0 -5.0 (") and qat[5].endswith(") float 70.0 calibrated 50.0")
     assert qat[8:] == ["88.8", "2.50 6.4× smaller"]
     assert ptq[:5] == ["ptq", "nano", "2 (lsc)", "float", "-"] and ptq[5].startswith("50.0 -20.0 (")
+    assert "calibrated" not in ptq[5], "that is the model which it ships"
     assert ptq[9] == "2.00 8.0× smaller"
     assert [text for _, text in page.headings] == [
         "2 runs compared", "Scores", "Accuracy against size", "Training", "What the recipes differ in",
