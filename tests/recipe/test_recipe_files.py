@@ -69,7 +69,7 @@ def test_official_sizes_train_as_meta_does_and_nano_as_it_was_pretrained(name: s
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "demo" else pytest.mark.prove) for n in RECIPES if "/" not in n]
+    "name", [pytest.param(n, marks=() if n == "demo_nearest" else pytest.mark.prove) for n in RECIPES if "/" not in n]
 )
 @pytest.mark.slow
 def test_runs_for_two_steps(name: str, tmp_path: Path) -> None:
