@@ -219,6 +219,7 @@ def test_a_kill_with_averaging(
     kill_and_resume(small(checkpoint, tmp_path / "killed", **RUNS["float"]), runs["float"], monkeypatch)
 
 
+@pytest.mark.prove
 def test_a_kill_in_the_second_stage(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is not trained again, and curves go on where it ended."""
     stages = [{"kind": "stills", "steps": 2, "batch_size": 3}, {"steps": 3, "rate": 0.5}]
