@@ -36,6 +36,8 @@ from qsam2.run import Run
 log = logging.getLogger("qsam2")
 BLOCK = 128
 """Columns whose errors are passed on to the later columns in one product."""
+BATCH_BYTES = 2**28
+"""Most bytes of Hessians that are factored at a time, one per damping; of a large layer one after another."""
 MARGIN = 1 / 16
 """Distance, in steps, that a weight which is trained on keeps from the edge of its integer's cell."""
 
@@ -238,6 +240,10 @@ def gptq(
     energy = moment.diagonal().mean()
     if not energy > 0 or not dampings:
         return [to_grid(weight) for _ in dampings]
+    together = max(BATCH_BYTES // moment.nbytes, 1)
+    if len(dampings) > together:
+        parts = (dampings[start : start + together] for start in range(0, len(dampings), together))
+        return [found for part in parts for found in gptq(weight, moment, to_grid, part, target)]
     order = moment.diagonal().argsort(descending=True)
     hessian = moment[order][:, order].repeat(len(dampings), 1, 1)
     hessian.diagonal(dim1=1, dim2=2).add_(energy * torch.tensor(dampings).to(energy)[:, None])

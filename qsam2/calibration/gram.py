@@ -180,7 +180,7 @@ class Moments:
 
 
 def _energy(weight: Tensor, rows: Tensor, shift: Tensor, share: float) -> float:
-    """What rows (N, n) about their mean, which is off by `shift`, add to the sum of |W x|^2 about the common mean."""
+    """Share of rows (N, n) about their mean, which is off by `shift`, in the sum of |W x|^2 about the common mean."""
     return float((rows @ weight.T).square().sum() + share * (weight @ shift).square().sum())
 
 

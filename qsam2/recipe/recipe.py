@@ -155,7 +155,7 @@ class StageRecipe(Section):
     """Frames per clip."""
     batch_size: PositiveInt | None = None
     """Clips, or stills, per step and device."""
-    rate: PositiveFloat = 1.0
+    rate: LearningRate = 1.0
     """Factor on the learning rates of `train`."""
 
     @model_validator(mode="after")

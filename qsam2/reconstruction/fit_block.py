@@ -30,7 +30,7 @@ from qsam2.reconstruction.rounding import (
     soft_roundings,
     soften_weights,
 )
-from qsam2.train.optimizer import QUANTIZER_EPS, cosine_share
+from qsam2.train.optimizer import QUANTIZER_EPS, cosine_share, frozen
 from qsam2.train.trainer import build_trainer
 from qsam2.train.video_training import attention_backend
 
@@ -72,17 +72,14 @@ class Fit(L.LightningModule):
         """Fit the network in place, on the device where it is."""
         device = next(self.network.parameters()).device
         learned = {id(parameter) for parameter in (*self.roundings, *self.steps)}
-        frozen = [p for p in self.network.parameters() if p.requires_grad and id(p) not in learned]
+        others = (parameter for parameter in self.network.parameters() if id(parameter) not in learned)
         options: dict[str, Any] = {"max_steps": self.recipe.iterations, "limit_val_batches": 0}
         trainer = build_trainer(trainer_recipe, folder=folder, silent=silent, enable_checkpointing=False, **options)
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            trainer.fit(self, batches)
-        finally:
-            self.network.to(device)  # Lightning leaves it on the CPU
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        with frozen(others):
+            try:
+                trainer.fit(self, batches)
+            finally:
+                self.network.to(device)  # Lightning leaves it on the CPU
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         if self.stopped():

@@ -5,8 +5,9 @@ Learned step sizes and clips of quantizers have a group of their own (ours).
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,19 @@ from qsam2.recipe.recipe import TrainRecipe
 QUANTIZER_EPS = 1e-15
 """Adam's epsilon for learned step sizes: LSQ's factor 1/sqrt(N Qp) takes some gradients below the usual 1e-8."""
 ENCODER, TRUNK = "image_encoder.", "image_encoder.trunk"
+
+
+@contextlib.contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context manager: those of the parameters that have gradients have none."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def parameter_groups(

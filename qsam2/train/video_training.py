@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -39,7 +39,7 @@ from qsam2.recipe import Recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
 from qsam2.run import Run
 from qsam2.train.losses import ImageNetDistillation, embedding_distillation, mask_distillation, segmentation_loss
-from qsam2.train.optimizer import ENCODER, cosine_share, parameter_groups, rates
+from qsam2.train.optimizer import ENCODER, cosine_share, frozen, parameter_groups, rates
 from qsam2.train.trainer import build_trainer, stage_checkpoint, training_options
 
 log = logging.getLogger("qsam2")
@@ -135,6 +135,9 @@ class VideoTraining(L.LightningModule):
         quantizer_parameters: names in `model` of the learned step sizes and clips.
     """
 
+    part: ClassVar[str] = ""
+    """Beginning of the names of the parameters that are trained."""
+
     def __init__(
         self,
         model: SAM2,
@@ -161,11 +164,6 @@ class VideoTraining(L.LightningModule):
         set_dropout(model, recipe.dropout)
         for network in self._teacher:
             set_prompts(without_noise(network), recipe.prompts)
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Context manager: what is not trained has no gradients."""
-        yield
 
     def on_fit_start(self) -> None:
         self.train()  # models come in eval mode, which Lightning keeps
@@ -248,21 +246,7 @@ class StillTraining(VideoTraining):
     No video backward is needed, so that a step costs a fraction of one on clips (ours).
     """
 
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Context manager: all but the image encoder stays as it is, without gradients."""
-        others = [
-            parameter
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and not name.startswith(ENCODER)
-        ]
-        for parameter in others:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in others:
-                parameter.requires_grad_(True)
+    part = ENCODER
 
     def _loss(self, batch: BatchedVideoDatapoint) -> Tensor:
         embeddings = self.model.forward_image(batch.flat_img_batch)["backbone_fpn"]
@@ -354,7 +338,7 @@ def _fit(run: Run, index: int, learned: dict[str, Quantizer], checkpoint: Path) 
         reverse=data.reverse,
     )
     stream = ClipDataModule(clips, batch_size=data.batch_size, num_workers=data.num_workers)
-    with module.frozen():
+    with frozen(value for name, value in run.model.named_parameters() if not name.startswith(kind.part)):
         trainer.fit(module, stream, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
     check_finite(run.model, recipe.train)
     trainer.save_checkpoint(checkpoint)  # a run killed later need not train again

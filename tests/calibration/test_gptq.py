@@ -77,6 +77,9 @@ def test_it_is_the_plain_algorithm(block: int, seed: int, monkeypatch: pytest.Mo
     np.testing.assert_allclose(several[1].numpy(), expected, atol=1e-9)
     assert torch.equal(gptq(weight, gram, to_grid, [1.0])[0], several[0]) and not torch.equal(*several)
     assert torch.equal(weight, before)
+    monkeypatch.setattr(module, "BATCH_BYTES", 2 * gram.nbytes)  # of a layer that is too large for all at a time
+    parts = gptq(weight, gram, to_grid, [1.0, 0.01, 0.1])
+    assert len(parts) == 3 and all(torch.equal(*pair) for pair in zip(parts, several, strict=False))
 
 
 @given(st.integers(1, 8), st.integers(1, 24), st.integers(2, 8), st.booleans(), st.integers(0, 999))
