@@ -19,7 +19,7 @@ from qsam2.data.unlabelled import has_masks
 from qsam2.data.video import Video
 from qsam2.errors import UserError
 from qsam2.evaluation.own_masks import label_footage
-from qsam2.evaluation.scoring import score_calibrated, score_result, score_teacher
+from qsam2.evaluation.scoring import ScoreOnTheWay, score_calibrated, score_result, score_teacher
 from qsam2.formats.card import export_model
 from qsam2.layers.convert import convert_layers
 from qsam2.loading import load_float, verify_export
@@ -70,7 +70,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     stored.carry_out(reconstruct_blocks)
     use_memory(run.model, recipe.memory)  # the teacher's memory stays unchanged
     score_calibrated(run)
-    train(run)
+    train(run, [ScoreOnTheWay(run)] if recipe.evaluate.every else [])
     score_result(run)
     export_model(run)
     verify_export(run)

@@ -9,11 +9,14 @@ import copy
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
+from lightning.pytorch.callbacks import Callback
 from sam2.modeling.sam2_utils import DropPath
 from torch import nn
 
@@ -46,6 +49,8 @@ log = logging.getLogger("qsam2")
 Scored = tuple[dict[str, Any], Predictions]
 """A score block and the masks behind it."""
 
+ON_THE_WAY = "score"
+"""Prefix of the names of curves that `ScoreOnTheWay` logs."""
 UNSCORED = ("training", "dropout_p", "size", "tracked_frame")
 """Values of modules that no score depends on: of training alone, a name, and what was tracked last."""
 
@@ -57,10 +62,11 @@ def score_any(
     trainer: TrainerRecipe,
     *,
     reference: Predictions | None = None,
+    silent: bool = False,
 ) -> Scored:
     """`score_videos`, or `score_stills` where all have one frame."""
     if any(len(video) > 1 for video in videos):
-        return score_videos(model, videos, evaluation, trainer, reference=reference)
+        return score_videos(model, videos, evaluation, trainer, reference=reference, silent=silent)
     return score_stills(model.to(device_of(trainer)), videos, reference=reference)
 
 
@@ -236,6 +242,43 @@ def score_calibrated(run: Run) -> None:
     calibrated = copy.deepcopy(run.model)
     finalize(calibrated)
     score(run, calibrated, "ptq", run.predictions["float"])
+
+
+class ScoreOnTheWay(Callback):
+    """Scores a finalized copy of the model every `evaluate.every` training steps, into `on_the_way` of `metrics.json`.
+
+    With averaged weights (`train.ema`) the scores are those of the trained ones.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.paused = run, 0.0
+        self.started = time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        done = module.steps_before + trainer.global_step
+        self.rows = [row for row in self.run.folder.metrics.get("on_the_way", []) if row["step"] <= done]
+        trained = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.started, self.paused = time.perf_counter() - trained, 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        step, recipe = module.steps_before + trainer.global_step, self.run.recipe
+        assert recipe.evaluate.every is not None
+        scored = self.rows[-1]["step"] if self.rows else 0
+        if step % recipe.evaluate.every or step == scored:  # a step can have several batches
+            return
+        paused = time.perf_counter()
+        model = copy.deepcopy(self.run.model).eval()
+        if self.run.teacher is not None:
+            finalize(model)
+        reference = self.run.predictions.get("float")
+        block, _ = score_any(model, self.run.videos, recipe.evaluate, recipe.trainer, reference=reference, silent=True)
+        scores = {key: block[key] for key in ("J&F", "fidelity") if block.get(key) is not None}
+        self.rows.append({"step": step, "seconds": round(paused - self.started - self.paused, 1), **scores})
+        self.paused += time.perf_counter() - paused
+        self.run.folder.record("on_the_way", self.rows)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{ON_THE_WAY}/{key}": value for key, value in scores.items()}, step)
+        log.info("step %d: %s", step, ", ".join(f"{key} {value:.1f}" for key, value in scores.items()))
 
 
 def score_result(run: Run) -> None:

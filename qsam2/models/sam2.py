@@ -171,6 +171,17 @@ class SAM2(SAM2VideoPredictor, SAM2Train):
         step = SAM2Train.track_step if "gt_masks" in kwargs else SAM2Base.track_step
         return step(self, frame_idx, *args, **kwargs)
 
+    def track_frames(self, backbone_out: dict[str, Any], batch: Any) -> list[dict[str, Any]]:
+        """`SAM2Train.forward_tracking`, with the object pointers: the outputs of each frame, in the frames' order.
+
+        Args:
+            backbone_out: of `prepare_prompt_inputs`.
+            batch: clips, a `BatchedVideoDatapoint`.
+        """
+        outputs = self.forward_tracking(backbone_out, batch, return_dict=True)
+        frames = {**outputs["cond_frame_outputs"], **outputs["non_cond_frame_outputs"]}
+        return [frames[index] for index in sorted(frames)]
+
     def _prepare_memory_conditioned_features(self, **step: Any) -> Tensor:
         if self.memory_reader is None or step["is_init_cond_frame"]:
             return super()._prepare_memory_conditioned_features(**step)

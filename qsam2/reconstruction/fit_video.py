@@ -27,7 +27,7 @@ from qsam2.reconstruction.blocks import Scale
 from qsam2.reconstruction.fit_block import Fit
 from qsam2.reconstruction.rounding import harden, learn_steps
 from qsam2.run import Run
-from qsam2.train.losses import embedding_distillation, mask_distillation
+from qsam2.train.losses import divergence, relative_error
 from qsam2.train.video_training import attention_backend
 
 JUDGED = 4
@@ -73,7 +73,7 @@ def time_scales(run: Run) -> dict[Scale, CalibrationData]:
 
 
 class Tracked(NamedTuple):
-    """Outputs of SAM2 for a clip, one tensor (objects, C, ...) per frame in each list."""
+    """Outputs of SAM2 for a clip, one tensor (objects, ...) per frame in each list."""
 
     memories: list[Tensor]
     conditioned: list[Tensor]
@@ -92,9 +92,7 @@ def track_clip(model: SAM2, sample: Sample, features: dict[str, Any], *, points:
     model.prob_to_use_pt_input_for_eval = float(points)
     prompted = model.prepare_prompt_inputs({**features}, batch)
     prompted["frames_to_add_correction_pt"] = []
-    outputs = model.forward_tracking(prompted, batch, return_dict=True)
-    frames = {**outputs["cond_frame_outputs"], **outputs["non_cond_frame_outputs"]}
-    return [frames[index] for index in sorted(frames)]
+    return model.track_frames(prompted, batch)
 
 
 def tracked(model: SAM2, sample: Sample, *, points: bool) -> Tracked:
@@ -106,10 +104,10 @@ def tracked(model: SAM2, sample: Sample, *, points: bool) -> Tracked:
         frames = track_clip(model, sample, features, points=points)
     return Tracked(
         memories=[frame["maskmem_features"] for frame in frames],
-        conditioned=[output.transpose(1, 2)[..., None] for output in conditioned],  # (objects, C, HW, 1)
+        conditioned=conditioned,
         masks=[frame["pred_masks"] for frame in frames],
-        pointers=[frame["obj_ptr"][..., None, None] for frame in frames],
-        scores=[frame["multistep_object_score_logits"][-1][..., None, None] for frame in frames],
+        pointers=[frame["obj_ptr"] for frame in frames],
+        scores=[frame["multistep_object_score_logits"][-1] for frame in frames],
     )
 
 
@@ -124,24 +122,17 @@ def scale_loss(scale: Scale, model: SAM2, teacher: SAM2, sample: Sample, step: i
         image = sample.clip.images[step % len(sample.clip.images)][None].to(model.device)
         with torch.no_grad():
             target = teacher.forward_image(image)["backbone_fpn"]
-        return embedding_distillation(model.forward_image(image)["backbone_fpn"], target) / len(target)
+        return relative_error(model.forward_image(image)["backbone_fpn"], target) / len(target)
     points = step % 2 == 1
     with torch.no_grad():
         targets = tracked(teacher, sample, points=points)
     outputs = tracked(model, sample, points=points)
     if scale == "short":
-        return _distance(outputs.memories, targets.memories) + _distance(outputs.conditioned, targets.conditioned)
-    divergences = [_divergence(outputs.masks, targets.masks), _divergence(outputs.scores, targets.scores)]
-    return _distance(outputs.pointers, targets.pointers) + torch.stack(divergences).sum()
-
-
-def _distance(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    return embedding_distillation(list(outputs), list(targets)) / len(outputs)
-
-
-def _divergence(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    student, teacher = ([{"pred_masks": logits} for logits in side] for side in (outputs, targets))
-    return mask_distillation(student, teacher) / len(outputs)
+        stored = relative_error(outputs.memories, targets.memories) / len(outputs.memories)
+        return stored + relative_error(outputs.conditioned, targets.conditioned) / len(outputs.conditioned)
+    pointers = relative_error(outputs.pointers, targets.pointers)
+    divergences = divergence(outputs.masks, targets.masks) + divergence(outputs.scores, targets.scores)
+    return (pointers + divergences) / len(outputs.masks)
 
 
 def fit_video(

@@ -282,6 +282,23 @@ def draw_loss(curves: Mapping[str, Curve]) -> Markup | None:
     return inline(figure, "Loss " + "; ".join(parts))
 
 
+def draw_on_the_way(rows: Sequence[Mapping[str, float]], float_score: float | None, last: Mapping[str, float]) -> Markup:
+    """Scores during training over its steps, and the float model's J&F; `last` are those of the result."""
+    figure, axes = new_figure(8, 3)
+    parts = []
+    for key, colour, dashes, marker in (("J&F", BLUE, "-", "o"), ("fidelity", ORANGE, "--", "s")):
+        curve = [(row["step"], row[key]) for row in (*rows, last) if key in row]
+        if curve:
+            line = {"color": colour, "linestyle": dashes, "marker": marker}
+            axes.plot(*zip(*curve, strict=True), label=key, markersize=4, **line)
+            parts.append(f"{key} from {curve[0][1]:.1f} at step {curve[0][0]} to {curve[-1][1]:.1f} at {curve[-1][0]}")
+    if float_score is not None:
+        axes.axhline(float_score, color=GREY, linestyle=":", label="J&F of the float model")
+    axes.set(xlabel="step", ylabel="score")
+    axes.legend(frameon=False, fontsize=8)
+    return inline(figure, "; ".join(parts))
+
+
 def draw_clips(curves: Mapping[str, Curve]) -> Markup | None:
     """Learned step sizes (None without any) as multiples of their first values: the middle 80 %, `MOVED` extremes."""
     relative = _relative(curves)

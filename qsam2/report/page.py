@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from qsam2.evaluation.metrics.interval import interval_note, interval_text, paired_difference
 from qsam2.evaluation.metrics.scores import amount_text, remarks
@@ -18,6 +19,7 @@ from qsam2.report.draw import (
     draw_loss,
     draw_memory,
     draw_noise,
+    draw_on_the_way,
     draw_sensitivity,
     draw_worst,
 )
@@ -53,11 +55,23 @@ def render(run: SavedRun) -> str:
         histograms={what: draw_histograms(layers[what], what) for what in ("weights", "inputs") if layers.get(what)},
         clip_curves=draw_clips(run.curves),
         loss=draw_loss({name: curve for name, curve in run.curves.items() if name == "loss"}),
+        on_the_way=_on_the_way(run),
         clips=run.saved(CLIPS),
         media=run.media,
         memory=memory,
         memory_chart=draw_memory(memory) if memory else None,
     )
+
+
+def _on_the_way(run: SavedRun) -> Markup | None:
+    """Chart of the scores during training; None without any."""
+    rows = run.metrics.get("on_the_way")
+    if not rows:
+        return None
+    first, result = run.metrics.get("float") or {}, run.metrics.get("quantized") or {}
+    steps = sum(stage.trainer.max_steps for stage in run.recipe.training)
+    last = {"step": steps, **{key: result[key] for key in ("J&F", "fidelity") if result.get(key) is not None}}
+    return draw_on_the_way(rows, first.get("J&F"), last)
 
 
 def fill(template: str, **values: Any) -> str:

@@ -22,6 +22,7 @@ from typing_extensions import Self
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, load_recipe
 from qsam2.recipe.load import parse_overrides, read_yaml
+from qsam2.recipe.recipe import DistillRecipe
 from qsam2.recipe.section import Name, Section, describe, did_you_mean
 
 Values = dict[str, Any]
@@ -38,7 +39,7 @@ MAX_RUNS = 10_000
 ARGUMENTS = "${args_no_hyphens}"
 SCORES = ("J&F", "J", "F", "fidelity", "seconds_per_frame")
 SIZES = ("float32", "bfloat16", "packed")
-LOSSES = ("mask", "dice", "iou", "class", "distill_imagenet", "distill_masks", "distill_embeddings")
+LOSSES = ("mask", "dice", "iou", "class", *(f"distill_{name}" for name in DistillRecipe.model_fields))
 
 LOCAL = {
     "constant": ("value",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from qsam2.data.transforms import MEAN, STD
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.quantizers.observers import all_reduce, world_size
-from qsam2.recipe.recipe import LossRecipe
+from qsam2.recipe.recipe import DistillRecipe, LossRecipe
 
+SMALLEST = 1e-12
+"""Least variance that an error is divided by: a pointer of an absent object can be constant."""
 BLOCKS = {2: 24, 4: 40, 10: 112, 15: 320}
 """{last block of EfficientNet-Lite0 at strides 4, 8, 16 and 32: its channels}."""
 TARGETS = ((0,), (1,), (2, 3))
@@ -38,28 +41,58 @@ def segmentation_loss(recipe: LossRecipe) -> MultiStepMultiMasksAndIous:
     )
 
 
-def mask_distillation(student: list[dict[str, Any]], teacher: list[dict[str, Any]]) -> Tensor:
-    """Kullback-Leibler divergence of the pixels' foreground probabilities, summed over frames.
+def distillation(
+    recipe: DistillRecipe,
+    student: list[dict[str, Any]],
+    teacher: list[dict[str, Any]],
+    embeddings: list[Tensor],
+    targets: list[Tensor],
+) -> dict[str, Tensor]:
+    """Losses towards the float model whose weight in the recipe is above zero, by their key there (ours).
 
-    Mean over pixels and over the objects of all ranks, as in Meta's losses. Each frame has
-    `pred_masks`: logits (objects, 1, H/4, W/4).
+    Args:
+        student, teacher: outputs of each frame, as `SAM2.track_frames` gives them; unused if no loss compares them.
+        embeddings, targets: image embeddings of both, (frames, C, H, W) per level.
     """
-    first = student[0]["pred_masks"]
+
+    def per_frame(key: str) -> tuple[list[Tensor], list[Tensor]]:
+        return [frame[key] for frame in student], [frame[key] for frame in teacher]
+
+    def scores() -> Tensor:
+        sides = ([torch.stack(clicks, 1) for clicks in side] for side in per_frame("multistep_object_score_logits"))
+        return divergence(*sides)
+
+    losses: dict[str, Callable[[], Tensor]] = {
+        "mask_logits": lambda: divergence(*per_frame("multistep_pred_masks")),
+        "image_embeddings": lambda: relative_error(embeddings, targets),
+        "memory_features": lambda: relative_error(*per_frame("maskmem_features")) / len(student),
+        "object_pointers": lambda: relative_error(*per_frame("obj_ptr")) / len(student),
+        "object_scores": scores,
+    }
+    return {name: loss() for name, loss in losses.items() if getattr(recipe, name) > 0}
+
+
+def divergence(student: Iterable[Tensor], teacher: Iterable[Tensor]) -> Tensor:
+    """Kullback-Leibler divergence of the probabilities that logits (objects, ...) stand for, summed over frames.
+
+    Mean over clicks and pixels and over the objects of all ranks, as in Meta's losses.
+    """
+    frames = list(zip(student, teacher, strict=True))
+    first = frames[0][0]
     objects = all_reduce(torch.tensor(float(len(first)), device=first.device)) / world_size()
     total = torch.zeros((), device=first.device)
-    for frame, teacher_frame in zip(student, teacher, strict=True):
-        logits = frame["pred_masks"].clamp(-32, 32)  # -1024 in sam2 if an object is absent
-        target = teacher_frame["pred_masks"].clamp(-32, 32)
+    for logits, target in frames:
+        logits, target = logits.clamp(-32, 32), target.clamp(-32, 32)  # masks are -1024 in sam2 if an object is absent
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target.sigmoid(), reduction="none")
         entropy = F.binary_cross_entropy_with_logits(target, target.sigmoid(), reduction="none")
-        total = total + (cross_entropy - entropy).mean((1, 2, 3)).sum() / objects
+        total = total + (cross_entropy - entropy).flatten(1).mean(1).sum() / objects
     return total
 
 
-def embedding_distillation(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Squared error of image embeddings (frames, C, H, W) over the teacher's variance per image, summed over levels."""
-    pairs = zip(student, teacher, strict=True)
-    return torch.stack([((x - y).square().mean((1, 2, 3)) / y.var((1, 2, 3))).mean() for x, y in pairs]).sum()
+def relative_error(student: Iterable[Tensor], teacher: Iterable[Tensor]) -> Tensor:
+    """Squared error of features (B, ...) over the variance of each of the teacher's samples, summed over the pairs."""
+    pairs = ((x.float().flatten(1), y.float().flatten(1)) for x, y in zip(student, teacher, strict=True))
+    return torch.stack([((x - y).square().mean(1) / y.var(1).clamp(min=SMALLEST)).mean() for x, y in pairs]).sum()
 
 
 class ImageNetDistillation(nn.Module):

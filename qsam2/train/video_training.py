@@ -18,6 +18,7 @@ import lightning as L
 import numpy as np
 import torch
 import training.model.sam2
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from sam2.modeling.sam.transformer import Attention
 from sam2.modeling.sam2_utils import DropPath
@@ -38,7 +39,7 @@ from qsam2.quantizers.kernels import choose_kernels
 from qsam2.recipe import Recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
 from qsam2.run import Run
-from qsam2.train.losses import ImageNetDistillation, embedding_distillation, mask_distillation, segmentation_loss
+from qsam2.train.losses import ImageNetDistillation, distillation, relative_error, segmentation_loss
 from qsam2.train.optimizer import ENCODER, cosine_share, frozen, parameter_groups, rates
 from qsam2.train.trainer import build_trainer, stage_checkpoint, training_options
 
@@ -133,6 +134,7 @@ class VideoTraining(L.LightningModule):
             run repeats it.
         teacher: float model to distil from, needed if one of the recipe's distillation weights is above zero.
         quantizer_parameters: names in `model` of the learned step sizes and clips.
+        steps_before: those of the stages of training before this one.
     """
 
     part: ClassVar[str] = ""
@@ -147,9 +149,11 @@ class VideoTraining(L.LightningModule):
         max_steps: int = 1,
         teacher: SAM2 | None = None,
         quantizer_parameters: Collection[str] = (),
+        steps_before: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
+        self.steps_before = steps_before
         self.recipe = recipe
         self.seed = seed
         self.max_steps = max_steps
@@ -185,7 +189,7 @@ class VideoTraining(L.LightningModule):
         embeddings = backbone["backbone_fpn"]
         backbone = self.model.prepare_prompt_inputs(backbone, batch)
         with record_clicks() as clicks:
-            frames = self.model.forward_tracking(backbone, batch)
+            frames = self.model.track_frames(backbone, batch)
         losses = self.loss(frames, batch.masks)
         total = losses.pop("core_loss")
         distill = self.recipe.distill
@@ -193,17 +197,17 @@ class VideoTraining(L.LightningModule):
             losses["distill_imagenet"] = self.imagenet(batch.flat_img_batch, embeddings)
             total = total + distill.imagenet * losses["distill_imagenet"]
         for teacher in self._teacher:
+            teacher_frames: list[dict[str, Any]] = []
             with torch.no_grad(), record_clicks(clicks):
-                teacher_features = teacher.forward_image(batch.flat_img_batch)
-                if distill.mask_logits:
+                features = teacher.forward_image(batch.flat_img_batch)
+                if distill.needs_tracking:
                     teacher.rng = self.model.rng
-                    teacher_frames = teacher.forward_tracking({**backbone, **teacher_features}, batch)
-            if distill.mask_logits:
-                losses["distill_masks"] = mask_distillation(frames, teacher_frames)
-                total = total + distill.mask_logits * losses["distill_masks"]
-            if distill.image_embeddings:
-                losses["distill_embeddings"] = embedding_distillation(embeddings, teacher_features["backbone_fpn"])
-                total = total + distill.image_embeddings * losses["distill_embeddings"]
+                    teacher_frames = teacher.track_frames({**backbone, **features}, batch)
+            for name, loss in distillation(
+                distill, frames, teacher_frames, embeddings, features["backbone_fpn"]
+            ).items():
+                losses[f"distill_{name}"] = loss
+                total = total + getattr(distill, name) * loss
         if not torch.isfinite(total):
             raise diverged(f"the loss is {float(total)} at step {self.global_step}", self.recipe)
         if not total.requires_grad:  # each frame was prompted by its mask: there is nothing to learn from this batch
@@ -252,7 +256,7 @@ class StillTraining(VideoTraining):
         embeddings = self.model.forward_image(batch.flat_img_batch)["backbone_fpn"]
         with torch.no_grad():
             target = self._teacher[0].forward_image(batch.flat_img_batch)["backbone_fpn"]
-        loss = embedding_distillation(embeddings, target)
+        loss = relative_error(embeddings, target)
         if not torch.isfinite(loss):
             raise diverged(f"the loss is {float(loss)} at step {self.global_step}", self.recipe)
         self.log("loss/embeddings_of_stills", loss, prog_bar=True)
@@ -282,7 +286,7 @@ def diverged(what: str, recipe: TrainRecipe) -> UserError:
     return UserError(f"training has diverged, {what}: lower {rates} or train.quantizer_lr={recipe.quantizer_lr:g}")
 
 
-def train(run: Run) -> None:
+def train(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     """Stage: train on the train sources, from the last checkpoint if there is one; see `train.stages`."""
     stages, model = run.recipe.training, run.model
     if not stages:
@@ -296,7 +300,7 @@ def train(run: Run) -> None:
         for index in range(reached, len(stages)):
             if index:
                 log.info("stage %d of %d: %s", index + 1, len(stages), _title(stages[index]))
-            _fit(run, index, learned, files[index])
+            _fit(run, index, learned, files[index], callbacks)
             for file in files[:index]:
                 file.unlink(missing_ok=True)
     run.latent = latent_weights(model)
@@ -307,7 +311,9 @@ def _title(stage: Recipe) -> str:
     return f"{stage.trainer.max_steps} steps on {stage.train.stages[0].kind}"
 
 
-def _fit(run: Run, index: int, learned: dict[str, Quantizer], checkpoint: Path) -> None:
+def _fit(
+    run: Run, index: int, learned: dict[str, Quantizer], checkpoint: Path, callbacks: Sequence[Callback]
+) -> None:
     """Carry out one stage of training, or the rest of it, and store its result."""
     recipe, ends = run.recipe.training[index], index + 1 == len(run.recipe.training)
     assert recipe.train is not None
@@ -320,12 +326,13 @@ def _fit(run: Run, index: int, learned: dict[str, Quantizer], checkpoint: Path) 
         max_steps=max_steps,
         teacher=run.teacher if recipe.train.distill.needs_teacher or kind is StillTraining else None,
         quantizer_parameters=[f"{name}.{key}" for name, q in learned.items() for key, _ in q.named_parameters()],
+        steps_before=sum(stage.trainer.max_steps for stage in run.recipe.training[:index]),
     )
     options = training_options(recipe, learned, checkpoint=checkpoint.name, ends=ends)
+    options["callbacks"] += callbacks
     trainer = build_trainer(recipe.trainer, folder=run.folder.path, loggers=run.loggers, **options)
     # curves go on where the stage before ended; a checkpoint brings its own count
-    before = sum(stage.trainer.max_steps for stage in run.recipe.training[:index])
-    trainer.fit_loop.epoch_loop._batches_that_stepped = before
+    trainer.fit_loop.epoch_loop._batches_that_stepped = module.steps_before
     clips = ClipDataset(
         run.sources,
         num_frames=data.num_frames,

@@ -219,6 +219,21 @@ def test_a_kill_with_averaging(
     kill_and_resume(small(checkpoint, tmp_path / "killed", **RUNS["float"]), runs["float"], monkeypatch)
 
 
+def test_scores_on_the_way_leave_the_training_as_it_is(
+    checkpoint: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    run_recipe(build_recipe(small(checkpoint, tmp_path, **RUNS["qat"] | {"log": {"wandb": "off"}}), ["evaluate.every=2"]))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    middle, last = metrics.pop("on_the_way")
+    assert (middle["step"], last["step"]) == (2, 4) and 0 < middle["seconds"] < last["seconds"]
+    assert {key: last[key] for key in ("J&F", "fidelity")} == {key: metrics["quantized"][key] for key in ("J&F", "fidelity")}
+    assert without_seconds(metrics) == without_seconds(json.loads((runs["qat"] / "metrics.json").read_text()))
+    assert "Scores over training" in (tmp_path / "report.html").read_text()
+    (curves,) = tmp_path.glob("curves/version_*/metrics.csv")
+    logged = [float(row["score/J&F"]) for row in csv.DictReader(curves.open()) if row.get("score/J&F")]
+    assert logged == pytest.approx([middle["J&F"], last["J&F"]])
+
+
 @pytest.mark.prove
 def test_a_kill_in_the_second_stage(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is not trained again, and curves go on where it ended."""
@@ -227,6 +242,7 @@ def test_a_kill_in_the_second_stage(checkpoint: Path, tmp_path: Path, monkeypatc
         "quantize": W4A4,
         "train": merge(TRAIN, {**CLICKS, "stages": stages, "ema": 0.5}),
         "trainer": {"checkpoint_every": 1},
+        "evaluate": {"every": 2},
     }
     values = [small(checkpoint, tmp_path / name, **settings) for name in ("whole", "killed")]
     run_recipe(build_recipe(values[0]))
@@ -245,6 +261,8 @@ def test_a_kill_in_the_second_stage(checkpoint: Path, tmp_path: Path, monkeypatc
     assert [file.name for file in (killed / "checkpoints").glob("*.ckpt")] == ["1-last.ckpt"]
     (curves,) = (tmp_path / "whole").glob("curves/version_*/metrics.csv")
     rows = list(csv.DictReader(curves.open()))
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "whole", killed)]
+    assert [[row["step"] for row in each["on_the_way"]] for each in metrics] == [[2, 4], [2, 4]]
     of_stills = [int(row["step"]) for row in rows if row.get("loss/embeddings_of_stills")]
     of_clips = [int(row["step"]) for row in rows if row.get("loss")]
     assert of_stills == [0, 1] and of_clips == [2, 3, 4]

@@ -147,7 +147,7 @@ def test_wandb_holds_the_whole_run(runs: dict[str, Path]) -> None:
     curve = [step["loss"] for step in history if "loss" in step]
     assert len(curve) == recipe["trainer"]["max_steps"]
     assert {f"lr/{part}" for part in ("image_encoder", "weights", "quantizers")} <= logged.keys()
-    assert {"loss/mask", "loss/dice", "loss/iou", "loss/class", "loss/distill_masks"} <= logged.keys()
+    assert {"loss/mask", "loss/dice", "loss/iou", "loss/class", "loss/distill_mask_logits"} <= logged.keys()
     assert {"gradient_norm/weights", "gradient_norm/quantizers"} <= logged.keys()
     assert not [key for key in logged if key.startswith("scale/")]
     quantiles = [key for key in logged if key.startswith("step_size/")]

@@ -172,6 +172,8 @@ def state(output: Path) -> dict[str, Tensor]:
 
 def without_seconds(values: Any) -> Any:
     """Metrics but for what the clock says."""
+    if isinstance(values, list):
+        return [without_seconds(value) for value in values]
     if not isinstance(values, dict):
         return values
     return {k: without_seconds(v) for k, v in values.items() if k not in ("seconds", "seconds_per_frame")}

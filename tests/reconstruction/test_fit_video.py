@@ -24,7 +24,7 @@ def test_outputs_do_not_depend_on_how_memory_is_read() -> None:
     model.eval().requires_grad_(False)
     expected = tracked(model, sample, points=False)
     objects = len(expected.memories[0])
-    assert [x.shape for x in expected.conditioned] == [(objects, 128, (model.image_size // 16) ** 2, 1)] * 2
+    assert [x.shape for x in expected.conditioned] == [(objects, (model.image_size // 16) ** 2, 128)] * 2
     assert len(expected.memories) == len(expected.masks) == frames
     use_memory(model, MemoryRecipe(cache=True))
     torch.testing.assert_close(tuple(tracked(model, sample, points=False)), tuple(expected), atol=1e-4, rtol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -18,12 +19,13 @@ from training.utils.data_utils import BatchedVideoDatapoint
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
-from qsam2.recipe.recipe import LossRecipe, PromptRecipe, TrainRecipe
+from qsam2.recipe.recipe import DistillRecipe, LossRecipe, PromptRecipe, TrainRecipe
 from qsam2.train.losses import (
     BLOCKS,
     ImageNetDistillation,
-    embedding_distillation,
-    mask_distillation,
+    distillation,
+    divergence,
+    relative_error,
     segmentation_loss,
 )
 from qsam2.train.trainer import build_trainer
@@ -37,7 +39,7 @@ def forward(model: SAM2, batch: BatchedVideoDatapoint, prompts: PromptRecipe = M
     set_prompts(model.train(), prompts)
     model.rng = np.random.default_rng(0)
     torch.manual_seed(0)
-    return model(batch)
+    return model.track_frames(model.prepare_prompt_inputs(model.forward_image(batch.flat_img_batch), batch), batch)
 
 
 @pytest.mark.parametrize(("point", "box"), [(1, 0), (0, 1), (0, 0)])
@@ -60,23 +62,24 @@ def test_weights_of_the_recipe_scale_the_losses(model: SAM2, batch: BatchedVideo
         assert float(losses["core_loss"]) == pytest.approx(3 * float(losses[f"loss_{name}"]), rel=1e-6)
 
 
-def test_distance_to_another_model_falls_along_its_gradient(model: SAM2, batch: BatchedVideoDatapoint) -> None:
+def test_each_distance_to_another_model_falls_along_its_gradient(model: SAM2, batch: BatchedVideoDatapoint) -> None:
     teacher = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-        their_frames = forward(teacher, batch)
         their_levels = teacher.forward_image(batch.flat_img_batch)["backbone_fpn"]
+        their_frames = forward(teacher, batch)
 
-    def masks() -> Tensor:
-        return mask_distillation(forward(model, batch), their_frames)
+    def distance(name: str) -> Tensor:
+        frames = forward(model, batch)
+        levels = model.forward_image(batch.flat_img_batch)["backbone_fpn"]
+        losses = distillation(DistillRecipe(**{name: 0.5}), frames, their_frames, levels, their_levels)
+        assert list(losses) == [name]  # not yet weighted, and no other is computed
+        return losses[name]
 
-    def embeddings() -> Tensor:
-        return embedding_distillation(model.forward_image(batch.flat_img_batch)["backbone_fpn"], their_levels)
-
-    for distance in (masks, embeddings):
+    for name in DistillRecipe.model_fields.keys() - {"imagenet"}:
         model.zero_grad()
-        before = distance()
+        before = distance(name)
         assert float(before) > 0
         before.backward()
         gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
@@ -85,24 +88,47 @@ def test_distance_to_another_model_falls_along_its_gradient(model: SAM2, batch: 
         with torch.no_grad():
             for parameter, gradient in gradients.items():
                 parameter.sub_(step * gradient)
-        assert float(distance()) == pytest.approx(0.98 * float(before), rel=0.01)
+        assert float(distance(name)) == pytest.approx(0.98 * float(before), rel=0.01), name
+        with torch.no_grad():
+            for parameter, gradient in gradients.items():
+                parameter.add_(step * gradient)
+
+
+def test_masks_and_scores_of_all_clicks_count() -> None:
+    def frame(clicks: int) -> dict[str, Any]:
+        masks = torch.zeros(1, 3, 4, 4)
+        masks[:, clicks] = 2.0
+        return {"multistep_pred_masks": masks, "multistep_object_score_logits": list(masks[..., 0, 0].unbind(1))}
+
+    recipe = DistillRecipe(mask_logits=1, object_scores=1)
+    of_click = [distillation(recipe, [frame(0)], [frame(click)], [], []) for click in range(3)]
+    for name in ("mask_logits", "object_scores"):
+        same, second, last = (float(losses[name]) for losses in of_click)
+        assert same == 0 < second == pytest.approx(last)
 
 
 def test_distance_ignores_how_sure_absence_is() -> None:
     # sam2 writes -1024 where an object is absent: a logit that a model does not give, with an infinite distance to it
-    absent, unlikely, sure = ([{"pred_masks": torch.full((1, 1, 4, 4), logit)}] for logit in (-1024.0, -32.0, 10.0))
-    assert float(mask_distillation(unlikely, absent)) == pytest.approx(0.0, abs=1e-6)
-    assert np.isfinite(float(mask_distillation(sure, absent)))
+    absent, unlikely, sure = ([torch.full((1, 1, 4, 4), logit)] for logit in (-1024.0, -32.0, 10.0))
+    assert float(divergence(unlikely, absent)) == pytest.approx(0.0, abs=1e-6)
+    assert np.isfinite(float(divergence(sure, absent)))
 
 
 def test_mask_distance_is_the_divergence_of_bernoulli_variables() -> None:
     generator = torch.Generator().manual_seed(0)
-    ours, theirs = ([{"pred_masks": torch.randn(2, 1, 5, 5, generator=generator)} for _ in range(3)] for _ in range(2))
+    ours, theirs = ([torch.randn(2, 1, 5, 5, generator=generator) for _ in range(3)] for _ in range(2))
     expected = 0.0
     for student, teacher in zip(ours, theirs, strict=True):
-        q, p = (1 / (1 + np.exp(-frame["pred_masks"].double().numpy())) for frame in (student, teacher))
+        q, p = (1 / (1 + np.exp(-logits.double().numpy())) for logits in (student, teacher))
         expected += np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
-    assert float(mask_distillation(ours, theirs)) == pytest.approx(expected, rel=1e-5)
+    assert float(divergence(ours, theirs)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_error_of_features_is_relative_to_the_variance_of_each_of_the_teachers_samples() -> None:
+    target = torch.tensor([[0.0, 2.0], [0.0, 20.0]])  # variances 2 and 200
+    assert float(relative_error([target + 1.0], [target])) == pytest.approx((1 / 2 + 1 / 200) / 2)
+    assert float(relative_error([10 * target] * 3, [10 * target] * 3)) == 0
+    assert torch.isfinite(relative_error([torch.ones(1, 3)], [torch.zeros(1, 3)]))  # of constant features
 
 
 # The ImageNet classifier

@@ -24,9 +24,9 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
 from qsam2.pipeline import begin
 from qsam2.recipe import build_recipe
-from qsam2.recipe.recipe import PromptRecipe, TrainerRecipe, TrainRecipe
+from qsam2.recipe.recipe import DistillRecipe, PromptRecipe, TrainerRecipe, TrainRecipe
 from qsam2.run import RunFolder
-from qsam2.train.losses import embedding_distillation
+from qsam2.train.losses import relative_error
 from qsam2.train.optimizer import frozen
 from qsam2.train.trainer import FreezeStatistics, SafeCheckpointIO, WeightAverage, build_trainer, choose_strategy
 from qsam2.train.video_training import (
@@ -124,7 +124,7 @@ def test_stills_train_the_image_encoder_alone_towards_the_teachers_embeddings(
 
     def distance() -> None:
         pair = (each.eval().forward_image(batch.flat_img_batch)["backbone_fpn"] for each in (model, teacher))
-        distances.append(float(embedding_distillation(*pair)))
+        distances.append(float(relative_error(*pair)))
 
     with torch.no_grad():
         distance()
@@ -150,8 +150,8 @@ def test_a_processor_without_bf16_products_is_warned_of(
 
 
 def test_a_student_equal_to_its_teacher_has_no_distance_from_it(model: SAM2, batch: BatchedVideoDatapoint) -> None:
-    distill = {"mask_logits": 1, "image_embeddings": 1}
-    recipe = TrainRecipe(prompts={"point": 1, "box": 0, **CLICKS}, distill=distill)
+    names = sorted(DistillRecipe.model_fields.keys() - {"imagenet"})
+    recipe = TrainRecipe(prompts={"point": 1, "box": 0, **CLICKS}, distill=dict.fromkeys(names, 1))
     module = VideoTraining(model, recipe, max_steps=1, teacher=copy.deepcopy(model))
     module.train()
     module._teacher[0].train()  # as Lightning's hook does
@@ -161,12 +161,14 @@ def test_a_student_equal_to_its_teacher_has_no_distance_from_it(model: SAM2, bat
     for step in range(3):  # clicks are drawn at random, where the masks are wrong
         module._seed_step(step)
         module._loss(batch)
-        assert logged["loss/distill_masks"] == logged["loss/distill_embeddings"] == 0
+        assert [float(logged[f"loss/distill_{name}"]) for name in names] == [0.0] * len(names)
     with torch.no_grad():
         model.memory_encoder.out_proj.weight.mul_(1.1)
     module._loss(batch)
-    assert logged["loss/distill_embeddings"] == 0 < logged["loss/distill_masks"]
-    assert logged["loss/distill_masks"].requires_grad
+    assert logged.pop("loss/distill_image_embeddings") == 0
+    for name in names:
+        distance = logged.get(f"loss/distill_{name}")
+        assert distance is None or (float(distance) > 0 and distance.requires_grad), name
     assert not any("teacher" in name for name in module.state_dict())
 
 
@@ -184,8 +186,8 @@ def test_distillation_counts_by_its_weight(model: SAM2, batch: BatchedVideoDatap
         return float(module._loss(batch))
 
     alone = total(image_embeddings=0)
-    for key, name, weight in (("mask_logits", "masks", 1e6), ("image_embeddings", "embeddings", 100.0)):
-        added = total(**{key: weight}) - alone
+    for name, weight in (("mask_logits", 1e6), ("image_embeddings", 100.0), ("memory_features", 1e4)):
+        added = total(**{name: weight}) - alone
         assert added == pytest.approx(weight * float(logged[f"loss/distill_{name}"]), rel=0.01) and added > 0
 
 
