@@ -245,7 +245,7 @@ def score_calibrated(run: Run) -> None:
 
 
 class ScoreOnTheWay(Callback):
-    """Scores a finalized copy of the model every `evaluate.every` training steps, into `on_the_way` of `metrics.json`.
+    """Scores a copy of the model every `evaluate.every` training steps, into `on_the_way` of `metrics.json`.
 
     With averaged weights (`train.ema`) the scores are those of the trained ones.
     """
@@ -267,11 +267,9 @@ class ScoreOnTheWay(Callback):
         if step % recipe.evaluate.every or step == scored:  # a step can have several batches
             return
         paused = time.perf_counter()
-        model = copy.deepcopy(self.run.model).eval()
-        if self.run.teacher is not None:
-            finalize(model)
+        model = copy.deepcopy(self.run.model).eval()  # with the bits of the stage; finalized, it would compute the same
         reference = self.run.predictions.get("float")
-        block, _ = score_any(model, self.run.videos, recipe.evaluate, recipe.trainer, reference=reference, silent=True)
+        block = score_any(model, self.run.videos, recipe.evaluate, recipe.trainer, reference=reference, silent=True)[0]
         scores = {key: block[key] for key in ("J&F", "fidelity") if block.get(key) is not None}
         self.rows.append({"step": step, "seconds": round(paused - self.started - self.paused, 1), **scores})
         self.paused += time.perf_counter() - paused

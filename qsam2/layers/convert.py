@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sam2.modeling.backbones.hieradet import MultiScaleAttention
@@ -118,6 +119,47 @@ def set_state(model: nn.Module, state: QuantizerState) -> None:
     """Put all quantizers of a model into a state."""
     for _, quantizer in quantizers(model):
         quantizer.state = state
+
+
+@contextlib.contextmanager
+def stage_bits(
+    model: nn.Module,
+    quantize: QuantizeRecipe,
+    *,
+    weights: int | Literal["float"] | None = None,
+    activations: Literal["float"] | None = None,
+) -> Iterator[None]:
+    """Context manager: a calibrated model with other bits, or parts in float, for a stage of its training (ours).
+
+    Weights get `weights` bits where the recipe gives them fewer. Their ranges are found from the weights, at the start
+    and, with the recipe's bits again, at the end.
+    """
+    paused = [q for _, q in quantizers(model) if q.role == "activation" and activations == "float"]
+    changed: list[tuple[QuantizedLayer, Quantizer]] = []
+    for name, layer, quantizer in quantized_weights(model):
+        spec = quantize.plan(name).weights
+        if weights == "float":
+            changed.append((layer, quantizer))
+            paused.append(quantizer)
+        elif weights is not None and spec is not None and quantizer.bits < weights:
+            # the recipe's spec: that of the quantizer has the grid of its own bits
+            wider = build_quantizer(
+                spec.model_copy(update={"bits": weights}), "weight", num_channels=quantizer.num_channels,
+                channel_dim=quantizer.channel_dim, name=quantizer.name,
+            ).to(layer.weight.device).train(quantizer.training)  # fmt: skip
+            wider.initialize_from(layer.weight)
+            layer.weight_quantizer = wider
+            changed.append((layer, quantizer))
+    for quantizer in paused:
+        quantizer.state = QuantizerState.FLOAT
+    try:
+        yield
+    finally:
+        for quantizer in paused:
+            quantizer.state = QuantizerState.QUANTIZE
+        for layer, quantizer in changed:
+            layer.weight_quantizer = quantizer.to(layer.weight.device)
+            quantizer.initialize_from(layer.weight)
 
 
 def _quantized(name: str, layer: Any, plan: LayerPlan) -> QuantizedLayer | QuantizedAttention:

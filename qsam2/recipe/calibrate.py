@@ -141,19 +141,21 @@ class HierarchyRecipe(Section):
 
 
 class ReconstructRecipe(Section):
-    """Post-training reconstruction of the float model's outputs."""
+    """Reconstruction of the float model's outputs, block by block."""
 
-    method: Literal["adaround", "brecq", "qdrop"] = "qdrop"
+    method: Literal["adaround", "brecq", "qdrop", "block_ap"] = "qdrop"
     """adaround: rounding, layer by layer; brecq: rounding and activation steps, block by block; qdrop: as brecq, with
-    the quantization of activations dropped at random."""
+    the quantization of activations dropped at random. block_ap: the weights themselves, biases, and learned steps and
+    clips, block by block; the one that training can go on from."""
     iterations: PositiveInt = 200
     """Optimizer steps per block."""
     batch_size: PositiveInt = 4
     """Calls of the block per step; one call is one frame, in tracking blocks with all objects of a clip."""
-    lr: LearningRate = 0.02
-    """Learning rate of the rounding variables."""
+    lr: LearningRate | None = None
+    """Learning rate of the rounding variables, of block_ap of the weights. null: 0.02, of block_ap 1e-4."""
     step_lr: LearningRateOrNone = 1e-3
-    """Learning rate of the logarithms of activation steps (brecq, qdrop). 0: they stay as calibrated."""
+    """Learning rate of the logarithms of activation steps (brecq, qdrop) or of all learned steps and clips (block_ap).
+    0: they stay as calibrated."""
     regularization: NonNegativeFloat = 0.01
     """Weight of the term that drives soft rounding to 0 or 1."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
@@ -167,3 +169,17 @@ class ReconstructRecipe(Section):
     cache_gb: PositiveFloat = 4.0
     """Memory in GB for a block's inputs and targets; beyond it, every n-th call is kept. The same again for image
     features of clips; beyond it, they are computed for every block."""
+
+    @property
+    def rate(self) -> float:
+        """`lr`, or the method's own."""
+        return self.lr or (1e-4 if self.method == "block_ap" else 0.02)
+
+    @model_validator(mode="after")
+    def _steps_of_video(self) -> ReconstructRecipe:
+        if self.method == "block_ap" and self.video is not None and self.video.iterations:
+            raise ValueError(
+                "method=block_ap leaves weights that can be trained, and the fit of all steps on video would freeze "
+                "them: give video.iterations=0, or another method"
+            )
+        return self

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from qsam2.recipe.calibrate import CalibrateRecipe, ReconstructRecipe
-from qsam2.recipe.quantize import QuantizeRecipe
+from qsam2.recipe.quantize import Bits, QuantizeRecipe
 from qsam2.recipe.section import LearningRate, LearningRateOrNone, Name, Names, Section, Tags
 from qsam2.recipe.source import parts_of
 
@@ -168,6 +168,18 @@ class StageRecipe(Section):
     """Clips, or stills, per step and device."""
     rate: LearningRate = 1.0
     """Factor on the learning rates of `train`."""
+    weights: Literal["float"] | Bits | None = None
+    """Bits of the weights to which the recipe gives fewer, or float, while this stage lasts. Ranges are found anew at
+    its start and end, so that integers from calibrate.rounding are given up."""
+    activations: Literal["float"] | None = None
+    """float: activations are not quantized while this stage lasts."""
+    precision: Precision | None = None
+    """Arithmetic of the stage."""
+
+    @property
+    def own_bits(self) -> bool:
+        """True if the stage trains with the bits that the run ships."""
+        return self.weights is None and self.activations is None
 
     @model_validator(mode="after")
     def _one_frame(self) -> StageRecipe:
@@ -354,7 +366,7 @@ class Recipe(Section):
     quantize: QuantizeRecipe | None = None
     """Quantizers of weights and activations. null: the model stays in float."""
     reconstruct: ReconstructRecipe | None = None
-    """Block-wise fitting of rounding and activation steps, after calibration. null: none."""
+    """Block-wise fitting of rounding, weights and steps, after calibration. null: none."""
     train: TrainRecipe | None = None
     """Training: QAT if the recipe quantizes, else of the float model. null: none (PTQ)."""
     trainer: TrainerRecipe = TrainerRecipe()
@@ -371,7 +383,6 @@ class Recipe(Section):
         calibrate, reconstruct, train, quantize = self.calibrate, self.reconstruct, self.train, self.quantize
         weights = None if quantize is None else quantize.weights
         activations = quantize is not None and quantize.activations is not None
-        alone = "is for calibration alone, training moves the weights again: give train=null, or"
         for key in ("weights", "rounding"):
             if (method := getattr(calibrate, key)) is not None and weights is None:
                 raise ValueError(
@@ -397,6 +408,12 @@ class Recipe(Section):
                 "train.distill follows the float model (all of its losses but imagenet), but quantize=null trains just "
                 "that: set them to 0, or give quantize"
             )
+        if train is not None and not train.stages[-1].own_bits:
+            raise ValueError("train.stages: the last stage trains other bits than the run ships: leave them out there")
+        for key in ("weights", "activations"):
+            changes = train is not None and any(getattr(stage, key) is not None for stage in train.stages)
+            if changes and (quantize is None or getattr(quantize, key) is None):
+                raise ValueError(f"train.stages: {key} are in float anyway: give quantize.{key}, or null here")
         if train is not None and any(stage.kind == "stills" for stage in train.stages):
             if quantize is None:
                 raise ValueError(
@@ -417,8 +434,11 @@ class Recipe(Section):
                     f"{stage} drops the quantization of activations, but these are in float: give "
                     "quantize.activations, or method=brecq"
                 )
-            if train is not None:
-                raise ValueError(f"{stage} {alone} reconstruct=null")
+            if train is not None and reconstruct.method != "block_ap":
+                raise ValueError(
+                    f"{stage} ends at integers that training cannot move from: give method=block_ap, train=null, or "
+                    "reconstruct=null"
+                )
         return self
 
     @property
@@ -431,7 +451,8 @@ class Recipe(Section):
             rates = {key: getattr(self.train, key) * stage.rate for key in RATES}
             frames = 1 if stage.kind == "stills" else stage.num_frames or self.data.num_frames
             data = {"num_frames": frames, "batch_size": stage.batch_size or self.data.batch_size}
-            trainer = {"max_steps": stage.steps or self.trainer.max_steps}
+            precision = stage.precision or self.trainer.precision
+            trainer = {"max_steps": stage.steps or self.trainer.max_steps, "precision": precision}
             changes = {
                 "train": self.train.model_copy(update={"stages": (stage,), **rates}),
                 "data": self.data.model_copy(update=data),

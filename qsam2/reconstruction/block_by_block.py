@@ -1,7 +1,7 @@
 """Reconstruction of a whole model, block after block, with finished blocks stored and Ctrl-C handled.
 
-A block's inputs come from the quantized model with all earlier blocks reconstructed and later ones rounded to the
-nearest, its targets from the float model on the same sample (BRECQ, arXiv 2102.05426).
+A block's inputs come from the quantized model with all earlier blocks reconstructed and later ones as calibrated, its
+targets from the float model on the same sample (BRECQ, arXiv 2102.05426).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger("qsam2")
 
 
 def reconstruct_blocks(run: Run) -> None:
-    """Stage: fit rounding of weights and steps of activations, block by block, to the float model, in place.
+    """Stage: fit rounding of weights or these themselves, and steps, block by block, to the float model, in place.
 
     Tracking blocks read a memory filled by the quantized model. With `reconstruct.video` the steps of all blocks are
     then fitted together. Finished blocks are stored, and a resumed run continues after them. The first Ctrl-C ends
@@ -88,7 +88,7 @@ class Reconstruction:
 
     @property
     def complete(self) -> bool:
-        """False after Ctrl-C: the remaining blocks are rounded to the nearest."""
+        """False after Ctrl-C: the remaining blocks are as they were."""
         return len(self.blocks) == self.total and (self.losses is not None or not self.fits_video)
 
     @property
@@ -99,11 +99,11 @@ class Reconstruction:
         ratio = math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
         text = (
             f"{len(self.blocks)} of {self.total} blocks reconstructed, "
-            f"{len(better)} are better than nearest rounding, their error x {ratio:.2f} (geometric mean)"
+            f"{len(better)} are better than before, their error x {ratio:.2f} (geometric mean)"
         )
         if self.losses is not None:
             text += f"; loss on video {self.losses[0]:.4f} -> {self.losses[1]:.4f}"
-        return text if self.complete else f"{text}; STOPPED EARLY, the other blocks are rounded to the nearest"
+        return text if self.complete else f"{text}; STOPPED EARLY, the other blocks are as they were"
 
     def fit(self) -> None:
         """Fit or load one group of blocks after another, then the steps on video."""
@@ -213,7 +213,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     before = signal.getsignal(signal.SIGINT)
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
-        log.warning("reconstruction stops: the other blocks stay rounded to the nearest; Ctrl-C again ends the run")
+        log.warning("reconstruction stops: the other blocks stay as they are; Ctrl-C again ends the run")
         pressed.set()
         signal.signal(signal.SIGINT, before)
 

@@ -2,12 +2,16 @@
 
 minimise E (output - float output)^2 / variance + regularization of the rounding. Errors relative to the variance of
 each output (ours) make one regularization weight suit all blocks.
+
+Block-AP (EfficientQAT, arXiv 2407.11062) minimises the error alone, over weights, biases, learned steps and clips, with
+the straight-through gradient of fake quantization: what training does, on one block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from qsam2.errors import UserError
+from qsam2.layers.convert import quantized_weights, quantizers
 from qsam2.recipe.calibrate import HierarchyRecipe, ReconstructRecipe
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.reconstruction.blocks import Call, output_tensors
@@ -43,17 +48,17 @@ class ReconstructedBlock:
     calls: int
     """Number of calls that the block was fitted to."""
     error: tuple[float, float]
-    """Error with nearest rounding, and of the block as it is now."""
+    """Error before the fit (by nearest rounding), and of the block as it is now."""
     kept: bool
-    """True if the fit was better than nearest rounding; otherwise the block is unchanged."""
+    """True if the fit was better; otherwise the block is unchanged."""
     flipped: float
-    """Share of weights that are not rounded to the nearest level."""
+    """Share of weights that are not rounded to the level that was nearest before the fit."""
 
 
 class Fit(L.LightningModule):
-    """Trains the soft roundings and learned steps of a network by a loss of (batch, step); the rest is frozen.
+    """Trains soft roundings, or weights, and learned steps of a network by a loss of (batch, step); the rest is frozen.
 
-    The rate of the roundings is constant, that of the steps falls to 0 as a cosine.
+    The rate of roundings is constant, those of weights and steps fall to 0 as a cosine.
     """
 
     def __init__(
@@ -67,11 +72,16 @@ class Fit(L.LightningModule):
         self.network, self.loss, self.recipe, self.stopped = network, loss, recipe, stopped
         self.roundings = [rounding.v for rounding in soft_roundings(network)]
         self.steps = [step.log_scale for step in learned_steps(network)]
+        self.weights: list[nn.Parameter] = []
+        if isinstance(recipe, ReconstructRecipe) and recipe.method == "block_ap":
+            self.steps = [parameter for _, quantizer in quantizers(network) for parameter in quantizer.parameters()]
+            steps = {id(parameter) for parameter in self.steps}
+            self.weights = [parameter for parameter in network.parameters() if id(parameter) not in steps]
 
     def run(self, trainer_recipe: TrainerRecipe, folder: Path, batches: Iterable[Any], *, silent: bool = False) -> None:
         """Fit the network in place, on the device where it is."""
         device = next(self.network.parameters()).device
-        learned = {id(parameter) for parameter in (*self.roundings, *self.steps)}
+        learned = {id(parameter) for parameter in (*self.roundings, *self.steps, *self.weights)}
         others = (parameter for parameter in self.network.parameters() if id(parameter) not in learned)
         options: dict[str, Any] = {"max_steps": self.recipe.iterations, "limit_val_batches": 0}
         trainer = build_trainer(trainer_recipe, folder=folder, silent=silent, enable_checkpointing=False, **options)
@@ -92,13 +102,15 @@ class Fit(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        rate = self.recipe.lr if isinstance(self.recipe, ReconstructRecipe) else 0.0
+        rate = self.recipe.rate if isinstance(self.recipe, ReconstructRecipe) else 0.0
         groups = [
             {"params": self.roundings, "lr": rate},
             {"params": self.steps, "lr": self.recipe.step_lr, "eps": QUANTIZER_EPS},
+            {"params": self.weights, "lr": rate},
         ]
         optimizer = torch.optim.Adam(groups)
-        shares = [lambda _: 1.0, lambda step: cosine_share(step, max_steps=self.recipe.iterations, end=0.0)]
+        falling = partial(cosine_share, max_steps=self.recipe.iterations, end=0.0)
+        shares: list[Callable[[int], float]] = [lambda _: 1.0, falling, falling]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -143,11 +155,11 @@ def fit_block(
     seed: int,
     stopped: Callable[[], bool],
 ) -> ReconstructedBlock | None:
-    """Reconstruct a calibrated block in place; it keeps nearest rounding if the fit is no better on `calls`.
+    """Reconstruct a calibrated block in place; it stays as it was if the fit is no better on `calls`.
 
     None, with the block unchanged, if `stopped()` became True meanwhile.
     """
-    device = next(block.parameters()).device
+    device, trains = next(block.parameters()).device, recipe.method == "block_ap"
     variances = target_variances(calls)
     nearest = mean_error(block, calls, variances, device)
     before = {key: tensor.clone() for key, tensor in block.state_dict().items()}
@@ -158,20 +170,23 @@ def fit_block(
         with attention_backend(device, image_size):
             error = torch.stack([block_error(block, call, variances) for call in batch]).mean()
         beta = beta_at(step / recipe.iterations, recipe.warmup)
-        if beta is None:
+        if beta is None or trains:
             return error
         penalties = [rounding.regularization(beta) for rounding in soft_roundings(block)]
         return error + recipe.regularization * torch.stack(penalties).sum()
 
     torch.manual_seed(seed)
-    soften_weights(block)
-    if recipe.method != "adaround":
-        learn_steps(block, drop=recipe.drop if recipe.method == "qdrop" else 0.0)
+    if trains:
+        integers = _integers(block)
+    else:
+        soften_weights(block)
+        if recipe.method != "adaround":
+            learn_steps(block, drop=recipe.drop if recipe.method == "qdrop" else 0.0)
     batches: Any = DataLoader(calls, recipe.batch_size, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
     try:
         Fit(block, loss, recipe, stopped).run(trainer_recipe, folder, batches, silent=True)
     finally:
-        flipped = flipped_share(block)
+        flipped = float((_integers(block) != integers).float().mean()) if trains else flipped_share(block)
         harden(block)
     fitted = mean_error(block, calls, variances, device)
     kept = fitted < nearest and not stopped()
@@ -181,3 +196,8 @@ def fit_block(
         return None
     after, share = (fitted, flipped) if kept else (nearest, 0.0)
     return ReconstructedBlock(name, len(calls), (nearest, after), kept, share)
+
+
+def _integers(block: nn.Module) -> Tensor:
+    """Codes of all quantized weights of a block, one after another."""
+    return torch.cat([quantizer.to_int(layer.weight).flatten() for _, layer, quantizer in quantized_weights(block)])

@@ -282,7 +282,9 @@ def draw_loss(curves: Mapping[str, Curve]) -> Markup | None:
     return inline(figure, "Loss " + "; ".join(parts))
 
 
-def draw_on_the_way(rows: Sequence[Mapping[str, float]], float_score: float | None, last: Mapping[str, float]) -> Markup:
+def draw_on_the_way(
+    rows: Sequence[Mapping[str, float]], float_score: float | None, last: Mapping[str, float]
+) -> Markup:
     """Scores during training over its steps, and the float model's J&F; `last` are those of the result."""
     figure, axes = new_figure(8, 3)
     parts = []

@@ -59,8 +59,10 @@ def distillation(
         return [frame[key] for frame in student], [frame[key] for frame in teacher]
 
     def scores() -> Tensor:
-        sides = ([torch.stack(clicks, 1) for clicks in side] for side in per_frame("multistep_object_score_logits"))
-        return divergence(*sides)
+        ours, theirs = (
+            [torch.stack(frame["multistep_object_score_logits"], 1) for frame in side] for side in (student, teacher)
+        )
+        return divergence(ours, theirs)
 
     losses: dict[str, Callable[[], Tensor]] = {
         "mask_logits": lambda: divergence(*per_frame("multistep_pred_masks")),

@@ -29,12 +29,11 @@ from training.utils.data_utils import BatchedVideoDatapoint
 from qsam2.data.clips import ClipDataset
 from qsam2.data.datamodule import ClipDataModule
 from qsam2.errors import UserError
-from qsam2.layers.convert import latent_weights, quantizers
+from qsam2.layers.convert import latent_weights, quantizers, stage_bits
 from qsam2.layers.products import NotFiniteError, track_noise, watch_products
 from qsam2.models import SAM2
 from qsam2.models.replaced import replaced
 from qsam2.output import listed
-from qsam2.quantizers import Quantizer
 from qsam2.quantizers.kernels import choose_kernels
 from qsam2.recipe import Recipe
 from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
@@ -291,30 +290,41 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     stages, model = run.recipe.training, run.model
     if not stages:
         return
-    learned = dict(quantizers(model))
     files = [run.folder.checkpoints / stage_checkpoint(index) for index in range(len(stages))]
     reached = max((index for index, file in enumerate(files) if file.is_file()), default=0)
     with run.folder.stage("train", ", then ".join(_title(stage) for stage in stages)):
-        if learned:
+        if run.teacher is not None:
             choose_kernels(run.recipe.trainer.compile, sum(stage.trainer.max_steps for stage in stages), run.device)
         for index in range(reached, len(stages)):
             if index:
                 log.info("stage %d of %d: %s", index + 1, len(stages), _title(stages[index]))
-            _fit(run, index, learned, files[index], callbacks)
+            with _bits_of(run, stages[index]):
+                _fit(run, index, files[index], callbacks)
             for file in files[:index]:
                 file.unlink(missing_ok=True)
     run.latent = latent_weights(model)
 
 
-def _title(stage: Recipe) -> str:
-    assert stage.train is not None
-    return f"{stage.trainer.max_steps} steps on {stage.train.stages[0].kind}"
+def _title(recipe: Recipe) -> str:
+    assert recipe.train is not None
+    stage = recipe.train.stages[0]
+    parts = {key: getattr(stage, key) for key in ("weights", "activations") if getattr(stage, key) is not None}
+    changes = [f"{key} in {'float' if bits == 'float' else f'{bits} bits'}" for key, bits in parts.items()]
+    return ", ".join([f"{recipe.trainer.max_steps} steps on {stage.kind}", *changes])
 
 
-def _fit(
-    run: Run, index: int, learned: dict[str, Quantizer], checkpoint: Path, callbacks: Sequence[Callback]
-) -> None:
+def _bits_of(run: Run, recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    """The bits of one stage of training, while it lasts."""
+    assert recipe.train is not None
+    stage = recipe.train.stages[0]
+    if stage.own_bits or recipe.quantize is None:
+        return contextlib.nullcontext()
+    return stage_bits(run.model, recipe.quantize, weights=stage.weights, activations=stage.activations)
+
+
+def _fit(run: Run, index: int, checkpoint: Path, callbacks: Sequence[Callback]) -> None:
     """Carry out one stage of training, or the rest of it, and store its result."""
+    learned = dict(quantizers(run.model))
     recipe, ends = run.recipe.training[index], index + 1 == len(run.recipe.training)
     assert recipe.train is not None
     data, max_steps, seed = recipe.data, recipe.trainer.max_steps, recipe.seed + SEEDS_APART * index

@@ -13,7 +13,7 @@ from torch import nn
 from qsam2.calibration.activation_ranges import find_ranges
 from qsam2.errors import UserError
 from qsam2.layers.attention import QuantizedAttention
-from qsam2.layers.convert import convert, quantized_weights, quantizers, set_state
+from qsam2.layers.convert import convert, quantized_weights, quantizers, set_state, stage_bits
 from qsam2.layers.products import exceptions_table, products
 from qsam2.layers.weight import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from qsam2.models import SAM2, build_sam2
@@ -200,3 +200,32 @@ def test_checkpointed_training_gives_the_same_gradients(model):
     assert plain.keys() == checkpointed.keys() and len(plain) > 200
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("weights", [4, "float", None])
+@pytest.mark.parametrize("activations", ["float", None])
+def test_a_stage_of_training_has_bits_of_its_own(weights: Any, activations: Any) -> None:
+    spec = {"method": "lsc", "bits": 2}
+    recipe = QuantizeRecipe.model_validate({"weights": spec, "activations": spec, "rules": [{"match": "0", "bits": 8}]})
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    convert(model, recipe)
+    find_ranges(model, model, [torch.randn(16, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3)])
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(4, 8)
+    with stage_bits(model, recipe, weights=weights, activations=activations):
+        layer = model[1]
+        levels = [len(layer.quantized_weight()[row].unique()) for row in range(8)]
+        most = {4: 8, "float": 8, None: 4}[weights]  # of eight values per row
+        assert max(levels) <= most and (weights is None or max(levels) > 4)
+        bits = [quantizer.bits for _, _, quantizer in quantized_weights(model)]
+        assert bits == [8, 4 if weights == 4 else 2]
+        assert torch.equal(layer.quantized_input(x), x) == (activations == "float")
+        assert weights != 4 or model.state_dict().keys() == before.keys()  # a checkpoint of the stage fits
+        with torch.no_grad():
+            layer.weight.mul_(3.0)
+    own = [quantizer for _, quantizer in quantizers(model)]
+    assert {q.state for q in own} == {QuantizerState.QUANTIZE} and {q.bits for q in own} == {8, 2}
+    assert not torch.equal(model[1].quantized_input(x), x)
+    scale, first = model[1].weight_quantizer.scale, before["1.weight_quantizer.std"]
+    grown = float((model[1].weight_quantizer.std / first).mean())
+    assert grown == pytest.approx(3.0 if weights else 1.0, rel=1e-5) and (scale > 0).all()
+    assert torch.equal(model[0].weight_quantizer.log_alpha, before["0.weight_quantizer.log_alpha"])

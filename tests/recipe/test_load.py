@@ -236,6 +236,8 @@ def test_stages_of_training_have_values_of_their_own_and_a_preset_shortens_each(
     assert [each.trainer.max_steps for each in fast.training] == [2, 2, 2]
     assert [stage.rate for stage in fast.train.stages] == [2, 1, 0.1]
     assert build_recipe(QUANTIZED).training == []
+    with pytest.raises(UserError, match="^recipe: train.stages: weights are in float anyway: give quantize.weights"):
+        build_recipe({"train": {}}, ["train.stages=[{weights: 4}, {}]"])
     with pytest.raises(UserError, match="^recipe: train.stages: kind=stills follows the embeddings of the float "):
         build_recipe({"train": {}}, ["train.stages=[{kind: stills}]"])
     (one,) = build_recipe({"train": {}, "data": {"num_frames": 5}, "trainer": {"max_steps": 7}}).training

@@ -85,7 +85,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"quantize": {"weights": W4A4["weights"]}},
         r"reconstruct.method=qdrop drops the quantization of activations, but these are in float: .* method=brecq",
     ),
-    "training": ({"quantize": W4A4, "train": {}}, r"is for calibration alone, training moves the weights again"),
+    "training": (
+        {"quantize": W4A4, "train": {}},
+        r"reconstruct.method=qdrop ends at integers that training cannot move from: give method=block_ap, train=null",
+    ),
+    "steps of video of weights that train": (
+        {"quantize": W4A4, "reconstruct": {"method": "block_ap", "video": {}}},
+        r"method=block_ap leaves weights that can be trained.* give video.iterations=0",
+    ),
     "no iterations": ({"quantize": W4A4, "reconstruct": {"iterations": 0}}, r"reconstruct.iterations=0"),
     "unknown method": ({"quantize": W4A4, "reconstruct": {"method": "brecqq"}}, r"reconstruct.method='?brecqq"),
     "drops everything": ({"quantize": W4A4, "reconstruct": {"drop": 1}}, r"reconstruct.drop=1"),

@@ -86,6 +86,24 @@ def test_a_fit_is_better_on_data_it_has_not_seen(pair: Any, method: str, tmp_pat
     assert all(parameter.requires_grad for parameter in (block[0].weight, block[0].bias))
 
 
+def test_block_ap_trains_weights_and_clips_and_leaves_them_trainable(pair: Any, tmp_path: Path) -> None:
+    _, twin = pair
+    block = copy.deepcopy(twin)
+    convert(block, quantize(weights={"method": "lsc", "bits": 3}, activations={"method": "lsc", "bits": 6}))
+    find_ranges(block, block, correlated(4))
+    held_out = calls(twin, correlated(8))
+    first, before = error(block, held_out), copy.deepcopy(block.state_dict())
+    row = fit(block, calls(twin, correlated(8)), tmp_path, method="block_ap", lr=3e-3, step_lr=1e-2)
+    assert row.kept and 0 < row.flipped < 0.9
+    assert row.error[1] < 0.5 * row.error[0] and error(block, held_out) < 0.6 * first
+    moved = {name for name, tensor in block.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {"0.weight", "0.bias", "2.weight", "0.weight_quantizer.log_alpha", "2.input_quantizer.log_alpha"} <= moved
+    assert {q.state for _, q in quantizers(block)} == {QuantizerState.QUANTIZE}
+    assert all(parameter.requires_grad for parameter in block.parameters())
+    for _, layer, quantizer in quantized_weights(block):
+        assert not torch.equal(quantizer(layer.weight), layer.weight)
+
+
 def test_the_error_is_that_of_the_block_over_the_variance_of_its_output(pair: Any, tmp_path: Path) -> None:
     block, twin = pair
     given = calls(twin, correlated(3))

@@ -236,7 +236,7 @@ def test_what_calibration_and_reconstruction_fitted(tmp_path: Path) -> None:
     assert ["qkv", "4", "0.03", "3.00 → 0.12"] in page.rows
     assert "2 of 3 blocks, stopped early: the rest is as calibration made it." in page.text
     assert ["blocks.0", "10.00 → 5.00", "12.5 %", "fitted"] in page.rows
-    assert ["blocks.1", "10.00 → 10.00", "0.0 %", "nearest"] in page.rows
+    assert ["blocks.1", "10.00 → 10.00", "0.0 %", "as before"] in page.rows
 
 
 def test_the_page_needs_nothing_but_itself(page: Page, html: str) -> None:
