@@ -12,6 +12,7 @@ from qsam2.data.clips import Source
 from qsam2.data.pictures import PICTURE_SUFFIXES, list_files, list_pictures
 from qsam2.data.stills import coco_stills, instance_png_stills, sa1b_stills, yolo_stills
 from qsam2.data.synthetic.moving_objects import moving_objects
+from qsam2.data.synthetic.warped_stills import WarpedStill, moving_cut_outs
 from qsam2.data.unlabelled import UNLABELLED, VIDEO_SUFFIXES, has_masks, picture_source, video_source
 from qsam2.data.video import Video
 from qsam2.data.video_datasets import davis_videos, sav_videos
@@ -26,6 +27,7 @@ _READERS: dict[str, Callable[[Path, str], Sequence[Video]]] = {
     "sa1b": lambda root, split: sa1b_stills(root),
     "yolo": yolo_stills,
     "instance_png": lambda root, split: instance_png_stills(root),
+    "cut_outs": lambda root, split: _cut_outs(root, split),
     "images": picture_source,
     "video": video_source,
 }
@@ -37,7 +39,7 @@ def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val"
     """The videos that `spec` names; `root` and `split` stand in for parts that it leaves out.
 
     ``davis:/data/DAVIS:val``, ``davis`` with `root`, ``moving_objects[:COUNT[:SPLIT]]`` (20 videos, 10000 of train),
-    ``images:FOLDER``, ``video:FILE_OR_FOLDER`` (see `qsam2.data.unlabelled`). A relative root that does not exist is
+    ``cut_outs:FOLDER`` (clips made from COCO stills), ``images:FOLDER``, ``video:FILE_OR_FOLDER`` (unlabelled). A relative root that does not exist is
     also looked for in $QSAM2_DATA. Raises UserError naming what is unknown, missing or malformed.
     """
     kind, place, own = parts_of(spec)
@@ -54,6 +56,14 @@ def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val"
     videos = list(_READERS[kind](_place(spec, kind, place or root), split))
     if twice := [name for name, count in Counter(video.name for video in videos).items() if count > 1]:
         raise UserError(f"data {spec!r}: holds {short(twice[0])!r} twice; rename or remove one, as scores go by name")
+    return videos
+
+
+def _cut_outs(root: Path, split: str) -> list[WarpedStill]:
+    """`moving_cut_outs` of COCO's pictures; UserError if no object can move."""
+    videos = moving_cut_outs(coco_stills(root, split))
+    if not videos:
+        raise UserError(f"{root}: shows no object that can be cut out, whole and on 1 to 25 % of its picture")
     return videos
 
 

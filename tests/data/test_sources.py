@@ -48,7 +48,7 @@ def names(spec: str, **options) -> list[str]:
     return [video.name for video in open_videos(spec, **options)]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "moving_objects"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("moving_objects", "cut_outs")])
 def test_every_kind_opens_by_string_or_by_root(roots, kind, monkeypatch):
     for videos in (
         open_videos(f"{kind}:{roots / kind}"),
@@ -69,6 +69,25 @@ def test_moving_objects():
     assert names("moving_objects:3") == val[:3]
     assert names("moving_objects:3:train") == names("moving_objects:3", split="train") == train[:3]
     assert set(val).isdisjoint(train)
+
+
+def test_cut_outs_are_clips_of_the_stills_with_an_object_that_can_move(tmp_path, monkeypatch):
+    """Of two pictures, one shows a whole object and four others, of which the three largest count."""
+    boxes = [(2, 2, 30, 40), (2, 50, 20, 30), (30, 70, 20, 10), (60, 70, 3, 3), (0, 90, 50, 30)]
+    shapes = [*boxes, (0, 0, 1, 120)]
+    corners = [[x, y, x + w, y, x + w, y + h, x, y + h] for y, x, h, w in shapes]
+    annotations = [{"image_id": 1 + index // 5, "segmentation": [corner]} for index, corner in enumerate(corners)]
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in (1, 2)]
+    save(tmp_path / "coco/instances.json", {"images": images, "annotations": annotations})
+    for number in (1, 2):
+        save(tmp_path / f"coco/images/{number}.jpg", np.full((80, 120, 3), 90, np.uint8))
+    monkeypatch.setenv("QSAM2_DATA", str(tmp_path))
+    (video,) = open_videos("cut_outs:coco")
+    assert (video.name, len(video), video.size) == ("1-warped-0", 24, (240, 360))
+    assert list(video.masks(0)) == [1, 2, 5]
+    assert np.array_equal(video.frame(5), open_videos(f"cut_outs:{tmp_path}/coco:val")[0].frame(5))
+    save(tmp_path / "coco/instances.json", {"images": images, "annotations": annotations[5:]})
+    check("coco: shows no object that can be cut out, whole and on 1 to 25 %", lambda: open_videos("cut_outs:coco"))
 
 
 def test_a_folder_that_exists_is_preferred_to_the_one_in_qsam2_data(roots, monkeypatch, tmp_path_factory):

@@ -20,6 +20,8 @@ from qsam2.errors import UserError
 
 SMALLEST_AREA = 0.003
 """Share of the frame: smaller objects are not annotated unless all are (half of COCO's are below it)."""
+CUT_OUTS, CUT_OUT_FRAMES, MOST_OBJECTS, SIDE_PX = 24, 24, 3, 240
+"""Clips that `moving_cut_outs` gives, their frames, objects and size."""
 _PERIOD = (24, 72)  # of the motion, in frames
 _ATTEMPTS = 8
 
@@ -43,6 +45,44 @@ class WarpedStill(GeneratedVideo):
 
     def scene(self) -> Scene:
         return _scene(self)
+
+
+class LargestObjects(Video):
+    """A still with the ``count`` largest of its objects."""
+
+    def __init__(self, still: Video, count: int) -> None:
+        self.name, self.size, self.frame_names = still.name, still.size, still.frame_names
+        self._still, self._count = still, count
+
+    def frame(self, index: int) -> np.ndarray:
+        return self._still.frame(index)
+
+    def masks(self, index: int) -> Masks:
+        masks = self._still.masks(index) or {}
+        largest = sorted(masks, key=lambda key: (-np.count_nonzero(masks[key]), key))[: self._count]
+        return {key: masks[key] for key in sorted(largest)}
+
+
+def moving_cut_outs(stills: Sequence[Video]) -> list[WarpedStill]:
+    """One clip of each of the first ``CUT_OUTS`` stills with an object that can move, for scoring.
+
+    They are as large as the stills, but ``SIDE_PX`` on their short side, and show up to ``MOST_OBJECTS`` of the objects.
+    """
+    videos: list[WarpedStill] = []
+    for still in stills:
+        if len(videos) == CUT_OUTS:
+            break
+        largest = LargestObjects(still, MOST_OBJECTS)
+        if any(_can_move(mask) for mask in largest.masks(0).values()):
+            height, width = (max(64, round(side * SIDE_PX / min(still.size))) for side in still.size)
+            videos.append(WarpedStill(largest, num_frames=CUT_OUT_FRAMES, seed=len(videos), size=(height, width)))
+    return videos
+
+
+def _can_move(mask: np.ndarray) -> bool:
+    """True for an object that the still's edge does not cut, of 1 to 25 % of its area."""
+    edges = mask[[0, -1]].any() or mask[:, [0, -1]].any()
+    return bool(not edges and 0.01 <= mask.mean() <= 0.25)
 
 
 @dataclass(frozen=True)
