@@ -18,8 +18,8 @@ EPILOG = """examples:
   qsam2 evaluate nano --data davis:/data/DAVIS:val --save-masks masks/
   qsam2 evaluate --pred masks/ --gt /data/DAVIS/Annotations/480p --protocol davis
 
-MODEL is a run folder, a model.safetensors of qsam2, a checkpoint, or a size (nano, nano_heavy, tiny, small, base_plus,
-large).
+MODEL is a run folder, a model.safetensors of qsam2, a checkpoint, or a size (nano, nano_heavy, nano_tails, tiny,
+small, base_plus, large).
 Videos give J&F of semi-supervised tracking, stills the mask IoU of point and box prompts; all scores in percent.
 Pictures and videos without masks (--data with a folder or file of them) give fidelity to the float --reference."""
 

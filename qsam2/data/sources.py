@@ -39,8 +39,9 @@ def open_videos(spec: str, *, root: str | Path | None = None, split: str = "val"
     """The videos that `spec` names; `root` and `split` stand in for parts that it leaves out.
 
     ``davis:/data/DAVIS:val``, ``davis`` with `root`, ``moving_objects[:COUNT[:SPLIT]]`` (20 videos, 10000 of train),
-    ``cut_outs:FOLDER`` (clips made from COCO stills), ``images:FOLDER``, ``video:FILE_OR_FOLDER`` (unlabelled). A relative root that does not exist is
-    also looked for in $QSAM2_DATA. Raises UserError naming what is unknown, missing or malformed.
+    ``cut_outs:FOLDER`` (clips of COCO stills), ``images:FOLDER``, ``video:FILE_OR_FOLDER`` (see `unlabelled`). A
+    relative root that does not exist is also looked for in $QSAM2_DATA. Raises UserError naming what is unknown,
+    missing or malformed.
     """
     kind, place, own = parts_of(spec)
     split = own or split

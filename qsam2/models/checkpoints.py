@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qsam2.errors import UserError, shown
 from qsam2.models.nano.heavy import make_heavy
+from qsam2.models.nano.tails import make_tails
 from qsam2.models.sam2 import EMBEDDED, SAM2, SIZES, build_sam2, model_config
 from qsam2.output import listed
 
@@ -49,7 +50,7 @@ def load_sam2(
     """SAM 2 with trained weights, in float32 and eval mode.
 
     Args:
-        checkpoint: a path; "auto" for the official weights (those of nano and nano_heavy ship in the package); None for
+        checkpoint: a path; "auto" for the official weights (those of the nano sizes ship in the package); None for
             random weights.
 
     Raises:
@@ -73,6 +74,8 @@ def load_sam2(
     load_weights(model, state, source=source, size=size)
     if size == "nano_heavy" and checkpoint == "auto":
         make_heavy(model, read_state_dict(packaged("nano_heavy.safetensors")))
+    if size == "nano_tails" and checkpoint == "auto":
+        make_tails(model)
     return model
 
 

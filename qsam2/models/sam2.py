@@ -58,14 +58,15 @@ class Size:
 SIZES = {
     "nano": Size("t", 4_252_290, image_size=320),
     "nano_heavy": Size("t", 4_252_290, image_size=320),
+    "nano_tails": Size("t", 4_252_290, image_size=320),
     "tiny": Size("t", 38_962_754),
     "small": Size("s", 46_060_610),
     "base_plus": Size("b+", 80_850_434),
     "large": Size("l", 224_446_898),
 }
 VERSIONS = ("2", "2.1")
-EMBEDDED = ("nano", "nano_heavy")
-"""Sizes whose weights ship in the package; both have the shape `NANO` (see `heavy.py`)."""
+EMBEDDED = ("nano", "nano_heavy", "nano_tails")
+"""Sizes whose weights ship in the package; all have the shape `NANO` (see `heavy.py`, `tails.py`)."""
 
 NANO = {
     "image_encoder": {
@@ -363,7 +364,7 @@ def build_sam2(
 
     Args:
         size: one of `SIZES`.
-        version: "2.1" or "2" (nano and nano_heavy exist as 2.1 only).
+        version: "2.1" or "2" (the nano sizes exist as 2.1 only).
         image_size: side of the square input in pixels, a multiple of 32; None for the size's own.
         drop_path_rate: stochastic depth of the trunk while training.
 

@@ -21,7 +21,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Sharing = Literal["none", "adaptive", "oldest", "stride", "pool", "sparse", "synthesis"]
-Size = Literal["nano", "nano_heavy", "tiny", "small", "base_plus", "large"]
+Size = Literal["nano", "nano_heavy", "nano_tails", "tiny", "small", "base_plus", "large"]
 
 
 RATES = ("lr", "image_encoder_lr", "quantizer_lr")
@@ -38,7 +38,8 @@ class ModelRecipe(Section):
     """The SAM 2 that the run starts from."""
 
     size: Size = "nano"
-    """Size of the model. nano and nano_heavy (nano with the weight tails of the official models) ship with qsam2."""
+    """Size of the model. nano, nano_heavy and nano_tails (nano with the weight tails of the official models, in two ways)
+    ship with qsam2."""
     version: Annotated[Literal["2", "2.1"], BeforeValidator(_written)] = "2.1"
     """Release of the official weights: SAM 2 or SAM 2.1."""
     checkpoint: str | None = "auto"

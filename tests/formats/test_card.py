@@ -34,6 +34,7 @@ def test_calibration_line(more: dict[str, object], fitted: str) -> None:
     [
         ("nano", "auto", "non-commercial research"),
         ("nano_heavy", "auto", "non-commercial research"),
+        ("nano_tails", "auto", "non-commercial research"),
         ("nano", None, "that of the data"),
         ("tiny", "auto", "Apache-2.0"),
     ],

@@ -309,7 +309,9 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_models_that_are_none_are_refused(tmp_path: Path, checkpoint: Path) -> None:
-    with pytest.raises(UserError, match="nanno is no run folder, no model file and no size .nano, nano_heavy, tiny, s"):
+    with pytest.raises(
+        UserError, match="nanno is no run folder, no model file and no size .nano, nano_heavy, nano_tails, t"
+    ):
         qsam2.video_predictor("nanno")
     with pytest.raises(UserError, match=f"{tmp_path} holds no model.safetensors: the run is not finished"):
         qsam2.load(tmp_path)

@@ -301,7 +301,10 @@ BILLION = "".join(
     [
         ("base: loop.yaml", "recipe r.yaml: base leads back to itself (r.yaml -> loop.yaml -> more/loop.yaml -> "),
         ("base: qat_w4a5", "recipe r.yaml: base: recipe qat_w4a5 does not exist: give a file, or a name"),
-        ("sizes: {nnao: {}}", "recipe r.yaml: sizes.nnao matches no size: there are nano, nano_heavy, tiny, small, "),
+        (
+            "sizes: {nnao: {}}",
+            "recipe r.yaml: sizes.nnao matches no size: there are nano, nano_heavy, nano_tails, tiny, ",
+        ),
         ("sizes: {nano: 3}", "recipe r.yaml: sizes.nano=3: give a mapping of recipe keys other than model.size"),
         ("sizes: {nano: {model: {size: tiny}}}", "recipe r.yaml: sizes.nano={'model': {'size': 'tiny'}}: give"),
         ("sizes: 3", "recipe r.yaml: sizes=3: give a mapping from sizes to values"),

@@ -63,7 +63,7 @@ MESSAGES = {
     "data.weights=[1, 2]": "data: 2 weights for 1 train sources; give one each",
     "evaluate.protocol=coco": "evaluate.protocol='coco': should be 'davis' or 'sav'",
     "model.version=3": "model.version='3': should be '2' or '2.1'",
-    "model.size=tiy": "model.size='tiy': should be 'nano', 'nano_heavy', 'tiny', 'small', 'base_plus' or 'large'; did",
+    "model.size=tiy": "model.size='tiy': should be 'nano', 'nano_heavy', 'nano_tails', 'tiny', 'small', 'base_plus' or",
     "debug=foo": "debug='foo': should be 'fast', 'overfit' or 'profile'",
     "debug=[fast]": "debug=['fast']: should be 'fast', 'overfit' or 'profile'",
     "name=a b": "name='a b': give letters, digits, '_', '-' and '.', not dots alone",
@@ -146,7 +146,7 @@ def test_no_unknown_key_is_accepted(key: str, prefix: str) -> None:
 
 def test_the_float_model_is_no_teacher_of_itself() -> None:
     values = {"train": {"distill": {"image_embeddings": 1.0}}}
-    assert error_of(values=values).endswith("quantize=null trains just that: set both to 0, or give quantize")
+    assert error_of(values=values).endswith("quantize=null trains just that: set them to 0, or give quantize")
     assert build_recipe(values, ["train.distill.image_embeddings=0"]).quantize is None
     assert build_recipe({**QUANTIZED, **values}).quantize is not None
 

@@ -66,7 +66,7 @@ class LargestObjects(Video):
 def moving_cut_outs(stills: Sequence[Video]) -> list[WarpedStill]:
     """One clip of each of the first ``CUT_OUTS`` stills with an object that can move, for scoring.
 
-    They are as large as the stills, but ``SIDE_PX`` on their short side, and show up to ``MOST_OBJECTS`` of the objects.
+    They have the stills' proportions, are ``SIDE_PX`` on their short side, and show up to ``MOST_OBJECTS`` objects.
     """
     videos: list[WarpedStill] = []
     for still in stills:

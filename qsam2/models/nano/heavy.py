@@ -36,12 +36,12 @@ def norms_and_readers(trunk: Hiera) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def move_scale(norm: nn.LayerNorm, readers: list[nn.Linear], channel: int) -> None:
-    """Divide one channel of a norm by `COLUMN_SCALE` and multiply the readers' column by it: the same function."""
-    norm.weight[channel] /= COLUMN_SCALE
-    norm.bias[channel] /= COLUMN_SCALE
+def move_scale(norm: nn.LayerNorm, readers: list[nn.Linear], channel: int, scale: float = COLUMN_SCALE) -> None:
+    """Divide one channel of a norm by `scale` and multiply the readers' column by it: the same function."""
+    norm.weight[channel] /= scale
+    norm.bias[channel] /= scale
     for layer in readers:
-        layer.weight[:, channel] *= COLUMN_SCALE
+        layer.weight[:, channel] *= scale
 
 
 @torch.no_grad()
