@@ -37,7 +37,7 @@ from qsam2.quantizers import Quantizer, QuantizerState, build_quantizer
 from qsam2.quantizers.kernels import MIN_STEPS, Compile, choose_kernels
 from qsam2.recipe.quantize import QuantizeRecipe, Rule
 from qsam2.recipe.quantizer_specs import LSCSpec, LSQSpec, QuantizerSpec
-from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
+from qsam2.recipe.train import PromptRecipe, TrainRecipe
 from qsam2.train.losses import segmentation_loss
 from qsam2.train.optimizer import parameter_groups
 from qsam2.train.video_training import attention_backend, prompted_forward, set_dropout, set_prompts

@@ -22,8 +22,8 @@ from typing_extensions import Self
 from qsam2.errors import UserError
 from qsam2.recipe import Recipe, load_recipe
 from qsam2.recipe.load import parse_overrides, read_yaml
-from qsam2.recipe.recipe import DistillRecipe
 from qsam2.recipe.section import Name, Section, describe, did_you_mean
+from qsam2.recipe.train import DistillRecipe
 
 Values = dict[str, Any]
 """Values of dotted recipe keys."""

@@ -14,7 +14,7 @@ from qsam2.data.transforms import MEAN, STD
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.quantizers.observers import all_reduce, world_size
-from qsam2.recipe.recipe import DistillRecipe, LossRecipe
+from qsam2.recipe.train import DistillRecipe, LossRecipe
 
 SMALLEST = 1e-12
 """Least variance that an error is divided by: a pointer of an absent object can be constant."""

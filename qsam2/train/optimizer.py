@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from qsam2.models import SAM2
-from qsam2.recipe.recipe import TrainRecipe
+from qsam2.recipe.train import TrainRecipe
 
 QUANTIZER_EPS = 1e-15
 """Adam's epsilon for learned step sizes: LSQ's factor 1/sqrt(N Qp) takes some gradients below the usual 1e-8."""

@@ -36,7 +36,7 @@ from qsam2.models.replaced import replaced
 from qsam2.output import listed
 from qsam2.quantizers.kernels import choose_kernels
 from qsam2.recipe import Recipe
-from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
+from qsam2.recipe.train import PromptRecipe, TrainRecipe
 from qsam2.run import Run
 from qsam2.train.losses import ImageNetDistillation, distillation, relative_error, segmentation_loss
 from qsam2.train.optimizer import ENCODER, cosine_share, frozen, parameter_groups, rates

@@ -19,7 +19,8 @@ from qsam2.memory.reader import use_memory
 from qsam2.models import SAM2
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import LSQSpec
-from qsam2.recipe.recipe import MemoryRecipe, PromptRecipe
+from qsam2.recipe.recipe import MemoryRecipe
+from qsam2.recipe.train import PromptRecipe
 from qsam2.train.video_training import prompted_forward, set_dropout, set_prompts
 
 FRAMES = 5

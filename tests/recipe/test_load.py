@@ -16,7 +16,7 @@ from qsam2.errors import UserError
 from qsam2.recipe import Recipe, build_recipe, load_recipe, save_recipe
 from qsam2.recipe.load import DEBUG_PRESETS, Kind, find, merge, parse_overrides, shipped
 from qsam2.recipe.quantize import QuantizeRecipe, Rule
-from qsam2.recipe.recipe import PromptRecipe, TrainRecipe
+from qsam2.recipe.train import PromptRecipe, TrainRecipe
 
 QUANTIZED = {"quantize": {"weights": {"method": "lsc", "bits": 4}, "activations": {"method": "lsq", "bits": 4}}}
 

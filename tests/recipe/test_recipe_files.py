@@ -14,7 +14,7 @@ from safetensors import safe_open
 from qsam2.pipeline import run_recipe
 from qsam2.recipe import build_recipe, load_recipe, save_recipe
 from qsam2.recipe.load import SIZES, Kind, shipped
-from qsam2.recipe.recipe import PromptRecipe
+from qsam2.recipe.train import PromptRecipe
 from qsam2.sweep.definition import load_sweep
 from qsam2.sweep.table import load_table
 

@@ -18,7 +18,7 @@ from torch import nn
 from qsam2.models import SAM2
 from qsam2.output import code_version
 from qsam2.recipe import Recipe, build_recipe
-from qsam2.recipe.recipe import TrainRecipe
+from qsam2.recipe.train import TrainRecipe
 from qsam2.report import stage
 from qsam2.report.read import read_run
 from qsam2.train.loggers import LogScales, Wandb, build_loggers, has_wandb_key

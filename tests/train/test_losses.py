@@ -19,7 +19,7 @@ from training.utils.data_utils import BatchedVideoDatapoint
 from qsam2.errors import UserError
 from qsam2.models import SAM2
 from qsam2.recipe import build_recipe
-from qsam2.recipe.recipe import DistillRecipe, LossRecipe, PromptRecipe, TrainRecipe
+from qsam2.recipe.train import DistillRecipe, LossRecipe, PromptRecipe, TrainRecipe
 from qsam2.train.losses import (
     BLOCKS,
     ImageNetDistillation,

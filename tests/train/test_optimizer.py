@@ -11,7 +11,8 @@ from qsam2.layers.convert import convert, quantizers
 from qsam2.models import SAM2, build_sam2
 from qsam2.recipe.quantize import QuantizeRecipe
 from qsam2.recipe.quantizer_specs import LSCSpec, LSQSpec
-from qsam2.recipe.recipe import TrainerRecipe, TrainRecipe
+from qsam2.recipe.recipe import TrainerRecipe
+from qsam2.recipe.train import TrainRecipe
 from qsam2.train.optimizer import cosine_share, parameter_groups
 from qsam2.train.video_training import VideoTraining
 

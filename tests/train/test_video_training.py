@@ -24,7 +24,8 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
 from qsam2.pipeline import begin
 from qsam2.recipe import build_recipe
-from qsam2.recipe.recipe import DistillRecipe, PromptRecipe, TrainerRecipe, TrainRecipe
+from qsam2.recipe.recipe import TrainerRecipe
+from qsam2.recipe.train import DistillRecipe, PromptRecipe, TrainRecipe
 from qsam2.run import RunFolder
 from qsam2.train.losses import relative_error
 from qsam2.train.optimizer import frozen
