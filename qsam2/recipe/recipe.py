@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -267,6 +267,9 @@ class Recipe(Section):
                 "train.distill follows the float model (all of its losses but imagenet), but quantize=null trains just "
                 "that: set them to 0, or give quantize"
             )
+        named = {source for stage in train.stages for source in stage.sources or ()} if train is not None else set()
+        if unknown := sorted(named - set(self.data.train)):
+            raise ValueError(f"train.stages: sources={unknown[0]} is none of data.train: {', '.join(self.data.train)}")
         if train is not None and not train.stages[-1].own_bits:
             raise ValueError("train.stages: the last stage trains other bits than the run ships: leave them out there")
         for key in ("weights", "activations"):
@@ -309,7 +312,12 @@ class Recipe(Section):
         for stage in self.train.stages:
             rates = {key: getattr(self.train, key) * stage.rate for key in RATES}
             frames = 1 if stage.kind == "stills" else stage.num_frames or self.data.num_frames
-            data = {"num_frames": frames, "batch_size": stage.batch_size or self.data.batch_size}
+            data: dict[str, Any] = {"num_frames": frames, "batch_size": stage.batch_size or self.data.batch_size}
+            if stage.sources is not None:
+                chosen = [index for index, source in enumerate(self.data.train) if source in stage.sources]
+                data["train"] = tuple(self.data.train[index] for index in chosen)
+                if self.data.weights is not None:
+                    data["weights"] = tuple(self.data.weights[index] for index in chosen)
             precision = stage.precision or self.trainer.precision
             trainer = {"max_steps": stage.steps or self.trainer.max_steps, "precision": precision}
             changes = {

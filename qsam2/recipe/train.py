@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from qsam2.recipe.quantize import Bits
-from qsam2.recipe.section import LearningRate, LearningRateOrNone, Section
+from qsam2.recipe.section import LearningRate, LearningRateOrNone, Names, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -95,6 +95,8 @@ class StageRecipe(Section):
     """Clips, or stills, per step and device."""
     rate: LearningRate = 1.0
     """Factor on the learning rates of `train`."""
+    sources: Names | None = None
+    """Those of `data.train` that this stage draws from: one, or a list."""
     weights: Literal["float"] | Bits | None = None
     """Bits of the weights to which the recipe gives fewer, or float, while this stage lasts. Ranges are found anew at
     its start and end, so that integers from calibrate.rounding are given up."""

@@ -343,8 +343,9 @@ def _fit(run: Run, index: int, checkpoint: Path, callbacks: Sequence[Callback]) 
     trainer = build_trainer(recipe.trainer, folder=run.folder.path, loggers=run.loggers, **options)
     # curves go on where the stage before ended; a checkpoint brings its own count
     trainer.fit_loop.epoch_loop._batches_that_stepped = module.steps_before
+    sources = zip(run.recipe.data.train, run.sources, strict=True)
     clips = ClipDataset(
-        run.sources,
+        [source for name, source in sources if name in data.train],
         num_frames=data.num_frames,
         max_objects=data.max_objects,
         image_size=run.model.image_size,

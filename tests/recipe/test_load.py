@@ -236,6 +236,12 @@ def test_stages_of_training_have_values_of_their_own_and_a_preset_shortens_each(
     assert [each.trainer.max_steps for each in fast.training] == [2, 2, 2]
     assert [stage.rate for stage in fast.train.stages] == [2, 1, 0.1]
     assert build_recipe(QUANTIZED).training == []
+    own = ["data.train=[davis:a, moving_objects]", "data.weights=[3, 1]", "train.stages=[{sources: davis:a}, {}]"]
+    drawn = build_recipe({"train": {}}, own).training
+    assert [each.data.train for each in drawn] == [("davis:a",), ("davis:a", "moving_objects")]
+    assert [each.data.weights for each in drawn] == [(3,), (3, 1)]
+    with pytest.raises(UserError, match="^recipe: train.stages: sources=davis:b is none of data.train: davis:a, mov"):
+        build_recipe({"train": {}}, [*own[:2], "train.stages=[{sources: [davis:a, davis:b]}]"])
     with pytest.raises(UserError, match="^recipe: train.stages: weights are in float anyway: give quantize.weights"):
         build_recipe({"train": {}}, ["train.stages=[{weights: 4}, {}]"])
     with pytest.raises(UserError, match="^recipe: train.stages: kind=stills follows the embeddings of the float "):
