@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from qsam2.formats.card import checkpoint_source
 from qsam2.inputs import read_json, read_text
 from qsam2.output import write_text
 from qsam2.sweep.scores import is_finished, read_scores
-from qsam2.sweep.table import Place, TableDefinition, TableRun, float_runs
+from qsam2.sweep.table import Place, ScoredSet, TableDefinition, TableRun, float_runs
 
 Results = dict[str, Any]
 """Results of a table, as plain values."""
@@ -45,6 +46,8 @@ class _Results(TypedDict):
 
 
 ENDS = ("difference", "low", "high")
+POOLED = "All videos"
+"""Name of the sets of videos together, where there are several."""
 UNITS = {"davis": "J&F", "sav": "J&F by SA-V's protocol", "stills": "mask IoU from a box"}
 
 
@@ -86,7 +89,8 @@ def collect(table: TableDefinition, runs: Sequence[TableRun], command: str, earl
         scores = read_scores(run)
         if scores is not None and is_finished(table, run):
             floats[run.place.model] = scores
-            reference[run.place.model] = {name: _score(scores["sets"][name]["block"]) for name in table.sets}
+            blocks = with_pooled({name: scores["sets"][name]["block"] for name in table.sets})
+            reference[run.place.model] = {name: _score(block) for name, block in blocks.items()}
         elif run.place.model not in reference:
             error = f": {scores['error']}" if scores and scores["error"] else ""
             raise UserError(
@@ -98,10 +102,10 @@ def collect(table: TableDefinition, runs: Sequence[TableRun], command: str, earl
     versions = {scores["version"] for scores in [*floats.values(), *finished]}
     sets: dict[str, Any] = {}
     for scores in floats.values():
-        for name, scored in table.sets.items():
-            block = scores["sets"][name]["block"]
+        for name, block in with_pooled({name: scores["sets"][name]["block"] for name in table.sets}).items():
             amount = {"objects": sum(map(len, block["per_object"].values())), "scored": amount_text(block)}
-            sets[name] = {**scored.model_dump(), "protocol": block["protocol"], **amount}
+            of = table.sets[name].model_dump() if name in table.sets else dict.fromkeys(ScoredSet.model_fields)
+            sets[name] = {**of, "protocol": block["protocol"], **amount}
     if earlier and valid:
         versions |= {*earlier["versions"]}
         sets = earlier["sets"]
@@ -149,11 +153,12 @@ def _digest(table: TableDefinition, runs: Sequence[TableRun]) -> str:
 
 def _cell(table: TableDefinition, place: Place, runs: Sequence[TableRun], reference: Any) -> dict[str, Any]:
     finished = [run for run in runs if is_finished(table, run)]
-    scored = [scores["sets"] for run in finished if (scores := read_scores(run))]
-    sets = {
-        name: _against([sets[name]["block"] for sets in scored], reference["sets"][name]["block"])
-        for name in (table.sets if scored else ())
-    }
+    found = [scores["sets"] for run in finished if (scores := read_scores(run))]
+    scored = [with_pooled({name: sets[name]["block"] for name in table.sets}) for sets in found]
+    sets = {}
+    if scored:
+        theirs = with_pooled({name: reference["sets"][name]["block"] for name in table.sets})
+        sets = {name: _against([blocks[name] for blocks in scored], block) for name, block in theirs.items()}
     return {
         **place._asdict(),
         "digest": _digest(table, runs),
@@ -161,6 +166,25 @@ def _cell(table: TableDefinition, place: Place, runs: Sequence[TableRun], refere
         "failed": sum(bool((scores := read_scores(run)) and scores["error"]) for run in runs),
         "sets": sets,
     }
+
+
+def with_pooled(blocks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Score blocks of sets by name; where several have videos, before them one of all their videos, `POOLED`."""
+    videos = {name: block for name, block in blocks.items() if block["protocol"] != "stills"}
+    if len(videos) < 2:
+        return blocks
+    counts = [sum(map(len, block["per_object"].values())) for block in videos.values()]
+    pooled: dict[str, Any] = {
+        "protocol": " and ".join(dict.fromkeys(block["protocol"] for block in videos.values())),
+        "per_object": {f"{name}/{video}": items for name, block in videos.items()
+                       for video, items in block["per_object"].items()},
+    }  # fmt: skip
+    for key in ("J&F", "fidelity"):
+        if all(block.get(key) is not None for block in videos.values()):
+            pooled[key] = float(np.average([block[key] for block in videos.values()], weights=counts))
+    if all("scored" in block for block in videos.values()):
+        pooled["scored"] = dict(sum((Counter(block["scored"]) for block in videos.values()), Counter()))
+    return {POOLED: pooled, **blocks}
 
 
 def _against(blocks: Sequence[dict[str, Any]], reference: dict[str, Any]) -> dict[str, Any]:
@@ -218,8 +242,9 @@ def render(results: Results) -> str:
         tables = [_table(results, name, model) for model in results["float"] if model in begun]
         limits = [f"{scored[what]} {what}" for what in ("videos", "frames") if scored[what]]
         amount = scored.get("scored") or f"{scored['objects']} objects"
-        data = ", ".join([scored["data"], *(f"first {limit}" for limit in limits)]) + f"; {amount}"
-        heading = f"{name} ({data}): {UNITS[scored['protocol']]}"
+        of = [scored["data"] or ", ".join(other for other in results["sets"] if other != POOLED)]
+        data = ", ".join([*of, *(f"first {limit}" for limit in limits)]) + f"; {amount}"
+        heading = f"{name} ({data}): {UNITS.get(scored['protocol'], UNITS['davis'])}"
         text = "\n\n".join(tables)
         folded = f"<details><summary>{heading}</summary>\n\n{text}\n\n</details>"
         parts.append(folded if index else f"On {heading}:\n\n{text}")
@@ -298,7 +323,9 @@ def _table(results: Results, name: str, model: str) -> str:
     begun = [cell for cell in own if cell["sets"] or cell["failed"]]
     settings = [setting for setting in results["settings"] if any(cell["setting"] == setting for cell in begun)]
     best = {
-        setting: max((c["sets"][name]["score"] for c in own if c["setting"] == setting and c["sets"]), default=None)
+        setting: max(
+            (c["sets"][name]["score"] for c in own if c["setting"] == setting and name in c["sets"]), default=None
+        )
         for setting in settings
     }
     rows = list(dict.fromkeys((cell["method"], cell["start"]) for cell in begun))
@@ -320,7 +347,9 @@ def _text(cell: dict[str, Any] | None, name: str, best: float | None, mixed: boo
         return ""
     if not cell["sets"]:
         return "failed" if cell["failed"] else "-"
-    scored = cell["sets"][name]
+    scored = cell["sets"].get(name)
+    if scored is None:  # of results from before sets were pooled
+        return "-"
     score = f"**{scored['score']:.1f}**" if scored["score"] == best else f"{scored['score']:.1f}"
     spread = "" if scored["std"] is None else f" ± {scored['std']:.1f}"
     return f"{score}{spread} {_ends(scored)}{'°' if mixed and _is_old(scored) else ''} {scored['fidelity']:.0f}"

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -15,7 +16,19 @@ from small_table import scores, small_table, write
 import qsam2
 from qsam2.cli import main
 from qsam2.errors import UserError
-from qsam2.sweep.results import Results, collect, extract, left_to_run, read_results, render, write_table
+from qsam2.evaluation.metrics.interval import paired_difference
+from qsam2.evaluation.metrics.scores import amount_text
+from qsam2.sweep.results import (
+    POOLED,
+    Results,
+    collect,
+    extract,
+    left_to_run,
+    read_results,
+    render,
+    with_pooled,
+    write_table,
+)
 from qsam2.sweep.scores import save_scores
 from qsam2.sweep.table import Place, TableDefinition, TableRun, float_runs
 
@@ -199,6 +212,27 @@ def test_markdown(results: Results) -> None:
         in rest
     )
     assert rest.count("</details>") == 1
+
+
+def test_sets_of_videos_are_pooled_over_their_objects() -> None:
+    """One video of three objects and one of one: each object counts once, each video is a unit."""
+
+    def block(**scores: list[float]) -> dict[str, Any]:
+        objects = {video: {str(k): {"J&F": v} for k, v in enumerate(values)} for video, values in scores.items()}
+        flat = [value for values in scores.values() for value in values]
+        counts = {"videos": len(scores), "frames": 10, "objects": len(flat)}
+        return {"protocol": "davis", "per_object": objects, "J&F": mean(flat), "fidelity": flat[0], "scored": counts}
+
+    alone = {"clips": block(a=[30.0, 60.0, 90.0]), "stills": {"protocol": "stills"}}
+    assert with_pooled(alone) is alone
+    blocks = with_pooled({**alone, "films": block(a=[20.0])})
+    assert list(blocks) == [POOLED, "clips", "stills", "films"]
+    pooled = blocks[POOLED]
+    assert pooled["J&F"] == pytest.approx(50.0) and pooled["fidelity"] == pytest.approx((3 * 30 + 20) / 4)
+    assert pooled["per_object"].keys() == {"clips/a", "films/a"}
+    assert amount_text(pooled) == "2 videos, 20 frames, 4 objects"
+    other = with_pooled({"clips": block(a=[28.0, 58.0, 88.0]), "films": block(a=[10.0])})[POOLED]
+    assert paired_difference(other["per_object"], pooled["per_object"])["difference"] == pytest.approx(-4.0)
 
 
 def test_what_is_to_come_has_a_place_beside_what_has_ended(results: Results) -> None:
