@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
@@ -53,6 +54,8 @@ SMALLEST = 5e-7
 """Lower end of the share axis: stored shares are rounded to 1e-6."""
 SMOOTHING = 20
 """Largest window of the moving average, in logged values; short runs use a fifth of all values."""
+LABEL_PT = (4, -10, 14, -20, 24, -30, 34, -40)
+"""Vertical offsets of a label from its point, in points, in the order in which they are tried."""
 MOVED = 4
 """Number of quantizers with a line of their own: those whose step size changed most."""
 READINGS = {
@@ -247,13 +250,32 @@ def draw_pareto(points: Sequence[Point], cost: str) -> Markup:
             axes.scatter(*at, color=colour, marker=marker, s=40, label=label, zorder=3)
     steps = [(point.cost, point.score) for point in front]
     axes.plot(*zip(*steps, strict=True), color=GREY, linestyle="--", drawstyle="steps-post", label="Pareto front")
-    for point in points:
-        axes.annotate(point.label, (point.cost, point.score), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.margins(x=0.12, y=0.15)
     axes.set(xlabel=cost, ylabel="J&F")
     axes.legend(frameon=False, fontsize=8)
+    _label(axes, points)
     named = ", ".join(f"{point.label} {point.score:.1f} at {point.cost:.3g}" for point in front)
     return inline(figure, f"J&F against {cost} of {len(points)} models; Pareto front: {named}")
+
+
+def _label(axes: Axes, points: Sequence[Point]) -> list[Text]:
+    """Write each point's label beside it, on the nearest of `LABEL_PT` where it covers no earlier label."""
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    FigureCanvasAgg(figure).draw()  # places the axes, so that the extents of texts are known
+    labels: list[Text] = []
+    for point in sorted(points, key=lambda point: (point.cost, -point.score)):
+        taken = [label.get_window_extent().padded(2) for label in labels]
+        free = None
+        for offset in LABEL_PT:
+            at: dict[str, Any] = {"xytext": (5, offset), "textcoords": "offset points", "fontsize": 8}
+            label = axes.annotate(point.label, (point.cost, point.score), **at)
+            if not any(label.get_window_extent().overlaps(box) for box in taken):
+                free = label
+                break
+            label.remove()
+        labels.append(free or axes.annotate(point.label, (point.cost, point.score), **at))
+    return labels
 
 
 def draw_loss(curves: Mapping[str, Curve]) -> Markup | None:

@@ -15,12 +15,14 @@ from kept_run import layers
 from qsam2.errors import UserError
 from qsam2.report.draw import (
     Point,
+    _label,
     draw_clips,
     draw_histograms,
     draw_loss,
     draw_noise,
     draw_pareto,
     draw_worst,
+    new_figure,
     pareto_front,
 )
 from qsam2.report.read import read_curves
@@ -130,6 +132,17 @@ def test_the_front_holds_what_no_other_beats(points: list[Point]) -> None:
 
 def test_a_single_point_is_drawn() -> None:
     assert "of 1 models; Pareto front: a 50.0 at 1" in draw_pareto([Point("a", 1.0, 50.0)], "MB")
+
+
+def test_labels_of_models_that_lie_on_one_another_can_be_read() -> None:
+    points = [Point(f"a rather long label {index}", 1.0 + 1e-3 * index, 50.0 + 0.1 * index) for index in range(6)]
+    _, axes = new_figure(8, 3.6)
+    axes.scatter([point.cost for point in points], [point.score for point in points])
+    axes.set(xlim=(0, 4), ylim=(0, 100))
+    labels = _label(axes, points)
+    assert sorted(label.get_text() for label in labels) == [point.label for point in points]
+    boxes = [label.get_window_extent() for label in labels]
+    assert not any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[:index])
 
 
 def write(folder: Path, version: int | str, text: str) -> None:
