@@ -1,4 +1,4 @@
-"""Compiled kernels of the fake-quantization operation, and the choice between them and the eager ones (ours).
+"""Compiled kernels of the fake-quantization operation, and the choice between native, compiled and eager ones (ours).
 
 `torch.compile` turns each pass of `passes` into one loop that reads the tensor once. Compiled and eager results differ
 by at most one quantum at rounding ties, and in the order of summation. Sizes are dynamic: one compilation serves a
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qsam2.quantizers.fake_quant import EAGER, Kernels, fake_quantize, use_kernels
+from qsam2.quantizers.native import native_kernels
 from qsam2.quantizers.passes import dequantize_pass, gradient_pass, quantize_pass
 
 MIN_ELEMENTS = 2**14
@@ -50,22 +51,33 @@ def compiled_kernels() -> Kernels:
 
 
 @functools.cache
-def choose_kernels(mode: Compile, max_steps: int, device: torch.device) -> bool:
-    """Choose and log the kernels for training; True for the compiled ones.
+def choose_kernels(mode: Compile, max_steps: int, device: torch.device, precision: str = "32-true") -> bool:
+    """Choose and log the kernels for training; False for the eager ones.
 
-    "auto" takes the faster on `device` if training is long enough to pay for compilation, "on" the compiled ones
-    wherever there is a compiler, "off" the eager ones.
+    The native kernels serve float32 on a CPU and compile in seconds, `torch.compile` all else. "auto" takes them where
+    they are faster on `device`, and `torch.compile` only if training is long enough to pay for it; "on" wherever there
+    is a compiler; "off" never.
     """
     use_kernels(EAGER)
-    if mode == "off" or (mode == "auto" and max_steps < MIN_STEPS):
+    if mode == "off":
         return False
+    if device.type == "cpu" and precision == "32-true" and _take("native", native_kernels, mode, device):
+        return True
+    if mode == "auto" and max_steps < MIN_STEPS:
+        return False
+    return _take("torch.compile", compiled_kernels, mode, device)
+
+
+def _take(name: str, build: Callable[[], Kernels], mode: Compile, device: torch.device) -> bool:
+    """Use these kernels if they work and are faster than the eager ones (or `mode` is "on"); log the choice."""
     x = torch.randn(ACTIVATION, device=device)
     started = time.perf_counter()
     try:
-        compiled, _ = _forward_backward(compiled_kernels(), x)
-    except (RuntimeError, ImportError, OSError) as error:  # raised by torch.compile without a working compiler
+        kernels = build()
+        compiled, _ = _forward_backward(kernels, x)
+    except (RuntimeError, ImportError, OSError) as error:  # raised without a working compiler
         use_kernels(EAGER)
-        log.warning("fake quantization: eager, torch.compile failed: %s", str(error).strip().partition("\n")[0])
+        log.warning("fake quantization: eager, %s failed: %s", name, str(error).strip().partition("\n")[0])
         return False
     compile_s = time.perf_counter() - started
     eager, _ = _forward_backward(EAGER, x)
@@ -74,19 +86,20 @@ def choose_kernels(mode: Compile, max_steps: int, device: torch.device) -> bool:
     if any(part.float().mean() > TIES for part in differs):
         use_kernels(EAGER)
         log.warning(
-            "fake quantization: eager, the compiled kernels compute something else: empty torch.compile's cache "
-            "(TORCHINDUCTOR_CACHE_DIR), which does not tell processors apart"
-        )
+            "fake quantization: eager, the kernels of %s compute something else: empty its cache "
+            "(TORCHINDUCTOR_CACHE_DIR, or qsam2 in XDG_CACHE_HOME), which may be of another processor", name
+        )  # fmt: skip
         return False
-    times: dict[Kernels, list[float]] = {EAGER: [], compiled_kernels(): []}
+    times: dict[Kernels, list[float]] = {EAGER: [], kernels: []}
     for _ in range(5):
-        for kernels, measured in times.items():
-            measured.append(_forward_backward(kernels, x)[1])
+        for each, measured in times.items():
+            measured.append(_forward_backward(each, x)[1])
     eager_ms, compiled_ms = (statistics.median(measured) for measured in times.values())
     faster = mode == "on" or compiled_ms < eager_ms
-    use_kernels(compiled_kernels() if faster else EAGER)
-    name, times_ms = "compiled" if faster else "eager", f"compiled {compiled_ms:.1f} ms, eager {eager_ms:.1f} ms"
-    log.info("fake quantization: %s (%s on an activation; compiling took %.0f s)", name, times_ms, compile_s)
+    use_kernels(kernels if faster else EAGER)
+    times_ms = f"{name} {compiled_ms:.1f} ms, eager {eager_ms:.1f} ms"
+    chosen = name if faster else "eager"
+    log.info("fake quantization: %s (%s on an activation; compiling took %.0f s)", chosen, times_ms, compile_s)
     return faster
 
 

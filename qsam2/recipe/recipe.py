@@ -102,7 +102,8 @@ class TrainerRecipe(Section):
     precision: Precision = "32-true"
     """Arithmetic of training: float32, or bfloat16 or float16 by autocast."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile fake quantization by torch.compile. auto: if it is faster and the run long enough to pay for it."""
+    """Compile fake quantization: native kernels for float32 on a CPU, else torch.compile. auto: if they are faster, and
+    torch.compile only in a run that is long enough to pay for it."""
     gradient_clip: NonNegative = 0.1
     """Largest norm of the gradient; 0: no clipping."""
     accumulate: PositiveInt = 1

@@ -294,7 +294,10 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     reached = max((index for index, file in enumerate(files) if file.is_file()), default=0)
     with run.folder.stage("train", ", then ".join(_title(stage) for stage in stages)):
         if run.teacher is not None:
-            choose_kernels(run.recipe.trainer.compile, sum(stage.trainer.max_steps for stage in stages), run.device)
+            precisions = {stage.trainer.precision for stage in stages}
+            precision = next(iter(precisions)) if len(precisions) == 1 else "mixed"
+            steps = sum(stage.trainer.max_steps for stage in stages)
+            choose_kernels(run.recipe.trainer.compile, steps, run.device, precision)
         for index in range(reached, len(stages)):
             if index:
                 log.info("stage %d of %d: %s", index + 1, len(stages), _title(stages[index]))

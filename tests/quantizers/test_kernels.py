@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qsam2.quantizers import fake_quant, kernels, passes
+from qsam2.quantizers import fake_quant, kernels, native, passes
 from qsam2.quantizers.fake_quant import EAGER, Codes, Kernels, dequantize, fake_quantize, use_kernels
 from qsam2.quantizers.kernels import choose_kernels, compiled_kernels
+from qsam2.quantizers.native import native_kernels
 from qsam2.quantizers.observers import sums
 from qsam2.quantizers.passes import Layout
 
@@ -31,13 +33,15 @@ def eager_again() -> Iterator[None]:
     choose_kernels.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Kernels:
-    kernels = compiled_kernels()._replace(min_elements=2)
+@pytest.fixture(scope="module", params=["native", "torch.compile"])
+def compiled(request: pytest.FixtureRequest) -> Kernels:
     try:
+        if request.param == "native":
+            return native_kernels()
+        kernels = compiled_kernels()._replace(min_elements=2)
         run(kernels, torch.ones(8), torch.ones(1))
     except (RuntimeError, ImportError, OSError) as error:
-        pytest.skip(f"torch.compile finds no working compiler: {str(error).splitlines()[0]}")
+        pytest.skip(f"{request.param} finds no working compiler: {str(error).splitlines()[0]}")
     return kernels
 
 
@@ -107,6 +111,7 @@ def test_compiled_rounds_half_to_even_and_keeps_nan_and_shape(compiled: Kernels)
     torch.testing.assert_close(out, x.round().clamp(-9, 6), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("compiled", ["torch.compile"], indirect=True)
 def test_sizes_and_ranks_are_dynamic(compiled: Kernels) -> None:
     torch._dynamo.reset()
     run(compiled, torch.randn(3, 50), torch.rand(3) + 0.1)
@@ -187,13 +192,14 @@ def halved(chosen: Kernels, x: Tensor, measure: Any = kernels._forward_backward)
 @pytest.mark.parametrize(
     ("mode", "steps", "measured", "said"),
     [
-        ("auto", 1000, timed(1.0), "compiled (compiled 1.0 ms, eager 5.0 ms on"),
-        ("auto", 1000, timed(9.0), "eager (compiled 9.0 ms, eager 5.0 ms on"),
-        ("on", 1000, timed(9.0), "compiled (compiled 9.0 ms, eager 5.0 ms on"),
+        ("auto", 1000, timed(1.0), "native (native 1.0 ms, eager 5.0 ms on"),
+        ("auto", kernels.MIN_STEPS - 1, timed(1.0), "native (native 1.0 ms, eager 5.0 ms on"),
+        ("auto", 1000, timed(9.0), "eager (torch.compile 9.0 ms, eager 5.0 ms on"),
+        ("auto", kernels.MIN_STEPS - 1, timed(9.0), "eager (native 9.0 ms, eager 5.0 ms on"),
+        ("on", 1000, timed(9.0), "native (native 9.0 ms, eager 5.0 ms on"),
         ("on", 1000, broken, "eager, torch.compile failed: no working C++ compiler found"),
-        ("on", 1000, halved, "eager, the compiled kernels compute something else"),
+        ("on", 1000, halved, "eager, the kernels of torch.compile compute something else"),
         ("off", 10**6, lambda *_: pytest.fail("measured"), None),
-        ("auto", kernels.MIN_STEPS - 1, lambda *_: pytest.fail("measured"), None),
     ],
 )
 def test_the_faster_kernels_are_chosen_if_they_work(
@@ -201,12 +207,88 @@ def test_the_faster_kernels_are_chosen_if_they_work(
 ) -> None:
     monkeypatch.setattr(kernels, "_forward_backward", measured)
     monkeypatch.setattr(kernels, "ACTIVATION", (64, 64))
-    taken = said is not None and said.startswith("compiled")
+    taken = said is not None and said.startswith("native")
     with caplog.at_level(logging.INFO, "qsam2"):
         assert choose_kernels(mode, steps, CPU) is taken
-    assert fake_quant._chosen is (compiled_kernels() if taken else EAGER)
+    assert fake_quant._chosen is (native_kernels() if taken else EAGER)
     if said is not None:
         assert caplog.messages[-1].startswith(f"fake quantization: {said}") and "more" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"), [(CPU, "bf16-mixed"), (torch.device("cuda"), "32-true")], ids=["bf16", "cuda"]
+)
+def test_native_kernels_are_for_float32_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, precision: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(kernels, "_take", lambda name, *_: asked.append(name) or False)
+    assert not choose_kernels("on", 1000, device, precision)
+    assert asked == ["torch.compile"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2100)),
+    mid_rise=st.booleans(),
+    keep=st.sampled_from(["residual", "mask", "nothing"]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    seed=st.integers(0, 2**32),
+)
+def test_native_passes_equal_the_eager_ones_to_the_last_bit(
+    shape: tuple[int, int, int], mid_rise: bool, keep: Any, flags: tuple[bool, bool, bool, bool], seed: int
+) -> None:
+    """All but sums, whose terms are added in another order; ties, edges, infinities and NaN are among the values."""
+    with_codes, exact, needs_x, residual_gradient = flags
+    native, generator = native_kernels(), torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(shape, generator=generator)
+    scale = 2.0 ** torch.randint(-2, 2, (1, shape[1], 1), generator=generator)
+    x = torch.where(torch.rand(shape, generator=generator) < 0.5, (2 * x / scale).round() / 2 * scale, x)
+    low = torch.randint(-4, 1, scale.shape, generator=generator) - 0.5 * mid_rise
+    high = low + 3
+    ours, theirs = (each.quantize(x, scale, low, high, mid_rise, keep, with_codes, True) for each in (native, EAGER))
+    for name, a, b in zip(ours._fields, ours, theirs, strict=True):
+        if name in ("total", "square"):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+        else:
+            assert (a is None and b is None) or torch.equal(a, b), name
+    if keep == "residual":
+        grad, saved = torch.randn(shape, generator=generator), x if exact else theirs.byte
+        options = mid_rise, exact, needs_x, True, residual_gradient
+        ours_g, theirs_g = (each.gradients(saved, grad, scale, low, high, *options) for each in (native, EAGER))
+        assert (ours_g.x is None) == (not needs_x) and (ours_g.x is None or torch.equal(ours_g.x, theirs_g.x))
+        for a, b in zip(ours_g[1:], theirs_g[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    if with_codes:
+        assert torch.equal(native.dequantize(ours.codes, scale, low, torch.float32), theirs.out)
+    odd = torch.tensor([math.inf, -math.inf, math.nan]).view(1, 1, 3)
+    one = torch.ones(1, 1, 1)
+    out = native.quantize(odd, one, -2 * one, one, False, "residual", False, False).out
+    torch.testing.assert_close(out, torch.tensor([1.0, -2.0, math.nan]).view(1, 1, 3), equal_nan=True, rtol=0, atol=0)
+
+
+def test_native_kernels_are_compiled_once_and_a_failure_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._load()
+    (library,) = (tmp_path / "qsam2").iterdir()
+    written = library.stat().st_mtime_ns
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+    native._load()
+    assert library.stat().st_mtime_ns == written
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    broken = tmp_path / "compiler"
+    broken.write_text("#!/bin/sh\necho nothing works >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(OSError, match="compiler fails: nothing works"):
+        native._load()
+    assert list((tmp_path / "other" / "qsam2").iterdir()) == []
+    monkeypatch.setattr(native.shutil, "which", lambda _: None)
+    with pytest.raises(OSError, match="there is no C\\+\\+ compiler .*compiler, g\\+\\+, clang"):
+        native._load()
 
 
 def test_small_tensors_and_inference_stay_eager() -> None:
