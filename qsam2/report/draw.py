@@ -268,13 +268,18 @@ def _label(axes: Axes, points: Sequence[Point]) -> list[Text]:
         taken = [label.get_window_extent().padded(2) for label in labels]
         free = None
         for offset in LABEL_PT:
-            at: dict[str, Any] = {"xytext": (5, offset), "textcoords": "offset points", "fontsize": 8}
-            label = axes.annotate(point.label, (point.cost, point.score), **at)
+            at: dict[str, Any] = {
+                "xytext": (5, offset),
+                "textcoords": "offset points",
+                "fontsize": 8,
+                "parse_math": False,
+            }
+            label = axes.annotate(encodable(point.label), (point.cost, point.score), **at)
             if not any(label.get_window_extent().overlaps(box) for box in taken):
                 free = label
                 break
             label.remove()
-        labels.append(free or axes.annotate(point.label, (point.cost, point.score), **at))
+        labels.append(free or axes.annotate(encodable(point.label), (point.cost, point.score), **at))
     return labels
 
 
