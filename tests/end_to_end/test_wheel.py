@@ -64,6 +64,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         f"qsam2/{file.relative_to(ROOT / 'qsam2')}" for file in (ROOT / "qsam2/report/templates").iterdir()
     }
     assert names >= {f"qsam2/models/nano/{name}.safetensors" for name in ("nano", "nano_heavy")}
+    assert "qsam2/quantizers/native.cpp" in names
     assert names >= {f"qsam2/models/nano/{name}.md" for name in ("nano", "data")}  # the weights' card and data terms
     metadata = next(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()
