@@ -12,8 +12,10 @@ FAST := tests/test_imports.py $(addprefix tests/,quantizers layers calibration r
 .PHONY: demo test test-fast prove lint docs setup clean
 
 demo: $(READY)   ## nano SAM2 at 2 bits on generated videos: nearest integers, calibration, training
-	OMP_NUM_THREADS=1 $(BIN)/python train.py recipes/demo_nearest.yaml
-	OMP_NUM_THREADS=1 $(BIN)/python train.py recipes/demo.yaml
+	mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python train.py recipes/demo_nearest.yaml > runs/demo_nearest.txt 2>&1 & nearest=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python train.py recipes/demo.yaml || exit 1; \
+	wait $$nearest || { cat runs/demo_nearest.txt; exit 1; }
 	$(BIN)/python -m qsam2 report runs/demo_nearest runs/demo --out runs/demo.html
 
 test: $(READY)   ## the test suite, without the exhaustive runs: at most 10 minutes on two cores
