@@ -6,6 +6,7 @@ the user's cache. One call takes microseconds, so that small tensors gain most: 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -124,29 +125,23 @@ def _load() -> ctypes.CDLL:
         raise OSError(f"there is no C++ compiler ({', '.join(named)})")
     causes = [source.read_text(), compiler, *FLAGS, *EXACT, _processor()]
     name = f"native-{hashlib.sha256(chr(0).join(causes).encode()).hexdigest()[:16]}.so"
-    for folder in _folders():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = folder / name
-            if not file.is_file():
-                _compile(compiler, source, file)
-            library = ctypes.CDLL(str(file))
-        except PermissionError:
-            continue
-        integers, pointer = ctypes.c_int64, ctypes.c_void_p
-        library.qsam2_quantize.argtypes = [*[pointer] * 4, *[integers] * 3, *[ctypes.c_int] * 4, *[pointer] * 4]
-        library.qsam2_gradients.argtypes = [*[pointer] * 5, *[integers] * 3, *[ctypes.c_int] * 4, *[pointer] * 2]
-        library.qsam2_dequantize.argtypes = [*[pointer] * 3, *[integers] * 3, pointer]
-        for function in (library.qsam2_quantize, library.qsam2_gradients, library.qsam2_dequantize):
-            function.restype = None
-        return library
-    raise OSError("no folder for the compiled kernels can be written: set XDG_CACHE_HOME")
-
-
-def _folders() -> list[Path]:
-    """Where the library may lie: the user's cache, or else a folder of this user alone among the temporary files."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsam2"
-    return [cache, Path(tempfile.gettempdir()) / f"qsam2-{os.getuid() if hasattr(os, 'getuid') else 'user'}"]
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        kept = (cache / name).is_file() or os.access(cache, os.W_OK)
+        # a folder of others among the temporary files could hold any library: one of this process alone
+        folder = cache if kept else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qsam2-")))
+        if not (folder / name).is_file():
+            _compile(compiler, source, folder / name)
+        library = ctypes.CDLL(str(folder / name))
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.qsam2_quantize.argtypes = [*[pointer] * 4, *[size] * 3, *[ctypes.c_int] * 4, *[pointer] * 4]
+    library.qsam2_gradients.argtypes = [*[pointer] * 5, *[size] * 3, *[ctypes.c_int] * 4, *[pointer] * 2]
+    library.qsam2_dequantize.argtypes = [*[pointer] * 3, *[size] * 3, pointer]
+    for function in (library.qsam2_quantize, library.qsam2_gradients, library.qsam2_dequantize):
+        function.restype = None
+    return library
 
 
 def _processor() -> str:

@@ -279,6 +279,12 @@ def test_native_kernels_are_compiled_once_and_a_failure_is_said(
     assert library.stat().st_mtime_ns == written
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    (tmp_path / "file").write_text("no folder")
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        patch.setattr(native.tempfile, "tempdir", str(tmp_path))
+        assert native._load().qsam2_quantize
+    assert not list(tmp_path.glob("qsam2-*")), "without a cache the library lies in a folder that is removed again"
     broken = tmp_path / "compiler"
     broken.write_text("#!/bin/sh\necho nothing works >&2\nexit 1\n")
     broken.chmod(0o755)
