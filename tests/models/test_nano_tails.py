@@ -1,4 +1,4 @@
-"""nano_tails: bit by bit the function of nano, with weight tails that least-norm calibration cannot remove."""
+"""nano_tails: bit by bit the function of nano, with weight tails that carry a part of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""nano_tails (ours): the same function as nano, with weight tails that calibration cannot remove.
+"""nano_tails (ours): the same function as nano, with weight tails that carry a part of it.
 
-`nano_heavy` has its tails along directions that the inputs (almost) never take, so that least-norm calibration finds
-and removes them. Here a factor moves between two layers, along the channels that matter most to both:
+`nano_heavy` has its tails along directions that the inputs (almost) never take, so that least-norm calibration removes
+them at no cost. Here a factor moves between two layers, along the channels that matter most to both:
 
     LayerNorm gain and bias / s,  columns of its readers (qkv, the shortcut, mlp.layers.0) * s
     rows of v / s,                the same columns of attn.proj * s
