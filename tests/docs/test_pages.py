@@ -12,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from qsam2.cli import build_parser, main
@@ -34,6 +35,18 @@ def site_module(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
     return site_module("hooks").generated_pages()
+
+
+def test_the_citation_names_the_version_of_the_package() -> None:
+    project = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert project is not None and yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == project[1]
+
+
+def test_the_workflow_carries_out_the_script_of_ci_on_every_python_that_the_package_supports() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert {"run": ".ci/run"} in jobs["suite"]["steps"]
+    assert 'requires-python = ">=3.10,<3.13"' in (ROOT / "pyproject.toml").read_text()
+    assert jobs["suite"]["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12"]
 
 
 def test_readme_is_short() -> None:
