@@ -136,30 +136,31 @@ def stage_bits(
     """
     paused = [q for _, q in quantizers(model) if q.role == "activation" and activations == "float"]
     changed: list[tuple[QuantizedLayer, Quantizer]] = []
-    for name, layer, quantizer in quantized_weights(model):
-        spec = quantize.plan(name).weights
-        if weights == "float":
-            changed.append((layer, quantizer))
-            paused.append(quantizer)
-        elif weights is not None and spec is not None and quantizer.bits < weights:
-            # the recipe's spec: that of the quantizer has the grid of its own bits
-            wider = build_quantizer(
-                spec.model_copy(update={"bits": weights}), "weight", num_channels=quantizer.num_channels,
-                channel_dim=quantizer.channel_dim, name=quantizer.name,
-            ).to(layer.weight.device).train(quantizer.training)  # fmt: skip
-            wider.initialize_from(layer.weight)
-            layer.weight_quantizer = wider
-            changed.append((layer, quantizer))
-    for quantizer in paused:
-        quantizer.state = QuantizerState.FLOAT
     try:
+        for name, layer, quantizer in list(quantized_weights(model)):
+            spec = quantize.plan(name).weights
+            if weights == "float":
+                changed.append((layer, quantizer))
+                paused.append(quantizer)
+            elif weights is not None and spec is not None and quantizer.bits < weights:
+                # the recipe's spec: that of the quantizer has the grid of its own bits
+                wider = build_quantizer(
+                    spec.model_copy(update={"bits": weights}), "weight", num_channels=quantizer.num_channels,
+                    channel_dim=quantizer.channel_dim, name=quantizer.name,
+                ).to(layer.weight.device).train(quantizer.training)  # fmt: skip
+                wider.initialize_from(layer.weight)
+                changed.append((layer, quantizer))
+                layer.weight_quantizer = wider
+        for quantizer in paused:
+            quantizer.state = QuantizerState.FLOAT
         yield
     finally:
         for quantizer in paused:
             quantizer.state = QuantizerState.QUANTIZE
         for layer, quantizer in changed:
             layer.weight_quantizer = quantizer.to(layer.weight.device)
-            quantizer.initialize_from(layer.weight)
+    for layer, quantizer in changed:  # not after an error: weights that have diverged have no range
+        quantizer.initialize_from(layer.weight)
 
 
 def _quantized(name: str, layer: Any, plan: LayerPlan) -> QuantizedLayer | QuantizedAttention:

@@ -229,3 +229,22 @@ def test_a_stage_of_training_has_bits_of_its_own(weights: Any, activations: Any)
     grown = float((model[1].weight_quantizer.std / first).mean())
     assert grown == pytest.approx(3.0 if weights else 1.0, rel=1e-5) and (scale > 0).all()
     assert torch.equal(model[0].weight_quantizer.log_alpha, before["0.weight_quantizer.log_alpha"])
+
+
+@pytest.mark.parametrize("weights, activations", [(4, None), ("float", None), (None, "float")])
+@pytest.mark.parametrize("error", [UserError("training has diverged"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_what_ends_a_stage_early_is_told_as_it_is(error: BaseException, weights: Any, activations: Any) -> None:
+    spec = {"method": "lsc", "bits": 2}
+    recipe = QuantizeRecipe.model_validate({"weights": spec, "activations": spec})
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    convert(model, recipe)
+    find_ranges(model, model, [torch.randn(16, 8, generator=torch.Generator().manual_seed(0))])
+    before, own = copy.deepcopy(model.state_dict()), [quantizer for _, quantizer in quantizers(model)]
+    with pytest.raises(type(error)) as raised, stage_bits(model, recipe, weights=weights, activations=activations):
+        with torch.no_grad():
+            model[0].weight.fill_(torch.nan)  # of which no range can be found
+        raise error
+    assert raised.value is error
+    assert [quantizer for _, quantizer in quantizers(model)] == own
+    assert {quantizer.state for quantizer in own} == {QuantizerState.QUANTIZE}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name != "0.weight")
