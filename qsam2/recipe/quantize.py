@@ -146,6 +146,14 @@ class QuantizeRecipe(Section):
                     raise ValueError(f"rule {rule.match!r} gives {part}_bits, but {part}s is null: give it a quantizer")
         return self
 
+    @property
+    def fewest_weight_bits(self) -> int:
+        """Fewest bits that a layer's weights can get: the recipe's, those of its rules, or those to choose from."""
+        assert self.weights is not None
+        own = [self.weights.bits] if self.allocate is None else self.allocate.choices
+        rules = [rule.weight_bits or rule.bits or self.weights.bits for rule in self.rules if not rule.keep_float]
+        return min([*own, *rules])
+
     def rule_for(self, name: str) -> Rule | None:
         """First rule that matches the name of a layer, None if there is none."""
         return next((rule for rule in (*self.rules, *DEFAULT_RULES) if fnmatchcase(name, rule.match)), None)

@@ -277,6 +277,12 @@ class Recipe(Section):
             changes = train is not None and any(getattr(stage, key) is not None for stage in train.stages)
             if changes and (quantize is None or getattr(quantize, key) is None):
                 raise ValueError(f"train.stages: {key} are in float anyway: give quantize.{key}, or null here")
+        for index, bits in enumerate(stage.weights for stage in train.stages) if train is not None else ():
+            if quantize is not None and isinstance(bits, int) and bits <= quantize.fewest_weight_bits:
+                raise ValueError(
+                    f"train.stages.{index}: weights={bits} changes no layer, as quantize gives them all "
+                    f"{quantize.fewest_weight_bits} bits or more: give more bits than that, float, or null"
+                )
         if train is not None and any(stage.kind == "stills" for stage in train.stages):
             if quantize is None:
                 raise ValueError(

@@ -250,6 +250,27 @@ def test_stages_of_training_have_values_of_their_own_and_a_preset_shortens_each(
     assert (one.trainer.max_steps, one.data.num_frames) == (7, 5)
 
 
+@pytest.mark.parametrize(
+    ("quantize", "bits", "fewest"),
+    [
+        ({"rules": []}, 4, 4),
+        ({"rules": []}, 2, 4),
+        ({"rules": [{"match": "*.mlp.*", "weight_bits": 3}]}, 3, 3),
+        ({"rules": [{"match": "*.mlp.*", "bits": 6}, {"match": "a", "keep_float": True}]}, 4, 4),
+        ({"rules": [{"match": "*.mlp.*", "activation_bits": 2}]}, 4, 4),
+        ({"allocate": {"choices": [3, 5], "average_bits": 4}}, 3, 3),
+    ],
+)
+def test_a_stage_whose_bits_no_weight_is_below_is_refused(quantize: dict, bits: int, fewest: int) -> None:
+    values = merge(QUANTIZED, {"quantize": quantize, "train": {}})
+    stages = "train.stages=[{}, {weights: %s}, {}]"
+    said = f"^recipe: train.stages.1: weights={bits} changes no layer, as quantize gives them all {fewest} bits or more"
+    with pytest.raises(UserError, match=said):
+        build_recipe(values, [stages % bits])
+    for more in (fewest + 1, "float"):
+        assert build_recipe(values, [stages % more]).train.stages[1].weights == more
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of recipes that lie over each other."""

@@ -53,6 +53,7 @@ MESSAGES = {
     "train.stages=[{kind: stills, num_frames: 2}]": "train.stages.0: num_frames=2 is for kind=clips, stills have",
     "train.stages=[{weights: 9}, {}]": "train.stages.0.weights=9: ",
     "train.stages=[{weights: 4}]": "recipe: train.stages: the last stage trains other bits than the run ships: leave",
+    "train.stages=[{weights: 4}, {}]": "recipe: train.stages.0: weights=4 changes no layer, as quantize gives them",
     "train.stages=[{}, {activations: float}]": "recipe: train.stages: the last stage trains other bits than the run",
     "train={stages: [{kind: stills}], image_encoder_lr: 0}": "recipe: train.stages: kind=stills trains the image ",
     "train.prompts.point=0.9": "train.prompts: point=0.9 and box=0.25 are shares of the clips and sum to more than 1",
