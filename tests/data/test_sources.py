@@ -72,7 +72,7 @@ def test_moving_objects():
 
 
 def test_cut_outs_are_clips_of_the_stills_with_an_object_that_can_move(tmp_path, monkeypatch):
-    """Of two pictures, one shows a whole object and four others, of which the three largest count."""
+    """One of two pictures shows a whole object and four others, of which the three largest count."""
     boxes = [(2, 2, 30, 40), (2, 50, 20, 30), (30, 70, 20, 10), (60, 70, 3, 3), (0, 90, 50, 30)]
     shapes = [*boxes, (0, 0, 1, 120)]
     corners = [[x, y, x + w, y, x + w, y + h, x, y + h] for y, x, h, w in shapes]
@@ -88,6 +88,17 @@ def test_cut_outs_are_clips_of_the_stills_with_an_object_that_can_move(tmp_path,
     assert np.array_equal(video.frame(5), open_videos(f"cut_outs:{tmp_path}/coco:val")[0].frame(5))
     save(tmp_path / "coco/instances.json", {"images": images, "annotations": annotations[5:]})
     check("coco: shows no object that can be cut out, whole and on 1 to 25 %", lambda: open_videos("cut_outs:coco"))
+
+
+@pytest.mark.parametrize(("size", "clip"), [((60, 1500), (240, 2048)), ((1500, 60), (2048, 240))])
+def test_a_panorama_is_squeezed_to_the_longest_clip(tmp_path, size, clip):
+    (height, width), (y, x) = size, (side // 4 for side in size)
+    corner = [x, y, 3 * x // 2, y, 3 * x // 2, 3 * y // 2, x, 3 * y // 2]
+    images = [{"id": 1, "file_name": "1.jpg"}]
+    save(tmp_path / "instances.json", {"images": images, "annotations": [{"image_id": 1, "segmentation": [corner]}]})
+    save(tmp_path / "images/1.jpg", np.full((height, width, 3), 90, np.uint8))
+    (video,) = open_videos(f"cut_outs:{tmp_path}")
+    assert video.size == clip and video.frame(0).shape[:2] == clip
 
 
 def test_a_folder_that_exists_is_preferred_to_the_one_in_qsam2_data(roots, monkeypatch, tmp_path_factory):

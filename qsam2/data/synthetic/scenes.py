@@ -14,6 +14,8 @@ from qsam2.data.synthetic.warps import Bend, Wave, corners, interpolate, positio
 from qsam2.data.video import Masks, Video
 from qsam2.errors import UserError
 
+LONGEST_PX = 2048
+"""Longest side of a generated video."""
 _STILL = Wave(0.0)
 
 
@@ -130,7 +132,7 @@ class GeneratedVideo(Video):
         self, name: str, seed: int, num_frames: int, size: tuple[int, int], **limits: tuple[int, int, int]
     ) -> None:
         limits |= {"seed": (seed, 0, 2**63 - 1), "num_frames": (num_frames, 1, 100_000)}
-        limits |= {"height": (size[0], 64, 2048), "width": (size[1], 64, 2048)}
+        limits |= {"height": (size[0], 64, LONGEST_PX), "width": (size[1], 64, LONGEST_PX)}
         for key, (value, low, high) in limits.items():
             if not low <= value <= high:
                 raise UserError(f"{type(self).__name__}: {key} is {value}; give a whole number from {low} to {high}")

@@ -13,7 +13,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from qsam2.data.synthetic.scenes import GeneratedVideo, Scene, Sprite, draw_grain, draw_sprite
+from qsam2.data.synthetic.scenes import LONGEST_PX, GeneratedVideo, Scene, Sprite, draw_grain, draw_sprite
 from qsam2.data.synthetic.warps import Bend, Wave, corners, halve, interpolate, nearest, positions, project, similarity
 from qsam2.data.video import Masks, Video
 from qsam2.errors import UserError
@@ -66,7 +66,8 @@ class LargestObjects(Video):
 def moving_cut_outs(stills: Sequence[Video]) -> list[WarpedStill]:
     """One clip of each of the first ``CUT_OUTS`` stills with an object that can move, for scoring.
 
-    They have the stills' proportions, are ``SIDE_PX`` on their short side, and show up to ``MOST_OBJECTS`` objects.
+    They have the stills' proportions, are ``SIDE_PX`` on their short side (a panorama is squeezed to the longest side
+    that a clip can have), and show up to ``MOST_OBJECTS`` objects.
     """
     videos: list[WarpedStill] = []
     for still in stills:
@@ -74,7 +75,7 @@ def moving_cut_outs(stills: Sequence[Video]) -> list[WarpedStill]:
             break
         largest = LargestObjects(still, MOST_OBJECTS)
         if any(_can_move(mask) for mask in largest.masks(0).values()):
-            height, width = (max(64, round(side * SIDE_PX / min(still.size))) for side in still.size)
+            height, width = (min(round(side * SIDE_PX / min(still.size)), LONGEST_PX) for side in still.size)
             videos.append(WarpedStill(largest, num_frames=CUT_OUT_FRAMES, seed=len(videos), size=(height, width)))
     return videos
 
