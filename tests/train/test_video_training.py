@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from messages import Message
 from omegaconf import DictConfig
 from sam2.modeling.sam2_utils import DropPath
-from small_runs import W4A4, small
+from small_runs import TRAIN_FLOAT, W4A4, small
 from torch import Tensor
 from training.utils.data_utils import BatchedVideoDatapoint
 
@@ -24,6 +25,7 @@ from qsam2.errors import UserError
 from qsam2.models import SAM2, build_sam2
 from qsam2.pipeline import begin
 from qsam2.recipe import build_recipe
+from qsam2.recipe.load import merge
 from qsam2.recipe.recipe import TrainerRecipe
 from qsam2.recipe.train import DistillRecipe, PromptRecipe, TrainRecipe
 from qsam2.run import RunFolder
@@ -38,6 +40,7 @@ from qsam2.train.video_training import (
     record_clicks,
     set_dropout,
     set_prompts,
+    train,
 )
 
 DRAWN = (
@@ -221,6 +224,26 @@ def test_the_float_copy_of_a_run_has_no_noise(checkpoint: Path, tmp_path: Path) 
     noise += [m.p for m in run.teacher.modules() if isinstance(m, torch.nn.Dropout)]
     noise += [m.dropout_p for m in run.teacher.modules() if hasattr(m, "dropout_p")]
     assert noise and set(noise) == {0.0}
+
+
+def test_a_stage_draws_from_its_sources_and_computes_in_its_precision(checkpoint: Path, tmp_path: Path) -> None:
+    stages = [{"sources": "moving_objects:2:val", "precision": "bf16-mixed"}, {}]
+    data = {"train": ["moving_objects:8:train", "moving_objects:2:val"], "weights": [1.0, 3.0]}
+    values = small(checkpoint, tmp_path / "run", data=data, train={**TRAIN_FLOAT, "stages": stages})
+    recipe = build_recipe(merge(values, {"trainer": {"max_steps": 1, "precision": "32-true"}}))
+    noted: list[tuple[str, list[tuple[int, float]], set[torch.dtype]]] = []
+
+    class Note(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: VideoTraining, batch: Any, index: int) -> None:
+            sources = [(len(each.videos), each.weight) for each in trainer.train_dataloader.dataset._sources]
+            noted.append((trainer.precision, sources, dtypes := set()))
+            layer = module.model.image_encoder.trunk.blocks[0].attn.qkv
+            layer.register_forward_hook(lambda _, __, output: dtypes.add(output.dtype))
+
+    train(begin(recipe, RunFolder(recipe)), [Note()])
+    first, second = noted
+    assert first == ("bf16-mixed", [(2, 3.0)], {torch.bfloat16, torch.float32})
+    assert second == ("32-true", [(8, 1.0), (2, 3.0)], {torch.float32})
 
 
 def test_the_average_is_of_parameters_and_frozen_ones_and_buffers_are_taken_as_they_are(
